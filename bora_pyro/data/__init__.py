@@ -1,0 +1,9 @@
+"""The data axis: what is a task? Tables of documents become tasks, and tasks become token batches."""
+
+from bora_pyro.data.batches import Batch, TokenSplit
+from bora_pyro.data.split import split_by_group
+from bora_pyro.data.tables import read_table, table
+from bora_pyro.data.talk_of_norway import talk_of_norway
+from bora_pyro.data.tasks import TaskData, load_tasks
+
+__all__ = ["Batch", "TaskData", "TokenSplit", "load_tasks", "read_table", "split_by_group", "table", "talk_of_norway"]

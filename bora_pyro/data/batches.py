@@ -1,0 +1,241 @@
+"""Token batches of unequal documents, with the one scale that keeps the likelihood unbiased.
+
+>>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2)
+>>> split
+TokenSplit(2 documents, 3 predicted tokens, 2 tasks)
+>>> [batch] = split.batches(token_budget=8)
+>>> batch.labels.tolist(), batch.task.tolist(), batch.scale
+([[-100, 7, -100], [-100, 5, 6]], [0, 1], 1.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bora_pyro.errors import InputError
+
+IGNORED = -100
+
+# Documents are sorted by length within chunks: large enough that a batch's documents are nearly of one length, small enough
+# (a share of the split) that who meets whom in a batch changes from epoch to epoch.
+_CHUNK_BATCHES = 16
+_MIN_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some documents of a split, right-padded.
+
+    Attributes:
+        input_ids: (rows, tokens) int64.
+        attention_mask: (rows, tokens) int64, 1 at tokens and 0 at padding.
+        labels: (rows, tokens) int64, `input_ids` with -100 at padding and at position 0, which nothing predicts. Not shifted:
+            the logits at position i predict the label at i + 1.
+        task: (rows,) int64, index of the task.
+        index: (rows,) int64, position of the document in its split.
+        scale: number of batches in the epoch; scale times the log-likelihood of the batch is an unbiased estimate of the
+            split's (see `TokenSplit.batches`).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    task: Tensor
+    index: Tensor
+    scale: float
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            task=self.task.to(device),
+            index=self.index.to(device),
+            scale=self.scale,
+        )
+
+
+class TokenSplit:
+    """The tokens of one split: every document in one flat tensor, with offsets.
+
+    Args:
+        tokens: (all tokens,) the documents one after another.
+        lengths: (documents,) tokens of each; at least 2, for the first is never predicted.
+        task: (documents,) index of the task of each.
+        characters: (documents,) characters that the tokens of each stand for.
+        num_tasks: number of tasks, with or without documents in this split.
+        pad_token_id: what fills the rows of a batch; the masks make its value irrelevant.
+
+    Raises:
+        InputError: a document has fewer than two tokens, or sizes disagree.
+    """
+
+    def __init__(
+        self, tokens: Tensor, lengths: Tensor, *, task: Tensor, characters: Tensor, num_tasks: int, pad_token_id: int = 0
+    ) -> None:
+        if not len(lengths) == len(task) == len(characters) or int(lengths.sum()) != len(tokens):
+            raise InputError(
+                f"lengths ({len(lengths)}, sum {int(lengths.sum())}), task ({len(task)}), characters ({len(characters)}) and "
+                f"tokens ({len(tokens)}) disagree; give one length, task and character count a document"
+            )
+        if len(lengths) and int(lengths.min()) < 2:
+            raise InputError(
+                f"document {int(lengths.argmin())} has {int(lengths.min())} tokens; give at least 2, the first is never predicted"
+            )
+        if len(task) and not 0 <= int(task.min()) <= int(task.max()) < num_tasks:
+            raise InputError(
+                f"task indices run from {int(task.min())} to {int(task.max())}; with {num_tasks} tasks use 0 to {num_tasks - 1}"
+            )
+        self.tokens = tokens.to(torch.int32)  # half the memory; every vocabulary fits
+        self.lengths = lengths.to(torch.int64)
+        self.offsets = self.lengths.cumsum(0) - self.lengths
+        self.task = task.to(torch.int64)
+        self.characters = characters.to(torch.int64)
+        self.num_tasks = num_tasks
+        self.pad_token_id = pad_token_id
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Sequence[Sequence[int]],
+        *,
+        task: Sequence[int],
+        num_tasks: int,
+        characters: Sequence[int] | None = None,
+        pad_token_id: int = 0,
+    ) -> TokenSplit:
+        """A split from lists of token ids; without `characters` a token counts as one."""
+        lengths = torch.tensor([len(document) for document in documents], dtype=torch.int64)
+        return cls(
+            torch.tensor(list(chain.from_iterable(documents)), dtype=torch.int64),
+            lengths,
+            task=torch.tensor(task, dtype=torch.int64),
+            characters=lengths - 1 if characters is None else torch.tensor(characters, dtype=torch.int64),
+            num_tasks=num_tasks,
+            pad_token_id=pad_token_id,
+        )
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of predicted tokens: all but the first of each document."""
+        return int(self.lengths.sum()) - self.num_documents
+
+    @property
+    def documents_per_task(self) -> list[int]:
+        """N_d, the number of documents of each task."""
+        return torch.bincount(self.task, minlength=self.num_tasks).tolist()
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def __repr__(self) -> str:
+        return f"TokenSplit({self.num_documents} documents, {self.num_tokens} predicted tokens, {self.num_tasks} tasks)"
+
+    def document(self, index: int) -> Tensor:
+        """(tokens,) int64, the token ids of one document."""
+        start = int(self.offsets[index])
+        return self.tokens[start : start + int(self.lengths[index])].to(torch.int64)
+
+    def batches(self, *, token_budget: int = 4096, seed: int | None = None) -> Batches:
+        """One epoch: every document in exactly one batch, each batch of at most `token_budget` tokens with its padding.
+
+        Batches hold documents of like length, so little of them is padding, and differ in their number of documents. The
+        likelihood of a batch must therefore be scaled by the number M of batches and not by N / B (documents of the split over
+        documents of the batch). For a batch b drawn uniformly from the M, with x_n the log-likelihood of document n,
+
+            E[M sum_{n in b} x_n] = (1/M) sum_b M sum_{n in b} x_n = sum_n x_n,
+
+        exactly, since every n is in one b. N/B sum_{n in b} x_n has the mean (1/M) sum_b N/B_b sum_{n in b} x_n instead, which
+        gives the documents of small batches, the long ones, too much weight.
+
+        Args:
+            token_budget: rows x longest row of a batch stays within it; a single longer document is a batch of its own.
+            seed: shuffles documents and batches; give another one each epoch. None sorts by length, the same every time.
+
+        Returns:
+            A sequence of `Batch` that builds a batch when it is asked for it.
+
+        Raises:
+            InputError: the budget is not positive.
+        """
+        if token_budget < 1:
+            raise InputError(f"token_budget is {token_budget}; give the tokens of one batch, for instance 4096")
+        lengths = self.lengths.numpy()
+        if seed is None:
+            return Batches(self, _pack(lengths, np.argsort(lengths, kind="stable"), token_budget))
+        generator = np.random.default_rng(seed)
+        order = generator.permutation(len(lengths))
+        chunk = int(_CHUNK_BATCHES * token_budget / lengths.mean()) if len(lengths) else 1
+        chunk = max(1, min(chunk, -(-len(lengths) // _MIN_CHUNKS)))
+        parts = []
+        for number, start in enumerate(range(0, len(order), chunk)):
+            part = order[start : start + chunk]
+            part = part[np.argsort(lengths[part], kind="stable")]
+            # Up, down, up: a batch that spans two chunks then holds documents of like length too.
+            parts.append(part if number % 2 == 0 else part[::-1])
+        packed = _pack(lengths, np.concatenate(parts), token_budget) if parts else []
+        return Batches(self, [packed[position] for position in generator.permutation(len(packed))])
+
+
+class Batches(Sequence[Batch]):
+    """The batches of one epoch, built one by one as they are read."""
+
+    def __init__(self, split: TokenSplit, members: list[np.ndarray]) -> None:
+        self._split = split
+        self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @overload
+    def __getitem__(self, position: int) -> Batch: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[Batch]: ...
+    def __getitem__(self, position: int | slice) -> Batch | list[Batch]:
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        split = self._split
+        index = torch.from_numpy(self._members[position])
+        lengths = split.lengths[index]  # (rows,)
+        columns = torch.arange(int(lengths.max()))  # (tokens,)
+        mask = columns < lengths[:, None]  # (rows, tokens)
+        # Padding reads a document's last token, so that no index leaves the tensor, and is then overwritten.
+        where = split.offsets[index][:, None] + columns.minimum(lengths[:, None] - 1)
+        input_ids = split.tokens[where].to(torch.int64).masked_fill(~mask, split.pad_token_id)
+        labels = input_ids.masked_fill(~mask | (columns == 0), IGNORED)
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=mask.to(torch.int64),
+            labels=labels,
+            task=split.task[index],
+            index=index,
+            scale=float(len(self)),
+        )
+
+
+def _pack(lengths: np.ndarray, order: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Cut `order` into runs with rows x longest <= token_budget."""
+    members: list[np.ndarray] = []
+    start = longest = 0
+    for position, length in enumerate(lengths[order]):
+        widened = max(longest, int(length))
+        if position > start and (position - start + 1) * widened > token_budget:
+            members.append(order[start:position].copy())
+            start, widened = position, int(length)
+        longest = widened
+    if len(order):
+        members.append(order[start:].copy())
+    return members

@@ -1,0 +1,162 @@
+"""Read one file or folder of documents into a table, with errors that name the file and the place.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "speeches.csv")
+    >>> _ = path.write_text("task,text\\nAda,Hello.\\n", encoding="utf-8")
+    >>> read_file(path).to_dict("records")
+    [{'task': 'Ada', 'text': 'Hello.'}]
+
+A file gives a ``pandas.DataFrame`` and a folder a ``datasets.Dataset``; ``tables.read_table`` makes one form of both.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import warnings
+import zlib
+from pathlib import Path
+
+import datasets
+import pandas as pd
+
+from bora_pyro.errors import InputError, nearest
+
+TABLE_ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SPLITS = ("train", "validation", "test")
+
+
+def table_ending(path: Path | str) -> str | None:
+    """The ending among `TABLE_ENDINGS` that the name has, or None.
+
+    >>> table_ending("Speeches.CSV.gz")
+    '.csv.gz'
+    """
+    name = Path(path).name.lower()
+    return max((ending for ending in TABLE_ENDINGS if name.endswith(ending)), key=len, default=None)
+
+
+def read_file(path: Path) -> pd.DataFrame:
+    """Read a .csv, .tsv, .jsonl (each also with .gz) or .parquet file.
+
+    Cells of .csv and .tsv are read as they are written: ``NA`` and ``1.0`` stay text, so a task may be called ``NA``.
+
+    Raises:
+        InputError: the ending is unknown; the file is not UTF-8, not a gzip file, or malformed.
+    """
+    ending = table_ending(path)
+    if ending is None:
+        hint = nearest("".join(path.suffixes), TABLE_ENDINGS)
+        raise InputError(f"file {str(path)!r} has an ending that is not known; use one of {', '.join(TABLE_ENDINGS)}{hint}")
+    if ending == ".parquet":
+        return _read_parquet(path)
+    text = _read_text(path, compressed=ending.endswith(".gz"))
+    if ending.startswith(".jsonl"):
+        return _parse_json_lines(path, text)
+    return _parse_delimited(path, text, separator="\t" if ending.startswith(".tsv") else ",")
+
+
+def read_folder(path: Path, *, split: str | None = "train") -> datasets.Dataset:
+    """Read a folder that ``save_to_disk`` wrote, or one that holds data files as a hub repository does.
+
+    The splits of a saved ``DatasetDict`` are put together (see `join_splits`); of a folder of data files `split` is read,
+    or all of them where it is None.
+
+    Raises:
+        InputError: the folder holds neither, or cannot be read.
+    """
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return join_splits(datasets.load_from_disk(path))
+        return join_splits(datasets.load_dataset(str(path), split=split))
+    except InputError:
+        raise
+    except Exception as error:  # every reader of `datasets` has errors of its own
+        raise InputError(
+            f"folder {str(path)!r} could not be read ({one_line(error)}); give a folder written by datasets' save_to_disk, "
+            f"or one that holds {', '.join(TABLE_ENDINGS)} files"
+        ) from error
+
+
+def join_splits(data: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
+    """One table of all splits, with a column ``split`` that says where each row was (unless it has one already).
+
+    BoRA makes its own split by default, so nothing is lost by putting the parts together; ``split_column="split"`` keeps
+    them apart as they were.
+
+    >>> part = datasets.Dataset.from_dict({"text": ["a"]})
+    >>> join_splits(datasets.DatasetDict({"train": part, "test": part}))["split"][:]
+    ['train', 'test']
+    """
+    if isinstance(data, datasets.Dataset):
+        return data
+    parts = [
+        part if "split" in part.column_names else part.add_column("split", [name] * len(part)) for name, part in data.items()
+    ]
+    if not parts:
+        raise InputError("the saved DatasetDict has no splits; save one with a split 'train'")
+    return datasets.concatenate_datasets(parts)
+
+
+def one_line(error: BaseException, *, characters: int = 200) -> str:
+    """The kind of an error and the beginning of its message, on one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:characters]}" if message else type(error).__name__
+
+
+def _read_text(path: Path, *, compressed: bool) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if compressed else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(
+            f"file {str(path)!r} is not a whole gzip file ({one_line(error)}); compress it again with gzip"
+        ) from error
+    except OSError as error:
+        raise InputError(f"file {str(path)!r} could not be read ({one_line(error)})") from error
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"file {str(path)!r} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}; save the file as UTF-8"
+        ) from None
+
+
+def _parse_delimited(path: Path, text: str, *, separator: str) -> pd.DataFrame:
+    try:
+        with warnings.catch_warnings():
+            # A first row that is longer than the header is only a warning in pandas, and moves every cell by one column.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+    except pd.errors.EmptyDataError:
+        raise InputError(f"file {str(path)!r} is empty; give a header line and one document a row") from None
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise InputError(
+            f"file {str(path)!r} is malformed ({one_line(error)}); put texts with commas, quotes or line ends in double quotes"
+        ) from error
+
+
+def _parse_json_lines(path: Path, text: str) -> pd.DataFrame:
+    rows = []
+    # Not str.splitlines: a JSON string may hold U+2028 and its like unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"file {str(path)!r}, line {number}: not JSON ({error.msg}); write one JSON object a line") from None
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise InputError(
+                f"file {str(path)!r}, line {number}: a JSON {kind}; write one JSON object a line, with named columns"
+            )
+        rows.append(row)
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (ValueError, OSError) as error:  # Arrow's errors are of these kinds
+        raise InputError(f"file {str(path)!r} is not a parquet file ({one_line(error)}); write it again") from error

@@ -1,0 +1,206 @@
+"""A table of documents as D tasks with tokenised training, validation and test documents.
+
+>>> import pandas as pd
+>>> from tokenizers import Tokenizer, models, pre_tokenizers
+>>> from transformers import PreTrainedTokenizerFast
+>>> words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "?": 2, "good": 3, "day": 4}, unk_token="?"))
+>>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+>>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="?")
+>>> speeches = pd.DataFrame({"task": ["Ada", "Bo"] * 5, "text": ["good day", "day"] * 5})
+>>> data = load_tasks(speeches, tokenizer)
+>>> data
+TaskData(2 tasks: 'Ada', 'Bo'; documents: 6 train, 2 validation, 2 test)
+>>> data.train.document(0).tolist()
+[0, 3, 4, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.files import SPLITS
+from bora_pyro.data.split import (
+    apply_split,
+    check_task_count,
+    drop_small_tasks,
+    record_of_column,
+    split_by_group,
+    split_notes,
+    task_generator,
+)
+from bora_pyro.data.tables import Source, read_table
+from bora_pyro.data.tokenise import tokenise
+from bora_pyro.errors import InputError
+
+
+@dataclass
+class TaskData:
+    """D tasks, split and tokenised.
+
+    Attributes:
+        tasks: sorted names; a name's position is its task index d.
+        train: tokens of the training documents.
+        validation: tokens of the validation documents.
+        test: tokens of the test documents.
+        split_record: where each group of each task went, JSON-able; `load_tasks` takes it again.
+        notes: one line on each thing that a user should know: what was dropped or cut, and which tasks are not in every split.
+    """
+
+    tasks: list[str]
+    train: TokenSplit
+    validation: TokenSplit
+    test: TokenSplit
+    split_record: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_tasks(self) -> int:
+        """D."""
+        return len(self.tasks)
+
+    def __repr__(self) -> str:
+        names = ", ".join(repr(task) for task in self.tasks[:3]) + (", ..." if len(self.tasks) > 3 else "")
+        counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in SPLITS)
+        return f"TaskData({len(self.tasks)} tasks: {names}; documents: {counts})"
+
+
+def load_tasks(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task_column: str = "task",
+    text_column: str = "text",
+    group_column: str | None = None,
+    split_column: str | None = None,
+    hub_split: str | None = "train",
+    num_tasks: int | None = None,
+    max_tokens: int = 256,
+    max_train_documents: int | None = None,
+    max_eval_documents: int | None = None,
+    fractions: Sequence[float] = (0.6, 0.2, 0.2),
+    seed: int = 0,
+    small_tasks: str = "error",
+    split_record: Mapping[str, Any] | None = None,
+) -> TaskData:
+    """Read, split and tokenise.
+
+    Args:
+        source: see `read_table`, as for the five options that follow.
+        tokenizer: the tokenizer of the base model.
+        task_column: column with the name of the task.
+        text_column: column with the text.
+        group_column: column with what a split must not separate.
+        split_column: column with a ready split; then `fractions` and `small_tasks` do nothing.
+        hub_split: split to read of a hub id; None reads all.
+        num_tasks: take the first n tasks by sorted name; None takes all.
+        max_tokens: longest document in tokens, with its start and end; longer ones are cut.
+        max_train_documents: keep at most so many training documents a task, drawn by the seed. The documents of a smaller
+            number are among those of a larger one, and validation and test stay whole: made for learning curves.
+        max_eval_documents: the same for validation and for test documents.
+        fractions: share of train, validation and test.
+        seed: of the split and of the documents that are kept.
+        small_tasks: ``error`` or ``drop``: tasks with fewer than three documents.
+        split_record: split as this record of an earlier run says, whatever `split_column`, `fractions` and `small_tasks` say;
+            tasks that it does not have are left out.
+
+    Raises:
+        InputError: the data or an argument cannot be used; the message says which and what to do.
+    """
+    for option, value in (("max_train_documents", max_train_documents), ("max_eval_documents", max_eval_documents)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} is {value}; give 1 or more, or None for all")
+    table, notes = read_table(
+        source,
+        task_column=task_column,
+        text_column=text_column,
+        group_column=group_column,
+        split_column=split_column,
+        hub_split=hub_split,
+    )
+    if split_record is not None:
+        record: dict[str, Any] = _first_tasks_of_record(split_record, num_tasks)
+        parts = apply_split(table, record)
+        left_out = set(table["task"][:]) - set(record["tasks"])
+        if left_out and num_tasks is None:
+            noun = "1 task" if len(left_out) == 1 else f"{len(left_out)} tasks"
+            were = "was" if len(left_out) == 1 else "were"
+            notes.append(f"{noun} that the split record does not have {were} left out")
+        notes += split_notes(parts, record)
+    elif split_column is not None:
+        table = _first_tasks(table, num_tasks)
+        record = record_of_column(table)
+        parts = apply_split(table, record)
+        notes += split_notes(parts, record)
+    else:
+        if small_tasks == "drop":
+            # Before the first n are taken, so that n tasks are left.
+            table, dropped = drop_small_tasks(table, small_tasks=small_tasks)
+            notes += dropped
+        table = _first_tasks(table, num_tasks)
+        parts, record, split_lines = split_by_group(table, fractions=fractions, seed=seed, small_tasks=small_tasks)
+        notes += split_lines
+
+    tasks = sorted(record["tasks"])
+    task_index = {task: index for index, task in enumerate(tasks)}
+    done = {}
+    for name in SPLITS:
+        limit = max_train_documents if name == "train" else max_eval_documents
+        part = parts[name] if limit is None else _at_most(parts[name], limit, seed=seed, split=name)
+        done[name] = tokenise(part, tokenizer, task_index=task_index, max_tokens=max_tokens)
+    if num_dropped := sum(part.num_dropped for part in done.values()):
+        notes.append(f"{num_dropped} documents without a token of text were dropped")
+    if num_cut := sum(part.num_cut for part in done.values()):
+        total = sum(len(part.split) for part in done.values())
+        notes.append(f"{num_cut} of {total} documents are longer than {max_tokens} tokens and were cut")
+    if not len(done["train"].split):
+        raise InputError("no training document is left; give texts that the tokenizer knows, and a split that trains")
+    return TaskData(
+        tasks=tasks,
+        train=done["train"].split,
+        validation=done["validation"].split,
+        test=done["test"].split,
+        split_record=record,
+        notes=notes,
+    )
+
+
+def _first_tasks(table: datasets.Dataset, num_tasks: int | None) -> datasets.Dataset:
+    """The rows of the first `num_tasks` tasks by name."""
+    names = table["task"][:]
+    tasks = sorted(set(names))
+    check_task_count(tasks)
+    if num_tasks is None:
+        return table
+    keep = set(_take(tasks, num_tasks, "the data"))
+    return table.select([row for row, name in enumerate(names) if name in keep])
+
+
+def _first_tasks_of_record(record: Mapping[str, Any], num_tasks: int | None) -> dict[str, Any]:
+    tasks = record.get("tasks")
+    if num_tasks is None or not isinstance(tasks, Mapping):
+        return dict(record)
+    return {**record, "tasks": {task: tasks[task] for task in _take(sorted(tasks), num_tasks, "the split record")}}
+
+
+def _take(tasks: list[str], num_tasks: int, where: str) -> list[str]:
+    if not 2 <= num_tasks <= len(tasks):
+        raise InputError(f"num_tasks is {num_tasks}; {where} has {len(tasks)} tasks, give 2 to {len(tasks)} or None for all")
+    return tasks[:num_tasks]
+
+
+def _at_most(dataset: datasets.Dataset, limit: int, *, seed: int, split: str) -> datasets.Dataset:
+    """At most `limit` documents of each task; a smaller limit keeps a subset of what a larger one keeps."""
+    rows: dict[str, list[int]] = {}
+    for row, task in enumerate(dataset["task"][:]):
+        rows.setdefault(task, []).append(row)
+    keep: list[int] = []
+    for task, members in rows.items():
+        order = task_generator(seed, task, split).permutation(len(members))
+        keep += [members[position] for position in order[:limit]]
+    return dataset.select(sorted(keep))
