@@ -1,0 +1,29 @@
+"""Bayesian hierarchical low-rank adaption (BoRA) of language models for many related tasks, as a Pyro model.
+
+>>> import bora_pyro as bp
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, max_train_documents=2, max_eval_documents=1)
+>>> model = bp.BoRA(backbone, len(data.tasks), adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=100))
+>>> fitted = bp.fit(model, data, epochs=1)
+>>> sorted(fitted.evaluate(data.test))[:2]
+['base_test_bits_per_character', 'base_test_perplexity']
+"""
+
+from bora_pyro.adapters import Adapter, FrozenALoRA, LoRA
+from bora_pyro.backbone import Backbone
+from bora_pyro.data import TaskData, load_tasks, table, talk_of_norway
+from bora_pyro.errors import InputError
+from bora_pyro.evaluate import Scores, evaluate
+from bora_pyro.fit import Fitted, fit
+from bora_pyro.guides import map_guide
+from bora_pyro.likelihoods import CausalLM
+from bora_pyro.model import BoRA
+from bora_pyro.peft_format import save_peft
+from bora_pyro.priors import HierarchicalNormal, Independent, Pooled, prior_from_tau
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter", "Backbone", "BoRA", "CausalLM", "Fitted", "FrozenALoRA", "HierarchicalNormal", "Independent", "InputError",
+    "LoRA", "Pooled", "Scores", "TaskData", "evaluate", "fit", "load_tasks", "map_guide", "prior_from_tau", "save_peft",
+    "table", "talk_of_norway",
+]  # fmt: skip

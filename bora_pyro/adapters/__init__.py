@@ -1,0 +1,13 @@
+"""Adapters: which latent tensors change a linear layer, and how."""
+
+from bora_pyro.adapters.base import Adapter, TensorSpec
+from bora_pyro.adapters.frozen_a import FrozenALoRA
+from bora_pyro.adapters.lora import LoRA
+
+#: Adapters by the name that a configuration gives them.
+ADAPTERS: dict[str, type[LoRA]] = {
+    "lora": LoRA,
+    "lora_frozen_a": FrozenALoRA,
+}
+
+__all__ = ["ADAPTERS", "Adapter", "FrozenALoRA", "LoRA", "TensorSpec"]

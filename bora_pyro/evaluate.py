@@ -1,0 +1,79 @@
+"""How well the language model predicts held-out documents, with and without the adapters.
+
+Perplexity is exp(total negative log-likelihood / total predicted tokens); padding and the first token count nowhere.
+Bits a character is the same total in bits over the characters of the documents: it compares bases with different
+tokenizers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bora_pyro.data.batches import IGNORED, TokenSplit
+from bora_pyro.likelihoods import NextTokens
+from bora_pyro.model import BoRA, Weights
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-likelihoods of the documents of one split, in nats.
+
+        >>> import torch
+        >>> scores = Scores(torch.tensor([-2.0, -4.0]), torch.tensor([1, 2]), torch.tensor([4, 8]), torch.tensor([0, 1]))
+        >>> round(scores.perplexity() / math.e**2, 6), round(scores.perplexity(task=1) / math.e**2, 6)
+        (1.0, 1.0)
+
+    Attributes:
+        log_likelihood: (documents,), float64.
+        tokens: predicted tokens of each document.
+        characters: characters that those tokens stand for.
+        task: index of each document's task.
+    """
+
+    log_likelihood: Tensor
+    tokens: Tensor
+    characters: Tensor
+    task: Tensor
+
+    def perplexity(self, task: int | None = None) -> float | None:
+        """Perplexity over all documents, or over those of one task; None where there is no document."""
+        chosen = self._of(task)
+        tokens = int(self.tokens[chosen].sum())
+        # beyond exp(700) a float overflows: infinite is what such a model deserves
+        return math.exp(min(-float(self.log_likelihood[chosen].sum()) / tokens, 700.0)) if tokens else None
+
+    def bits_per_character(self, task: int | None = None) -> float | None:
+        """Bits a character over all documents, or over those of one task; None where there is no document."""
+        chosen = self._of(task)
+        characters = int(self.characters[chosen].sum())
+        return -float(self.log_likelihood[chosen].sum()) / math.log(2) / characters if characters else None
+
+    def _of(self, task: int | None) -> Tensor:
+        return torch.ones_like(self.task, dtype=torch.bool) if task is None else self.task == task
+
+
+@torch.inference_mode()
+def evaluate(model: BoRA, split: TokenSplit, *adapters: Weights | None, token_budget: int = 8192) -> list[Scores]:
+    """Score a split under several sets of adapters in one pass over it.
+
+    Args:
+        model: the BoRA model.
+        split: the documents.
+        adapters: for each result the weights of all tasks, (D, layers, *shape) by name, or None for the base alone.
+        token_budget: tokens of a batch, padding included.
+
+    Returns:
+        One :class:`Scores` for each of ``adapters``.
+    """
+    log_likelihood = [torch.zeros(split.num_documents, dtype=torch.float64) for _ in adapters]
+    tokens = torch.zeros(split.num_documents, dtype=torch.int64)
+    for batch in split.batches(token_budget=token_budget):
+        on_device = batch.to(model.backbone.device)
+        tokens[batch.index] = (batch.labels[:, 1:] != IGNORED).sum(-1)
+        for result, weights in zip(log_likelihood, adapters, strict=True):
+            result[batch.index] = NextTokens(model.logits(on_device, weights)).log_prob(on_device.labels).double().cpu()
+    return [Scores(result, tokens, split.characters, split.task) for result in log_likelihood]

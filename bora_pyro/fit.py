@@ -1,0 +1,328 @@
+"""The SVI loop: AdamW on the ELBO, warm-up and cosine, early stopping on validation perplexity.
+
+>>> import bora_pyro as bp
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+>>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+>>> model = bp.BoRA(backbone, len(data.tasks), prior=bp.HierarchicalNormal(tau=100))
+>>> fitted = bp.fit(model, data, epochs=2)
+>>> fitted.evaluate(data.test)["test_perplexity"] > 1
+True
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from bora_pyro.checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from bora_pyro.data.batches import Batch, TokenSplit
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.errors import InputError
+from bora_pyro.evaluate import Scores, evaluate
+from bora_pyro.guides import map_guide
+from bora_pyro.model import BoRA, Weights
+
+
+class NonFiniteLossError(InputError):
+    """The loss became infinite or NaN; ``fitted`` holds the last good state."""
+
+    def __init__(self, message: str, fitted: Fitted) -> None:
+        super().__init__(message)
+        self.fitted = fitted
+
+
+@dataclass
+class Fitted:
+    """A fitted model: the guide at its best state, and how it came there.
+
+    Attributes:
+        model, guide: what was fitted.
+        tasks: names of the tasks; the position is the task's index d.
+        history: one entry an epoch (loss in nats a training token, validation perplexity, tokens a second, ...).
+        best_epoch: the epoch whose state was kept; 0 is the start.
+        seconds: time in training steps and validation.
+    """
+
+    model: BoRA
+    guide: AutoGuide
+    tasks: list[str]
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    seconds: float = 0.0
+
+    def sites(self) -> dict[str, Tensor]:
+        """The guide's central value of every sample site: for MAP the estimate itself."""
+        return {name: value.detach() for name, value in self.guide.median().items()}
+
+    def weights(self) -> tuple[Weights, Weights]:
+        """θ of all tasks, (D, layers, *shape), and Θ, (layers, *shape), by name of the latent."""
+        return self.model.weights_given(self.sites())
+
+    def deviation_norms(self) -> Tensor:
+        """‖θ_d − Θ‖ over all latents of a task: (D,)."""
+        theta, mean = self.weights()
+        squares = [(theta[name] - mean[name]).flatten(1).square().sum(1) for name in theta]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def evaluate(self, split: TokenSplit, *, name: str = "test") -> dict[str, Any]:
+        """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them."""
+        theta, _ = self.weights()
+        base, adapted = evaluate(self.model, split, None, theta)
+        return {
+            f"{name}_perplexity": adapted.perplexity(),
+            f"base_{name}_perplexity": base.perplexity(),
+            f"{name}_bits_per_character": adapted.bits_per_character(),
+            f"base_{name}_bits_per_character": base.bits_per_character(),
+            "tasks": [self._of_task(d, base, adapted, name, split) for d in range(len(self.tasks))],
+        }
+
+    def _of_task(self, d: int, base: Scores, adapted: Scores, name: str, split: TokenSplit) -> dict[str, Any]:
+        return {
+            "name": self.tasks[d],
+            f"{name}_documents": split.documents_per_task[d],
+            f"base_{name}_perplexity": base.perplexity(d),
+            f"{name}_perplexity": adapted.perplexity(d),
+            f"{name}_bits_per_character": adapted.bits_per_character(d),
+        }
+
+
+def fit(
+    model: BoRA,
+    data: TaskData,
+    *,
+    guide: AutoGuide | None = None,
+    epochs: int = 6,
+    learning_rate: float = 1e-2,
+    warmup: float = 0.1,
+    token_budget: int = 4096,
+    accumulate: int = 1,
+    gradient_clip: float = 1.0,
+    patience: int = 3,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 1,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Fitted:
+    """Fit a guide to the model by stochastic variational inference with AdamW.
+
+    The objective is −ELBO in nats a training token, estimated without bias from each batch. AdamW's weight decay is 0: it
+    would be a second prior, around 0.
+
+    Args:
+        model: the BoRA model.
+        data: tokenised tasks; the validation split decides which epoch is kept.
+        guide: default: MAP.
+        epochs: passes over the training documents; the schedule ends with the last.
+        learning_rate: peak of the schedule, for all sites. In the non-centred form deviations are in units of their
+            prior's scale, so that one rate suits every τ.
+        warmup: fraction of the steps over which the rate rises to its peak; a cosine takes it to 0 afterwards.
+        token_budget: tokens of a batch, padding included.
+        accumulate: batches whose gradients are averaged for one step.
+        gradient_clip: largest norm of the gradient over all parameters (nats a training token); inf clips nothing.
+        patience: stop after that many epochs without a better validation perplexity; 0 never stops early.
+        seed: of the order of the documents and of the guide's draws.
+        checkpoint: a file that holds the loop's state; where it exists, the fit goes on from it.
+        checkpoint_every: epochs between checkpoints.
+        on_step: called after each step with what there is to report of it.
+        on_epoch: called after each epoch, when its validation perplexity is known.
+
+    Returns:
+        The guide at the state of lowest validation perplexity (the last where there is no validation document).
+
+    Raises:
+        NonFiniteLossError: the loss is not finite; it carries the last good state.
+        InputError: there is nothing to train on, or a checkpoint that cannot be read.
+    """
+    if data.train.num_tokens == 0:
+        raise InputError("the training split has no token to predict; give more or longer documents")
+    loop = _Loop(
+        model,
+        data,
+        guide or map_guide(model),
+        learning_rate=learning_rate,
+        warmup=warmup,
+        token_budget=token_budget,
+        accumulate=accumulate,
+        gradient_clip=gradient_clip,
+        seed=seed,
+        epochs=epochs,
+    )
+    if checkpoint is not None and checkpoint.exists():
+        loop.load(checkpoint)
+    fitted = loop.fitted
+    start = time.perf_counter() - fitted.seconds
+    while loop.epoch < epochs and not (patience and loop.epoch - fitted.best_epoch >= patience):
+        report = loop.run_epoch(on_step)
+        loop.keep_best(report)
+        fitted.seconds = report["seconds"] = time.perf_counter() - start
+        fitted.history.append(report)
+        if on_epoch:
+            on_epoch(report)
+        if checkpoint is not None and (loop.epoch % checkpoint_every == 0 or loop.epoch == epochs):
+            loop.save(checkpoint)
+    loop.restore_best()
+    return fitted
+
+
+class _MeanFieldELBO(TraceMeanField_ELBO):
+    """Pyro's ELBO with exact KL terms, which also keeps the log-likelihood part of its last value."""
+
+    log_likelihood: Tensor
+
+    def _differentiable_loss_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[float, Tensor]:
+        self.log_likelihood = sum(model_trace.nodes[name]["log_prob_sum"].detach() for name in model_trace.observation_nodes)
+        return super()._differentiable_loss_particle(model_trace, guide_trace)
+
+
+class _Loop:
+    """Where a fit stands, and how it goes one epoch further."""
+
+    def __init__(
+        self,
+        model: BoRA,
+        data: TaskData,
+        guide: AutoGuide,
+        *,
+        learning_rate: float,
+        warmup: float,
+        token_budget: int,
+        accumulate: int,
+        gradient_clip: float,
+        seed: int,
+        epochs: int,
+    ) -> None:
+        self.model, self.data, self.guide, self.seed = model, data, guide, seed
+        self.learning_rate, self.warmup, self.gradient_clip = learning_rate, warmup, gradient_clip
+        self.token_budget, self.accumulate = token_budget, accumulate
+        self.device = model.backbone.device
+        self.elbo = _MeanFieldELBO()
+        batches = self._batches(0)
+        with torch.no_grad(), poutine.seed(rng_seed=seed):
+            guide(batches[0].to(self.device))  # creates the guide's parameters
+        self.parameters = dict(guide.named_parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=learning_rate, weight_decay=0.0, eps=1e-12, fused=True)
+        self.steps_per_epoch = math.ceil(len(batches) / accumulate)
+        self.total_steps = self.steps_per_epoch * epochs
+        self.fitted = Fitted(model, guide, data.tasks)
+        self.epoch, self.best, self.best_state = 0, math.inf, self._copy()
+
+    def _batches(self, epoch: int) -> Sequence[Batch]:
+        # the order of an epoch depends on the seed and the epoch alone: a resumed fit sees the same batches
+        return self.data.train.batches(token_budget=self.token_budget, seed=_epoch_seed(self.seed, epoch))
+
+    def run_epoch(self, on_step: Callable[[dict[str, float]], None] | None) -> dict[str, float]:
+        """One pass over the training documents; returns what there is to report of it."""
+        batches = self._batches(self.epoch)
+        steps = [range(i, min(i + self.accumulate, len(batches))) for i in range(0, len(batches), self.accumulate)]
+        report: dict[str, float] = {"epoch": self.epoch + 1, "total": self.total_steps}
+        losses, log_likelihood, tokens, start = 0.0, 0.0, 0, time.perf_counter()
+        with poutine.seed(rng_seed=_epoch_seed(self.seed, self.epoch)):
+            for number, members in enumerate(steps):
+                step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
+                rate = self.learning_rate * _schedule(step, self.total_steps, self.warmup)
+                loss = 0.0
+                for position in members:
+                    batch = batches[position]
+                    loss += self._backward(batch.to(self.device), len(members), validate=step == 0)
+                    # what the batch itself has: the scale to all documents taken off again
+                    log_likelihood += self.elbo.log_likelihood.item() / batch.scale
+                    tokens += int(batch.attention_mask.sum()) - len(batch.task)
+                self._step(rate, loss, step)
+                losses += loss
+                report |= {"step": step + 1, "loss": -log_likelihood / tokens, "objective": losses / (number + 1)}
+                report |= {"learning_rate": rate, "training_tokens_per_second": tokens / (time.perf_counter() - start)}
+                if on_step:
+                    on_step(report)
+        self.epoch += 1
+        return report
+
+    def _backward(self, batch: Batch, members: int, *, validate: bool) -> float:
+        """Add a batch's gradient of −ELBO a training token; returns its part of the loss."""
+        # Pyro checks shapes and supports in the first step; the others need it not
+        with pyro.validation_enabled(validate):
+            loss = self.elbo.differentiable_loss(self.model, self.guide, batch) / (self.data.train.num_tokens * members)
+        loss.backward()
+        return loss.item()
+
+    def _step(self, rate: float, loss: float, step: int) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.gradient_clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.restore_best()
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1}); the state of epoch "
+                f"{self.fitted.best_epoch} is kept. Use a smaller --learning_rate (now {self.learning_rate:g}; try {self.learning_rate / 3:.1g}), "
+                "or --precision float32",
+                self.fitted,
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def keep_best(self, report: dict[str, float]) -> None:
+        """Measure the validation perplexity; keep the state if it is the lowest so far."""
+        perplexity = -float(self.epoch)  # with nothing to choose by, the last epoch counts as the best
+        if self.data.validation.num_tokens:
+            (scores,) = evaluate(self.model, self.data.validation, self.fitted.weights()[0])
+            perplexity = report["validation_perplexity"] = scores.perplexity() or math.inf
+        if perplexity < self.best:
+            self.best, self.best_state, self.fitted.best_epoch = perplexity, self._copy(), self.epoch
+
+    def restore_best(self) -> None:
+        """Put the guide into the state of lowest validation perplexity."""
+        self._restore(self.best_state)
+
+    def save(self, file: Path) -> None:
+        """Write a checkpoint."""
+        tensors = {"parameters": self._copy(), "optimizer": optimizer_tensors(self.optimizer), "best": self.best_state}
+        progress = {"epoch": self.epoch, "best": self.best, "best_epoch": self.fitted.best_epoch}
+        save_checkpoint(file, tensors, progress | {"history": self.fitted.history, "seconds": self.fitted.seconds})
+
+    def load(self, file: Path) -> None:
+        """Go on from a checkpoint."""
+        tensors, progress = load_checkpoint(file)
+        if {name: value.shape for name, value in tensors["parameters"].items()} != {
+            n: v.shape for n, v in self.parameters.items()
+        }:
+            raise InputError(
+                f"checkpoint {str(file)!r} is of another model (other tasks, rank, targets or prior); "
+                "give the options of the run that it belongs to, or start afresh with --overwrite true"
+            )
+        self._restore(tensors["parameters"])
+        load_optimizer_tensors(self.optimizer, tensors.get("optimizer", {}))
+        self.best_state, self.best, self.epoch = tensors["best"], progress["best"], progress["epoch"]
+        self.fitted.history, self.fitted.best_epoch = progress["history"], progress["best_epoch"]
+        self.fitted.seconds = progress["seconds"]
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        for name, value in self.parameters.items():
+            value.copy_(state[name])
+
+
+def _schedule(step: int, total: int, warmup: float) -> float:
+    """Linear warm-up over ``warmup`` of the steps, then a cosine to 0: a factor of the peak rate."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 100_003 + epoch

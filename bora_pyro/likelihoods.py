@@ -1,0 +1,92 @@
+"""What is observed: the likelihood owns the document plate, the scale of a mini-batch and the label mask.
+
+>>> CausalLM()
+CausalLM(unit='tokens')
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pyro
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor
+
+from bora_pyro.data.batches import IGNORED, Batch
+from bora_pyro.errors import InputError, nearest
+
+UNITS = ("tokens", "documents")
+
+
+class Likelihood(Protocol):
+    """Scores a batch under the language model's logits."""
+
+    def __call__(self, logits: Tensor, batch: Batch) -> None:
+        """Add the observed sites of ``batch`` to the model; logits: (rows, tokens, vocabulary)."""
+
+
+class NextTokens(TorchDistribution):
+    """The distribution of documents under next-token logits: log p(w) = Σ_i log LLM(w_{i+1} | w_{1:i}) (equation 2).
+
+    Args:
+        logits: (rows, tokens, vocabulary), position i holding the logits of token i + 1.
+        per_token: divide a document's log-density by the number of its observed tokens.
+
+    Values are labels (rows, tokens): entry i is the token at position i, -100 where nothing is observed. Position 0 is
+    given, never predicted. The log-density is float32 whatever the precision of the logits.
+    """
+
+    arg_constraints = {"logits": constraints.real}  # noqa: RUF012 (torch's own convention)
+    support = constraints.independent(constraints.integer_interval(IGNORED, 2**31 - 1), 1)
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, *, per_token: bool = False, validate_args: bool | None = None) -> None:
+        self.logits, self.per_token = logits, per_token
+        super().__init__(logits.shape[:1], logits.shape[1:2], validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None) -> NextTokens:
+        return NextTokens(self.logits.expand(*batch_shape, *self.logits.shape[1:]), per_token=self.per_token)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Each next token drawn given the *observed* prefix; position 0 has no distribution and is -100."""
+        drawn = torch.distributions.Categorical(logits=self.logits[:, :-1].float()).sample(sample_shape)
+        return F.pad(drawn, (1, 0), value=IGNORED)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        rows, tokens, vocabulary = self.logits.shape
+        targets = value[:, 1:].reshape(-1)
+        loss = F.cross_entropy(
+            self.logits[:, :-1].reshape(-1, vocabulary).float(), targets, ignore_index=IGNORED, reduction="none"
+        )
+        log_likelihood = -loss.view(rows, tokens - 1).sum(-1)
+        if self.per_token:
+            log_likelihood = log_likelihood / (value[:, 1:] != IGNORED).sum(-1).clamp(min=1)
+        return log_likelihood
+
+
+class CausalLM:
+    """Every token of every document is observed: Π_d Π_n Π_i LLM(w_{i+1} | w_{1:i}; θ_d) (the BoRA paper's equation 5).
+
+    Args:
+        unit: ``tokens``, the paper's likelihood; ``documents`` counts each document once whatever its length (its mean
+            log-likelihood a token), as the released code does.
+
+    Raises:
+        InputError: an unknown unit.
+    """
+
+    def __init__(self, unit: str = "tokens") -> None:
+        if unit not in UNITS:
+            raise InputError(f"likelihood unit {unit!r} is not known; it is one of {', '.join(UNITS)}{nearest(unit, UNITS)}")
+        self.unit = unit
+
+    def __call__(self, logits: Tensor, batch: Batch) -> None:
+        # batch.scale makes the sum over the batch an unbiased estimate of the sum over all documents
+        with pyro.plate("documents", len(batch.labels), dim=-1), poutine.scale(scale=batch.scale):
+            pyro.sample("tokens", NextTokens(logits, per_token=self.unit == "documents"), obs=batch.labels)
+
+    def __repr__(self) -> str:
+        return f"CausalLM(unit={self.unit!r})"

@@ -1,0 +1,109 @@
+"""BoRA as a Pyro model: prior x adapter x backbone x likelihood.
+
+>>> import bora_pyro as bp
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> model = bp.BoRA(backbone, 25, adapter=bp.LoRA(rank=4), prior=bp.HierarchicalNormal(tau=100))
+>>> model
+BoRA(25 tasks, LoRA(rank=4, alpha=4.0), HierarchicalNormal(tau=100), CausalLM(unit='tokens'))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bora_pyro.adapters import Adapter, LoRA
+from bora_pyro.backbone import Backbone, Change, Slot
+from bora_pyro.data.batches import Batch
+from bora_pyro.errors import InputError
+from bora_pyro.likelihoods import CausalLM, Likelihood
+from bora_pyro.priors import HierarchicalNormal, Prior
+
+#: Adapter tensors by ``<slot>.<latent>``: (D, layers, *shape) for all tasks, (layers, *shape) for one.
+Weights = dict[str, Tensor]
+
+
+class BoRA:
+    """The joint density of documents and adapters, p(Θ) Π_d p(θ_d | Θ) Π_n p(w_{d,n} | θ_d), as a Pyro model.
+
+    It is a plain callable for Pyro (``SVI``, ``poutine.trace``, ``Predictive``, ``pyro.render_model``). The language model
+    is no child of a ``torch.nn.Module`` here, so that none of its parameters becomes a site.
+
+    Args:
+        backbone: the frozen language model.
+        num_tasks: D, two or more.
+        adapter: which latents change a layer; default ``LoRA()``.
+        prior: how tasks share; default ``HierarchicalNormal()``.
+        likelihood: what is observed; default ``CausalLM()``.
+        seed: of the adapters' common start.
+
+    Raises:
+        InputError: fewer than two tasks.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_tasks: int,
+        *,
+        adapter: Adapter | None = None,
+        prior: Prior | None = None,
+        likelihood: Likelihood | None = None,
+        seed: int = 0,
+    ) -> None:
+        if num_tasks < 2:
+            raise InputError(
+                f"{num_tasks} task given; BoRA shares between tasks and needs 2 or more (for one task use peft's LoRA)"
+            )
+        self.backbone, self.num_tasks = backbone, num_tasks
+        self.adapter, self.prior, self.likelihood = adapter or LoRA(), prior or HierarchicalNormal(), likelihood or CausalLM()
+        generator = torch.Generator().manual_seed(seed)
+        self.starts: Weights = {}
+        self.fixed: Weights = {}
+        for slot in backbone.slots:
+            for store, specs in ((self.starts, self.adapter.latents(slot)), (self.fixed, self.adapter.fixed(slot))):
+                for name, spec in specs.items():
+                    layers = [spec.start(spec.shape, generator) for _ in range(slot.layers)]
+                    store[f"{slot.name}.{name}"] = torch.stack(layers).to(backbone.device)
+
+    def __call__(self, batch: Batch) -> None:
+        """Run the model on one batch of documents."""
+        self.likelihood(self.logits(batch, self.weights()), batch)
+
+    def weights(self) -> Weights:
+        """Sample θ: the latents of all tasks, (D, layers, *shape) each."""
+        tasks = pyro.plate("tasks", self.num_tasks, dim=-1)
+        return {name: self.prior.sample(name, start, tasks) for name, start in self.starts.items()}
+
+    def logits(self, batch: Batch, weights: Weights | None) -> Tensor:
+        """Logits (rows, tokens, vocabulary) of a batch under each row's adapter, or under the base where there are none."""
+        return self.backbone.logits(batch.input_ids, None if weights is None else self.change(weights, batch.task))
+
+    def change(self, weights: Weights, task: Tensor) -> Change:
+        """What the adapters of the tasks ``task`` (rows,) add to the outputs of the backbone's layers."""
+        # one gather a latent for all layers: its backward pass is one scatter, not one a layer
+        rows = {name: value.index_select(0, task).unbind(1) for name, value in weights.items()}
+        names = {slot.name: [*self.adapter.latents(slot)] for slot in self.backbone.slots}
+
+        def change(slot: Slot, layer: int, x: Tensor) -> Tensor:
+            tensors = {name: rows[f"{slot.name}.{name}"][layer] for name in names[slot.name]}
+            return self.adapter.output(x, tensors | self.fixed_of(slot, layer))
+
+        return change
+
+    def fixed_of(self, slot: Slot, layer: int) -> Weights:
+        """The adapter's fixed tensors of one layer, by name."""
+        return {name: self.fixed[f"{slot.name}.{name}"][layer] for name in self.adapter.fixed(slot)}
+
+    def weights_given(self, sites: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
+        """θ of all tasks, (D, layers, *shape), and Θ, (layers, *shape), for given values of the sample sites."""
+        with torch.no_grad():
+            theta = poutine.condition(self.weights, data=dict(sites))()
+            return theta, {name: self.prior.mean(name, sites, value) for name, value in theta.items()}
+
+    def __repr__(self) -> str:
+        return f"BoRA({self.num_tasks} tasks, {self.adapter}, {self.prior}, {self.likelihood})"

@@ -1,0 +1,80 @@
+"""Adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+What is written here loads with ``peft.PeftModel.from_pretrained(base, folder)`` and gives the same logits::
+
+    base = AutoModelForCausalLM.from_pretrained("facebook/opt-350m")
+    model = PeftModel.from_pretrained(base, "runs/speeches/adapters/abraham-lincoln")
+
+Only keys that every PEFT version knows are written, so that servers with an older one read them too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bora_pyro.backbone import Backbone
+from bora_pyro.errors import InputError
+from bora_pyro.model import BoRA, Weights
+
+
+def save_peft(folder: Path, model: BoRA, weights: Weights) -> None:
+    """Write one adapter.
+
+    Args:
+        folder: made if need be.
+        model: the model that the weights belong to.
+        weights: one task's (or Θ's) latents by name, (layers, *shape) each.
+
+    Raises:
+        InputError: the adapter has no LoRA form.
+    """
+    state: dict[str, Tensor] = {}
+    rank = alpha = None
+    for slot in model.backbone.slots:
+        for layer, path in enumerate(slot.paths):
+            latents = {name: weights[f"{slot.name}.{name}"][layer] for name in model.adapter.latents(slot)}
+            factors = model.adapter.lora(latents | model.fixed_of(slot, layer))
+            rank, alpha = factors["lora_A"].shape[0], getattr(model.adapter, "alpha", None)
+            for name, value in factors.items():
+                state[f"base_model.model.{path}.{name}.weight"] = value.detach().float().cpu().contiguous()
+    if rank is None or alpha is None:
+        raise InputError(f"{model.adapter} cannot be written as a PEFT folder: it has no rank and alpha")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = _config(model.backbone, rank, alpha)
+    temporary = folder / "adapter_config.tmp"
+    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "adapter_config.json")
+
+
+def _config(backbone: Backbone, rank: int, alpha: float) -> dict[str, Any]:
+    transposed = {slot.fan_in_fan_out for slot in backbone.slots}
+    if len(transposed) > 1:
+        raise InputError("a PEFT folder cannot mix Conv1D and Linear targets; fit them as two models")
+    return {
+        "base_model_name_or_path": backbone.model.config.name_or_path,
+        "bias": "none",
+        "fan_in_fan_out": transposed.pop(),
+        "inference_mode": True,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": _target_modules(backbone),
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _target_modules(backbone: Backbone) -> list[str]:
+    """Last names of the targets where those names mean nothing else in the model, else their whole paths."""
+    paths = {path for slot in backbone.slots for path in slot.paths}
+    ends = {path.rsplit(".", 1)[-1] for path in paths}
+    named = {path for path, _ in backbone.model.named_modules() if path.rsplit(".", 1)[-1] in ends}
+    return sorted(ends if named == paths else paths)
