@@ -1,0 +1,239 @@
+"""A configuration dataclass as a command line: ``--config FILE.yaml`` first, ``--key value`` over it.
+
+A field's help is its documentation, so it is written once. Everything that cannot be used is one ``InputError``.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Walk:
+    ...     steps: int = option(10, "how many steps to take")
+    ...     speed: float = option(1.5, "metres a second")
+    >>> parse_config(Walk, ["--steps", "3", "--speed=2e-1"])
+    Walk(steps=3, speed=0.2)
+    >>> parse_config(Walk, ["--stepz", "3"])
+    Traceback (most recent call last):
+    bora_pyro.errors.InputError: unknown option 'stepz'; did you mean 'steps'?
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from bora_pyro.errors import InputError, nearest
+
+T = TypeVar("T")
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NONE = ("none", "null")
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list of names"}
+_METAVARS = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", list: "NAME"}
+_CONTROLS = ("config", "print_config", "help")
+
+
+def option(default: T, help: str, *, group: str = "options", choices: Sequence[str] = (), expects: str = "") -> T:
+    """A dataclass field that documents itself.
+
+    Args:
+        default: the field's value where nobody gives one.
+        help: what ``--help`` says; the default is added to it, unless it says "default:" itself.
+        group: the heading under which ``--help`` lists it.
+        choices: the only values allowed, for texts; ``check_choices`` holds a configuration to them.
+        expects: what is allowed, in words, where the type alone does not say it.
+    """
+    metadata = {"help": help, "group": group, "choices": tuple(choices), "expects": expects}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None) -> T:
+    """Build a configuration from command-line arguments, and check it.
+
+        >>> from bora_pyro.config import MapFitConfig
+        >>> config = parse_config(MapFitConfig, ["--tau", "inf", "--targets", "q_proj", "v_proj"])
+        >>> config.tau, config.targets, config.rank
+        (inf, ['q_proj', 'v_proj'], 8)
+
+    Args:
+        cls: a dataclass whose fields are made by ``option``; its ``validate()`` is called where it has one.
+        argv: the arguments without the program's name: ``--key value``, ``--key=value``, ``--config FILE.yaml``,
+            ``--print_config`` (prints the resolved YAML, exits with 0) and ``--help``.
+        prog: the program's name in ``--help``.
+
+    Raises:
+        InputError: an unknown, repeated or unusable option, or a file that cannot be used.
+        SystemExit: with code 0, after ``--help`` and ``--print_config``.
+    """
+    kinds = _kinds(cls)
+    line, unknown = _parser(cls, kinds, prog).parse_known_args(list(argv))
+    for token in unknown:
+        if not token.startswith("-"):
+            raise InputError(f"unexpected {token!r}: every value follows its option, as in --key value")
+        raise _unknown(token.partition("=")[0].lstrip("-"), (*kinds, *_CONTROLS), "")
+    given = vars(line)
+    file, print_config = given.pop("config", None), given.pop("print_config", False)
+
+    values = _from_yaml(cls, Path(file), kinds) if file is not None else {}
+    values |= {name: _convert(value, f"--{name}", *_field(cls, name, kinds)) for name, value in given.items()}
+    config = cls(**values)
+    if hasattr(config, "validate"):
+        config.validate()
+    if print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def check_choices(config: Any) -> None:
+    """Raise ``InputError`` where a field's value is not one of its ``choices``."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata.get("choices")
+        if choices and value not in choices:
+            raise InputError(f"{field.name} is {value!r}; allowed: {', '.join(choices)}{nearest(str(value), choices)}")
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML; ``--config`` reads it back to an equal one.
+
+    >>> from bora_pyro.config import MapFitConfig
+    >>> print(to_yaml(MapFitConfig(tau=float("inf"))).splitlines()[0])
+    data: builtin:documentation
+    """
+    return str(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def _kinds(cls: type) -> dict[str, tuple[type, bool]]:
+    """Name -> (plain type, whether None is allowed); ``list[str]`` counts as list."""
+    kinds = {}
+    for name, hint in get_type_hints(cls).items():
+        optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+        if optional:
+            (hint,) = (part for part in get_args(hint) if part is not type(None))
+        kinds[name] = (get_origin(hint) or hint, optional)
+    return kinds
+
+
+def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[type, bool, str]:
+    """What ``_convert`` needs to know of a field: its type, whether None is allowed, and what is expected in words."""
+    kind, optional = kinds[name]
+    expects = next(field.metadata.get("expects", "") for field in dataclasses.fields(cls) if field.name == name)
+    return kind, optional, (expects or _EXPECTED[kind]) + (" or none" if optional else "")
+
+
+def _unknown(name: str, valid: Sequence[str], where: str) -> InputError:
+    return InputError(f"{where}unknown option {name!r}{nearest(name, valid) or '; --help lists them all'}")
+
+
+def _convert(value: Any, where: str, kind: type, optional: bool, expected: str) -> Any:
+    """One value, as a text of the command line or as YAML gives it, to the field's type."""
+    refusal = InputError(f"{where}: {value!r} cannot be used; give {expected}")
+    alone = value[0] if isinstance(value, list) and len(value) == 1 else value  # a list's words come as a list
+    word = alone.strip().lower() if isinstance(alone, str) else None
+    if optional and (value is None or word in _NONE):
+        return None
+    if kind is list:
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise refusal
+        names = [name.strip() for item in items for name in item.split(",") if name.strip()]
+        if not names:
+            raise refusal
+        return names
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and word in _BOOLEANS:
+            return _BOOLEANS[word]
+        raise refusal
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or (kind is int and isinstance(value, float)):
+        raise refusal  # YAML's `rank: true` is no number, and its lists, mappings and dates are no text
+    try:
+        return kind(value)
+    except (ValueError, OverflowError):
+        raise refusal from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, except that a repeated key is an error and not silently the last one's value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _from_yaml(cls: type, file: Path, kinds: dict[str, tuple[type, bool]]) -> dict[str, Any]:
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise InputError(f"--config {file}: {error.strerror or error}; give a YAML file that can be read") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"--config {file}{line}: {' '.join(str(error.problem).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, a date such as 2020-13-45
+        raise InputError(f"--config {file}: not usable as YAML ({' '.join(str(error).split())})") from None
+    if content is None:  # an empty file, or comments only
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"--config {file}: holds a {type(content).__name__}; give a mapping, one `key: value` a line")
+    values = {}
+    for name, value in content.items():
+        if name not in kinds:
+            raise _unknown(str(name), tuple(kinds), f"--config {file}: ")
+        values[name] = _convert(value, f"--config {file}: {name}", *_field(cls, name, kinds))
+    return values
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is an ``InputError`` and the caller decides what becomes of it."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace("expected one argument", "a value must follow, as in --key value")
+        raise InputError(message.replace("expected at least one argument", "a value must follow, as in --key value"))
+
+
+class _Once(argparse.Action):
+    """Store the value; refuse the option where it was given before, instead of silently taking the last one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise InputError(f"{option_string} is given twice; give it once")
+        setattr(namespace, self.dest, values)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        usage="%(prog)s [--config FILE.yaml] [--key value ...]",
+        description=(cls.__doc__ or "").partition("\n")[0],
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+    )
+    parser.add_argument("--config", action=_Once, metavar="FILE.yaml", help="read options from a file; those on the line win")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved options as YAML and exit")
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        about, kind = field.metadata, kinds[field.name][0]
+        heading = about.get("group", "options")
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        # A bare switch (--overwrite) means true; a list takes all words up to the next option.
+        arity: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind, {})
+        help_text = about.get("help", "")
+        if "default:" not in help_text:
+            help_text += f" (default: {_shown(field.default)})"
+        metavar = "|".join(about.get("choices", ())) or _METAVARS[kind]
+        groups[heading].add_argument(f"--{field.name}", action=_Once, metavar=metavar, help=help_text.replace("%", "%%"), **arity)
+    return parser

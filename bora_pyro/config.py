@@ -1,0 +1,168 @@
+"""What a MAP fit can be told: every option of ``scripts/map_fit.py``, with its default and its help.
+
+    >>> config = parse_config(MapFitConfig, ["--tau", "1e3", "--rank=4"])
+    >>> config.tau, config.rank, config.prior_form
+    (1000.0, 4, 'noncentered')
+
+The fields' help is the documentation of the command line; ``validate`` checks the values where they enter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from bora_pyro.command_line import check_choices, option, parse_config, to_yaml
+from bora_pyro.errors import InputError
+
+__all__ = ["MapFitConfig", "parse_config", "to_yaml"]
+
+DATA, MODEL, PRIOR, FIT, RUN = "data", "base model and adapter", "prior and likelihood", "optimisation", "run"
+
+
+@dataclass(kw_only=True)
+class MapFitConfig:
+    """Fit BoRA by MAP: one frozen language model, one adapter a task, all under one hierarchical Normal."""
+
+    data: str = option(
+        "builtin:documentation",
+        "the documents: a .csv, .csv.gz, .jsonl or .parquet file, a saved datasets folder, a hub id, or builtin:documentation",
+        group=DATA,
+    )
+    task_column: str = option("task", "column that names a document's task", group=DATA)
+    text_column: str = option("text", "column that holds a document's text", group=DATA)
+    group_column: str | None = option(
+        None, "documents that agree here stay on one side of the split (default: doc_id where the table has it)", group=DATA
+    )
+    split_column: str | None = option(
+        None, "column that says train, validation or test (default: a seeded split by group)", group=DATA
+    )
+    small_tasks: str = option(
+        "error", "what becomes of a task with too few documents to split", group=DATA, choices=("error", "drop")
+    )
+    num_tasks: int | None = option(None, "use only so many tasks (default: all)", group=DATA)
+    max_tokens: int = option(256, "tokens of a document that are read, its end mark included", group=DATA)
+    max_train_documents: int | None = option(None, "at most so many training documents of a task (default: all)", group=DATA)
+    max_eval_documents: int | None = option(
+        None, "at most so many validation and so many test documents of a task (default: all)", group=DATA
+    )
+
+    base_model: str = option("builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano", group=MODEL)
+    trust_remote_code: bool = option(False, "let a hub model run its own code on this machine", group=MODEL)
+    adapter: str = option("lora", "how a linear layer is changed", group=MODEL)
+    rank: int = option(8, "rank r of the adapter", group=MODEL)
+    alpha: float | None = option(
+        None, "scale of the adapter: W + (alpha/r) B A (default: the rank, so that alpha/r = 1)", group=MODEL
+    )
+    targets: list[str] | None = option(
+        None, "layers that get an adapter, by the last part of their names (default: the architecture's usual ones)", group=MODEL
+    )
+
+    prior_form: str = option(
+        "noncentered",
+        "theta_d = Theta + deviation_d (noncentered), or theta_d itself (centered, as the paper writes it); the MAP is the same",
+        group=PRIOR,
+        choices=("noncentered", "centered"),
+    )
+    tau: float = option(
+        100.0,
+        "precision of the prior theta_d ~ Normal(Theta, I/tau): a number, 0 (independent tasks) or inf (one shared adapter)",
+        group=PRIOR,
+        expects="a number, 0 (independent tasks) or inf (one shared adapter)",
+    )
+    likelihood_unit: str = option(
+        "tokens",
+        "what counts as one observation: each token (the paper), or each document's mean (the released code)",
+        group=PRIOR,
+        choices=("tokens", "documents"),
+    )
+
+    epochs: int = option(6, "passes over the training documents, at most", group=FIT)
+    learning_rate: float = option(1e-2, "AdamW's largest learning rate", group=FIT)
+    scale_learning_rate_with_tau: bool = option(
+        False, "the paper's rule, learning rate proportional to tau; for --prior_form centered only", group=FIT
+    )
+    warmup: float = option(0.1, "fraction of all steps in which the learning rate rises from 0", group=FIT)
+    token_budget: int = option(4096, "tokens of a batch, padding included", group=FIT)
+    accumulate: int = option(1, "batches whose gradients make one step", group=FIT)
+    gradient_clip: float = option(1.0, "largest norm of the whole gradient; inf does not clip", group=FIT)
+    patience: int = option(3, "stop after so many epochs without a better validation perplexity; 0 never stops early", group=FIT)
+    seed: int = option(0, "seed of the split, the start and the order of the documents", group=FIT)
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
+    precision: str = option(
+        "float32", "arithmetic of the frozen model; the adapter stays float32", group=RUN, choices=("float32", "bfloat16")
+    )
+    gradient_checkpointing: bool = option(False, "less memory, more time", group=RUN)
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN)
+    checkpoint_every: int = option(1, "epochs between checkpoints", group=RUN)
+    output_dir: str = option("runs/map_fit", "the run's folder", group=RUN)
+    overwrite: bool = option(False, "replace the run that output_dir holds", group=RUN)
+    resume: bool = option(False, "go on with the run that output_dir holds, from its last checkpoint", group=RUN)
+
+    def validate(self) -> None:
+        """Check every value that needs no data and no model to be checked.
+
+            >>> MapFitConfig(rank=0).validate()
+            Traceback (most recent call last):
+            bora_pyro.errors.InputError: rank is 0; give a whole number from 1 up
+
+        Raises:
+            InputError: one line with the value and what is allowed.
+        """
+        check_choices(self)
+        for name in ("data", "task_column", "text_column", "group_column", "split_column", "base_model", "adapter", "output_dir"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise InputError(f"{name} is empty; give a name, or leave it out for its default")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; give a whole number from {least} up")
+        if self.seed >= 2**32:
+            raise InputError(f"seed is {self.seed}; give a whole number below 2**32")
+        for name in ("alpha", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} is {value}; give a finite number above 0")
+        if not self.gradient_clip > 0:
+            raise InputError(f"gradient_clip is {self.gradient_clip}; give a number above 0, or inf for no clipping")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup is {self.warmup}; give a fraction of the steps, from 0 to 1")
+        if not self.tau >= 0:
+            raise InputError(f"tau is {self.tau}; give a number above 0, or 0 (independent tasks), or inf (one shared adapter)")
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
+            raise InputError(f"device is {self.device!r}; allowed: auto, cpu, cuda, cuda:N, mps, xpu")
+        self._validate_together()
+
+    def _validate_together(self) -> None:
+        if self.token_budget < self.max_tokens:
+            raise InputError(
+                f"token_budget is {self.token_budget}, less than one document of max_tokens {self.max_tokens}; "
+                f"give token_budget {self.max_tokens} or more, or lower max_tokens"
+            )
+        if self.scale_learning_rate_with_tau and (self.prior_form != "centered" or self.tau in (0, math.inf)):
+            raise InputError(
+                "scale_learning_rate_with_tau is a remedy for the centred prior at a tau above 0 and below inf; "
+                f"here prior_form is {self.prior_form!r} and tau {self.tau:g}: leave it out, or give --prior_form centered"
+            )
+        if self.overwrite and self.resume:
+            raise InputError("overwrite and resume are both true; overwrite starts anew, resume goes on: give one of them")
+
+
+# The least value of each whole number.
+_LEAST = {
+    "num_tasks": 1,
+    "max_tokens": 2,  # the first token is only read, so one token predicts nothing
+    "max_train_documents": 1,
+    "max_eval_documents": 1,
+    "rank": 1,
+    "epochs": 1,
+    "token_budget": 2,
+    "accumulate": 1,
+    "patience": 0,
+    "seed": 0,
+    "threads": 1,
+    "checkpoint_every": 1,
+}

@@ -1,0 +1,214 @@
+"""One MAP fit from a configuration to a run folder: what ``scripts/map_fit.py`` does.
+
+>>> from bora_pyro.config import MapFitConfig
+>>> config = MapFitConfig(output_dir="runs/speeches", tau=1000, epochs=4)
+>>> metrics = run_map_fit(config)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from bora_pyro.adapters import ADAPTERS, Adapter
+from bora_pyro.backbone import Backbone
+from bora_pyro.config import MapFitConfig
+from bora_pyro.data import TaskData, load_tasks
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.fit import Fitted, fit
+from bora_pyro.likelihoods import CausalLM
+from bora_pyro.model import BoRA
+from bora_pyro.peft_format import save_peft
+from bora_pyro.priors import prior_from_tau
+from bora_pyro.progress import Progress
+from bora_pyro.run_folder import RunFolder, task_slugs
+
+#: The adapter folder that holds Θ.
+GLOBAL_MEAN = "global-mean"
+
+
+def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Load, fit, evaluate, and leave a run folder.
+
+    Args:
+        config: the checked configuration.
+        quiet: show no progress and no notes.
+
+    Returns:
+        What ``metrics.json`` holds.
+
+    Raises:
+        InputError: something in the configuration or the data cannot be used. Nothing is written before the data, the
+            base model and the options have been found to fit together.
+    """
+    RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    backbone = Backbone.from_pretrained(
+        config.base_model,
+        targets=config.targets,
+        precision=getattr(torch, config.precision),
+        device=find_device(config.device),
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+    data = _load_data(config, backbone, quiet=quiet)
+    model = BoRA(
+        backbone,
+        len(data.tasks),
+        adapter=_adapter(config),
+        prior=prior_from_tau(config.tau, config.prior_form),
+        likelihood=CausalLM(config.likelihood_unit),
+        seed=config.seed,
+    )
+    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    folder.write_config(dataclasses.asdict(config))
+    folder.write_split(data.split_record)
+    fitted = _fit(config, model, data, folder, quiet=quiet)
+    return _write_results(config, fitted, data, folder)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` takes an accelerator where there is one.
+
+    Raises:
+        InputError: torch has no such device here.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} is not available here; use --device auto, or --device cpu") from error
+    return torch.device(name)
+
+
+def _adapter(config: MapFitConfig) -> Adapter:
+    if config.adapter not in ADAPTERS:
+        raise InputError(
+            f"adapter {config.adapter!r} is not known; it is one of {', '.join(ADAPTERS)}{nearest(config.adapter, ADAPTERS)}"
+        )
+    return ADAPTERS[config.adapter](rank=config.rank, alpha=config.alpha)
+
+
+def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool) -> TaskData:
+    max_tokens, notes = config.max_tokens, []
+    if backbone.context is not None and max_tokens > backbone.context:
+        notes.append(f"max_tokens {max_tokens} is more than the base model reads; {backbone.context} is used")
+        max_tokens = backbone.context
+    assert backbone.tokenizer is not None
+    data = load_tasks(
+        config.data,
+        backbone.tokenizer,
+        task_column=config.task_column,
+        text_column=config.text_column,
+        group_column=config.group_column,
+        split_column=config.split_column,
+        num_tasks=config.num_tasks,
+        max_tokens=max_tokens,
+        max_train_documents=config.max_train_documents,
+        max_eval_documents=config.max_eval_documents,
+        seed=config.seed,
+        small_tasks=config.small_tasks,
+    )
+    data.notes[:0] = notes
+    if not quiet:
+        for note in data.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return data
+
+
+def _fit(config: MapFitConfig, model: BoRA, data: TaskData, folder: RunFolder, *, quiet: bool) -> Fitted:
+    rate = config.learning_rate * (config.tau if config.scale_learning_rate_with_tau else 1.0)
+    bar = Progress(0, enabled=not quiet)
+
+    def show(report: dict[str, float]) -> None:
+        bar.total_steps = int(report["total"])
+        bar.update(
+            int(report["step"]),
+            loss=report["loss"],
+            tokens_per_second=report["training_tokens_per_second"],
+            epoch=int(report["epoch"]),
+            validation_perplexity=report.get("validation_perplexity"),
+        )
+
+    def record(report: dict[str, float]) -> None:
+        folder.log(report)
+        show(report)
+
+    with bar:
+        return fit(
+            model,
+            data,
+            epochs=config.epochs,
+            learning_rate=rate,
+            warmup=config.warmup,
+            token_budget=config.token_budget,
+            accumulate=config.accumulate,
+            gradient_clip=config.gradient_clip,
+            patience=config.patience,
+            seed=config.seed,
+            checkpoint=folder.checkpoints / "last.safetensors",
+            checkpoint_every=config.checkpoint_every,
+            on_step=show,
+            on_epoch=record,
+        )
+
+
+def _write_results(config: MapFitConfig, fitted: Fitted, data: TaskData, folder: RunFolder) -> dict[str, Any]:
+    model = fitted.model
+    theta, mean = fitted.weights()
+    slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
+    model.backbone.model.config.name_or_path = config.base_model
+    for d, name in enumerate(fitted.tasks):
+        save_peft(folder.adapters / slugs[name], model, {latent: value[d] for latent, value in theta.items()})
+    save_peft(folder.adapters / GLOBAL_MEAN, model, mean)
+    fixed = {f"fixed.{name}": value for name, value in model.fixed.items()}
+    folder.save_tensors(
+        "posterior", fitted.sites() | fixed, {"guide": "map", "tasks": json.dumps(fitted.tasks), "model": repr(model)}
+    )
+
+    scores = fitted.evaluate(data.test)
+    norms = fitted.deviation_norms()
+    best = fitted.history[fitted.best_epoch - 1] if fitted.best_epoch else {}
+    tasks = {
+        slugs[row["name"]]: row | {"train_documents": data.train.documents_per_task[d], "deviation_norm": float(norms[d])}
+        for d, row in enumerate(scores.pop("tasks"))
+    }
+    metrics = scores | {
+        "validation_perplexity": best.get("validation_perplexity"),
+        # JSON has no infinity: the limits are written as the command line takes them
+        "tau": config.tau if config.tau < float("inf") else "inf",
+        "learning_rate": config.learning_rate,
+        "epochs": len(fitted.history),
+        "best_epoch": fitted.best_epoch,
+        "fit_seconds": round(fitted.seconds, 2),
+        "training_tokens_per_second": _mean_speed(fitted, data),
+        "peak_memory_bytes": peak_memory_bytes(model.backbone.device),
+        "train_documents": data.train.num_documents,
+        "test_documents": data.test.num_documents,
+        "seed": config.seed,
+        "notes": data.notes,
+        "tasks": tasks,
+    }
+    folder.write_metrics(metrics)
+    return metrics
+
+
+def _mean_speed(fitted: Fitted, data: TaskData) -> float:
+    speeds = [entry["training_tokens_per_second"] for entry in fitted.history]
+    return round(sum(speeds) / len(speeds), 1) if speeds else 0.0
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that was held: of the accelerator where one is used, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

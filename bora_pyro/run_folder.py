@@ -1,0 +1,322 @@
+"""What a fit leaves on disk, and how it is found again.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = RunFolder.create(f"{folder}/run")
+    ...     run.write_config({"tau": 100.0})
+    ...     run.save_tensors("posterior", {"prior_mean": torch.zeros(2)}, {"adapter": "lora"})
+    ...     run.write_metrics({"test_perplexity": 20.2})
+    ...     found = RunFolder.open(f"{folder}/run")
+    ...     found.read_config()["tau"], found.read_metrics()["test_perplexity"], found.load_tensors("posterior")
+    (100.0, 20.2, {'prior_mean': tensor([0., 0.])})
+
+A run folder holds ``config.yaml`` (resolved), ``split.json`` (which documents are where), ``metrics.jsonl`` (a line a
+record), ``metrics.json`` (the result, written last), tensors as safetensors, ``checkpoints/`` and ``adapters/<task>/``.
+Nothing in it is pickled, and every file but the log is replaced in one piece, so that a killed run leaves no half file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bora_pyro.errors import InputError
+
+CONFIG, LOG, METRICS, SPLIT = "config.yaml", "metrics.jsonl", "metrics.json", "split.json"
+CHECKPOINTS, ADAPTERS = "checkpoints", "adapters"
+# The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
+_HEADER = "# bora_pyro run: the resolved configuration"
+# Letters that Unicode does not decompose into an ASCII letter and an accent.
+_FOLDS = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"})
+
+
+class RunFolder:
+    """The folder of one run. Make one by ``create`` (for a fit) or ``open`` (to read what a fit left)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @classmethod
+    def check(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Raise what ``create`` would raise, and leave the disk alone: for a look before the long work begins."""
+        try:
+            cls(Path(path))._entries(overwrite=overwrite, resume=resume)
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(path)  # what Path.exists passes over: a NUL byte, a file among the folders above
+            above = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, f"{above} is not a folder that can be written")
+        except (OSError, ValueError) as error:
+            raise _unusable(path, error) from None
+
+    @classmethod
+    def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
+        """Take a folder for a run; call it once the configuration is checked, for it is the first to touch the disk.
+
+        Args:
+            path: a folder that is missing or empty, or that holds a run where ``overwrite`` or ``resume`` is given.
+            overwrite: delete the run that is there. Only what a run writes is deleted, and only where nothing else is there.
+            resume: go on with the run that is there.
+
+        Raises:
+            InputError: the path is a file, holds something else, or cannot be written; or there is no run to resume.
+        """
+        run = cls(Path(path))
+        try:
+            names = run._entries(overwrite=overwrite, resume=resume)
+            run.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=run.path):  # finds out whether files can be written, also for root
+                pass
+            if resume:
+                run._drop_half_line()
+            else:
+                run._clear(names)
+        except (OSError, ValueError) as error:
+            raise _unusable(path, error) from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Find the run in an existing folder.
+
+        Raises:
+            InputError: there is no such folder, or no run in it.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"run folder {path} does not exist; give the --output_dir of a fit")
+        if not (path / CONFIG).is_file():
+            raise InputError(f"{path} is no run folder: it has no {CONFIG}; give the --output_dir of a fit")
+        run = cls(path)
+        run.read_config()
+        return run
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints; there once ``write_config`` was called."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def adapters(self) -> Path:
+        """The folder of the adapters in PEFT form, one folder a task; there once ``write_config`` was called."""
+        return self.path / ADAPTERS
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write ``config.yaml``, which makes the folder a run."""
+        text = f"{_HEADER}\n{yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}"
+        _replace(self.path / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self.checkpoints.mkdir(exist_ok=True)
+        self.adapters.mkdir(exist_ok=True)
+
+    def read_config(self) -> dict[str, Any]:
+        """The mapping in ``config.yaml``."""
+        file = self.path / CONFIG
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{file} cannot be read ({' '.join(str(error).split())}); fit again") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{file} holds no mapping; fit again")
+        return content
+
+    def write_split(self, split: Mapping[str, Any]) -> None:
+        """Write ``split.json``: which documents were trained on, validated on and tested on."""
+        self._write_json(SPLIT, split)
+
+    def read_split(self) -> dict[str, Any]:
+        """The mapping in ``split.json``."""
+        return self._read_json(SPLIT)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``; NaN and infinity, which JSON lacks, are written as null."""
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The records of ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
+        file = self.path / LOG
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        lines = text.split("\n")[:-1]  # what follows the last line's end is empty, or half a line
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}); fit again") from None
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write ``metrics.json``, which makes the run a finished one; NaN and infinity are written as null."""
+        self._write_json(METRICS, metrics)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The mapping in ``metrics.json``."""
+        if not (self.path / METRICS).is_file():
+            raise InputError(f"the run in {self.path} is not finished: it has no {METRICS}; finish it with --resume true")
+        return self._read_json(METRICS)
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        """Write ``<name>.safetensors``; a name such as ``checkpoints/epoch-3`` makes the folder it needs."""
+        # A copy each: the format refuses tensors that share memory, as slices of one stacked tensor do.
+        plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+        file = self._tensor_file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _replace(file, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of ``<name>.safetensors``, on the CPU."""
+        file = self._tensor_file(name)
+        try:
+            return dict(load_file(file))
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(file, error) from None
+
+    def load_metadata(self, name: str) -> dict[str, str]:
+        """The metadata that ``save_tensors`` was given."""
+        file = self._tensor_file(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return dict(opened.metadata() or {})
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(file, error) from None
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
+        _replace(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read ({error}); run the fit again with --resume true") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{file} holds no mapping; run the fit again with --resume true")
+        return content
+
+    def _tensor_file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+    def _entries(self, *, overwrite: bool, resume: bool) -> list[str]:
+        """The names in the folder, once it is clear that a run may go there."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output_dir {self.path} is a file; give another --output_dir")
+        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        if resume and CONFIG not in names:
+            raise InputError(f"output_dir {self.path} holds no run to resume; check the path, or leave --resume out to start one")
+        foreign = self._foreign(names)
+        if foreign and not (resume and self._is_ours()):
+            raise InputError(
+                f"output_dir {self.path} holds {foreign[0]!r}, which no run wrote; give another --output_dir, or move it away"
+            )
+        if names and not (overwrite or resume):
+            raise InputError(
+                f"output_dir {self.path} holds another run; give --overwrite true to replace it, --resume true to go on "
+                "with it, or another --output_dir"
+            )
+        return names
+
+    def _is_ours(self) -> bool:
+        file = self.path / CONFIG
+        return file.is_file() and file.read_bytes().startswith(_HEADER.encode())
+
+    def _foreign(self, names: list[str]) -> list[str]:
+        """The entries that no run wrote: all of them where ``config.yaml`` is not ours."""
+        if not self._is_ours():
+            return [name for name in names if not _is_temporary(name)]
+        ours = (CONFIG, LOG, METRICS, SPLIT, CHECKPOINTS, ADAPTERS)
+        return [n for n in names if not (n in ours or n.endswith(".safetensors") or _is_temporary(n))]
+
+    def _clear(self, names: list[str]) -> None:
+        """Delete a run's entries, ``config.yaml`` last: until then an interrupted deletion still looks like a run."""
+        for name in sorted(names, key=lambda name: name == CONFIG):
+            entry = self.path / name
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def _drop_half_line(self) -> None:
+        """Cut off what a killed run left of its last record, so that the next one starts on a line of its own."""
+        file = self.path / LOG
+        if file.exists():
+            content = file.read_bytes()
+            os.truncate(file, content.rfind(b"\n") + 1)
+
+
+def task_slugs(names: Iterable[str], *, reserved: Iterable[str] = ()) -> dict[str, str]:
+    """Folder names for tasks: safe on every file system, different for different tasks, readable.
+
+        >>> task_slugs(["Abid Q. Raja", "Børge Brende", "abid q raja", "東京"])
+        {'Abid Q. Raja': 'abid-q-raja', 'Børge Brende': 'borge-brende', 'abid q raja': 'abid-q-raja-2', '東京': 'task'}
+
+    Args:
+        names: the tasks' names; the order decides which of two equal slugs gets a number.
+        reserved: slugs that no task may get.
+    """
+    slugs: dict[str, str] = {}
+    used = set(reserved)
+    for name in names:
+        if name in slugs:
+            continue
+        folded = unicodedata.normalize("NFKD", name.casefold().translate(_FOLDS))
+        letters = "".join(letter for letter in folded if not unicodedata.combining(letter))
+        base = re.sub(r"[^a-z0-9]+", "-", letters.lower()).strip("-")[:80].strip("-") or "task"
+        slug, number = base, 1
+        while slug in used:
+            number += 1
+            slug = f"{base[: 80 - len(f'-{number}')].rstrip('-')}-{number}"
+        used.add(slug)
+        slugs[name] = slug
+    return slugs
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file, then put it in the file's place in one step."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unusable(path: str | Path, error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    return InputError(
+        f"output_dir {path} cannot be written ({getattr(error, 'strerror', None) or error}); give another --output_dir"
+    )
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    if not file.exists():
+        return InputError(f"{file} does not exist; the run may not have come so far")
+    return InputError(f"{file} is damaged ({' '.join(str(error).split())}); run the fit again")

@@ -1,0 +1,34 @@
+"""Fit BoRA by MAP: one frozen language model, an adapter for each task, all under one hierarchical Normal.
+
+    python scripts/map_fit.py --data speeches.csv --base_model facebook/opt-350m --tau 100 --output_dir runs/speeches
+
+Every option: ``python scripts/map_fit.py --help``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import transformers
+
+from bora_pyro.config import MapFitConfig, parse_config
+from bora_pyro.errors import InputError
+from bora_pyro.map_run import run_map_fit
+from bora_pyro.progress import print_table
+
+
+def main(argv: list[str]) -> int:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = parse_config(MapFitConfig, argv, prog="map_fit.py")
+        metrics = run_map_fit(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_table(metrics)
+    print(f"run folder: {config.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
