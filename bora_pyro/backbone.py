@@ -206,8 +206,8 @@ def _hook(change: Change, slot: Slot, layer: int, shape: torch.Size) -> Callable
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # OPT flattens (rows, tokens) before its feed-forward layers
-        x = args[0].view(rows, tokens, -1)
-        return output + change(slot, layer, x).view(output.shape)
+        x = args[0].reshape(rows, tokens, -1)
+        return output + change(slot, layer, x).reshape(output.shape)
 
     return add
 
@@ -245,7 +245,8 @@ def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = Non
         targets = [targets]
     chosen: dict[str, None] = {}
     for target in targets:
-        matching = [kind for kind in kinds if kind == target or kind.endswith("." + target)]
+        # with and without the stars: a short name may reach across a list of layers ("experts.up_proj")
+        matching = [kind for kind in kinds if any(f".{path}".endswith(f".{target}") for path in (kind, kind.replace(".*", "")))]
         if not matching:
             valid = sorted({*names.values(), "all-linear"})
             raise InputError(

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
@@ -48,9 +49,15 @@ class Prior(ABC):
         """Θ of the latent ``name``, (layers, *shape), given the values of the sites and θ."""
 
 
-def _flat(start: Tensor) -> dist.TorchDistribution:
+def _flat(start: Tensor, event_dim: int) -> dist.TorchDistribution:
     # The improper p(Θ) ∝ 1. The masked Normal has log-density 0 everywhere; its mean is where inference starts.
-    return dist.Normal(start, 1.0).to_event(start.dim()).mask(False)
+    # A clone: a guide that begins at the mean (Pyro's init_to_mean) must not optimise the model's own start in place.
+    return dist.Normal(start.clone(memory_format=torch.contiguous_format), 1.0).to_event(event_dim).mask(False)
+
+
+def _copies(value: Tensor, start: Tensor, tasks: pyro.plate) -> Tensor:
+    # D copies and no expanded view, whose entries an optimiser would update together: the same guides make parameters of it
+    return value.expand(tasks.size, *start.shape).contiguous()
 
 
 class HierarchicalNormal(Prior):
@@ -75,12 +82,13 @@ class HierarchicalNormal(Prior):
         self.tau, self.form = float(tau), form
 
     def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
-        prior_mean = pyro.sample(f"prior_mean.{name}", _flat(start))
+        prior_mean = pyro.sample(f"prior_mean.{name}", _flat(start, start.dim()))
         site = f"theta.{name}"
+        mean = prior_mean if self.form == "noncentered" else _copies(prior_mean, start, tasks)
         whitened = poutine.reparam(config={site: LocScaleReparam(0.0)}) if self.form == "noncentered" else nullcontext()
         # the reparametrisation goes outside the plate: it hands the site to guide initialisers, which must see D tasks
         with whitened, tasks:
-            return pyro.sample(site, dist.Normal(prior_mean, self.tau**-0.5).to_event(start.dim()))
+            return pyro.sample(site, dist.Normal(mean, self.tau**-0.5).to_event(start.dim()))
 
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
@@ -95,7 +103,7 @@ class Independent(Prior):
 
     def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
         with tasks:
-            return pyro.sample(f"theta.{name}", _flat(start))
+            return pyro.sample(f"theta.{name}", _flat(_copies(start, start, tasks), start.dim()))
 
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return theta.mean(0)
@@ -108,7 +116,7 @@ class Pooled(Prior):
     """θ_d = Θ with p(Θ) ∝ 1, one adapter for all tasks: the limit τ → ∞."""
 
     def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
-        prior_mean = pyro.sample(f"prior_mean.{name}", _flat(start))
+        prior_mean = pyro.sample(f"prior_mean.{name}", _flat(start, start.dim()))
         return prior_mean.expand(tasks.size, *start.shape)
 
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:

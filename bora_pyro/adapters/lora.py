@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class LoRA(Adapter):
         alpha: α; the change is scaled by α/r. Default: the rank, so that the scale is 1.
 
     Raises:
-        InputError: a rank below 1, an alpha that is not positive.
+        InputError: a rank below 1, an alpha that is not positive and finite.
     """
 
     rank: int = 8
@@ -37,8 +38,10 @@ class LoRA(Adapter):
             raise InputError(f"rank {self.rank} is not allowed; a LoRA rank is 1 or more, the nearest valid value is 1")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        if not self.scaling > 0:
-            raise InputError(f"alpha {self.alpha} is not allowed; it must be positive, the usual value is the rank ({self.rank})")
+        if not 0 < self.scaling < math.inf:
+            raise InputError(
+                f"alpha {self.alpha} is not allowed; it must be positive and finite, the usual value is the rank ({self.rank})"
+            )
 
     @property
     def scaling(self) -> float:
