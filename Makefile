@@ -26,6 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## fit the embedded base model to the embedded data, into runs/demo
 	$(BIN)/python scripts/map_fit.py --output_dir runs/demo --overwrite true
 
+# the tests' models are tiny: a second thread would only wait for the first
+test: export OMP_NUM_THREADS := 1
 test: setup  ## run the tests and the docstrings' snippets (ARGS="-k config" passes options on)
 	$(BIN)/python -m pytest $(ARGS)
 
