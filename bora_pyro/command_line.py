@@ -47,6 +47,8 @@ def option(default: T, help: str, *, group: str = "options", choices: Sequence[s
         expects: what is allowed, in words, where the type alone does not say it.
     """
     metadata = {"help": help, "group": group, "choices": tuple(choices), "expects": expects}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
     return dataclasses.field(default=default, metadata=metadata)
 
 

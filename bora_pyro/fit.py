@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,14 +246,15 @@ class _Loop:
                 report |= {"step": step + 1, "loss": -log_likelihood / tokens, "objective": losses / (number + 1)}
                 report |= {"learning_rate": rate, "training_tokens_per_second": tokens / (time.perf_counter() - start)}
                 if on_step:
-                    on_step(report)
+                    on_step(dict(report))
         self.epoch += 1
         return report
 
     def _backward(self, batch: Batch, members: int, *, validate: bool) -> float:
         """Add a batch's gradient of −ELBO a training token; returns its part of the loss."""
         # Pyro checks shapes and supports in the first step; the others need it not
-        with pyro.validation_enabled(validate):
+        with pyro.validation_enabled(validate), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # an error, in _step
             loss = self.elbo.differentiable_loss(self.model, self.guide, batch) / (self.data.train.num_tokens * members)
         loss.backward()
         return loss.item()
@@ -260,17 +262,19 @@ class _Loop:
     def _step(self, rate: float, loss: float, step: int) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.gradient_clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.restore_best()
-            raise NonFiniteLossError(
-                f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1}); the state of epoch "
-                f"{self.fitted.best_epoch} is kept. Use a smaller --learning_rate (now {self.learning_rate:g}; try {self.learning_rate / 3:.1g}), "
-                "or --precision float32",
-                self.fitted,
-            )
+            raise self._non_finite(f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1})")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _non_finite(self, what: str) -> NonFiniteLossError:
+        self.restore_best()
+        return NonFiniteLossError(
+            f"{what}; the state of epoch {self.fitted.best_epoch} is kept. Use a smaller --learning_rate "
+            f"(now {self.learning_rate:g}; try {self.learning_rate / 3:.1g}), or --precision float32",
+            self.fitted,
+        )
 
     def keep_best(self, report: dict[str, float]) -> None:
         """Measure the validation perplexity; keep the state if it is the lowest so far."""
@@ -278,6 +282,8 @@ class _Loop:
         if self.data.validation.num_tokens:
             (scores,) = evaluate(self.model, self.data.validation, self.fitted.weights()[0])
             perplexity = report["validation_perplexity"] = scores.perplexity() or math.inf
+            if math.isnan(perplexity):
+                raise self._non_finite(f"the validation perplexity is not a number after epoch {self.epoch}")
         if perplexity < self.best:
             self.best, self.best_state, self.fitted.best_epoch = perplexity, self._copy(), self.epoch
 
@@ -294,9 +300,9 @@ class _Loop:
     def load(self, file: Path) -> None:
         """Go on from a checkpoint."""
         tensors, progress = load_checkpoint(file)
-        if {name: value.shape for name, value in tensors["parameters"].items()} != {
-            n: v.shape for n, v in self.parameters.items()
-        }:
+        shapes = {name: value.shape for name, value in self.parameters.items()}
+        found = [{name: value.shape for name, value in tensors.get(group, {}).items()} for group in ("parameters", "best")]
+        if found != [shapes, shapes]:
             raise InputError(
                 f"checkpoint {str(file)!r} is of another model (other tasks, rank, targets or prior); "
                 "give the options of the run that it belongs to, or start afresh with --overwrite true"
@@ -325,4 +331,4 @@ def _schedule(step: int, total: int, warmup: float) -> float:
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
-    return seed * 100_003 + epoch
+    return (seed * 100_003 + epoch) % 2**32  # NumPy, which Pyro seeds too, takes no larger one

@@ -17,7 +17,7 @@ import torch
 
 from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone import Backbone
-from bora_pyro.config import MapFitConfig
+from bora_pyro.config import DATA, MODEL, PRIOR, MapFitConfig
 from bora_pyro.data import TaskData, load_tasks
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import Fitted, fit
@@ -47,6 +47,8 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
             base model and the options have been found to fit together.
     """
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    if config.resume:
+        _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     backbone = Backbone.from_pretrained(
@@ -67,10 +69,22 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
         seed=config.seed,
     )
     folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    folder.write_config(dataclasses.asdict(config))
+    # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
+    folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
     folder.write_split(data.split_record)
     fitted = _fit(config, model, data, folder, quiet=quiet)
     return _write_results(config, fitted, data, folder)
+
+
+def _check_same_fit(config: MapFitConfig, stored: dict[str, Any]) -> None:
+    """Refuse to go on with a run on other data, another model or another prior; how it is optimised may change."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if (field.metadata["group"] in (DATA, MODEL, PRIOR) or name == "seed") and value != stored.get(name, value):
+            raise InputError(
+                f"{name} is {value!r}, but the run in {config.output_dir} has {stored[name]!r}; resume it with "
+                f"--config {config.output_dir}/config.yaml --resume true, or give another --output_dir"
+            )
 
 
 def find_device(name: str) -> torch.device:
@@ -139,6 +153,7 @@ def _fit(config: MapFitConfig, model: BoRA, data: TaskData, folder: RunFolder, *
         )
 
     def record(report: dict[str, float]) -> None:
+        folder.cut_log(int(report["epoch"]) - 1)
         folder.log(report)
         show(report)
 

@@ -150,6 +150,13 @@ class RunFolder:
         with (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
 
+    def cut_log(self, records: int) -> None:
+        """Keep the first ``records`` lines of ``metrics.jsonl``: a run resumed from a checkpoint repeats what came after it."""
+        file = self.path / LOG
+        if file.exists():
+            lines = file.read_bytes().splitlines(keepends=True)
+            os.truncate(file, sum(len(line) for line in lines[:records]))
+
     def read_log(self) -> list[dict[str, Any]]:
         """The records of ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
         file = self.path / LOG

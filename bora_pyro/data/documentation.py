@@ -38,7 +38,10 @@ def read_docstrings(package: str, *, min_characters: int = 80) -> Iterator[dict[
     Raises:
         InputError: the package is not installed.
     """
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a dotted name is looked for in its parent
+        spec = None
     if spec is None or spec.origin is None:
         raise InputError(f"package {package!r} is not installed; install it with: pip install {package}")
     origin = Path(spec.origin)

@@ -1,0 +1,114 @@
+"""A tiny base model saved with its tokenizer, toy tasks that contradict each other, and the script's ``main``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from bora_pyro import Backbone, BoRA, LoRA, TaskData
+from bora_pyro.data import TokenSplit
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TOKENS = 12  # of the toy tasks, the start included
+
+WORDS = {
+    "Ada": ["red", "green", "blue", "grey"],
+    "Børge B.": ["one", "two", "three", "four"],
+    "Cleo": ["north", "east", "south", "west"],
+}
+
+
+def opt_model(*, vocabulary=TOKENS, context=32, pad_token_id=1, seed=0, width=16):
+    """An OPT of two layers with random weights."""
+    config = OPTConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=context,
+        dropout=0.0,
+        init_std=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return OPTForCausalLM(config).eval()
+
+
+def save_base(folder, *, context=32, pad=True):
+    """A tiny OPT and a byte-level BPE tokenizer trained on the toy documents, as ``save_pretrained`` leaves them."""
+    special = ["</s>", "<pad>"] if pad else ["</s>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(documents()["text"], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="</s>", eos_token="</s>", **({"pad_token": "<pad>"} if pad else {})
+    )
+    tokenizer.save_pretrained(folder)
+    model = opt_model(vocabulary=len(tokenizer), context=context, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def documents(tasks=tuple(WORDS), *, number=10, words=6, seed=0):
+    """A table of different short documents; each task has its own words."""
+    generator = np.random.default_rng(seed)
+    rows = [
+        {"task": task, "text": f"{n} " + " ".join(generator.choice(WORDS.get(task, WORDS["Ada"]), words))}
+        for task in tasks
+        for n in range(number)
+    ]
+    return pd.DataFrame(rows)
+
+
+def write_table(path, table=None):
+    (documents() if table is None else table).to_csv(path, index=False)
+    return str(path)
+
+
+def script_main(name="map_fit"):
+    """``main`` of a script, which is no package member."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def toy_split(counts, *, seed, length=9, noise=0.1):
+    """Documents that walk round a circle of tokens: each task has its own step, so that the tasks contradict each other."""
+    generator = np.random.default_rng(seed)
+    circle = TOKENS - 2  # tokens 2, 3, ... ; 0 starts, 1 pads
+    rows, tasks = [], []
+    for task, count in enumerate(counts):
+        for _ in range(count):
+            place, document = generator.integers(circle), [0]
+            for _ in range(generator.integers(3, length)):
+                document.append(2 + int(place))
+                place = generator.integers(circle) if generator.random() < noise else (place + 1 + 2 * task) % circle
+            rows.append(document)
+            tasks.append(task)
+    return TokenSplit.from_documents(rows, task=tasks, num_tasks=len(counts), pad_token_id=1)
+
+
+def toy_data(train=(24, 12, 24), *, validation=(8, 8, 8), test=(8, 8, 8), length=9):
+    splits = (toy_split(counts, seed=seed, length=length) for seed, counts in enumerate((train, validation, test)))
+    return TaskData([f"step {1 + 2 * d}" for d in range(len(train))], *splits)
+
+
+def toy_model(*, rank=4, tasks=3, **options):
+    """BoRA on a tiny base that knows nothing."""
+    options = {"adapter": LoRA(rank=rank)} | options
+    return BoRA(Backbone(opt_model(), targets=["v_proj", "fc2"]), tasks, **options)
