@@ -1,4 +1,4 @@
-"""The frozen causal language model: its target layers, and its logits with something added to their outputs.
+"""The frozen causal language model: its target layers, and its logits with their outputs changed.
 
     >>> from bora_pyro import Backbone
     >>> backbone = Backbone.from_pretrained("builtin:nano", targets=["q_proj", "v_proj"])
@@ -6,7 +6,7 @@
     [('q_proj', 4, 256, 256), ('v_proj', 4, 256, 256)]
 
 The backbone knows neither adapters nor priors. It groups the linear layers that are to be adapted into *slots* (one slot
-a kind of layer, stacked over the depth of the model), and while it runs it asks a callable what to add to each of them.
+a kind of layer, stacked over the depth of the model). While it runs, a callable may change the output of each of them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ USUAL_TARGETS = {
 }
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
-#: ``change(slot, layer, x)``: what is added to the output of one linear layer; x: (rows, tokens, in_features).
-Change = Callable[["Slot", int, Tensor], Tensor]
+#: ``change(slot, layer, x, output)``: the changed output of one linear layer, (rows, tokens, out_features), given its input,
+#: (rows, tokens, in_features), and its own output.
+Change = Callable[["Slot", int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Backbone:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def logits(self, input_ids: Tensor, change: Change | None = None, *, attention_mask: Tensor | None = None) -> Tensor:
-        """Next-token logits (rows, tokens, vocabulary), with ``change`` added to the output of every target layer.
+        """Next-token logits (rows, tokens, vocabulary), with ``change`` made to the output of every target layer.
 
         Rows that are padded on the right need no ``attention_mask``: attention is causal, so no token sees the padding
         behind it, and without a mask attention takes its fast path.
@@ -162,7 +163,7 @@ class Backbone:
 
     @contextmanager
     def _changed(self, paths: Sequence[str], change: Change, shape: torch.Size) -> Iterator[None]:
-        """Forward hooks that add ``change`` to the outputs of the modules at ``paths``."""
+        """Forward hooks that make ``change`` to the outputs of the modules at ``paths``."""
         wanted = set(paths)
         handles = [
             self._modules[path].register_forward_hook(_hook(change, slot, layer, shape))
@@ -204,12 +205,12 @@ class Backbone:
 def _hook(change: Change, slot: Slot, layer: int, shape: torch.Size) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     rows, tokens = shape
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # OPT flattens (rows, tokens) before its feed-forward layers
         x = args[0].reshape(rows, tokens, -1)
-        return output + change(slot, layer, x).reshape(output.shape)
+        return change(slot, layer, x, output.reshape(rows, tokens, -1)).reshape(output.shape)
 
-    return add
+    return hook
 
 
 def _linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -24,7 +24,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoDelta, AutoGuide
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bora_pyro.checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
@@ -51,7 +53,7 @@ class Fitted:
     Attributes:
         model, guide: what was fitted.
         tasks: names of the tasks; the position is the task's index d.
-        history: one entry an epoch (loss in nats a training token, validation perplexity, tokens a second, ...).
+        history: one entry an epoch (loss in nats a training observation, validation perplexity, tokens a second, ...).
         best_epoch: the epoch whose state was kept; 0 is the start.
         seconds: time in training steps and validation.
     """
@@ -119,8 +121,8 @@ def fit(
 ) -> Fitted:
     """Fit a guide to the model by stochastic variational inference with AdamW.
 
-    The objective is −ELBO in nats a training token, estimated without bias from each batch. AdamW's weight decay is 0: it
-    would be a second prior, around 0.
+    The objective is −ELBO in nats a training observation (a token or a document, as the likelihood says), estimated without
+    bias from each batch. AdamW's weight decay is 0: it would be a second prior, around 0.
 
     Args:
         model: the BoRA model.
@@ -132,7 +134,7 @@ def fit(
         warmup: fraction of the steps over which the rate rises to its peak; a cosine takes it to 0 afterwards.
         token_budget: tokens of a batch, padding included.
         accumulate: batches whose gradients are averaged for one step.
-        gradient_clip: largest norm of the gradient over all parameters (nats a training token); inf clips nothing.
+        gradient_clip: largest norm of the gradient over all parameters (nats a training observation); inf clips nothing.
         patience: stop after that many epochs without a better validation perplexity; 0 never stops early.
         seed: of the order of the documents and of the guide's draws.
         checkpoint: a file that holds the loop's state; where it exists, the fit goes on from it.
@@ -183,6 +185,17 @@ class _MeanFieldELBO(TraceMeanField_ELBO):
 
     log_likelihood: Tensor
 
+    def _get_trace(self, model: BoRA, guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        # Where Pyro validates, it takes the densities of all sites; the ELBO of point masses needs those of the observed ones
+        # only, for the rest it has KL terms. With millions of latents that is most of a step's overhead.
+        if is_validation_enabled() or not isinstance(guide, AutoDelta):
+            return super()._get_trace(model, guide, args, kwargs)
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        model_trace = prune_subsample_sites(model_trace)
+        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
+        return model_trace, prune_subsample_sites(guide_trace)
+
     def _differentiable_loss_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[float, Tensor]:
         self.log_likelihood = sum(model_trace.nodes[name]["log_prob_sum"].detach() for name in model_trace.observation_nodes)
         return super()._differentiable_loss_particle(model_trace, guide_trace)
@@ -210,6 +223,7 @@ class _Loop:
         self.token_budget, self.accumulate = token_budget, accumulate
         self.device = model.backbone.device
         self.elbo = _MeanFieldELBO()
+        self.observations = model.likelihood.observations(data.train.num_documents, data.train.num_tokens)
         batches = self._batches(0)
         with torch.no_grad(), poutine.seed(rng_seed=seed):
             guide(batches[0].to(self.device))  # creates the guide's parameters
@@ -218,7 +232,8 @@ class _Loop:
         self.steps_per_epoch = math.ceil(len(batches) / accumulate)
         self.total_steps = self.steps_per_epoch * epochs
         self.fitted = Fitted(model, guide, data.tasks)
-        self.epoch, self.best, self.best_state = 0, math.inf, self._copy()
+        self.epoch = 0
+        self.best, self.best_state = self._validation_perplexity(), self._copy()
 
     def _batches(self, epoch: int) -> Sequence[Batch]:
         # the order of an epoch depends on the seed and the epoch alone: a resumed fit sees the same batches
@@ -229,7 +244,7 @@ class _Loop:
         batches = self._batches(self.epoch)
         steps = [range(i, min(i + self.accumulate, len(batches))) for i in range(0, len(batches), self.accumulate)]
         report: dict[str, float] = {"epoch": self.epoch + 1, "total": self.total_steps}
-        losses, log_likelihood, tokens, start = 0.0, 0.0, 0, time.perf_counter()
+        losses, log_likelihood, documents, tokens, start = 0.0, 0.0, 0, 0, time.perf_counter()
         with poutine.seed(rng_seed=_epoch_seed(self.seed, self.epoch)):
             for number, members in enumerate(steps):
                 step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
@@ -240,10 +255,15 @@ class _Loop:
                     loss += self._backward(batch.to(self.device), len(members), validate=step == 0)
                     # what the batch itself has: the scale to all documents taken off again
                     log_likelihood += self.elbo.log_likelihood.item() / batch.scale
+                    documents += len(batch.task)
                     tokens += int(batch.attention_mask.sum()) - len(batch.task)
                 self._step(rate, loss, step)
                 losses += loss
-                report |= {"step": step + 1, "loss": -log_likelihood / tokens, "objective": losses / (number + 1)}
+                report |= {
+                    "step": step + 1,
+                    "loss": -log_likelihood / self.model.likelihood.observations(documents, tokens),
+                    "objective": losses / (number + 1),
+                }
                 report |= {"learning_rate": rate, "training_tokens_per_second": tokens / (time.perf_counter() - start)}
                 if on_step:
                     on_step(dict(report))
@@ -251,11 +271,11 @@ class _Loop:
         return report
 
     def _backward(self, batch: Batch, members: int, *, validate: bool) -> float:
-        """Add a batch's gradient of −ELBO a training token; returns its part of the loss."""
+        """Add a batch's gradient of −ELBO a training observation; returns its part of the loss."""
         # Pyro checks shapes and supports in the first step; the others need it not
         with pyro.validation_enabled(validate), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # an error, in _step
-            loss = self.elbo.differentiable_loss(self.model, self.guide, batch) / (self.data.train.num_tokens * members)
+            loss = self.elbo.differentiable_loss(self.model, self.guide, batch) / (self.observations * members)
         loss.backward()
         return loss.item()
 
@@ -276,14 +296,20 @@ class _Loop:
             self.fitted,
         )
 
+    def _validation_perplexity(self) -> float:
+        if not self.data.validation.num_tokens:
+            return -float(self.epoch)  # with nothing to choose by, the last epoch counts as the best
+        (scores,) = evaluate(self.model, self.data.validation, self.fitted.weights()[0])
+        perplexity = scores.perplexity()
+        return math.inf if perplexity is None else perplexity
+
     def keep_best(self, report: dict[str, float]) -> None:
-        """Measure the validation perplexity; keep the state if it is the lowest so far."""
-        perplexity = -float(self.epoch)  # with nothing to choose by, the last epoch counts as the best
+        """Measure the validation perplexity; keep the state if it is the lowest so far, the start included."""
+        perplexity = self._validation_perplexity()
+        if math.isnan(perplexity):
+            raise self._non_finite(f"the validation perplexity is not a number after epoch {self.epoch}")
         if self.data.validation.num_tokens:
-            (scores,) = evaluate(self.model, self.data.validation, self.fitted.weights()[0])
-            perplexity = report["validation_perplexity"] = scores.perplexity() or math.inf
-            if math.isnan(perplexity):
-                raise self._non_finite(f"the validation perplexity is not a number after epoch {self.epoch}")
+            report["validation_perplexity"] = perplexity
         if perplexity < self.best:
             self.best, self.best_state, self.fitted.best_epoch = perplexity, self._copy(), self.epoch
 

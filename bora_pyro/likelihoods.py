@@ -27,6 +27,9 @@ class Likelihood(Protocol):
     def __call__(self, logits: Tensor, batch: Batch) -> None:
         """Add the observed sites of ``batch`` to the model; logits: (rows, tokens, vocabulary)."""
 
+    def observations(self, documents: int, tokens: int) -> int:
+        """How many observations so many documents with so many predicted tokens are: the unit of the reported loss."""
+
 
 class NextTokens(TorchDistribution):
     """The distribution of documents under next-token logits: log p(w) = Σ_i log LLM(w_{i+1} | w_{1:i}) (equation 2).
@@ -58,11 +61,12 @@ class NextTokens(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         rows, tokens, vocabulary = self.logits.shape
-        targets = value[:, 1:].reshape(-1)
+        # the labels are shifted and not the logits: a slice of the logits would be copied, and so would its gradient
+        targets = F.pad(value[:, 1:], (0, 1), value=IGNORED)
         loss = F.cross_entropy(
-            self.logits[:, :-1].reshape(-1, vocabulary).float(), targets, ignore_index=IGNORED, reduction="none"
+            self.logits.reshape(-1, vocabulary).float(), targets.reshape(-1), ignore_index=IGNORED, reduction="none"
         )
-        log_likelihood = -loss.view(rows, tokens - 1).sum(-1)
+        log_likelihood = -loss.view(rows, tokens).sum(-1)
         if self.per_token:
             log_likelihood = log_likelihood / (value[:, 1:] != IGNORED).sum(-1).clamp(min=1)
         return log_likelihood
@@ -88,6 +92,9 @@ class CausalLM:
         # batch.scale makes the sum over the batch an unbiased estimate of the sum over all documents
         with pyro.plate("documents", len(batch.labels), dim=-1), poutine.scale(scale=batch.scale):
             pyro.sample("tokens", NextTokens(logits, per_token=self.unit == "documents"), obs=batch.labels)
+
+    def observations(self, documents: int, tokens: int) -> int:
+        return tokens if self.unit == "tokens" else documents
 
     def __repr__(self) -> str:
         return f"CausalLM(unit={self.unit!r})"

@@ -84,14 +84,14 @@ class BoRA:
         return self.backbone.logits(batch.input_ids, None if weights is None else self.change(weights, batch.task))
 
     def change(self, weights: Weights, task: Tensor) -> Change:
-        """What the adapters of the tasks ``task`` (rows,) add to the outputs of the backbone's layers."""
+        """How the adapters of the tasks ``task`` (rows,) change the outputs of the backbone's layers."""
         # one gather a latent for all layers: its backward pass is one scatter, not one a layer
         rows = {name: value.index_select(0, task).unbind(1) for name, value in weights.items()}
         names = {slot.name: [*self.adapter.latents(slot)] for slot in self.backbone.slots}
 
-        def change(slot: Slot, layer: int, x: Tensor) -> Tensor:
+        def change(slot: Slot, layer: int, x: Tensor, output: Tensor) -> Tensor:
             tensors = {name: rows[f"{slot.name}.{name}"][layer] for name in names[slot.name]}
-            return self.adapter.output(x, tensors | self.fixed_of(slot, layer))
+            return self.adapter.add(output, x, tensors | self.fixed_of(slot, layer))
 
         return change
 

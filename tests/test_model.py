@@ -148,9 +148,9 @@ def fitted_by_torch(model, batch, rows):
     factors = {name: start.clone().requires_grad_() for name, start in model.starts.items()}
     optimizer = torch.optim.AdamW(factors.values(), lr=RATE, weight_decay=0.0)
 
-    def change(slot, layer, x):
+    def change(slot, layer, x, output):
         a, b = factors[f"{slot.name}.lora_A"][layer], factors[f"{slot.name}.lora_B"][layer]
-        return 1.5 * x @ a.T @ b.T
+        return output + 1.5 * x @ a.T @ b.T
 
     for _ in range(STEPS):
         logits = model.backbone.logits(batch.input_ids[rows], change)

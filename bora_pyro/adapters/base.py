@@ -67,6 +67,16 @@ class Adapter(ABC):
             (rows, tokens, out_features) in the precision of ``x``.
         """
 
+    def add(self, output: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The changed output of the layer; an adapter that can do both in one pass overrides this.
+
+        Args:
+            output: the layer's own output (rows, tokens, out_features).
+            x: the layer's input.
+            tensors: as for :meth:`output`.
+        """
+        return output + self.output(x, tensors)
+
     def lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same change as LoRA matrices ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r), for export.
 
