@@ -220,3 +220,57 @@ def test_empty_evaluation_splits():
     data = load(table_rows("ab"), fractions=(1, 0, 0))
     assert (len(data.train), len(data.validation), len(data.test)) == (20, 0, 0)
     assert data.notes == ["2 tasks have no validation and no test documents: 'a', 'b'"]
+
+
+class CountingTokenizer:
+    """Passes everything on to a tokenizer, and counts how often it is asked to read texts."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        return self.tokenizer(*args, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __len__(self):
+        return len(self.tokenizer)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return tmp_path / "bora_pyro"
+
+
+def test_the_same_texts_are_tokenised_once(cache):
+    first, second = CountingTokenizer(word_tokenizer()), CountingTokenizer(word_tokenizer())
+    documents, _ = encode(["red green", "blue"], first)
+    assert first.calls == 1
+    assert encode(["red green", "blue"], second)[0] == documents
+    assert second.calls == 0
+    assert len(list(cache.glob("*.arrow"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "tokenizer"),
+    [
+        (["red greenblue", ""], {}, {}),  # the same letters, other documents
+        (["red green", "blue"], {"max_tokens": 3}, {}),
+        (["red green", "blue"], {}, {"eos": False}),
+        (["red green", "blue"], {}, {"template": "<s> $A"}),
+    ],
+)
+def test_other_texts_limits_or_tokenizers_are_tokenised_anew(cache, texts, options, tokenizer):
+    encode(["red green", "blue"], word_tokenizer())
+    counting = CountingTokenizer(word_tokenizer(**tokenizer))
+    encode(texts, counting, **options)
+    assert counting.calls == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    assert encode(["red green"], word_tokenizer())[0] == [[START, RED, GREEN, END]]

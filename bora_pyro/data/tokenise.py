@@ -2,23 +2,29 @@
 
 Every document becomes ``start, text..., end``: the start (bos, or eos where the tokenizer has no bos) makes the first token of
 the text a predicted one, the end (eos) makes the model say where a document stops. A document that is too long is cut and
-has no end.
+has no end. The tokens are kept in the cache of ``datasets``, by the texts and the tokenizer that they come from.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.batches import TokenSplit
 from bora_pyro.errors import InputError
+
+# Changes with what `tokenise` makes of a text, so that no older cache is read.
+_FORM = 1
 
 
 class Tokenised(NamedTuple):
@@ -58,14 +64,16 @@ def tokenise(
             "cut": datasets.Value("bool"),
         }
     )
+    # A fingerprint of our own: datasets would hash the tokenizer, whose state changes with every call.
+    fingerprint = _fingerprint(dataset, tokenizer, max_tokens)
     with _without_progress_bars():
-        # A fingerprint of our own: datasets would hash the tokenizer, whose state changes with every call.
         encoded = dataset.map(
             encode,
             batched=True,
             remove_columns=dataset.column_names,
             features=features,
-            new_fingerprint=Hasher.hash([dataset._fingerprint, tokenizer.name_or_path, len(tokenizer), max_tokens]),
+            new_fingerprint=fingerprint,
+            cache_file_name=_cache_file(fingerprint),
         )
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if not len(encoded):  # map gives an empty table no columns
@@ -82,6 +90,34 @@ def tokenise(
         pad_token_id=pad,
     )
     return Tokenised(split, num_cut=sum(columns.column("cut").to_pylist()), num_dropped=len(dataset) - len(encoded))
+
+
+def _fingerprint(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
+    """What the tokens depend on: the texts and their tasks, the tokenizer's rules, the longest document."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # of the last call
+    else:
+        rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    digest = hashlib.sha256(json.dumps([_FORM, max_tokens, tokenizer.bos_token_id, tokenizer.eos_token_id, rules]).encode())
+    for column in ("task", "text"):
+        for cell in dataset[column][:]:
+            digest.update(f"{len(cell)} {cell}".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def _cache_file(fingerprint: str) -> str | None:
+    """Where the tokens are kept for the next run, beside the other caches of ``datasets``; None where nothing can be kept."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "bora_pyro"
+    if not datasets.is_caching_enabled():
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError:
+        return None
+    return str(folder / f"{fingerprint}.arrow")
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Callable[[dict[str, list[str]]], dict[str, list[Any]]]:

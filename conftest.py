@@ -1,0 +1,16 @@
+"""Settings of the whole test run, docstring snippets included."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokens are cached in a folder of this run: no test finds those of an earlier one."""
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
+    yield datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = before
