@@ -55,6 +55,7 @@ class Fitted:
         tasks: names of the tasks; the position is the task's index d.
         history: one entry an epoch (loss in nats a training observation, validation perplexity, tokens a second, ...).
         best_epoch: the epoch whose state was kept; 0 is the start.
+        validation_perplexity: of the state that was kept; None where there is no validation document.
         seconds: time in training steps and validation.
     """
 
@@ -63,6 +64,7 @@ class Fitted:
     tasks: list[str]
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
+    validation_perplexity: float | None = None
     seconds: float = 0.0
 
     def sites(self) -> dict[str, Tensor]:
@@ -169,7 +171,8 @@ def fit(
     start = time.perf_counter() - fitted.seconds
     while loop.epoch < epochs and not (patience and loop.epoch - fitted.best_epoch >= patience):
         report = loop.run_epoch(on_step)
-        loop.keep_best(report)
+        if (perplexity := loop.keep_best()) is not None:
+            report["validation_perplexity"] = perplexity
         fitted.seconds = report["seconds"] = time.perf_counter() - start
         fitted.history.append(report)
         if on_epoch:
@@ -199,6 +202,10 @@ class _MeanFieldELBO(TraceMeanField_ELBO):
     def _differentiable_loss_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[float, Tensor]:
         self.log_likelihood = sum(model_trace.nodes[name]["log_prob_sum"].detach() for name in model_trace.observation_nodes)
         return super()._differentiable_loss_particle(model_trace, guide_trace)
+
+
+# What a checkpoint keeps of a `Fitted`, beside the guide's state.
+_RECORD = ("history", "best_epoch", "validation_perplexity", "seconds")
 
 
 class _Loop:
@@ -232,8 +239,8 @@ class _Loop:
         self.steps_per_epoch = math.ceil(len(batches) / accumulate)
         self.total_steps = self.steps_per_epoch * epochs
         self.fitted = Fitted(model, guide, data.tasks)
-        self.epoch = 0
-        self.best, self.best_state = self._validation_perplexity(), self._copy()
+        self.epoch, self.best_state = 0, self._copy()
+        self.keep_best()
 
     def _batches(self, epoch: int) -> Sequence[Batch]:
         # the order of an epoch depends on the seed and the epoch alone: a resumed fit sees the same batches
@@ -296,22 +303,23 @@ class _Loop:
             self.fitted,
         )
 
-    def _validation_perplexity(self) -> float:
+    def _validation_perplexity(self) -> float | None:
         if not self.data.validation.num_tokens:
-            return -float(self.epoch)  # with nothing to choose by, the last epoch counts as the best
+            return None
         (scores,) = evaluate(self.model, self.data.validation, self.fitted.weights()[0])
-        perplexity = scores.perplexity()
-        return math.inf if perplexity is None else perplexity
+        return scores.perplexity()
 
-    def keep_best(self, report: dict[str, float]) -> None:
+    def keep_best(self) -> float | None:
         """Measure the validation perplexity; keep the state if it is the lowest so far, the start included."""
         perplexity = self._validation_perplexity()
-        if math.isnan(perplexity):
-            raise self._non_finite(f"the validation perplexity is not a number after epoch {self.epoch}")
-        if self.data.validation.num_tokens:
-            report["validation_perplexity"] = perplexity
-        if perplexity < self.best:
-            self.best, self.best_state, self.fitted.best_epoch = perplexity, self._copy(), self.epoch
+        if perplexity is not None and math.isnan(perplexity):
+            when = f"after epoch {self.epoch}" if self.epoch else "before the first step: the base model gives no numbers"
+            raise self._non_finite(f"the validation perplexity is not a number {when}")
+        best = self.fitted.validation_perplexity
+        # with nothing to choose by, the last epoch counts as the best
+        if perplexity is None or best is None or perplexity < best:
+            self.best_state, self.fitted.best_epoch, self.fitted.validation_perplexity = self._copy(), self.epoch, perplexity
+        return perplexity
 
     def restore_best(self) -> None:
         """Put the guide into the state of lowest validation perplexity."""
@@ -320,8 +328,8 @@ class _Loop:
     def save(self, file: Path) -> None:
         """Write a checkpoint."""
         tensors = {"parameters": self._copy(), "optimizer": optimizer_tensors(self.optimizer), "best": self.best_state}
-        progress = {"epoch": self.epoch, "best": self.best, "best_epoch": self.fitted.best_epoch}
-        save_checkpoint(file, tensors, progress | {"history": self.fitted.history, "seconds": self.fitted.seconds})
+        fitted = {name: getattr(self.fitted, name) for name in _RECORD}
+        save_checkpoint(file, tensors, {"epoch": self.epoch} | fitted)
 
     def load(self, file: Path) -> None:
         """Go on from a checkpoint."""
@@ -335,9 +343,9 @@ class _Loop:
             )
         self._restore(tensors["parameters"])
         load_optimizer_tensors(self.optimizer, tensors.get("optimizer", {}))
-        self.best_state, self.best, self.epoch = tensors["best"], progress["best"], progress["epoch"]
-        self.fitted.history, self.fitted.best_epoch = progress["history"], progress["best_epoch"]
-        self.fitted.seconds = progress["seconds"]
+        self.best_state, self.epoch = tensors["best"], progress["epoch"]
+        for name in _RECORD:
+            setattr(self.fitted, name, progress[name])
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.parameters.items()}

@@ -191,13 +191,12 @@ def _write_results(config: MapFitConfig, fitted: Fitted, data: TaskData, folder:
 
     scores = fitted.evaluate(data.test)
     norms = fitted.deviation_norms()
-    best = fitted.history[fitted.best_epoch - 1] if fitted.best_epoch else {}
     tasks = {
         slugs[row["name"]]: row | {"train_documents": data.train.documents_per_task[d], "deviation_norm": float(norms[d])}
         for d, row in enumerate(scores.pop("tasks"))
     }
     metrics = scores | {
-        "validation_perplexity": best.get("validation_perplexity"),
+        "validation_perplexity": fitted.validation_perplexity,
         # JSON has no infinity: the limits are written as the command line takes them
         "tau": config.tau if config.tau < float("inf") else "inf",
         "learning_rate": config.learning_rate,
