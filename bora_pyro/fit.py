@@ -153,7 +153,7 @@ def fit(
     """
     if data.train.num_tokens == 0:
         raise InputError("the training split has no token to predict; give more or longer documents")
-    loop = _Loop(
+    loop = Loop(
         model,
         data,
         guide or map_guide(model),
@@ -208,8 +208,8 @@ class _MeanFieldELBO(TraceMeanField_ELBO):
 _RECORD = ("history", "best_epoch", "validation_perplexity", "seconds")
 
 
-class _Loop:
-    """Where a fit stands, and how it goes one epoch further."""
+class Loop:
+    """Where a fit stands, and how it goes one epoch further; the arguments are those of `fit`."""
 
     def __init__(
         self,
@@ -259,12 +259,12 @@ class _Loop:
                 loss = 0.0
                 for position in members:
                     batch = batches[position]
-                    loss += self._backward(batch.to(self.device), len(members), validate=step == 0)
+                    loss += self.backward(batch.to(self.device), len(members), validate=step == 0)
                     # what the batch itself has: the scale to all documents taken off again
                     log_likelihood += self.elbo.log_likelihood.item() / batch.scale
                     documents += len(batch.task)
                     tokens += int(batch.attention_mask.sum()) - len(batch.task)
-                self._step(rate, loss, step)
+                self.step(rate, loss, step)
                 losses += loss
                 report |= {
                     "step": step + 1,
@@ -277,7 +277,7 @@ class _Loop:
         self.epoch += 1
         return report
 
-    def _backward(self, batch: Batch, members: int, *, validate: bool) -> float:
+    def backward(self, batch: Batch, members: int, *, validate: bool) -> float:
         """Add a batch's gradient of −ELBO a training observation; returns its part of the loss."""
         # Pyro checks shapes and supports in the first step; the others need it not
         with pyro.validation_enabled(validate), warnings.catch_warnings():
@@ -286,7 +286,8 @@ class _Loop:
         loss.backward()
         return loss.item()
 
-    def _step(self, rate: float, loss: float, step: int) -> None:
+    def step(self, rate: float, loss: float, step: int) -> None:
+        """Clip the gradient and take AdamW's step; a loss that is not finite ends the fit at the best state so far."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.gradient_clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._non_finite(f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1})")

@@ -38,7 +38,7 @@ from bora_pyro.command_line import check_choices, option, parse_config
 from bora_pyro.data import TaskData
 from bora_pyro.data.batches import Batch, TokenSplit
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.fit import _Loop
+from bora_pyro.fit import Loop
 from bora_pyro.guides import map_guide
 from bora_pyro.map_run import find_device
 from bora_pyro.model import BoRA
@@ -134,7 +134,7 @@ def bora_step(config: BenchmarkConfig, backbone: Backbone, split: TokenSplit, ba
     """The fit loop's step, and how many numbers it trains."""
     model = BoRA(backbone, config.num_tasks, adapter=LoRA(rank=config.rank), prior=prior_from_tau(config.tau), seed=config.seed)
     data = TaskData([f"task {d}" for d in range(config.num_tasks)], train=split, validation=split, test=split)
-    loop = _Loop(
+    loop = Loop(
         model,
         data,
         map_guide(model),
@@ -149,8 +149,8 @@ def bora_step(config: BenchmarkConfig, backbone: Backbone, split: TokenSplit, ba
 
     def step() -> float:
         # what the loop does with each batch, without what it does once an epoch; Pyro checks its first step only
-        loss = loop._backward(batch, 1, validate=False)
-        loop._step(LEARNING_RATE, loss, 0)
+        loss = loop.backward(batch, 1, validate=False)
+        loop.step(LEARNING_RATE, loss, 0)
         return loss
 
     return step, sum(p.numel() for p in loop.parameters.values())
