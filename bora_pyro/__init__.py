@@ -14,7 +14,8 @@ from bora_pyro.backbone import Backbone
 from bora_pyro.data import TaskData, load_tasks, table, talk_of_norway
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import Scores, evaluate
-from bora_pyro.fit import Fitted, fit
+from bora_pyro.fit import fit
+from bora_pyro.fitted import Fitted
 from bora_pyro.guides import map_guide
 from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA

@@ -20,7 +20,8 @@ from bora_pyro.backbone import Backbone
 from bora_pyro.config import DATA, MODEL, PRIOR, MapFitConfig
 from bora_pyro.data import TaskData, load_tasks
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.fit import Fitted, fit
+from bora_pyro.fit import fit
+from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft

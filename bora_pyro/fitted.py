@@ -1,0 +1,71 @@
+"""What a fit gives: the guide at its best state, its adapters, and how well they predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from bora_pyro.data.batches import TokenSplit
+from bora_pyro.evaluate import Scores, evaluate
+from bora_pyro.model import BoRA, Weights
+
+
+@dataclass
+class Fitted:
+    """A fitted model: the guide at its best state, and how it came there.
+
+    Attributes:
+        model, guide: what was fitted.
+        tasks: names of the tasks; the position is the task's index d.
+        history: one entry an epoch (loss in nats a training observation, validation perplexity, tokens a second, ...).
+        best_epoch: the epoch whose state was kept; 0 is the start.
+        validation_perplexity: of the state that was kept; None where there is no validation document.
+        seconds: time in training steps and validation.
+    """
+
+    model: BoRA
+    guide: AutoGuide
+    tasks: list[str]
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    validation_perplexity: float | None = None
+    seconds: float = 0.0
+
+    def sites(self) -> dict[str, Tensor]:
+        """The guide's central value of every sample site: for MAP the estimate itself."""
+        return {name: value.detach() for name, value in self.guide.median().items()}
+
+    def weights(self) -> tuple[Weights, Weights]:
+        """θ of all tasks, (D, layers, *shape), and Θ, (layers, *shape), by name of the latent."""
+        return self.model.weights_given(self.sites())
+
+    def deviation_norms(self) -> Tensor:
+        """‖θ_d − Θ‖ over all latents of a task: (D,)."""
+        theta, mean = self.weights()
+        squares = [(theta[name] - mean[name]).flatten(1).square().sum(1) for name in theta]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def evaluate(self, split: TokenSplit, *, name: str = "test") -> dict[str, Any]:
+        """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them."""
+        theta, _ = self.weights()
+        base, adapted = evaluate(self.model, split, None, theta)
+        return {
+            f"{name}_perplexity": adapted.perplexity(),
+            f"base_{name}_perplexity": base.perplexity(),
+            f"{name}_bits_per_character": adapted.bits_per_character(),
+            f"base_{name}_bits_per_character": base.bits_per_character(),
+            "tasks": [self._of_task(d, base, adapted, name, split) for d in range(len(self.tasks))],
+        }
+
+    def _of_task(self, d: int, base: Scores, adapted: Scores, name: str, split: TokenSplit) -> dict[str, Any]:
+        return {
+            "name": self.tasks[d],
+            f"{name}_documents": split.documents_per_task[d],
+            f"base_{name}_perplexity": base.perplexity(d),
+            f"{name}_perplexity": adapted.perplexity(d),
+            f"{name}_bits_per_character": adapted.bits_per_character(d),
+        }
