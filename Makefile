@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup  ## fit the embedded base model to the embedded data, into runs/demo
-	$(BIN)/python scripts/map_fit.py --output_dir runs/demo --overwrite true
+	$(BIN)/python scripts/map_fit.py --targets q_proj v_proj fc1 fc2 --max_tokens 128 --epochs 3 --output_dir runs/demo --overwrite true
 
 # the tests' models are tiny: a second thread would only wait for the first
 test: export OMP_NUM_THREADS := 1
