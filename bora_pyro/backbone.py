@@ -3,7 +3,7 @@
     >>> from bora_pyro import Backbone
     >>> backbone = Backbone.from_pretrained("builtin:nano", targets=["q_proj", "v_proj"])
     >>> [(slot.name, slot.layers, slot.in_features, slot.out_features) for slot in backbone.slots]
-    [('q_proj', 4, 256, 256), ('v_proj', 4, 256, 256)]
+    [('v_proj', 4, 256, 256), ('q_proj', 4, 256, 256)]
 
 The backbone knows neither adapters nor priors. It groups the linear layers that are to be adapted into *slots* (one slot
 a kind of layer, stacked over the depth of the model). While it runs, a callable may change the output of each of them.
