@@ -204,7 +204,7 @@ def _write_results(config: MapFitConfig, fitted: Fitted, data: TaskData, folder:
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
         "fit_seconds": round(fitted.seconds, 2),
-        "training_tokens_per_second": _mean_speed(fitted, data),
+        "training_tokens_per_second": _mean_speed(fitted),
         "peak_memory_bytes": peak_memory_bytes(model.backbone.device),
         "train_documents": data.train.num_documents,
         "test_documents": data.test.num_documents,
@@ -216,7 +216,7 @@ def _write_results(config: MapFitConfig, fitted: Fitted, data: TaskData, folder:
     return metrics
 
 
-def _mean_speed(fitted: Fitted, data: TaskData) -> float:
+def _mean_speed(fitted: Fitted) -> float:
     speeds = [entry["training_tokens_per_second"] for entry in fitted.history]
     return round(sum(speeds) / len(speeds), 1) if speeds else 0.0
 
