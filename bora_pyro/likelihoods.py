@@ -6,7 +6,7 @@ CausalLM(unit='tokens')
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import pyro
 import torch
@@ -43,7 +43,7 @@ class NextTokens(TorchDistribution):
     """
 
     # NaN logits are no wrong argument: they give a NaN loss, of which the loop tells in one line
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's own convention)
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.independent(constraints.integer_interval(IGNORED, 2**31 - 1), 1)
     has_rsample = False
 
@@ -54,7 +54,7 @@ class NextTokens(TorchDistribution):
     def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None) -> NextTokens:
         return NextTokens(self.logits.expand(*batch_shape, *self.logits.shape[1:]), per_token=self.per_token)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Each next token drawn given the *observed* prefix; position 0 has no distribution and is -100."""
         drawn = torch.distributions.Categorical(logits=self.logits[:, :-1].float()).sample(sample_shape)
         return F.pad(drawn, (1, 0), value=IGNORED)

@@ -14,32 +14,18 @@ from safetensors.torch import load_file
 
 from bora_pyro.checkpoint import load_checkpoint
 from bora_pyro.run_folder import RunFolder
-from tests.tiny_base import SCRIPTS, documents, save_base, script_main, write_table
+from tests.tiny_base import SCRIPTS, documents, line, quick_fit, save_base, script_main, write_table
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Options of a quick fit."""
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "data": write_table(folder / "documents.csv"),
-        "base_model": save_base(folder / "base"),
-        "max_tokens": 32,
-        "token_budget": 256,
-        "rank": 2,
-        "targets": "v_proj,fc2",
-        "epochs": 2,
-        "threads": 1,
-    }
+    return quick_fit(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
 def main():
     return script_main()
-
-
-def line(options):
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
 def one_error(err):

@@ -22,7 +22,7 @@ from bora_pyro import Backbone, load_tasks
 from bora_pyro.config import MapFitConfig
 from bora_pyro.map_run import peak_memory_bytes, run_map_fit
 from bora_pyro.run_folder import RunFolder
-from tests.tiny_base import SCRIPTS, documents, save_base, script_main, write_table
+from tests.tiny_base import SCRIPTS, documents, line, quick_fit, script_main, write_table
 
 SLUGS = {"Ada": "ada", "Børge B.": "borge-b", "Cleo": "cleo"}
 TIMES = ("fit_seconds", "training_tokens_per_second", "peak_memory_bytes")
@@ -39,27 +39,12 @@ SHAPES = {"v_proj": ((2, 16), (16, 2)), "fc2": ((2, 32), (16, 2))}  # of A and B
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Options of a quick fit."""
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "data": write_table(folder / "documents.csv"),
-        "base_model": save_base(folder / "base"),
-        "max_tokens": 32,
-        "token_budget": 256,
-        "rank": 2,
-        "targets": "v_proj,fc2",
-        "epochs": 2,
-        "learning_rate": 0.03,
-        "threads": 1,
-    }
+    return quick_fit(tmp_path_factory.mktemp("inputs")) | {"learning_rate": 0.03}
 
 
 @pytest.fixture(scope="module")
 def main():
     return script_main()
-
-
-def line(options):
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
 def run(main, options, folder, **more):

@@ -112,3 +112,22 @@ def toy_model(*, rank=4, tasks=3, **options):
     """BoRA on a tiny base that knows nothing."""
     options = {"adapter": LoRA(rank=rank)} | options
     return BoRA(Backbone(opt_model(), targets=["v_proj", "fc2"]), tasks, **options)
+
+
+def quick_fit(folder):
+    """Options of a quick fit, with the table and the base that it reads."""
+    return {
+        "data": write_table(folder / "documents.csv"),
+        "base_model": save_base(folder / "base"),
+        "max_tokens": 32,
+        "token_budget": 256,
+        "rank": 2,
+        "targets": "v_proj,fc2",
+        "epochs": 2,
+        "threads": 1,
+    }
+
+
+def line(options):
+    """Options as the words of a command line."""
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
