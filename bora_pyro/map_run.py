@@ -25,7 +25,7 @@ from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
-from bora_pyro.priors import prior_from_tau
+from bora_pyro.priors import Prior, prior_from_tau
 from bora_pyro.progress import Progress
 from bora_pyro.run_folder import RunFolder, task_slugs
 
@@ -50,6 +50,21 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     if config.resume:
         _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
+    model, data = build_run(config, quiet=quiet)
+    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
+    folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
+    folder.write_split(data.split_record)
+    fitted = _fit(config, model, data, folder, quiet=quiet)
+    return _write_results(config, fitted, data, folder)
+
+
+def build_run(config: MapFitConfig, *, quiet: bool = False) -> tuple[BoRA, TaskData]:
+    """The model and the tokenised data that a configuration describes, nothing fitted yet.
+
+    Raises:
+        InputError: something in the configuration or the data cannot be used.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     backbone = Backbone.from_pretrained(
@@ -65,16 +80,11 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
         backbone,
         len(data.tasks),
         adapter=_adapter(config),
-        prior=prior_from_tau(config.tau, config.prior_form),
+        prior=_prior(config),
         likelihood=CausalLM(config.likelihood_unit),
         seed=config.seed,
     )
-    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
-    folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
-    folder.write_split(data.split_record)
-    fitted = _fit(config, model, data, folder, quiet=quiet)
-    return _write_results(config, fitted, data, folder)
+    return model, data
 
 
 def _check_same_fit(config: MapFitConfig, stored: dict[str, Any]) -> None:
@@ -110,6 +120,10 @@ def _adapter(config: MapFitConfig) -> Adapter:
             f"adapter {config.adapter!r} is not known; it is one of {', '.join(ADAPTERS)}{nearest(config.adapter, ADAPTERS)}"
         )
     return ADAPTERS[config.adapter](rank=config.rank, alpha=config.alpha)
+
+
+def _prior(config: MapFitConfig) -> Prior:
+    return prior_from_tau(config.tau, config.prior_form)
 
 
 def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool) -> TaskData:

@@ -1,0 +1,71 @@
+"""What a prior is: how the tasks' values of one latent tensor hang together.
+
+A new prior is one file with a subclass of :class:`Prior`, and one line in ``bora_pyro/priors/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from bora_pyro.errors import InputError
+
+
+class Prior(ABC):
+    """A distribution over one latent tensor of all tasks."""
+
+    @abstractmethod
+    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+        """Sample the latent ``name`` of every task, as Pyro sample sites.
+
+        Args:
+            name: prefix-free name of the latent; the sites are called ``theta.<name>`` and ``prior_mean.<name>``.
+            start: where inference begins, common to all tasks: (layers, *shape).
+            tasks: the plate of tasks, D of them, at dimension -1.
+
+        Returns:
+            θ: (D, layers, *shape).
+        """
+
+    @abstractmethod
+    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+        """Θ of the latent ``name``, (layers, *shape), given the values of the sites and θ."""
+
+
+class StandardNormal(dist.Normal):
+    """Normal(0, 1), whose log-density neither divides by a scale nor takes its logarithm: adapters have millions of entries."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Zeros of their own, where ``Normal`` gives an expanded view: guides that begin at the mean make parameters of it."""
+        return self.loc.contiguous()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.addcmul(value.new_full((), -0.5 * math.log(2 * math.pi)), value, value, value=-0.5)
+
+
+def flat(start: Tensor, event_dim: int) -> dist.TorchDistribution:
+    """The improper p(x) ∝ 1, where inference begins at ``start``."""
+    # The improper p(Θ) ∝ 1. The masked Normal has log-density 0 everywhere; its mean is where inference starts.
+    # A clone: a guide that begins at the mean (Pyro's init_to_mean) must not optimise the model's own start in place.
+    return dist.Normal(start.clone(memory_format=torch.contiguous_format), 1.0).to_event(event_dim).mask(False)
+
+
+def copies(value: Tensor, start: Tensor, tasks: pyro.plate) -> Tensor:
+    """``value`` once for each task: (D, *start.shape)."""
+    # D copies and no expanded view, whose entries an optimiser would update together: the same guides make parameters of it
+    return value.expand(tasks.size, *start.shape).contiguous()
+
+
+def check_tau(tau: float) -> None:
+    """Raise ``InputError`` where τ is negative or not a number."""
+    if math.isnan(tau) or tau < 0:
+        raise InputError(
+            f"tau {tau} is not allowed; it is a number from 0 (independent tasks) to inf (one shared adapter), nearest: 0"
+        )

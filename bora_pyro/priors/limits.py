@@ -1,0 +1,38 @@
+"""The two limits of the hierarchy, as priors of their own: one adapter each, and one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyro
+from torch import Tensor
+
+from bora_pyro.priors.base import Prior, copies, flat
+
+
+class Independent(Prior):
+    """p(θ_d) ∝ 1 for every task on its own: the limit τ → 0. Θ is then the tasks' average."""
+
+    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+        with tasks:
+            return pyro.sample(f"theta.{name}", flat(copies(start, start, tasks), start.dim()))
+
+    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+        return theta.mean(0)
+
+    def __repr__(self) -> str:
+        return "Independent()"
+
+
+class Pooled(Prior):
+    """θ_d = Θ with p(Θ) ∝ 1, one adapter for all tasks: the limit τ → ∞."""
+
+    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+        prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim()))
+        return prior_mean.expand(tasks.size, *start.shape)
+
+    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+        return sites[f"prior_mean.{name}"]
+
+    def __repr__(self) -> str:
+        return "Pooled()"
