@@ -20,11 +20,11 @@ from bora_pyro.guides import map_guide
 from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
-from bora_pyro.priors import HierarchicalNormal, Independent, Pooled, prior_from_tau
+from bora_pyro.priors import HierarchicalNormal, Independent, LearnedPrecision, Pooled, prior_from_tau
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Backbone", "BoRA", "CausalLM", "Fitted", "FrozenALoRA", "HierarchicalNormal", "Independent", "InputError",
-    "LoRA", "Pooled", "Scores", "TaskData", "evaluate", "fit", "load_tasks", "map_guide", "prior_from_tau", "save_peft",
-    "table", "talk_of_norway",
+    "LearnedPrecision", "LoRA", "Pooled", "Scores", "TaskData", "evaluate", "fit", "load_tasks", "map_guide", "prior_from_tau",
+    "save_peft", "table", "talk_of_norway",
 ]  # fmt: skip

@@ -36,7 +36,16 @@ _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", l
 _CONTROLS = ("config", "print_config", "help")
 
 
-def option(default: T, help: str, *, group: str = "options", choices: Sequence[str] = (), expects: str = "") -> T:
+def option(
+    default: T,
+    help: str,
+    *,
+    group: str = "options",
+    choices: Sequence[str] = (),
+    expects: str = "",
+    positional: bool = False,
+    words: Sequence[str] = (),
+) -> T:
     """A dataclass field that documents itself.
 
     Args:
@@ -45,8 +54,13 @@ def option(default: T, help: str, *, group: str = "options", choices: Sequence[s
         group: the heading under which ``--help`` lists it.
         choices: the only values allowed, for texts; ``check_choices`` holds a configuration to them.
         expects: what is allowed, in words, where the type alone does not say it.
+        words: texts that a number may also be, of a field of type ``float | str``.
+        positional: a text that stands on the line without ``--key``; in a YAML file it has its key as the others do.
     """
-    metadata = {"help": help, "group": group, "choices": tuple(choices), "expects": expects}
+    metadata = {
+        "help": help, "group": group, "choices": tuple(choices), "expects": expects, "positional": positional,
+        "words": tuple(words),
+    }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
     return dataclasses.field(default=default, metadata=metadata)
@@ -75,7 +89,10 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None) 
     for token in unknown:
         if not token.startswith("-"):
             raise InputError(f"unexpected {token!r}: every value follows its option, as in --key value")
-        raise _unknown(token.partition("=")[0].lstrip("-"), (*kinds, *_CONTROLS), "")
+        name = token.partition("=")[0].lstrip("-")
+        if name in _positional(cls):
+            raise InputError(f"--{name} is no option: give its value alone, as in {prog or 'PROGRAM'} {name.upper()}")
+        raise _unknown(name, (*kinds, *_CONTROLS), "")
     given = vars(line)
     file, print_config = given.pop("config", None), given.pop("print_config", False)
 
@@ -112,31 +129,39 @@ def _kinds(cls: type) -> dict[str, tuple[type, bool]]:
     """Name -> (plain type, whether None is allowed); ``list[str]`` counts as list."""
     kinds = {}
     for name, hint in get_type_hints(cls).items():
-        optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
-        if optional:
-            (hint,) = (part for part in get_args(hint) if part is not type(None))
-        kinds[name] = (get_origin(hint) or hint, optional)
+        parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        # of `float | str` the number: the texts that it may be are its `words`
+        hint = next(part for part in parts if part is not type(None))
+        kinds[name] = (get_origin(hint) or hint, type(None) in parts)
     return kinds
 
 
-def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[type, bool, str]:
-    """What ``_convert`` needs to know of a field: its type, whether None is allowed, and what is expected in words."""
+def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[type, bool, str, tuple[str, ...]]:
+    """What ``_convert`` needs to know of a field: its type, whether None is allowed, what is expected, and its ``words``."""
     kind, optional = kinds[name]
-    expects = next(field.metadata.get("expects", "") for field in dataclasses.fields(cls) if field.name == name)
-    return kind, optional, (expects or _EXPECTED[kind]) + (" or none" if optional else "")
+    about = next(field.metadata for field in dataclasses.fields(cls) if field.name == name)
+    expects = about.get("expects") or _EXPECTED[kind]
+    return kind, optional, expects + (" or none" if optional else ""), about.get("words", ())
+
+
+def _positional(cls: type) -> list[str]:
+    """Names of the fields that stand on the line without ``--key``."""
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get("positional")]
 
 
 def _unknown(name: str, valid: Sequence[str], where: str) -> InputError:
     return InputError(f"{where}unknown option {name!r}{nearest(name, valid) or '; --help lists them all'}")
 
 
-def _convert(value: Any, where: str, kind: type, optional: bool, expected: str) -> Any:
+def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, words: tuple[str, ...]) -> Any:
     """One value, as a text of the command line or as YAML gives it, to the field's type."""
     refusal = InputError(f"{where}: {value!r} cannot be used; give {expected}")
     alone = value[0] if isinstance(value, list) and len(value) == 1 else value  # a list's words come as a list
     word = alone.strip().lower() if isinstance(alone, str) else None
     if optional and (value is None or word in _NONE):
         return None
+    if word in words:
+        return word
     if kind is list:
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
@@ -217,7 +242,7 @@ def _shown(value: Any) -> str:
 def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
-        usage="%(prog)s [--config FILE.yaml] [--key value ...]",
+        usage=" ".join(["%(prog)s", *map(str.upper, _positional(cls)), "[--config FILE.yaml] [--key value ...]"]),
         description=(cls.__doc__ or "").partition("\n")[0],
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -234,8 +259,12 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         # A bare switch (--overwrite) means true; a list takes all words up to the next option.
         arity: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind, {})
         help_text = about.get("help", "")
-        if "default:" not in help_text:
+        if "default:" not in help_text and not about.get("positional"):
             help_text += f" (default: {_shown(field.default)})"
         metavar = "|".join(about.get("choices", ())) or _METAVARS[kind]
-        groups[heading].add_argument(f"--{field.name}", action=_Once, metavar=metavar, help=help_text.replace("%", "%%"), **arity)
+        name = f"--{field.name}"
+        if about.get("positional"):
+            # optional to argparse: a file may give it, and what it must be is the configuration's to check
+            name, metavar, arity = field.name, field.name.upper(), {"nargs": "?"}
+        groups[heading].add_argument(name, action=_Once, metavar=metavar, help=help_text.replace("%", "%%"), **arity)
     return parser

@@ -14,10 +14,13 @@ import re
 from dataclasses import dataclass
 
 from bora_pyro.command_line import check_choices, option, parse_config, to_yaml
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.priors.learned import BOUNDS, PER
 
 __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
 
+#: What ``--tau`` is where the fit finds it.
+LEARNED = "learned"
 DATA, MODEL, PRIOR, FIT, RUN = "data", "base model and adapter", "prior and likelihood", "optimisation", "run"
 
 
@@ -65,11 +68,24 @@ class MapFitConfig:
         group=PRIOR,
         choices=("noncentered", "centered"),
     )
-    tau: float = option(
+    tau: float | str = option(
         100.0,
-        "precision of the prior theta_d ~ Normal(Theta, I/tau): a number, 0 (independent tasks) or inf (one shared adapter)",
+        "precision of the prior theta_d ~ Normal(Theta, I/tau): learned, a number, 0 (independent tasks) or inf (one shared "
+        "adapter)",
         group=PRIOR,
-        expects="a number, 0 (independent tasks) or inf (one shared adapter)",
+        expects="learned, a number, 0 (independent tasks) or inf (one shared adapter)",
+        words=(LEARNED,),
+    )
+    tau_per: str = option(
+        "site", "what has a tau of its own where tau is learned: a site is a kind of layer and a factor", group=PRIOR, choices=PER
+    )
+    tau_start: float = option(100.0, "where a learned tau starts", group=PRIOR)
+    penalty: str = option(
+        "normal",
+        "what tau weighs: half the squared deviation (normal, the paper), or the sum over matrices of its unsquared norms "
+        "(norm, the released code; there tau has another unit)",
+        group=PRIOR,
+        choices=("normal", "norm"),
     )
     likelihood_unit: str = option(
         "tokens",
@@ -130,8 +146,13 @@ class MapFitConfig:
             raise InputError(f"gradient_clip is {self.gradient_clip}; give a number above 0, or inf for no clipping")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"warmup is {self.warmup}; give a fraction of the steps, from 0 to 1")
-        if not self.tau >= 0:
-            raise InputError(f"tau is {self.tau}; give a number above 0, or 0 (independent tasks), or inf (one shared adapter)")
+        if self.tau != LEARNED and not (isinstance(self.tau, float | int) and self.tau >= 0):
+            raise InputError(
+                f"tau is {self.tau}; give learned, a number above 0, or 0 (independent tasks), or inf (one shared adapter)"
+                f"{nearest(str(self.tau), (LEARNED,))}"
+            )
+        if not BOUNDS[0] <= self.tau_start <= BOUNDS[1]:
+            raise InputError(f"tau_start is {self.tau_start}; a learned tau stays between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
             raise InputError(f"device is {self.device!r}; allowed: auto, cpu, cuda, cuda:N, mps, xpu")
         self._validate_together()
@@ -142,10 +163,15 @@ class MapFitConfig:
                 f"token_budget is {self.token_budget}, less than one document of max_tokens {self.max_tokens}; "
                 f"give token_budget {self.max_tokens} or more, or lower max_tokens"
             )
-        if self.scale_learning_rate_with_tau and (self.prior_form != "centered" or self.tau in (0, math.inf)):
+        if self.scale_learning_rate_with_tau and (self.prior_form != "centered" or self.tau in (0, math.inf, LEARNED)):
             raise InputError(
                 "scale_learning_rate_with_tau is a remedy for the centred prior at a tau above 0 and below inf; "
-                f"here prior_form is {self.prior_form!r} and tau {self.tau:g}: leave it out, or give --prior_form centered"
+                f"here prior_form is {self.prior_form!r} and tau {self.tau}: leave it out, or give --prior_form centered"
+            )
+        if self.tau == LEARNED and (self.prior_form, self.penalty) != ("noncentered", "normal"):
+            raise InputError(
+                f"tau is learned for prior_form noncentered and penalty normal; here they are {self.prior_form} and "
+                f"{self.penalty}: leave them out, or give a number for tau"
             )
         if self.overwrite and self.resume:
             raise InputError("overwrite and resume are both true; overwrite starts anew, resume goes on: give one of them")

@@ -31,6 +31,7 @@ from torch import Tensor
 from bora_pyro.checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from bora_pyro.data.batches import Batch
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.document_gradients import document_gradients
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
 from bora_pyro.fitted import Fitted
@@ -61,8 +62,8 @@ def fit(
     seed: int = 0,
     checkpoint: Path | None = None,
     checkpoint_every: int = 1,
-    on_step: Callable[[dict[str, float]], None] | None = None,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Fitted:
     """Fit a guide to the model by stochastic variational inference with AdamW.
 
@@ -96,6 +97,10 @@ def fit(
     """
     if data.train.num_tokens == 0:
         raise InputError("the training split has no token to predict; give more or longer documents")
+    if model.prior.every and data.validation.num_tokens == 0:
+        raise InputError(
+            f"{model.prior} is learned from validation documents, and there are none; give more documents, or a fixed tau"
+        )
     loop = Loop(
         model,
         data,
@@ -151,6 +156,10 @@ class _MeanFieldELBO(TraceMeanField_ELBO):
 _RECORD = ("history", "best_epoch", "validation_perplexity", "seconds")
 
 
+# Before the names of what the prior has learned, in the state of a fit.
+_PRIOR = "prior/"
+
+
 class Loop:
     """Where a fit stands, and how it goes one epoch further; the arguments are those of `fit`."""
 
@@ -189,16 +198,17 @@ class Loop:
         # the order of an epoch depends on the seed and the epoch alone: a resumed fit sees the same batches
         return self.data.train.batches(token_budget=self.token_budget, seed=_epoch_seed(self.seed, epoch))
 
-    def run_epoch(self, on_step: Callable[[dict[str, float]], None] | None) -> dict[str, float]:
+    def run_epoch(self, on_step: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
         """One pass over the training documents; returns what there is to report of it."""
         batches = self._batches(self.epoch)
         steps = [range(i, min(i + self.accumulate, len(batches))) for i in range(0, len(batches), self.accumulate)]
-        report: dict[str, float] = {"epoch": self.epoch + 1, "total": self.total_steps}
+        report: dict[str, Any] = {"epoch": self.epoch + 1, "total": self.total_steps}
         losses, log_likelihood, documents, tokens, start = 0.0, 0.0, 0, 0, time.perf_counter()
         with poutine.seed(rng_seed=_epoch_seed(self.seed, self.epoch)):
             for number, members in enumerate(steps):
                 step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
-                rate = self.learning_rate * _schedule(step, self.total_steps, self.warmup)
+                schedule = _schedule(step, self.total_steps, self.warmup)
+                rate = self.learning_rate * schedule
                 loss = 0.0
                 for position in members:
                     batch = batches[position]
@@ -208,6 +218,9 @@ class Loop:
                     documents += len(batch.task)
                     tokens += int(batch.attention_mask.sum()) - len(batch.task)
                 self.step(rate, loss, step)
+                if self.model.prior.every and (step + 1) % self.model.prior.every == 0:
+                    self.learn_prior((step + 1) // self.model.prior.every - 1, schedule)
+                    report.setdefault("tau_path", []).append({"step": step + 1, "tau": self.fitted.tau_by_group()})
                 losses += loss
                 report |= {
                     "step": step + 1,
@@ -238,6 +251,15 @@ class Loop:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def learn_prior(self, update: int, schedule: float) -> None:
+        """Show the prior the validation documents whose turn it is."""
+        # half a batch, twice as often: the same cost, and a slope that is never far from the present state
+        batches = self.data.validation.batches(token_budget=-(-self.token_budget // 2), seed=self.seed)
+        batch = batches[update % len(batches)].to(self.device)
+        theta, mean = self.fitted.weights()
+        gradients = document_gradients(self.model, theta, batch)
+        self.model.prior.learn(theta, mean, gradients, batch.task, schedule=schedule)
 
     def _non_finite(self, what: str) -> NonFiniteLossError:
         self.restore_best()
@@ -279,7 +301,10 @@ class Loop:
         """Go on from a checkpoint."""
         tensors, progress = load_checkpoint(file)
         shapes = {name: value.shape for name, value in self.parameters.items()}
-        found = [{name: value.shape for name, value in tensors.get(group, {}).items()} for group in ("parameters", "best")]
+        found = [
+            {name: value.shape for name, value in tensors.get(group, {}).items() if not name.startswith(_PRIOR)}
+            for group in ("parameters", "best")
+        ]
         if found != [shapes, shapes]:
             raise InputError(
                 f"checkpoint {str(file)!r} is of another model (other tasks, rank, targets or prior); "
@@ -292,12 +317,15 @@ class Loop:
             setattr(self.fitted, name, progress[name])
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.parameters.items()}
+        parameters = {name: value.detach().clone() for name, value in self.parameters.items()}
+        return parameters | {f"{_PRIOR}{name}": value for name, value in self.model.prior.state().items()}
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Tensor]) -> None:
         for name, value in self.parameters.items():
             value.copy_(state[name])
+        prior = {name.removeprefix(_PRIOR): value for name, value in state.items() if name.startswith(_PRIOR)}
+        self.model.prior.load_state({name: value.to(self.device) for name, value in prior.items()})
 
 
 def _schedule(step: int, total: int, warmup: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,8 @@ class Fitted:
     Attributes:
         model, guide: what was fitted.
         tasks: names of the tasks; the position is the task's index d.
-        history: one entry an epoch (loss in nats a training observation, validation perplexity, tokens a second, ...).
+        history: one entry an epoch (loss in nats a training observation, validation perplexity, tokens a second, ...; the path
+            of τ where the prior learns it).
         best_epoch: the epoch whose state was kept; 0 is the start.
         validation_perplexity: of the state that was kept; None where there is no validation document.
         seconds: time in training steps and validation.
@@ -30,7 +32,7 @@ class Fitted:
     model: BoRA
     guide: AutoGuide
     tasks: list[str]
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
     validation_perplexity: float | None = None
     seconds: float = 0.0
@@ -48,6 +50,18 @@ class Fitted:
         theta, mean = self.weights()
         squares = [(theta[name] - mean[name]).flatten(1).square().sum(1) for name in theta]
         return torch.stack(squares).sum(0).sqrt()
+
+    def tau(self) -> float:
+        """τ; where it differs between groups of weights, the geometric mean over all entries of a task's adapter."""
+        starts = self.model.starts
+        entries = sum(start.numel() for start in starts.values())
+        logs = (self.model.prior.precision(name, start).log().mean() * start.numel() for name, start in starts.items())
+        return math.exp(float(sum(logs)) / entries)
+
+    def tau_by_group(self) -> dict[str, Any]:
+        """τ of each latent: a number, or a list over layers or tasks where it differs there."""
+        precisions = {name: self.model.prior.precision(name, start) for name, start in self.model.starts.items()}
+        return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}
 
     def evaluate(self, split: TokenSplit, *, name: str = "test") -> dict[str, Any]:
         """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them."""

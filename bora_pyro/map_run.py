@@ -11,13 +11,14 @@ import dataclasses
 import json
 import resource
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone import Backbone
-from bora_pyro.config import DATA, MODEL, PRIOR, MapFitConfig
+from bora_pyro.config import DATA, LEARNED, MODEL, PRIOR, MapFitConfig
 from bora_pyro.data import TaskData, load_tasks
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import fit
@@ -25,7 +26,7 @@ from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
-from bora_pyro.priors import Prior, prior_from_tau
+from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
 from bora_pyro.progress import Progress
 from bora_pyro.run_folder import RunFolder, task_slugs
 
@@ -59,8 +60,15 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     return _write_results(config, fitted, data, folder)
 
 
-def build_run(config: MapFitConfig, *, quiet: bool = False) -> tuple[BoRA, TaskData]:
+def build_run(
+    config: MapFitConfig, *, quiet: bool = False, split_record: Mapping[str, Any] | None = None
+) -> tuple[BoRA, TaskData]:
     """The model and the tokenised data that a configuration describes, nothing fitted yet.
+
+    Args:
+        config: the checked configuration.
+        quiet: show no notes.
+        split_record: split as an earlier run's ``split.json`` says, instead of anew.
 
     Raises:
         InputError: something in the configuration or the data cannot be used.
@@ -75,12 +83,13 @@ def build_run(config: MapFitConfig, *, quiet: bool = False) -> tuple[BoRA, TaskD
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
     )
-    data = _load_data(config, backbone, quiet=quiet)
+    data = _load_data(config, backbone, quiet=quiet, split_record=split_record)
+    adapter = _adapter(config)
     model = BoRA(
         backbone,
         len(data.tasks),
-        adapter=_adapter(config),
-        prior=_prior(config),
+        adapter=adapter,
+        prior=with_shared(_prior(config), adapter.shared),
         likelihood=CausalLM(config.likelihood_unit),
         seed=config.seed,
     )
@@ -123,10 +132,12 @@ def _adapter(config: MapFitConfig) -> Adapter:
 
 
 def _prior(config: MapFitConfig) -> Prior:
-    return prior_from_tau(config.tau, config.prior_form)
+    if isinstance(config.tau, str):
+        return LearnedPrecision(config.tau_per, config.tau_start)
+    return prior_from_tau(config.tau, config.prior_form, penalty=config.penalty)
 
 
-def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool) -> TaskData:
+def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool, split_record: Mapping[str, Any] | None) -> TaskData:
     max_tokens, notes = config.max_tokens, []
     if backbone.context is not None and max_tokens > backbone.context:
         notes.append(f"max_tokens {max_tokens} is more than the base model reads; {backbone.context} is used")
@@ -145,6 +156,7 @@ def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool) -> Task
         max_eval_documents=config.max_eval_documents,
         seed=config.seed,
         small_tasks=config.small_tasks,
+        split_record=split_record,
     )
     data.notes[:0] = notes
     if not quiet:
@@ -154,10 +166,10 @@ def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool) -> Task
 
 
 def _fit(config: MapFitConfig, model: BoRA, data: TaskData, folder: RunFolder, *, quiet: bool) -> Fitted:
-    rate = config.learning_rate * (config.tau if config.scale_learning_rate_with_tau else 1.0)
+    rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
     bar = Progress(0, enabled=not quiet)
 
-    def show(report: dict[str, float]) -> None:
+    def show(report: dict[str, Any]) -> None:
         bar.total_steps = int(report["total"])
         bar.update(
             int(report["step"]),
@@ -167,7 +179,7 @@ def _fit(config: MapFitConfig, model: BoRA, data: TaskData, folder: RunFolder, *
             validation_perplexity=report.get("validation_perplexity"),
         )
 
-    def record(report: dict[str, float]) -> None:
+    def record(report: dict[str, Any]) -> None:
         folder.cut_log(int(report["epoch"]) - 1)
         folder.log(report)
         show(report)
@@ -200,8 +212,9 @@ def _write_results(config: MapFitConfig, fitted: Fitted, data: TaskData, folder:
         save_peft(folder.adapters / slugs[name], model, {latent: value[d] for latent, value in theta.items()})
     save_peft(folder.adapters / GLOBAL_MEAN, model, mean)
     fixed = {f"fixed.{name}": value for name, value in model.fixed.items()}
+    learned = {name: value for name, value in model.prior.state().items() if name.startswith("tau.")}
     folder.save_tensors(
-        "posterior", fitted.sites() | fixed, {"guide": "map", "tasks": json.dumps(fitted.tasks), "model": repr(model)}
+        "posterior", fitted.sites() | fixed | learned, {"guide": "map", "tasks": json.dumps(fitted.tasks), "model": repr(model)}
     )
 
     scores = fitted.evaluate(data.test)
@@ -212,8 +225,9 @@ def _write_results(config: MapFitConfig, fitted: Fitted, data: TaskData, folder:
     }
     metrics = scores | {
         "validation_perplexity": fitted.validation_perplexity,
-        # JSON has no infinity: the limits are written as the command line takes them
-        "tau": config.tau if config.tau < float("inf") else "inf",
+        # JSON has no infinity: the limit is written as the command line takes it
+        "tau": tau if (tau := fitted.tau() if config.tau == LEARNED else float(config.tau)) < float("inf") else "inf",
+        **({"tau_by_group": fitted.tau_by_group()} if config.tau == LEARNED else {}),
         "learning_rate": config.learning_rate,
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,

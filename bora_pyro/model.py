@@ -105,5 +105,9 @@ class BoRA:
             theta = poutine.condition(self.weights, data=dict(sites))()
             return theta, {name: self.prior.mean(name, sites, value) for name, value in theta.items()}
 
+    def sites_given(self, theta: Weights, mean: Weights) -> Weights:
+        """Values of the sample sites for given θ, (D, layers, *shape), and Θ, (layers, *shape): `weights_given` undone."""
+        return {site: value for name in theta for site, value in self.prior.sites(name, theta[name], mean[name]).items()}
+
     def __repr__(self) -> str:
         return f"BoRA({self.num_tasks} tasks, {self.adapter}, {self.prior}, {self.likelihood})"

@@ -35,19 +35,20 @@ def save_peft(folder: Path, model: BoRA, weights: Weights) -> None:
         InputError: the adapter has no LoRA form.
     """
     state: dict[str, Tensor] = {}
-    rank = alpha = None
+    rank, alpha, written = getattr(model.adapter, "rank", None), getattr(model.adapter, "alpha", None), None
     for slot in model.backbone.slots:
         for layer, path in enumerate(slot.paths):
             latents = {name: weights[f"{slot.name}.{name}"][layer] for name in model.adapter.latents(slot)}
             factors = model.adapter.lora(latents | model.fixed_of(slot, layer))
-            rank, alpha = factors["lora_A"].shape[0], getattr(model.adapter, "alpha", None)
+            written = factors["lora_A"].shape[0]
             for name, value in factors.items():
                 state[f"base_model.model.{path}.{name}.weight"] = value.detach().float().cpu().contiguous()
-    if rank is None or alpha is None:
+    if written is None or rank is None or alpha is None:
         raise InputError(f"{model.adapter} cannot be written as a PEFT folder: it has no rank and alpha")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _config(model.backbone, rank, alpha)
+    # PEFT scales by lora_alpha/r, where r is the rank that is written: that of two pairs is twice the adapter's
+    config = _config(model.backbone, written, alpha * (written / rank))
     temporary = folder / "adapter_config.tmp"
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, folder / "adapter_config.json")

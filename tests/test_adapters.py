@@ -64,7 +64,9 @@ def test_exactly_the_declared_latents_are_trained(name, prior, copies):
     assert sum(p.numel() for p in guide.parameters()) == copies * declared
 
 
-@pytest.mark.parametrize(("name", "entries"), [("lora", 2 * (16 + 24)), ("lora_frozen_a", 2 * 24)])
+@pytest.mark.parametrize(
+    ("name", "entries"), [("lora", 2 * (16 + 24)), ("lora_frozen_a", 2 * 24), ("lora_shared_plus_task", 4 * (16 + 24))]
+)
 def test_number_of_latents_a_layer(name, entries):
     assert sum(math.prod(spec.shape) for spec in ADAPTERS[name](rank=2).latents(SLOT).values()) == entries
 
@@ -87,13 +89,14 @@ def test_a_frozen_a_is_where_lora_starts():
 
 @EVERY_ADAPTER
 def test_lora_matrices_give_the_same_change(name):
+    rank = {"lora_shared_plus_task": 4}.get(name, 2)  # two pairs of rank 2 are one of rank 4
     adapter, generator = ADAPTERS[name](rank=2, alpha=3.0), torch.Generator().manual_seed(0)
     latents, fixed = draw(adapter.latents(SLOT), generator, rows=(5,)), draw(adapter.fixed(SLOT), generator)
     x = torch.randn((5, 7, 16), generator=generator)
     change = adapter.output(x, latents | fixed)
     for row in range(5):
         factors = adapter.lora({key: value[row] for key, value in latents.items()} | fixed)
-        assert (factors["lora_A"].shape, factors["lora_B"].shape) == ((2, 16), (24, 2))
+        assert (factors["lora_A"].shape, factors["lora_B"].shape) == ((rank, 16), (24, rank))
         delta = 3.0 / 2 * factors["lora_B"] @ factors["lora_A"]  # ΔW = (α/r) B A: (out, in)
         torch.testing.assert_close(change[row], x[row] @ delta.T, atol=1e-5, rtol=1e-5)
 

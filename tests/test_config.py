@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from bora_pyro.command_line import option
 from bora_pyro.config import MapFitConfig, parse_config, to_yaml
 from bora_pyro.errors import InputError
 
@@ -108,8 +109,8 @@ def test_the_line_wins_over_the_file_in_any_order(tmp_path):
         (["--overwrite", "maybe"], "--overwrite: 'maybe' cannot be used; give true or false"),
         (["--targets", ","], "--targets: [','] cannot be used; give a list of names or none"),
         (
-            ["--tau", "learned"],
-            "--tau: 'learned' cannot be used; give a number, 0 (independent tasks) or inf (one shared adapter)",
+            ["--tau", "learnt"],
+            "--tau: 'learnt' cannot be used; give learned, a number, 0 (independent tasks) or inf (one shared adapter)",
         ),
     ],
 )
@@ -177,8 +178,8 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"learning_rate": -1.0}, "learning_rate is -1.0; give a finite number above 0"),
         ({"gradient_clip": 0.0}, "gradient_clip is 0.0; give a number above 0, or inf for no clipping"),
         ({"warmup": 1.5}, "warmup is 1.5; give a fraction of the steps, from 0 to 1"),
-        ({"tau": -1.0}, "tau is -1.0; give a number above 0, or 0 (independent tasks), or inf (one shared adapter)"),
-        ({"tau": math.nan}, "tau is nan; give a number above 0, or 0 (independent tasks), or inf (one shared adapter)"),
+        ({"tau": -1.0}, "tau is -1.0; give learned, a number above 0, or 0 (independent tasks), or inf (one shared adapter)"),
+        ({"tau": math.nan}, "tau is nan; give learned, a number above 0, or 0 (independent tasks), or inf (one shared adapter)"),
         ({"device": "gpu"}, "device is 'gpu'; allowed: auto, cpu, cuda, cuda:N, mps, xpu"),
         ({"data": " "}, "data is empty; give a name, or leave it out for its default"),
         (
@@ -237,3 +238,60 @@ def test_help_documents_every_option(capsys):
         assert f"  --{field.name} " in printed
         assert field.metadata["help"]
     assert printed.count("(default:") == len(dataclasses.fields(MapFitConfig))
+
+
+@dataclasses.dataclass
+class Journey:
+    """A journey."""
+
+    start: str = option("", "where it begins", positional=True)
+    over: list[str] | None = option(None, "places on the way")
+    speed: float = option(1.5, "metres a second")
+
+
+@pytest.mark.parametrize(
+    ("argv", "journey"),
+    [
+        ([], Journey()),
+        (["Oslo"], Journey("Oslo")),
+        (["Oslo", "--speed", "2"], Journey("Oslo", speed=2.0)),
+        (["--speed=2", "Oslo"], Journey("Oslo", speed=2.0)),
+        (["Oslo", "--over", "Hamar", "Tynset"], Journey("Oslo", ["Hamar", "Tynset"])),
+        (["--over", "Hamar", "--speed", "2", "Oslo"], Journey("Oslo", ["Hamar"], 2.0)),
+        (["--", "-Oslo"], Journey("-Oslo")),
+    ],
+)
+def test_a_value_that_stands_alone(argv, journey):
+    assert parse_config(Journey, argv) == journey
+
+
+def test_a_value_that_stands_alone_comes_from_a_file_too(tmp_path):
+    file = tmp_path / "journey.yaml"
+    file.write_text("start: Oslo\nspeed: 2\n")
+    assert parse_config(Journey, ["--config", str(file)]) == Journey("Oslo", speed=2.0)
+    assert parse_config(Journey, ["Bergen", "--config", str(file)]) == Journey("Bergen", speed=2.0)
+    file.write_text(to_yaml(Journey("Oslo")))
+    assert parse_config(Journey, ["--config", str(file)]) == Journey("Oslo")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["Oslo", "Bergen"], "unexpected 'Bergen': every value follows its option, as in --key value"),
+        (["--start", "Oslo"], "--start is no option: give its value alone, as in journey.py START"),
+        (["--start=Oslo"], "--start is no option: give its value alone, as in journey.py START"),
+        (["Oslo", "--sped", "2"], "unknown option 'sped'; did you mean 'speed'?"),
+    ],
+)
+def test_bad_lines_with_a_value_that_stands_alone(argv, message):
+    with pytest.raises(InputError) as caught:
+        parse_config(Journey, argv, prog="journey.py")
+    assert str(caught.value) == message
+
+
+def test_help_shows_a_value_that_stands_alone(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Journey, ["--help"], prog="journey.py")
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: journey.py START [--config FILE.yaml] [--key value ...]")
+    assert re.search(r"^  START +where it begins$", printed, re.MULTILINE)

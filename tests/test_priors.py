@@ -207,3 +207,27 @@ def test_an_unknown_form_names_the_nearest():
         HierarchicalNormal(1.0, "non-centered")
     with pytest.raises(InputError, match="non-centered"):
         prior_from_tau(1.0, "non-centered")
+
+
+@pytest.mark.parametrize("prior", ALL_PRIORS, ids=repr)
+def test_sites_invert_sample_and_mean(prior):
+    generator = torch.Generator().manual_seed(3)
+    theta, mean = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((len(COUNTS), *SHAPE), SHAPE))
+    if isinstance(prior, Pooled):
+        theta = mean.expand_as(theta)
+    if isinstance(prior, Independent):
+        mean = theta.mean(0)
+    sample = linear_gaussian(prior, torch.zeros(SHAPE, dtype=torch.float64))[1]
+    sites = prior.sites("x", theta, mean)
+    trace = poutine.trace(poutine.condition(sample, data=sites)).get_trace()
+    assert trace.stochastic_nodes == ["tasks"]  # the plate: every latent site has a value
+    assert set(sites) <= set(trace.nodes)
+    torch.testing.assert_close(trace.nodes["_RETURN"]["value"], theta)
+    torch.testing.assert_close(prior.mean("x", sites, theta), mean)
+
+
+def test_the_whitened_deviation_of_the_same_weights_grows_with_the_root_of_tau():
+    theta, mean = torch.ones(len(COUNTS), *SHAPE), torch.zeros(SHAPE)
+    for tau in (0.25, 100.0):
+        z = HierarchicalNormal(tau).sites("x", theta, mean)["theta.x_decentered"]
+        assert torch.equal(z, torch.full_like(theta, math.sqrt(tau)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -45,7 +46,13 @@ class Adapter(ABC):
 
     Every adapter adds nothing at its start, has a gradient there that is not zero everywhere, and declares exactly the
     tensors that are learned.
+
+    Attributes:
+        shared: names of the latents that are meant to have one value for all tasks; the prior is what makes them so
+            (:func:`~bora_pyro.priors.with_shared`).
     """
+
+    shared: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def latents(self, slot: Slot) -> dict[str, TensorSpec]:

@@ -10,8 +10,14 @@ of the hierarchy are priors of their own: :class:`Independent` (τ → 0) and :c
 """
 
 from bora_pyro.priors.base import Prior, StandardNormal
-from bora_pyro.priors.from_tau import prior_from_tau
+from bora_pyro.priors.by_latent import ByLatent, with_shared
+from bora_pyro.priors.from_tau import PENALTIES, prior_from_tau
 from bora_pyro.priors.hierarchical import FORMS, HierarchicalNormal
+from bora_pyro.priors.learned import LearnedPrecision
 from bora_pyro.priors.limits import Independent, Pooled
+from bora_pyro.priors.norm import HierarchicalNorm, SphericalLaplace
 
-__all__ = ["FORMS", "HierarchicalNormal", "Independent", "Pooled", "Prior", "StandardNormal", "prior_from_tau"]
+__all__ = [
+    "FORMS", "PENALTIES", "ByLatent", "HierarchicalNorm", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled",
+    "Prior", "SphericalLaplace", "StandardNormal", "prior_from_tau", "with_shared",
+]  # fmt: skip

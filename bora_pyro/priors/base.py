@@ -37,6 +37,58 @@ class Prior(ABC):
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         """Θ of the latent ``name``, (layers, *shape), given the values of the sites and θ."""
 
+    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """Values of the sample sites that give θ and Θ: the inverse of ``sample`` and ``mean``.
+
+        This one serves every prior that samples both as they are; one with other sites overrides it.
+
+        Args:
+            name: name of the latent.
+            theta: θ, (D, layers, *shape).
+            mean: Θ, (layers, *shape).
+        """
+        return {f"prior_mean.{name}": mean, f"theta.{name}": theta}
+
+    def precision(self, name: str, start: Tensor) -> Tensor:
+        """τ of the latent ``name``, whose start is (layers, *shape): a tensor that broadcasts against (D, layers, *shape).
+
+        0 where tasks are independent, infinite where they are one. Under a penalty that is not Normal it is that of the Normal
+        with the same variance.
+
+        Raises:
+            InputError: this kind of prior does not say.
+        """
+        raise InputError(f"the precision of deviations under {self} is not known; give its class a method `precision`")
+
+    #: Steps of a fit between two calls of ``learn``; 0: this prior has nothing to learn.
+    every: int = 0
+
+    def learn(  # noqa: B027 (most priors have nothing to learn)
+        self,
+        theta: Mapping[str, Tensor],
+        mean: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        task: Tensor,
+        *,
+        schedule: float,
+    ) -> None:
+        """Follow what some validation documents say of the prior's own parameters; a prior without any does nothing.
+
+        Args:
+            theta: θ by latent, (D, layers, *shape).
+            mean: Θ by latent, (layers, *shape).
+            gradients: ∇ log p(w_n | θ_d(n)) of each document with respect to its own task's weights, (documents, layers, *shape).
+            task: index of each document's task, (documents,).
+            schedule: the learning rate as a fraction of its peak.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """What the prior has learned, as tensors for a checkpoint and a run folder; names that begin with ``tau.`` are τ."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (nor to put back)
+        """Put back what ``state`` gave, or the part of it that a run folder has."""
+
 
 class StandardNormal(dist.Normal):
     """Normal(0, 1), whose log-density neither divides by a scale nor takes its logarithm: adapters have millions of entries."""

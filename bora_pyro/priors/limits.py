@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pyro
@@ -20,6 +21,12 @@ class Independent(Prior):
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return theta.mean(0)
 
+    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        return {f"theta.{name}": theta}
+
+    def precision(self, name: str, start: Tensor) -> Tensor:
+        return start.new_tensor(0.0)
+
     def __repr__(self) -> str:
         return "Independent()"
 
@@ -33,6 +40,12 @@ class Pooled(Prior):
 
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
+
+    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        return {f"prior_mean.{name}": mean}  # tasks that are no copies of Θ have no place here
+
+    def precision(self, name: str, start: Tensor) -> Tensor:
+        return start.new_tensor(math.inf)
 
     def __repr__(self) -> str:
         return "Pooled()"

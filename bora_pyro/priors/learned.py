@@ -1,0 +1,145 @@
+"""The hierarchical Normal whose τ is learned in the one fit, from held-out documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pyro
+import torch
+from torch import Tensor
+
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.priors.base import Prior
+from bora_pyro.priors.hierarchical import whitened_deviation
+
+PER = ("site", "layer", "task", "model")
+#: τ stays within these: the upper one is reached where tasks are identical, the lower one where they have nothing in common.
+BOUNDS = (1e-3, 1e9)
+# The weight of the past in the running sums, and how many documents of slope 0 they are shrunk by.
+_MEMORY, _SHRINKAGE = 0.7, 4.0
+
+
+class LearnedPrecision(Prior):
+    """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1, τ following what held-out documents say during the fit.
+
+        >>> LearnedPrecision(per="layer", start=1000)
+        LearnedPrecision(per='layer', start=1000)
+
+    The deviations are written as δ_d = z_d/√τ with z_d ~ Normal(0, I), as in the non-centred
+    :class:`~bora_pyro.priors.HierarchicalNormal`, so that τ scales them directly. Every ``every`` steps some validation documents
+    are asked in which direction the tasks' deviations should be scaled,
+
+        slope = Σ_n ⟨δ_d(n) − δ̄, ∇ log p(w_n | θ_d(n))⟩,  δ̄ = mean_d δ_d,
+
+    the derivative of their log-likelihood with respect to the logarithm of a factor on the deviations from the tasks' mean. A
+    negative slope (the deviations are too large for documents they have not seen) raises τ, a positive one lowers it. For a
+    linear-Gaussian hierarchy the slope's expectation is zero exactly at the τ that the tasks were drawn with, whatever their
+    number: with r_d = ȳ_d − ȳ and δ_d = g r_d, E Σ_d r_d (θ_d − ȳ − g r_d) = (D − 1)(1/τ₀ − g (1/τ₀ + 1/h)), which vanishes for
+    g = h/(h + τ₀). Unlike the evidence at an optimum (MacKay's γ/Σδ²), it supposes neither that the fit has converged nor a
+    diagonal curvature. The step in log τ is ``rate`` times the mean slope of the last documents over their root mean square, so
+    that it is large where documents agree, small where they do not, and never larger than ``rate``.
+
+    Args:
+        per: what has a τ of its own: each ``site`` (a kind of layer and a factor, as ``q_proj.lora_A``); each ``layer`` of
+            each site; each ``task``, times that of the site; or one for the whole ``model``.
+        start: τ before the first step.
+        every: steps between two looks at validation documents; one costs about as much as a training step.
+        rate: largest change of log τ in one step.
+
+    Raises:
+        InputError: an unknown ``per``; a start outside the bounds, a number of steps below 1, a rate that is not positive.
+    """
+
+    def __init__(self, per: str = "site", start: float = 100.0, *, every: int = 4, rate: float = 1.0) -> None:
+        if per not in PER:
+            raise InputError(f"per {per!r} is not known; it is one of {', '.join(PER)}{nearest(per, PER)}")
+        if not BOUNDS[0] <= start <= BOUNDS[1]:
+            raise InputError(f"start {start} is not allowed; tau is learned between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
+        if every < 1 or not 0 < rate < math.inf:
+            raise InputError(f"every {every}, rate {rate}: give a whole number from 1 up and a finite number above 0")
+        self.per, self.start, self.every, self.rate = per, float(start), every, rate
+        #: τ by latent: one number, (layers, 1, ...) or (D, 1, 1, ...), which broadcasts against (D, layers, *shape).
+        self.tau: dict[str, Tensor] = {}
+        # running sums by group: of the slopes, of the documents
+        self._sums: dict[str, Tensor] = {}
+
+    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+        if name not in self.tau:
+            shapes = {"layer": (len(start),) + (1,) * (start.dim() - 1), "task": (tasks.size,) + (1,) * start.dim()}
+            self.tau[name] = start.new_full(shapes.get(self.per, ()), self.start)
+        return whitened_deviation(name, start, tasks, self.tau[name] ** -0.5)
+
+    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+        return sites[f"prior_mean.{name}"]
+
+    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        tau = self.tau.get(name, theta.new_tensor(self.start))
+        return {f"prior_mean.{name}": mean, f"theta.{name}_decentered": tau**0.5 * (theta - mean)}
+
+    def precision(self, name: str, start: Tensor) -> Tensor:
+        return self.tau.get(name, start.new_tensor(self.start))
+
+    def learn(
+        self,
+        theta: Mapping[str, Tensor],
+        mean: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        task: Tensor,
+        *,
+        schedule: float,
+    ) -> None:
+        slopes = {}
+        for name, value in theta.items():
+            deviation = (value - mean[name]) - (value - mean[name]).mean(0)
+            slopes[name] = (gradients[name] * deviation.index_select(0, task)).flatten(2).sum(-1)  # (documents, layers)
+        steps = {key: schedule * self._step(key, *value) for key, value in self._by_group(slopes, task).items()}
+        for name, tau in self.tau.items():
+            change = steps["model" if self.per == "model" else name].view(tau.shape if self.per == "layer" else ())
+            if self.per == "task":
+                change = change + steps["tasks"].view(tau.shape)
+            self.tau[name] = (tau * torch.exp(-change)).clamp(*BOUNDS)
+
+    def _by_group(self, slopes: dict[str, Tensor], task: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each group of τ that share a scale, the slopes (documents, members) and which of them are a member's own."""
+        every = torch.ones(len(task), 1, device=task.device)
+        if self.per == "model":
+            return {"model": (torch.stack([slope.sum(1) for slope in slopes.values()]).sum(0)[:, None], every)}
+        if self.per == "layer":
+            return {name: (slope, every.expand_as(slope)) for name, slope in slopes.items()}
+        groups = {name: (slope.sum(1, keepdim=True), every) for name, slope in slopes.items()}
+        if self.per == "task":
+            own = torch.nn.functional.one_hot(task, len(next(iter(self.tau.values())))).to(every.dtype)
+            of_documents = torch.stack([slope.sum(1) for slope in slopes.values()]).sum(0)[:, None]
+            groups["tasks"] = (of_documents * own, own)
+        return groups
+
+    def _step(self, key: str, slopes: Tensor, own: Tensor) -> Tensor:
+        """The step in −log τ of each member of a group, (members,)."""
+        # in units of this look's own root mean square, one for all tasks: slopes grow a hundredfold within a fit
+        scale = (slopes.square().sum() / own.sum()).sqrt().clamp(min=torch.finfo(slopes.dtype).tiny)
+        new = torch.stack([slopes.sum(0) / scale, own.sum(0)])
+        self._sums[key] = new + _MEMORY * self._sums.get(key, torch.zeros_like(new))
+        total, documents = self._sums[key]
+        return self.rate * total / (documents + _SHRINKAGE)
+
+    def state(self) -> dict[str, Tensor]:
+        tau = {f"tau.{name}": value.clone() for name, value in self.tau.items()}
+        return tau | {f"sums.{key}": value.clone() for key, value in self._sums.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        stores = {"tau": self.tau, "sums": self._sums}
+        for name, value in state.items():
+            kind, _, key = name.partition(".")
+            if kind in stores:
+                stores[kind][key] = value.clone()
+
+    def __repr__(self) -> str:
+        if not self.tau or all(bool((value == self.start).all()) for value in self.tau.values()):
+            return f"LearnedPrecision(per={self.per!r}, start={self.start:g})"
+        learned = ", ".join(f"{name}: {_geometric_mean(value):.3g}" for name, value in self.tau.items())
+        return f"LearnedPrecision(per={self.per!r}, tau={{{learned}}})"
+
+
+def _geometric_mean(tau: Tensor) -> float:
+    return float(tau.log().mean().exp())
