@@ -11,7 +11,8 @@
     (100.0, 20.2, {'prior_mean': tensor([0., 0.])})
 
 A run folder holds ``config.yaml`` (resolved), ``split.json`` (which documents are where), ``metrics.jsonl`` (a line a
-record), ``metrics.json`` (the result, written last), tensors as safetensors, ``checkpoints/`` and ``adapters/<task>/``.
+record), ``metrics.json`` (the result, written last), tensors as safetensors, ``checkpoints/``, ``adapters/<task>/`` and,
+once ``scripts/diagnose.py`` has looked at it, ``diagnostics/``.
 Nothing in it is pickled, and every file but the log is replaced in one piece, so that a killed run leaves no half file.
 """
 
@@ -38,7 +39,7 @@ from torch import Tensor
 from bora_pyro.errors import InputError
 
 CONFIG, LOG, METRICS, SPLIT = "config.yaml", "metrics.jsonl", "metrics.json", "split.json"
-CHECKPOINTS, ADAPTERS = "checkpoints", "adapters"
+CHECKPOINTS, ADAPTERS, DIAGNOSTICS = "checkpoints", "adapters", "diagnostics"
 # The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
 _HEADER = "# bora_pyro run: the resolved configuration"
 # Letters that Unicode does not decompose into an ASCII letter and an accent.
@@ -246,7 +247,7 @@ class RunFolder:
         """The entries that no run wrote: all of them where ``config.yaml`` is not ours."""
         if not self._is_ours():
             return [name for name in names if not _is_temporary(name)]
-        ours = (CONFIG, LOG, METRICS, SPLIT, CHECKPOINTS, ADAPTERS)
+        ours = (CONFIG, LOG, METRICS, SPLIT, CHECKPOINTS, ADAPTERS, DIAGNOSTICS)
         return [n for n in names if not (n in ours or n.endswith(".safetensors") or _is_temporary(n))]
 
     def _clear(self, names: list[str]) -> None:

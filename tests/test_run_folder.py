@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import RunFolder, task_slugs
+from bora_pyro.run_folder import DIAGNOSTICS, RunFolder, task_slugs
 
 
 @pytest.fixture
@@ -76,6 +76,8 @@ def test_overwrite_deletes_the_run(run):
     run.write_split({})
     run.save_tensors("posterior", {"a": torch.zeros(1)})
     (run.adapters / "ada").mkdir()
+    (run.path / DIAGNOSTICS).mkdir()
+    (run.path / DIAGNOSTICS / "shrinkage.csv").write_text("task\n")
     (run.path / ".metrics.json.tmp").write_text("left by a killed run")
     RunFolder.create(run.path, overwrite=True)
     assert list(run.path.iterdir()) == []

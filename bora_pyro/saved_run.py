@@ -1,0 +1,176 @@
+"""A finished run, read back: the fitted model with its guide, and the data as the run split them.
+
+    >>> import tempfile
+    >>> from bora_pyro.map_run import run_map_fit
+    >>> options = {"num_tasks": 2, "rank": 2, "max_train_documents": 2, "max_eval_documents": 2, "epochs": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     metrics = run_map_fit(MapFitConfig(output_dir=f"{folder}/run", **options), quiet=True)
+    ...     run = load_run(f"{folder}/run")
+    >>> abs(run.fitted.evaluate(run.data.test)["test_perplexity"] / metrics["test_perplexity"] - 1) < 1e-6
+    True
+
+Everything comes from the run folder but two things that a run does not copy: the base model and the documents, which are read
+from where ``config.yaml`` says they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from bora_pyro.config import MapFitConfig, parse_config
+from bora_pyro.data import TaskData
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.fitted import Fitted
+from bora_pyro.guides import map_guide
+from bora_pyro.map_run import build_run
+from bora_pyro.model import BoRA
+from bora_pyro.run_folder import CONFIG, METRICS, RunFolder
+
+# What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, and what a prior has learned.
+_FIXED, _LEARNED = "fixed.", "tau."
+# What metrics.json must have for a run to be read back.
+_NEEDED = ("test_perplexity", "train_documents", "test_documents", "tasks")
+_NEEDED_OF_TASK = ("test_perplexity", "base_test_perplexity")
+
+
+@dataclass
+class SavedRun:
+    """What a fit left, as the objects that it had.
+
+    Attributes:
+        folder: the run folder.
+        config: the configuration of the fit, with the device on which the run was opened.
+        fitted: the model and its guide at the stored state.
+        data: the documents, split as in ``split.json``.
+        metrics: what ``metrics.json`` holds.
+    """
+
+    folder: RunFolder
+    config: MapFitConfig
+    fitted: Fitted
+    data: TaskData
+    metrics: dict[str, Any]
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """What ``metrics.json`` holds of each task, in the order of the tasks."""
+        return list(self.metrics["tasks"].values())
+
+
+def load_run(path: str | Path, *, device: str = "auto") -> SavedRun:
+    """Read a finished run back.
+
+    Args:
+        path: the run folder, a fit's ``output_dir``.
+        device: where the model goes; the fit may have been on another one.
+
+    Raises:
+        InputError: no run, an unfinished one, or a damaged one; a base model or documents that are gone or have changed.
+    """
+    folder = RunFolder.open(path)
+    metrics = _read_metrics(folder)
+    config = dataclasses.replace(_read_config(folder), device=device, threads=None)
+    tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
+    if metadata.get("guide") != "map":
+        raise InputError(f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; only 'map' is read back")
+    model, data = build_run(config, quiet=True, split_record=folder.read_split())
+    _check_data(folder, data, metrics, metadata)
+    fitted = Fitted(
+        model,
+        _restored(folder, model, data, tensors),
+        data.tasks,
+        history=folder.read_log(),
+        best_epoch=metrics.get("best_epoch", 0),
+        validation_perplexity=metrics.get("validation_perplexity"),
+        seconds=metrics.get("fit_seconds", 0.0),
+    )
+    return SavedRun(folder, config, fitted, data, metrics)
+
+
+def _read_metrics(folder: RunFolder) -> dict[str, Any]:
+    metrics = folder.read_metrics()
+    if missing := [name for name in _NEEDED if name not in metrics]:
+        raise InputError(f"{folder.path / METRICS} has no {missing[0]!r}; run the fit again with --resume true")
+    return metrics
+
+
+def _read_config(folder: RunFolder) -> MapFitConfig:
+    """The configuration; keys that are younger than the run have their defaults."""
+    try:
+        return parse_config(MapFitConfig, ["--config", str(folder.path / CONFIG)])
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--config ")) from None
+
+
+def _check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Refuse data that are not those of the fit, as far as a run can tell."""
+    found: dict[str, Any] = {"train_documents": data.train.num_documents, "test_documents": data.test.num_documents}
+    for name, number in found.items():
+        if number != metrics[name]:
+            raise InputError(
+                f"the run in {folder.path} had {metrics[name]} {name.replace('_', ' ')}, the data now give {number}; "
+                "use the documents of the fit, or fit again"
+            )
+    try:
+        tasks = json.loads(metadata["tasks"])
+    except (KeyError, ValueError):
+        tasks = None
+    if tasks != data.tasks:
+        raise InputError(f"the posterior in {folder.path} is of other tasks than its split.json; run the fit again")
+    rows = metrics["tasks"].values() if isinstance(metrics["tasks"], dict) else []
+    if [row.get("name") if isinstance(row, dict) else None for row in rows] != data.tasks:
+        raise InputError(f"{folder.path / METRICS} is of other tasks than split.json; run the fit again with --resume true")
+    for row in rows:
+        if missing := [name for name in _NEEDED_OF_TASK if name not in row]:
+            raise InputError(
+                f"{folder.path / METRICS} has no {missing[0]!r} of task {row['name']!r}; run the fit again with --resume true"
+            )
+
+
+def _restored(folder: RunFolder, model: BoRA, data: TaskData, tensors: dict[str, Tensor]) -> AutoGuide:
+    """The guide at the stored values of the sample sites; the adapter's and the prior's own tensors are put back as well."""
+    fixed, learned, sites = (
+        {name: value.to(model.backbone.device) for name, value in tensors.items() if _group(name) == group}
+        for group in (_FIXED, _LEARNED, "")
+    )
+    with torch.no_grad(), poutine.seed(rng_seed=0):
+        # a prior that learns makes its tensors when it is first sampled
+        trace = prune_subsample_sites(poutine.trace(model.weights).get_trace())
+        own = {name: value for name, value in model.prior.state().items() if _group(name) == _LEARNED}
+        _check_shapes(folder, {f"{_FIXED}{name}": value for name, value in model.fixed.items()}, fixed)
+        _check_shapes(folder, own, learned)
+        _check_shapes(folder, {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}, sites)
+        model.fixed |= {name.removeprefix(_FIXED): value for name, value in fixed.items()}
+        model.prior.load_state(learned)
+        guide = map_guide(model, sites)
+        # one short document: the model must run once for the guide to make its parameters
+        guide(data.train.batches(token_budget=1)[0].to(model.backbone.device))
+    return guide
+
+
+def _group(name: str) -> str:
+    """The beginning of a tensor's name that says whose it is; empty for a sample site."""
+    return next((group for group in (_FIXED, _LEARNED) if name.startswith(group)), "")
+
+
+def _check_shapes(folder: RunFolder, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    what, remedy = f"the posterior in {folder.path}", "run the fit again, or restore its config.yaml"
+    if missing := sorted(expected.keys() - found.keys()):
+        raise InputError(f"{what} has no {missing[0]!r}, which its config.yaml asks for; {remedy}")
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise InputError(
+            f"{what} has {unknown[0]!r}, which its config.yaml does not ask for{nearest(unknown[0], expected)}; {remedy}"
+        )
+    for name, value in expected.items():
+        if found[name].shape != value.shape:
+            raise InputError(f"{what} has {name!r} of shape {tuple(found[name].shape)}, expected {tuple(value.shape)}; {remedy}")
