@@ -2,9 +2,9 @@
 
     python scripts/simulate_tau.py --output results/simulated_tau.csv
 
-Each draw has 25 tasks with θ_d ~ Normal(Θ, I/τ), and y_dn ~ Normal(θ_d, σ² I) for 4 to 40 training documents a task and 8 validation
-documents. The noise is such that an average task's documents say as much of θ_d as the prior does (N σ⁻² = τ). MAP by ``AutoDelta``
-and AdamW as in a fit, τ by :class:`~bora_pyro.LearnedPrecision`, from the same start for every truth.
+Each draw has 25 tasks with θ_d ~ Normal(Θ, I/τ), and y_dn ~ Normal(θ_d, σ² I) for 4 to 40 training documents a task and 8
+validation documents. The noise is such that an average task's documents say as much of θ_d as the prior does (N σ⁻² = τ). MAP by
+``AutoDelta`` and AdamW as in a fit, τ by :class:`~bora_pyro.LearnedPrecision`, from the same start for every truth.
 """
 
 from __future__ import annotations
