@@ -9,7 +9,7 @@ STAMP := $(VENV)/.bora_pyro_stamp
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test figures lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -30,6 +30,9 @@ demo: setup  ## fit the embedded base model to the embedded data, into runs/demo
 test: export OMP_NUM_THREADS := 1
 test: setup  ## run the tests and the docstrings' snippets (ARGS="-k config" passes options on)
 	$(BIN)/python -m pytest $(ARGS)
+
+figures: setup  ## draw the figures and tables of paper_figures/ again, from the stored results
+	$(BIN)/python paper_figures/draw_all.py
 
 lint: setup  ## check style, format and types
 	$(BIN)/ruff check .

@@ -1,0 +1,49 @@
+"""Make a sweep table of finished runs that were started one by one, as the paper's six are.
+
+python paper_figures/collect_runs.py --runs runs/paper/tau0 runs/paper/tau100 --output results/talk_of_norway
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import pandas as pd
+from common import run
+
+from bora_pyro.command_line import option
+from bora_pyro.errors import InputError
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.sweep import number_text, rows_of_run, with_run, write_sweep
+
+
+@dataclass(kw_only=True)
+class CollectConfig:
+    """Make a sweep table of finished runs."""
+
+    runs: list[str] | None = option(None, "the run folders")
+    output: str = option("results/talk_of_norway", "the table without its ending: .csv and .parquet are written")
+
+    def validate(self) -> None:
+        """Check the values."""
+        if not self.runs:
+            raise InputError("no run is given; name the folders, as in --runs runs/paper/tau0 runs/paper/tau100")
+
+
+def collect(config: CollectConfig) -> str:
+    """Write the table; returns what it holds."""
+    table: pd.DataFrame | None = None
+    for path in config.runs or ():
+        folder = RunFolder.open(path)
+        options, metrics = folder.read_config(), folder.read_metrics()
+        rate = float(metrics["learning_rate"])
+        if options.get("scale_learning_rate_with_tau"):
+            rate *= float(metrics["tau"])  # a run stores the factor; a sweep's table has AdamW's rate
+        table = with_run(table, rows_of_run(folder, learning_rate=number_text(f"{rate:.12g}")))
+    assert table is not None
+    write_sweep(table, config.output)
+    return f"{config.output}.parquet: tau {', '.join(table['tau'].unique())}; {table['task'].nunique()} tasks"
+
+
+if __name__ == "__main__":
+    sys.exit(run(CollectConfig, collect, sys.argv[1:], __file__))

@@ -1,0 +1,78 @@
+"""Draw every figure and table again, from the tables in ``results/``: what ``make figures`` does.
+
+    python paper_figures/draw_all.py
+
+The presidents' sweep gives ``figure2.png`` and so on, the documentation's ``figure2_documentation.png``. What a table is missing
+for is named at the end, and the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import fidelity_table
+import figure1
+import figure2
+import figure3
+import figure4
+import figure5
+import forms_figure
+import model_figure
+import pca_figure
+import table1
+import table2
+
+from bora_pyro.command_line import option, parse_config
+from bora_pyro.errors import InputError
+
+_OF_A_SWEEP: tuple[ModuleType, ...] = (figure1, figure2, figure3, figure4, figure5, table1, table2)
+
+
+@dataclass(kw_only=True)
+class DrawAllConfig:
+    """Draw every figure and table again from stored results."""
+
+    results: str = option("results", "the folder of the tables")
+    output: str = option("paper_figures", "the folder that is written")
+
+
+def jobs(config: DrawAllConfig) -> Iterator[tuple[str, Callable[[Any], str], Any]]:
+    """What is written, and the function and options that write it."""
+    results, output = config.results, config.output
+    for corpus, ending in (("presidents", ""), ("documentation", "_documentation")):
+        for module in _OF_A_SWEEP:
+            name = module.__name__
+            path = f"{output}/{name}{ending}.{'md' if name.startswith('table') else 'png'}"
+            config_class = getattr(module, f"{name.capitalize()}Config")
+            yield path, module.draw, config_class(sweep=f"{results}/{corpus}.parquet", output=path)
+        path = f"{output}/pca{ending}.png"
+        yield path, pca_figure.draw, pca_figure.PcaConfig(gram=f"{results}/{corpus}_gram.csv", output=path)
+    forms, fidelity, model = f"{output}/forms.png", f"{output}/fidelity.md", f"{output}/model.png"
+    yield forms, forms_figure.draw, forms_figure.FormsConfig(forms=f"{results}/forms.csv", output=forms)
+    yield fidelity, fidelity_table.draw, fidelity_table.FidelityConfig(fidelity=f"{results}/fidelity.csv", output=fidelity)
+    yield model, model_figure.draw, model_figure.ModelConfig(output=model)
+
+
+def main(argv: list[str]) -> int:
+    """Draw all; one that cannot be drawn does not stop the others."""
+    failed = []
+    try:
+        for path, draw, options in jobs(parse_config(DrawAllConfig, argv, prog="draw_all.py")):
+            try:
+                draw(options)
+                print(path, flush=True)
+            except InputError as error:
+                failed.append(f"error: {path}: {error}")
+    except InputError as error:
+        failed.append(f"error: {error}")
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""The tasks' adapters on their first two principal components, and which of them are near one another.
+
+The released code draws its 25 speakers so, with all their weights, coloured by home county: most of them in one heap, and a few
+of their own far out. The paper does not print it. Here everything comes from the tasks' Gram matrix, D x D, which is stored as a
+table; ``--run`` makes that table from a run folder (its base model and documents must be at hand).
+
+    python paper_figures/pca_figure.py --gram results/presidents_gram.csv
+    python paper_figures/pca_figure.py --run runs/presidents --gram results/presidents_gram.csv
+
+Where the tasks are the paper's speakers, colour and marker are their parties; ``--groups`` gives other groups.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from common import output_option, read_table, reported, run, save
+
+from bora_pyro.command_line import check_choices, option
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.plots import style, task_dendrogram, task_pca
+
+
+@dataclass(kw_only=True)
+class PcaConfig:
+    """Draw the tasks' adapters on two principal components, and their dendrogram."""
+
+    gram: str = option("results/presidents_gram.csv", "the inner products of the tasks, D x D, names as header and index")
+    run: str | None = option(None, "a run folder; its inner products are written to --gram first")
+    space: str = option(
+        "delta_w", "what is compared: the change of the layers, or the adapters' entries", choices=("delta_w", "weights")
+    )
+    groups: str | None = option(None, "csv with columns task, group: what colour and marker stand for")
+    output: str = output_option("pca.png")
+
+    def validate(self) -> None:
+        """Check the values."""
+        check_choices(self)
+
+
+def draw(config: PcaConfig) -> str:
+    """Draw the figure; returns where it went."""
+    if config.run is not None:
+        write_gram(config.run, config.space, config.gram)
+    gram = read_gram(config.gram)
+    names = [str(name) for name in gram.index]
+    groups = groups_of(names, config.groups)
+    with style():
+        figure, axes = plt.subplots(1, 2, figsize=(10.5, max(4.5, 0.6 + 0.2 * len(names))), width_ratios=(3, 2))
+        task_dendrogram(gram.to_numpy(), names, axes[1])
+        task_pca(gram.to_numpy(), names, axes[0], groups=groups)
+        return save(figure, config.output)
+
+
+def write_gram(folder: str, space: str, path: str) -> None:
+    """Store the tasks' Gram matrix of a run, six digits an entry."""
+    from bora_pyro.deviations import task_gram  # only here, as they load the language model
+    from bora_pyro.saved_run import load_run
+
+    fitted = load_run(folder).fitted
+    table = pd.DataFrame(task_gram(fitted, space=space).numpy(), index=pd.Index(fitted.tasks, name="task"), columns=fitted.tasks)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, float_format="%.6g", lineterminator="\n")
+
+
+def read_gram(path: str) -> pd.DataFrame:
+    """The stored Gram matrix, names as index and columns."""
+    table = read_table(path, ["task"], made_by="make it with pca_figure.py --run RUN")
+    table = table.set_index(table["task"].astype(str)).drop(columns="task")
+    if list(table.columns) != list(table.index) or not all(np.issubdtype(kind, np.number) for kind in table.dtypes):
+        raise InputError(f"table {path} is no square table of numbers with one name a row and column; make it with --run RUN")
+    return table
+
+
+def groups_of(names: list[str], path: str | None) -> list[str] | None:
+    """A group for each task, or None where there are none."""
+    if path is None:
+        speakers = reported("tasks").set_index("task")["party"]
+        return [str(speakers[name]) for name in names] if set(names) <= set(speakers.index) else None
+    groups = read_table(path, ["task", "group"], made_by="give a csv with columns task, group").set_index("task")["group"]
+    if missing := [name for name in names if name not in groups.index]:
+        raise InputError(
+            f"groups {path} lacks the task {missing[0]!r}; give each task a group{nearest(missing[0], groups.index)}"
+        )
+    return [str(groups[name]) for name in names]
+
+
+if __name__ == "__main__":
+    sys.exit(run(PcaConfig, draw, sys.argv[1:], __file__))
