@@ -69,7 +69,7 @@ class MapFitConfig:
         choices=("noncentered", "centered"),
     )
     tau: float | str = option(
-        100.0,
+        LEARNED,
         "precision of the prior theta_d ~ Normal(Theta, I/tau): learned, a number, 0 (independent tasks) or inf (one shared "
         "adapter)",
         group=PRIOR,

@@ -207,8 +207,7 @@ class Loop:
         with poutine.seed(rng_seed=_epoch_seed(self.seed, self.epoch)):
             for number, members in enumerate(steps):
                 step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
-                schedule = _schedule(step, self.total_steps, self.warmup)
-                rate = self.learning_rate * schedule
+                rate = self.learning_rate * _schedule(step, self.total_steps, self.warmup)
                 loss = 0.0
                 for position in members:
                     batch = batches[position]
@@ -219,7 +218,7 @@ class Loop:
                     tokens += int(batch.attention_mask.sum()) - len(batch.task)
                 self.step(rate, loss, step)
                 if self.model.prior.every and (step + 1) % self.model.prior.every == 0:
-                    self.learn_prior((step + 1) // self.model.prior.every - 1, schedule)
+                    self.learn_prior((step + 1) // self.model.prior.every - 1)
                     report.setdefault("tau_path", []).append({"step": step + 1, "tau": self.fitted.tau_by_group()})
                 losses += loss
                 report |= {
@@ -252,14 +251,14 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def learn_prior(self, update: int, schedule: float) -> None:
+    def learn_prior(self, update: int) -> None:
         """Show the prior the validation documents whose turn it is."""
         # half a batch, twice as often: the same cost, and a slope that is never far from the present state
         batches = self.data.validation.batches(token_budget=-(-self.token_budget // 2), seed=self.seed)
         batch = batches[update % len(batches)].to(self.device)
         theta, mean = self.fitted.weights()
         gradients = document_gradients(self.model, theta, batch)
-        self.model.prior.learn(theta, mean, gradients, batch.task, schedule=schedule)
+        self.model.prior.learn(theta, mean, gradients, batch.task)
 
     def _non_finite(self, what: str) -> NonFiniteLossError:
         self.restore_best()

@@ -59,8 +59,12 @@ def draw(config: PcaConfig) -> str:
 
 def write_gram(folder: str, space: str, path: str) -> None:
     """Store the tasks' Gram matrix of a run, six digits an entry."""
+    import transformers
+
     from bora_pyro.deviations import task_gram  # only here, as they load the language model
     from bora_pyro.saved_run import load_run
+
+    transformers.utils.logging.disable_progress_bar()
 
     fitted = load_run(folder).fitted
     table = pd.DataFrame(task_gram(fitted, space=space).numpy(), index=pd.Index(fitted.tasks, name="task"), columns=fitted.tasks)

@@ -1,6 +1,6 @@
 """Fit BoRA by MAP: one frozen language model, an adapter for each task, all under one hierarchical Normal.
 
-    python scripts/map_fit.py --data speeches.csv --base_model facebook/opt-350m --tau 100 --output_dir runs/speeches
+    python scripts/map_fit.py --data speeches.csv --base_model facebook/opt-350m --output_dir runs/speeches
 
 Every option: ``python scripts/map_fit.py --help``.
 """

@@ -38,7 +38,7 @@ def look(*, deviation=1.0, sign=-1.0, documents=8, tasks=TASKS):
 def shrink(prior, times=1, **options):
     theta, mean, gradients, task = look(**options)
     for _ in range(times):
-        prior.learn(theta, mean, gradients, task, schedule=1.0)
+        prior.learn(theta, mean, gradients, task)
     return prior
 
 
@@ -60,19 +60,11 @@ def test_larger_deviations_where_held_out_documents_ask_for_them(per, sign):
     assert all(((value < 100.0) if sign > 0 else (value > 100.0)).all() for value in prior.tau.values())
 
 
-def test_the_step_follows_the_schedule():
-    free, damped = prepared(LearnedPrecision("model")), prepared(LearnedPrecision("model"))
-    theta, mean, gradients, task = look()
-    free.learn(theta, mean, gradients, task, schedule=1.0)
-    damped.learn(theta, mean, gradients, task, schedule=0.25)
-    assert damped.tau["x"].log() - math.log(100) == pytest.approx(0.25 * float(free.tau["x"].log() - math.log(100)), rel=1e-4)
-
-
 def test_what_all_tasks_share_is_no_deviation():
     """A common shift of all tasks from Θ says nothing of τ."""
     prior = prepared(LearnedPrecision("site"))
     theta, mean, gradients, task = look()
-    prior.learn({"x": torch.ones_like(theta["x"])}, mean, gradients, task, schedule=1.0)
+    prior.learn({"x": torch.ones_like(theta["x"])}, mean, gradients, task)
     assert prior.tau["x"] == 100.0
 
 
@@ -88,7 +80,7 @@ def test_one_odd_task_gets_a_precision_of_its_own():
     theta, mean, gradients, task = look(documents=16)
     gradients["x"][task == 2] *= -1
     for _ in range(6):
-        prior.learn(theta, mean, gradients, task, schedule=1.0)
+        prior.learn(theta, mean, gradients, task)
     tau = prior.tau["x"].flatten()
     assert tau[2] < tau[[0, 1, 3]].min() / 4
     assert torch.allclose(tau[0], tau[[1, 3]])

@@ -69,8 +69,6 @@ class Prior(ABC):
         mean: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         task: Tensor,
-        *,
-        schedule: float,
     ) -> None:
         """Follow what some validation documents say of the prior's own parameters; a prior without any does nothing.
 
@@ -79,7 +77,6 @@ class Prior(ABC):
             mean: Θ by latent, (layers, *shape).
             gradients: ∇ log p(w_n | θ_d(n)) of each document with respect to its own task's weights, (documents, layers, *shape).
             task: index of each document's task, (documents,).
-            schedule: the learning rate as a fraction of its peak.
         """
 
     def state(self) -> dict[str, Tensor]:

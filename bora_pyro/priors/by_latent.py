@@ -64,12 +64,10 @@ class ByLatent(Prior):
         mean: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         task: Tensor,
-        *,
-        schedule: float,
     ) -> None:
         names = [name for name in theta if self.of(name) is self.other]
         theta, mean, gradients = ({name: values[name] for name in names} for values in (theta, mean, gradients))
-        self.other.learn(theta, mean, gradients, task, schedule=schedule)
+        self.other.learn(theta, mean, gradients, task)
 
     def state(self) -> dict[str, Tensor]:
         return self.other.state()

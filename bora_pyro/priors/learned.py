@@ -38,7 +38,8 @@ class LearnedPrecision(Prior):
     number: with r_d = ȳ_d − ȳ and δ_d = g r_d, E Σ_d r_d (θ_d − ȳ − g r_d) = (D − 1)(1/τ₀ − g (1/τ₀ + 1/h)), which vanishes for
     g = h/(h + τ₀). Unlike the evidence at an optimum (MacKay's γ/Σδ²), it supposes neither that the fit has converged nor a
     diagonal curvature. The step in log τ is ``rate`` times the mean slope of the last documents over their root mean square, so
-    that it is large where documents agree, small where they do not, and never larger than ``rate``.
+    that it is large where documents agree, small where they do not, and never larger than ``rate``. It does not shrink with the
+    learning rate: the best τ rises as a fit goes on and begins to overfit, and is to be followed to the end.
 
     Args:
         per: what has a τ of its own: each ``site`` (a kind of layer and a factor, as ``q_proj.lora_A``); each ``layer`` of
@@ -86,14 +87,12 @@ class LearnedPrecision(Prior):
         mean: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         task: Tensor,
-        *,
-        schedule: float,
     ) -> None:
         slopes = {}
         for name, value in theta.items():
             deviation = (value - mean[name]) - (value - mean[name]).mean(0)
             slopes[name] = (gradients[name] * deviation.index_select(0, task)).flatten(2).sum(-1)  # (documents, layers)
-        steps = {key: schedule * self._step(key, *value) for key, value in self._by_group(slopes, task).items()}
+        steps = {key: self._step(key, *value) for key, value in self._by_group(slopes, task).items()}
         for name, tau in self.tau.items():
             change = steps["model" if self.per == "model" else name].view(tau.shape if self.per == "layer" else ())
             if self.per == "task":
