@@ -9,10 +9,10 @@ STAMP := $(VENV)/.bora_pyro_stamp
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test figures lint format clean
+.PHONY: help setup demo test figures notebooks lint format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 setup: $(STAMP)  ## build .venv with the pinned versions (PYTHON=... chooses the interpreter)
 
@@ -33,6 +33,9 @@ test: setup  ## run the tests and the docstrings' snippets (ARGS="-k config" pas
 
 figures: setup  ## draw the figures and tables of paper_figures/ again, from the stored results
 	$(BIN)/python paper_figures/draw_all.py
+
+notebooks: setup  ## run the notebooks again and store them with their outputs
+	$(BIN)/python notebooks/execute.py notebooks/prior_strength.py
 
 lint: setup  ## check style, format and types
 	$(BIN)/ruff check .

@@ -114,9 +114,9 @@ def test_the_other_prior_learns_from_its_own_latents_alone():
     prior = ByLatent({"lora_A": Pooled()}, other=learner)
     theta, mean, gradients = ({f"{slot}.lora_{f}": object() for slot in "qv" for f in "AB"} for _ in range(3))
     task = torch.tensor([1, 0])
-    prior.learn(theta, mean, gradients, task, schedule=0.5)
+    prior.learn(theta, mean, gradients, task)
     own = [{name: values[name] for name in ("q.lora_B", "v.lora_B")} for values in (theta, mean, gradients)]
-    assert learner.told == ((*own, task), {"schedule": 0.5})
+    assert learner.told == ((*own, task), {})
     assert prior.every == 3
     assert ByLatent({}, other=Pooled()).every == 0
     assert prior.state() == learner.state()
