@@ -26,6 +26,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_table(metrics)
+    if "tau_by_group" in metrics:
+        print(f"learned τ: {metrics['tau']:.3g} (geometric mean; by group in metrics.json)")
     print(f"run folder: {config.output_dir}")
     return 0
 

@@ -48,7 +48,7 @@ def shrinkage_forest(container: Any, ax: Axes) -> Axes:
     documents = np.asarray(container["constant_data"]["train_documents"])
     ax.set_yticks(rows, [f"{tasks[task]} ({documents[task]})" for task in order])
     ax.set_ylim(-0.7, len(tasks) - 0.3)
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, 1.05 * float(draws.max()) or 1.0)  # room for the farthest marker
     ax.grid(axis="y", linewidth=0.3)
     ax.set_xlabel(_DISTANCE + ("\n(median, 50 % and 94 % of the draws)" if len(draws) > 1 else ""))
     ax.set_ylabel("task ($N_d$)")
