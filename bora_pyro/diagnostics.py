@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -150,8 +151,7 @@ def _posterior(fitted: Fitted, data: TaskData, token_budget: int) -> xr.Dataset:
         "distance": xr.DataArray(fitted.deviation_norms().cpu().double().numpy(), dims="task"),
         "rms_deviation": _by_latent({name: root_mean_square(value) for name, value in delta.items()}, ("task", "layer")),
         "effective_parameters": xr.DataArray(
-            sum(effective_parameters(fisher[name], tau[name]) for name in delta).cpu().numpy(),  # type: ignore[union-attr]
-            dims="task",
+            torch.stack([effective_parameters(fisher[name], tau[name]) for name in delta]).sum(0).cpu().numpy(), dims="task"
         ),
         "pooling_factor": _by_latent(
             {name: pooling_factor(value, fisher[name], tau[name]) for name, value in delta.items()}, ("layer",)

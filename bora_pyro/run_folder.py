@@ -123,7 +123,7 @@ class RunFolder:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.yaml``, which makes the folder a run."""
         text = f"{_HEADER}\n{yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}"
-        _replace(self.path / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        replace_file(self.path / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self.checkpoints.mkdir(exist_ok=True)
         self.adapters.mkdir(exist_ok=True)
 
@@ -184,7 +184,7 @@ class RunFolder:
         plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
         file = self._tensor_file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(file, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
+        replace_file(file, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``<name>.safetensors``, on the CPU."""
@@ -205,7 +205,7 @@ class RunFolder:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
-        _replace(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        replace_file(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _read_json(self, name: str) -> dict[str, Any]:
         file = self.path / name
@@ -306,7 +306,7 @@ def _is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     """Write beside the file, then put it in the file's place in one step."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:

@@ -20,8 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_folder import RunFolder, replace_file
 
 LEARNED = "learned"
 #: What names a run.
@@ -231,16 +230,6 @@ def summary(table: pd.DataFrame) -> str:
         lines.append(f"| {name} | {rate} | {perplexities} | {ratio} | {len(rows)} |")
     base = chosen.drop_duplicates("seed").base_test_perplexity
     return "\n".join([*lines, f"| base | | | {_mean_sd(base, 2)} | 1 | |"])
-
-
-def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, then put it in the file's place in one step."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _mean_sd(values: pd.Series, digits: int) -> str:

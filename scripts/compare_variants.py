@@ -34,8 +34,8 @@ import pandas as pd
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.run_folder import RunFolder
-from bora_pyro.sweep import number_text, replace_file
+from bora_pyro.run_folder import RunFolder, replace_file
+from bora_pyro.sweep import number_text
 from bora_pyro.sweep_runs import Fits
 
 COLUMNS = [

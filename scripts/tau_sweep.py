@@ -29,13 +29,13 @@ from bora_pyro.errors import InputError
 from bora_pyro.map_run import build_run
 from bora_pyro.plots import style, tau_curve
 from bora_pyro.priors import Prior, prior_from_tau, with_shared
+from bora_pyro.run_folder import replace_file
 from bora_pyro.sweep import (
     LEARNED,
     best_rates,
     best_tau,
     number_text,
     read_sweep,
-    replace_file,
     rows_of_run,
     runs,
     summary,

@@ -169,7 +169,10 @@ def test_sites_are_the_inverse_of_sample(form):
 def test_draws_of_the_prior_are_as_wide_as_theory_says(form):
     start, prior, draws = torch.zeros(2, 4, 8), HierarchicalNorm(TAU, form), 400
     mean = draw(2, 4, 8).float()
-    weights = lambda: prior.sample("x", start, pyro.plate("tasks", TASKS, dim=-1))  # noqa: E731
+
+    def weights():
+        return prior.sample("x", start, pyro.plate("tasks", TASKS, dim=-1))
+
     with poutine.seed(rng_seed=0):
         drawn = Predictive(poutine.condition(weights, data={"prior_mean.x": mean}), num_samples=draws)()["theta.x"]
     norms = (drawn.reshape(draws, TASKS, 2, 4, 8) - mean).flatten(3).norm(dim=-1)

@@ -36,6 +36,7 @@ class ByLatent(Prior):
                     f"the prior of {name!r}, {prior}, learns; give it as other, and those of the other latents by name"
                 )
         self.priors, self.other = dict(priors), other
+        self.every = other.every  # the only one here that may have something to learn
 
     def of(self, name: str) -> Prior:
         """The prior of the latent ``name``."""
@@ -52,11 +53,6 @@ class ByLatent(Prior):
 
     def precision(self, name: str, start: Tensor) -> Tensor:
         return self.of(name).precision(name, start)
-
-    @property
-    def every(self) -> int:  # type: ignore[override]
-        """Those of ``other``, the only one here that may have something to learn."""
-        return self.other.every
 
     def learn(
         self,
