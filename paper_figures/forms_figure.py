@@ -1,4 +1,4 @@
-"""The centred form of the prior beside the non-centred one: how fast each comes down, a panel a τ.
+"""The centred form of the prior beside the non-centred one: how fast each comes down, a row a τ.
 
 The paper samples θ_d itself (centred) and takes a learning rate proportional to τ, as a remedy for a global mean that moves
 slowly: only the prior's gradient reaches it. In the non-centred form, θ_d = Θ + z_d / √τ, every task's gradient reaches Θ.
@@ -20,12 +20,13 @@ from bora_pyro.command_line import option
 from bora_pyro.plots import form_curves, style
 from bora_pyro.plots.style import tau_text
 
-COLUMNS = ["form", "tau", "learning_rate", "step", "validation_perplexity"]
+VALUES = ["objective", "test_perplexity"]
+COLUMNS = ["form", "tau", "learning_rate", "step", *VALUES]
 
 
 @dataclass(kw_only=True)
 class FormsConfig:
-    """Draw the validation perplexity of both forms against the step."""
+    """Draw the objective and the test perplexity of both forms against the step."""
 
     forms: str = option("results/forms.csv", "the table of compare_forms.py")
     output: str = output_option("forms.png")
@@ -38,10 +39,11 @@ def draw(config: FormsConfig) -> str:
     table = table.assign(learning_rate=table["learning_rate"] * factor)
     taus = sorted(table["tau"].unique())
     with style():
-        figure, axes = plt.subplots(1, len(taus), figsize=(4.5 * len(taus), 4.2), squeeze=False)
-        for tau, ax in zip(taus, axes[0], strict=True):
-            form_curves(table[table["tau"] == tau], ax)
-            ax.set_title(f"τ = {tau_text(str(tau))}")
+        figure, axes = plt.subplots(len(taus), len(VALUES), figsize=(4.8 * len(VALUES), 4.2 * len(taus)), squeeze=False)
+        for tau, row in zip(taus, axes, strict=True):
+            for value, ax in zip(VALUES, row, strict=True):
+                form_curves(table[table["tau"] == tau], ax, value=value)
+                ax.set_title(f"τ = {tau_text(str(tau))}")
         return save(figure, config.output)
 
 

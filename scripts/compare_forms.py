@@ -11,8 +11,8 @@ The table has a row an epoch, and one for the start (epoch 0):
 
 - ``learning_rate``: as ``map_fit.py`` takes it; for ``centered`` the coefficient, so that AdamW's peak is this times τ;
 - ``step``, ``epoch``: what has been done;
-- ``objective``: −ELBO in nats a training observation, the mean over the epoch's steps; none at the start. The densities of θ_d
-  and of √τ (θ_d − Θ) differ by a constant (½ log τ an entry), so that objectives compare only within one form and τ;
+- ``objective``: −ELBO in nats a training observation, the mean over the epoch's steps; none at the start. In both forms it is
+  that of the density of θ_d: the density of √τ (θ_d − Θ) differs from it by a constant, ½ log τ an entry, which is taken off;
 - ``validation_perplexity``, ``test_perplexity``: of the state after that epoch. The test split chooses nothing.
 """
 
@@ -30,11 +30,13 @@ import transformers
 
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.config import MapFitConfig
+from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
 from bora_pyro.fit import NonFiniteLossError, fit
 from bora_pyro.guides import map_guide
 from bora_pyro.map_run import build_run
+from bora_pyro.model import BoRA
 from bora_pyro.run_folder import replace_file
 from bora_pyro.sweep import number_text
 
@@ -93,6 +95,7 @@ def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
             "the validation or the test split has no document; the first chooses the learning rate, the second is shown"
         )
     guide = map_guide(model)
+    shift = _whitening(model, data) if form == "noncentered" else 0.0
     peak = run.learning_rate * (float(tau) if form == "centered" else 1.0)
     rows: list[dict[str, Any]] = []
 
@@ -100,9 +103,9 @@ def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
         theta, _ = model.weights_given(guide.median())
         ([validation], [test]) = (evaluate(model, split, theta) for split in (data.validation, data.test))
         scores: dict[str, Any] = {"validation_perplexity": validation.perplexity(), "test_perplexity": test.perplexity()}
-        rows.append(
-            {"form": form, "tau": tau, "learning_rate": rate} | {name: report.get(name) for name in COLUMNS[3:6]} | scores
-        )
+        objective = report["objective"] - shift if "objective" in report else None
+        where: dict[str, Any] = {"step": report["step"], "epoch": report["epoch"], "objective": objective}
+        rows.append({"form": form, "tau": tau, "learning_rate": rate} | where | scores)
 
     guide(data.train.batches(token_budget=run.token_budget)[0].to(model.backbone.device))  # makes the guide's parameters
     record({"step": 0, "epoch": 0})
@@ -124,6 +127,13 @@ def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
     except NonFiniteLossError as error:
         print(f"note: {form}, tau {tau}, rate {rate}: {error}", file=sys.stderr)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _whitening(model: BoRA, data: TaskData) -> float:
+    """½ log τ of every entry of every task's deviation, in nats a training observation."""
+    logs = (model.prior.precision(name, start).log().mean() * start.numel() for name, start in model.starts.items())
+    observations = model.likelihood.observations(data.train.num_documents, data.train.num_tokens)
+    return 0.5 * model.num_tasks * float(sum(logs)) / observations
 
 
 def best_arms(table: pd.DataFrame) -> pd.DataFrame:

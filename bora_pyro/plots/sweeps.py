@@ -178,7 +178,8 @@ def documents_axis(ax: Axes, documents: Any) -> None:
 def form_curves(table: pd.DataFrame, ax: Axes, *, value: str = "validation_perplexity") -> Axes:
     """How fast the centred and the non-centred form come down, a line for each form and learning rate.
 
-    Objectives compare only within one form and one τ: the densities of the two forms differ by a constant.
+    Objectives compare where they are of one density, as ``scripts/compare_forms.py`` has them; those of the forms' own densities
+    differ by a constant.
 
     Args:
         table: columns form, learning_rate, step and ``value``; rows without a value are left out.
