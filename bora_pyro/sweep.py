@@ -224,7 +224,7 @@ def summary(table: pd.DataFrame) -> str:
         rows = chosen[chosen.tau == tau]
         name = "∞" if tau == "inf" else tau
         if tau == LEARNED:
-            name = f"learned, {np.exp(np.log(rows.fitted_tau).mean()):.3g}"
+            name = f"learned, {float(f'{np.exp(np.log(rows.fitted_tau).mean()):.3g}'):g}"
         ratio = _mean_sd(rows.test_perplexity / rows.base_test_perplexity, 3)
         perplexities = f"{_mean_sd(rows.validation_perplexity, 2)} | {_mean_sd(rows.test_perplexity, 2)}"
         lines.append(f"| {name} | {rate} | {perplexities} | {ratio} | {len(rows)} |")

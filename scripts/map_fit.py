@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         return 2
     print_table(metrics)
     if "tau_by_group" in metrics:
-        print(f"learned τ: {metrics['tau']:.3g} (geometric mean; by group in metrics.json)")
+        print(f"learned τ: {float(format(metrics['tau'], '.3g')):g} (geometric mean; by group in metrics.json)")
     print(f"run folder: {config.output_dir}")
     return 0
 

@@ -107,7 +107,7 @@ def _learned(ax: Axes, learned: pd.DataFrame, fitted: pd.Series) -> None:
     ax.errorbar([place], [mean], [spread if len(learned) > 1 else 0.0], fmt="none", ecolor=VERMILLION, capsize=3, elinewidth=1)
     line: dict[str, Any] = {"color": VERMILLION, "marker": "*", "markersize": 11, "linewidth": 1}
     ax.plot([place], [mean], linestyle="none", gid="learned", zorder=4, **line)
-    ax.plot([], [], linestyle="-.", label=f"learned τ = {place:.3g}", **line)
+    ax.plot([], [], linestyle="-.", label=f"learned τ = {float(f'{place:.3g}'):g}", **line)
 
 
 def task_gain(table: pd.DataFrame, ax: Axes, *, tau: str, reference: str) -> Axes:
