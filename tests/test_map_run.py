@@ -323,7 +323,8 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[-1] == f"run folder: {folder}"
     metrics = RunFolder.open(folder).read_metrics()
-    assert f"{metrics['test_perplexity']:,.2f}" in lines[-2]
+    assert lines[-2] == f"learned τ: {metrics['tau']:g} (geometric mean; by group in metrics.json)"
+    assert f"{metrics['test_perplexity']:,.2f}" in lines[-3]
     assert [text.split()[0] for text in lines[3:6]] == ["Ada", "Børge", "Cleo"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
