@@ -57,9 +57,11 @@ _NORM, _DOCUMENTS = {"penalty": "norm"}, {"likelihood_unit": "documents"}
 VARIANTS = {
     "paper": Variant({}),
     "centered_rate_by_tau": Variant(_CENTERED),
-    "norm_penalty": Variant(_NORM, lambda tau: [factor * math.sqrt(tau) for factor in (10, 30, 100)]),
+    "norm_penalty": Variant(_NORM, lambda tau: [factor * math.sqrt(tau) for factor in (3, 10, 30, 100)]),
     "document_likelihood": Variant(_DOCUMENTS, lambda tau: [factor * tau for factor in (0.003, 0.01, 0.03)]),
-    "shared_plus_task": Variant({"adapter": "lora_shared_plus_task"}, lambda tau: [factor * tau for factor in (0.1, 1, 10)]),
+    "shared_plus_task": Variant(
+        {"adapter": "lora_shared_plus_task"}, lambda tau: [factor * tau for factor in (0.01, 0.1, 1, 10)]
+    ),
     "released_objective": Variant(
         _CENTERED | _NORM | _DOCUMENTS, lambda tau: [factor * math.sqrt(tau) for factor in (0.1, 0.3, 1)]
     ),
