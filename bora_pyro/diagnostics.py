@@ -146,7 +146,8 @@ def _posterior(fitted: Fitted, data: TaskData, token_budget: int) -> xr.Dataset:
     model, theta = fitted.model, fitted.weights()[0]
     fisher = diagonal_fisher(model, theta, data.train, token_budget=token_budget)
     delta = deviations(fitted)
-    tau = {name: model.prior.precision(name, start) for name, start in model.starts.items()}
+    sites = fitted.sites()
+    tau = {name: model.prior.precision(name, start, sites) for name, start in model.starts.items()}
     arrays = {
         "distance": xr.DataArray(fitted.deviation_norms().cpu().double().numpy(), dims="task"),
         "rms_deviation": _by_latent({name: root_mean_square(value) for name, value in delta.items()}, ("task", "layer")),

@@ -53,14 +53,15 @@ class Fitted:
 
     def tau(self) -> float:
         """τ; where it differs between groups of weights, the geometric mean over all entries of a task's adapter."""
-        starts = self.model.starts
+        starts, sites = self.model.starts, self.sites()
         entries = sum(start.numel() for start in starts.values())
-        logs = (self.model.prior.precision(name, start).log().mean() * start.numel() for name, start in starts.items())
+        logs = (self.model.prior.precision(name, start, sites).log().mean() * start.numel() for name, start in starts.items())
         return math.exp(float(sum(logs)) / entries)
 
     def tau_by_group(self) -> dict[str, Any]:
         """τ of each latent: a number, or a list over layers or tasks where it differs there."""
-        precisions = {name: self.model.prior.precision(name, start) for name, start in self.model.starts.items()}
+        sites = self.sites()
+        precisions = {name: self.model.prior.precision(name, start, sites) for name, start in self.model.starts.items()}
         return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}
 
     def evaluate(self, split: TokenSplit, *, name: str = "test") -> dict[str, Any]:

@@ -190,7 +190,7 @@ class Varying(HierarchicalNormal):
         super().__init__(tau=20)
         self.varying = 10 * torch.arange(1.0, 1 + int(np.prod(shape))).reshape(shape)
 
-    def precision(self, name, start):
+    def precision(self, name, start, sites=None):
         return self.varying if name == "v_proj.lora_A" else torch.tensor(5.0)
 
 

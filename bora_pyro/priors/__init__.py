@@ -9,15 +9,17 @@ A prior sees a name, a starting value and the plate of tasks; it knows neither a
 of the hierarchy are priors of their own: :class:`Independent` (τ → 0) and :class:`Pooled` (τ → ∞).
 """
 
-from bora_pyro.priors.base import Prior, StandardNormal
+from bora_pyro.priors.base import Flat, Prior, StandardNormal
 from bora_pyro.priors.by_latent import ByLatent, with_shared
 from bora_pyro.priors.from_tau import PENALTIES, prior_from_tau
 from bora_pyro.priors.hierarchical import FORMS, HierarchicalNormal
 from bora_pyro.priors.learned import LearnedPrecision
 from bora_pyro.priors.limits import Independent, Pooled
 from bora_pyro.priors.norm import HierarchicalNorm, SphericalLaplace
+from bora_pyro.priors.random_precision import HYPERPRIORS, RANDOM_PER, GammaPrecision, HalfCauchyPrecision, RandomPrecision
 
 __all__ = [
-    "FORMS", "PENALTIES", "ByLatent", "HierarchicalNorm", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled",
-    "Prior", "SphericalLaplace", "StandardNormal", "prior_from_tau", "with_shared",
+    "FORMS", "HYPERPRIORS", "PENALTIES", "RANDOM_PER", "ByLatent", "Flat", "GammaPrecision", "HalfCauchyPrecision",
+    "HierarchicalNorm", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled", "Prior", "RandomPrecision",
+    "SphericalLaplace", "StandardNormal", "prior_from_tau", "with_shared",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import register_kl
 
 from bora_pyro.errors import InputError
 
@@ -40,7 +41,8 @@ class Prior(ABC):
     def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         """Values of the sample sites that give θ and Θ: the inverse of ``sample`` and ``mean``.
 
-        This one serves every prior that samples both as they are; one with other sites overrides it.
+        This one serves every prior that samples both as they are; one with other sites overrides it, and a site that θ and Θ do
+        not determine, as a τ that is sampled, is where inference begins.
 
         Args:
             name: name of the latent.
@@ -49,11 +51,17 @@ class Prior(ABC):
         """
         return {f"prior_mean.{name}": mean, f"theta.{name}": theta}
 
-    def precision(self, name: str, start: Tensor) -> Tensor:
-        """τ of the latent ``name``, whose start is (layers, *shape): a tensor that broadcasts against (D, layers, *shape).
+    def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
+        """τ of the latent ``name``: a tensor that broadcasts against (D, layers, *shape).
 
         0 where tasks are independent, infinite where they are one. Under a penalty that is not Normal it is that of the Normal
         with the same variance.
+
+        Args:
+            name: name of the latent.
+            start: where inference begins, (layers, *shape).
+            sites: values of the sample sites, of which τ may be one; a prior whose τ is no sample site does not look at them.
+                None: τ where inference begins.
 
         Raises:
             InputError: this kind of prior does not say.
@@ -99,11 +107,34 @@ class StandardNormal(dist.Normal):
         return torch.addcmul(value.new_full((), -0.5 * math.log(2 * math.pi)), value, value, value=-0.5)
 
 
+class Flat(dist.Normal):
+    """The improper p(x) ∝ 1, where inference begins at ``start``: log-density 0 everywhere, each entry a number of its own.
+
+    Like Pyro's ``Normal(start, 1).mask(False)`` for a point mass, but the KL divergence from a Normal to it is the negative
+    entropy, ∫ q log q, where a masked distribution's would be 0 and a guide's scale without a price.
+
+        >>> Flat(torch.zeros(2), 1.0).log_prob(torch.tensor([3.0, 4.0]))
+        tensor([0., 0.])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value)
+
+
 def flat(start: Tensor, event_dim: int) -> dist.TorchDistribution:
-    """The improper p(x) ∝ 1, where inference begins at ``start``."""
-    # The improper p(Θ) ∝ 1. The masked Normal has log-density 0 everywhere; its mean is where inference starts.
+    """p(x) ∝ 1 over the last ``event_dim`` dimensions of a tensor, where inference begins at ``start``."""
     # A clone: a guide that begins at the mean (Pyro's init_to_mean) must not optimise the model's own start in place.
-    return dist.Normal(start.clone(memory_format=torch.contiguous_format), 1.0).to_event(event_dim).mask(False)
+    return Flat(start.clone(memory_format=torch.contiguous_format), 1.0).to_event(event_dim)
+
+
+@register_kl(dist.Normal, Flat)
+def _kl_normal_flat(q: dist.Normal, p: Flat) -> Tensor:
+    return -q.entropy()
+
+
+@register_kl(dist.Normal, StandardNormal)
+def _kl_normal_standard_normal(q: dist.Normal, p: StandardNormal) -> Tensor:
+    return 0.5 * (q.scale.square() + q.loc.square() - 1) - q.scale.log()
 
 
 def copies(value: Tensor, start: Tensor, tasks: pyro.plate) -> Tensor:

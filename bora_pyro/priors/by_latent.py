@@ -51,8 +51,8 @@ class ByLatent(Prior):
     def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         return self.of(name).sites(name, theta, mean)
 
-    def precision(self, name: str, start: Tensor) -> Tensor:
-        return self.of(name).precision(name, start)
+    def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
+        return self.of(name).precision(name, start, sites)
 
     def learn(
         self,

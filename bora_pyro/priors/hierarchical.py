@@ -71,7 +71,7 @@ class HierarchicalNormal(Prior):
             return super().sites(name, theta, mean)
         return {f"prior_mean.{name}": mean, f"theta.{name}_decentered": self.tau**0.5 * (theta - mean)}
 
-    def precision(self, name: str, start: Tensor) -> Tensor:
+    def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return start.new_tensor(self.tau)
 
     def __repr__(self) -> str:

@@ -78,7 +78,7 @@ class LearnedPrecision(Prior):
         tau = self.tau.get(name, theta.new_tensor(self.start))
         return {f"prior_mean.{name}": mean, f"theta.{name}_decentered": tau**0.5 * (theta - mean)}
 
-    def precision(self, name: str, start: Tensor) -> Tensor:
+    def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.tau.get(name, start.new_tensor(self.start))
 
     def learn(

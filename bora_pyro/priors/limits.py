@@ -24,7 +24,7 @@ class Independent(Prior):
     def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         return {f"theta.{name}": theta}
 
-    def precision(self, name: str, start: Tensor) -> Tensor:
+    def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return start.new_tensor(0.0)
 
     def __repr__(self) -> str:
@@ -44,7 +44,7 @@ class Pooled(Prior):
     def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         return {f"prior_mean.{name}": mean}  # tasks that are no copies of Θ have no place here
 
-    def precision(self, name: str, start: Tensor) -> Tensor:
+    def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return start.new_tensor(math.inf)
 
     def __repr__(self) -> str:

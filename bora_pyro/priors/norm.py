@@ -136,7 +136,7 @@ class HierarchicalNorm(Prior):
             return super().sites(name, theta, mean)
         return {f"prior_mean.{name}": mean, f"theta.{name}_decentered": (theta - mean) / self.scale(mean)}
 
-    def precision(self, name: str, start: Tensor) -> Tensor:
+    def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return start.new_tensor(self.scale(start) ** -2)
 
     def __repr__(self) -> str:
