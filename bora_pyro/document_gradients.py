@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 
 from bora_pyro.data.batches import Batch, TokenSplit
+from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA, Weights
 
 
@@ -55,3 +56,43 @@ def diagonal_fisher(model: BoRA, theta: Weights, split: TokenSplit, *, token_bud
         for name, gradient in document_gradients(model, theta, on_device).items():
             fisher[name].index_add_(0, on_device.task, gradient.square())
     return fisher
+
+
+def kronecker_fisher(
+    model: BoRA, theta: Weights, split: TokenSplit | None, temperature: float = 1.0, *, token_budget: int = 4096
+) -> Weights:
+    """Kronecker factors of the empirical Fisher information of each task, layer and matrix: L ⊗ diag(v) / temperature.
+
+    From the documents' gradients G_n, with r rows (the shorter dimension of the matrix) and n columns: L = Σ G_n G_nᵀ / t and
+    v = Σ diag(G_nᵀ G_n), t = Σ ‖G_n‖², so that the trace is that of the Fisher information itself.
+
+    Args:
+        model: the BoRA model.
+        theta: θ of all tasks, (D, layers, *shape) by name; the latents' shapes are matrices.
+        split: the documents; None is none.
+        temperature: the information is divided by it.
+        token_budget: tokens of a batch, padding included.
+
+    Returns:
+        ``<latent>.short``, L: (D, layers, r, r), and ``<latent>.long``, v: (D, layers, n).
+    """
+    factors: Weights = {}
+    for name, value in theta.items():
+        if value.dim() < 4:
+            raise InputError(
+                f"latent {name!r} is no matrix, (D, layers, rows, columns); use the guide laplace, which is diagonal"
+            )
+        r, n = sorted(value.shape[-2:])
+        factors[f"{name}.short"] = value.new_zeros((*value.shape[:-2], r, r))
+        factors[f"{name}.long"] = value.new_zeros((*value.shape[:-2], n))
+    for batch in split.batches(token_budget=token_budget) if split is not None else []:
+        on_device = batch.to(model.backbone.device)
+        for name, gradient in document_gradients(model, theta, on_device).items():
+            g = gradient if gradient.shape[-2] <= gradient.shape[-1] else gradient.mT  # (documents, layers, r, n)
+            factors[f"{name}.short"].index_add_(0, on_device.task, g @ g.mT)
+            factors[f"{name}.long"].index_add_(0, on_device.task, g.square().sum(-2))
+    for name in theta:
+        trace = factors[f"{name}.long"].sum(-1)[..., None, None]
+        short = factors[f"{name}.short"] / (temperature * trace)
+        factors[f"{name}.short"] = torch.where(trace > 0, short, 0.0)
+    return factors

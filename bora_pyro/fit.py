@@ -22,16 +22,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoGuide
-from pyro.infer.util import is_validation_enabled
-from pyro.poutine.util import prune_subsample_sites
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from bora_pyro.data.batches import Batch
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.document_gradients import document_gradients
+from bora_pyro.elbo import TemperedELBO
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
 from bora_pyro.fitted import Fitted
@@ -58,6 +56,7 @@ def fit(
     token_budget: int = 4096,
     accumulate: int = 1,
     gradient_clip: float = 1.0,
+    temperature: float = 1.0,
     patience: int = 3,
     seed: int = 0,
     checkpoint: Path | None = None,
@@ -81,6 +80,7 @@ def fit(
         token_budget: tokens of a batch, padding included.
         accumulate: batches whose gradients are averaged for one step.
         gradient_clip: largest norm of the gradient over all parameters (nats a training observation); inf clips nothing.
+        temperature: weight of the KL term; 1 is the ELBO, and MAP where the guide is a point.
         patience: stop after that many epochs without a better validation perplexity; 0 never stops early.
         seed: of the order of the documents and of the guide's draws.
         checkpoint: a file that holds the loop's state; where it exists, the fit goes on from it.
@@ -110,6 +110,7 @@ def fit(
         token_budget=token_budget,
         accumulate=accumulate,
         gradient_clip=gradient_clip,
+        temperature=temperature,
         seed=seed,
         epochs=epochs,
     )
@@ -129,27 +130,6 @@ def fit(
             loop.save(checkpoint)
     loop.restore_best()
     return fitted
-
-
-class _MeanFieldELBO(TraceMeanField_ELBO):
-    """Pyro's ELBO with exact KL terms, which also keeps the log-likelihood part of its last value."""
-
-    log_likelihood: Tensor
-
-    def _get_trace(self, model: BoRA, guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        # Where Pyro validates, it takes the densities of all sites; the ELBO of point masses needs those of the observed ones
-        # only, for the rest it has KL terms. With millions of latents that is most of a step's overhead.
-        if is_validation_enabled() or not isinstance(guide, AutoDelta):
-            return super()._get_trace(model, guide, args, kwargs)
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        model_trace = prune_subsample_sites(model_trace)
-        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
-        return model_trace, prune_subsample_sites(guide_trace)
-
-    def _differentiable_loss_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[float, Tensor]:
-        self.log_likelihood = sum(model_trace.nodes[name]["log_prob_sum"].detach() for name in model_trace.observation_nodes)
-        return super()._differentiable_loss_particle(model_trace, guide_trace)
 
 
 # What a checkpoint keeps of a `Fitted`, beside the guide's state.
@@ -176,12 +156,13 @@ class Loop:
         gradient_clip: float,
         seed: int,
         epochs: int,
+        temperature: float = 1.0,
     ) -> None:
         self.model, self.data, self.guide, self.seed = model, data, guide, seed
         self.learning_rate, self.warmup, self.gradient_clip = learning_rate, warmup, gradient_clip
         self.token_budget, self.accumulate = token_budget, accumulate
         self.device = model.backbone.device
-        self.elbo = _MeanFieldELBO()
+        self.elbo = TemperedELBO(temperature)
         self.observations = model.likelihood.observations(data.train.num_documents, data.train.num_tokens)
         batches = self._batches(0)
         with torch.no_grad(), poutine.seed(rng_seed=seed):
@@ -280,6 +261,9 @@ class Loop:
         if perplexity is not None and math.isnan(perplexity):
             when = f"after epoch {self.epoch}" if self.epoch else "before the first step: the base model gives no numbers"
             raise self._non_finite(f"the validation perplexity is not a number {when}")
+        with torch.no_grad(), poutine.seed(rng_seed=self.seed):
+            if not all(bool(value.isfinite().all()) for value in self.guide().values()):
+                raise self._non_finite(f"a draw of the guide is not finite after epoch {self.epoch}")
         best = self.fitted.validation_perplexity
         # with nothing to choose by, the last epoch counts as the best
         if perplexity is None or best is None or perplexity < best:

@@ -14,6 +14,8 @@ from bora_pyro.guides import GUIDES, init_to_start
 from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora
 
 PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(tau=100, form="centered"), Independent(), Pooled()]
+#: Parameters of each guide, in units of the sites: a location, a scale, and the two columns of a low-rank factor.
+TENSORS = {"map": 1, "normal": 2, "low_rank": 4, "laplace": 0, "laplace_kronecker": 0, "auto_normal": 2}
 EVERY_PRIOR = pytest.mark.parametrize("prior", PRIORS, ids=repr)
 
 
@@ -42,6 +44,16 @@ def test_stock_svi_lowers_the_loss(make, prior):
 
 
 @EVERY_PRIOR
+@pytest.mark.parametrize("guide", [name for name in GUIDES if not name.startswith("laplace")])
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+def test_stock_svi_takes_every_guide(guide, prior, elbo):
+    model = tiny_bora(prior=prior)
+    losses = stock_steps(model, GUIDES[guide](model, scale=0.01), steps=15, elbo=elbo())
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+
+
+@EVERY_PRIOR
 def test_map_of_trace_elbo_and_of_mean_field_elbo(prior):
     model = tiny_bora(prior=prior)
     losses = [stock_steps(model, map_guide(model), steps=4, elbo=elbo) for elbo in (Trace_ELBO(), TraceMeanField_ELBO())]
@@ -55,7 +67,7 @@ def test_number_of_parameters(guide, prior, copies):
     built = GUIDES[guide](model)
     built(tiny_batch())
     # 2 slots x 2 layers of A (2, 32) and B (32, 2), for each task and for Θ
-    assert sum(p.numel() for p in built.parameters()) == copies * 2 * 2 * 2 * (2 * 32)
+    assert sum(p.numel() for p in built.parameters()) == TENSORS[guide] * copies * 2 * 2 * 2 * (2 * 32)
     assert all(p.requires_grad and p.is_contiguous() and p.dtype == torch.float32 for p in built.parameters())
 
 

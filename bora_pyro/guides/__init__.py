@@ -1,0 +1,32 @@
+"""How the posterior is approximated: guides for the model, each begun where a fit has ended.
+
+    >>> sorted(GUIDES)
+    ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal']
+
+A guide is an ``AutoGuide`` of Pyro's: ``SVI(model, guide, ...)`` takes it. :data:`GUIDES` has a builder for each name that a
+configuration may give.
+"""
+
+from bora_pyro.guides.auto_normal import auto_normal_guide
+from bora_pyro.guides.base import GuideBuilder, SiteGuide, init_to_sites, init_to_start
+from bora_pyro.guides.laplace import LaplaceGuide, laplace_guide
+from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide, laplace_kronecker_guide
+from bora_pyro.guides.low_rank import LowRankGuide, LowRankNormal, low_rank_guide
+from bora_pyro.guides.map import map_guide
+from bora_pyro.guides.normal import NormalGuide, normal_guide
+
+#: Guides by the name that a configuration gives them.
+GUIDES: dict[str, GuideBuilder] = {
+    "map": map_guide,
+    "normal": normal_guide,
+    "low_rank": low_rank_guide,
+    "laplace": laplace_guide,
+    "laplace_kronecker": laplace_kronecker_guide,
+    "auto_normal": auto_normal_guide,
+}
+
+__all__ = [
+    "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal", "NormalGuide",
+    "SiteGuide", "auto_normal_guide", "init_to_sites", "init_to_start", "laplace_guide", "laplace_kronecker_guide",
+    "low_rank_guide", "map_guide", "normal_guide",
+]  # fmt: skip

@@ -1,0 +1,28 @@
+"""Pyro's own mean-field Normal, for those who ask for it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.guides.base import init_to_sites
+from bora_pyro.model import BoRA
+
+
+def auto_normal_guide(
+    model: BoRA,
+    sites: Mapping[str, Tensor] | None = None,
+    *,
+    data: TaskData | None = None,
+    scale: float = 0.1,
+    temperature: float = 1.0,
+) -> AutoNormal:
+    """``pyro.infer.autoguide.AutoNormal`` as it is, with one first standard deviation, ``scale``, for all sites.
+
+    It samples an auxiliary site and a point mass for each site, so that the KL divergence is estimated from draws, and its
+    gradient is noisier than that of :func:`~bora_pyro.guides.normal_guide`, which is the same family.
+    """
+    return AutoNormal(model, init_loc_fn=init_to_sites(sites), init_scale=scale)

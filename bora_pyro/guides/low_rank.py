@@ -1,0 +1,142 @@
+"""Normals with a covariance of low rank plus a diagonal, one for every site and task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import Independent, LowRankMultivariateNormal, register_kl
+
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.errors import InputError
+from bora_pyro.guides.base import SiteGuide
+from bora_pyro.model import BoRA
+from bora_pyro.priors import Flat, StandardNormal
+
+
+class LowRankNormal(dist.TorchDistribution):
+    """Normal(m, diag(s²) + F Fᵀ) over all n entries of an event of any shape.
+
+        >>> event = torch.zeros(5, 2, 3)  # five events of 2 x 3
+        >>> normal = LowRankNormal(event, event + 1, torch.zeros(5, 2, 3, 4), event_dim=2)
+        >>> normal.batch_shape, normal.event_shape, normal.log_prob(event)[0].item()
+        (torch.Size([5]), torch.Size([2, 3]), -5.5136...)
+
+    Args:
+        loc: m, (*batch, *event).
+        scale: s, of the same shape.
+        factor: F, (*batch, *event, k).
+        event_dim: how many of the last dimensions of ``loc`` make one x.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale: Tensor, factor: Tensor, *, event_dim: int, validate_args: bool | None = None) -> None:
+        batch_shape, event_shape = loc.shape[: loc.dim() - event_dim], loc.shape[loc.dim() - event_dim :]
+        self.loc, self.scale, self.factor = loc, scale, factor
+        n = math.prod(event_shape)
+        self._flat = LowRankMultivariateNormal(
+            loc.reshape(*batch_shape, n),
+            factor.reshape(*batch_shape, n, factor.shape[-1]),
+            scale.square().reshape(*batch_shape, n),
+            validate_args=False,
+        )
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> Any:
+        return constraints.independent(constraints.real, self.event_dim)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        return self.scale.square() + self.factor.square().sum(-1)
+
+    def expand(self, batch_shape: torch.Size, _instance: dist.TorchDistribution | None = None) -> LowRankNormal:
+        shape = (*batch_shape, *self.event_shape)
+        loc, scale, factor = self.loc.expand(shape), self.scale.expand(shape), self.factor.expand(*shape, self.factor.shape[-1])
+        return LowRankNormal(loc, scale, factor, event_dim=self.event_dim, validate_args=False)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return self._flat.rsample(sample_shape).reshape(self._extended_shape(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._flat.log_prob(value.reshape(*value.shape[: value.dim() - self.event_dim], -1))
+
+    def entropy(self) -> Tensor:
+        return self._flat.entropy()
+
+
+@register_kl(LowRankNormal, Independent)
+def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
+    base, dims = p.base_dist, p.reinterpreted_batch_ndims
+    if dims != q.event_dim or not isinstance(base, Flat | dist.Normal):
+        raise NotImplementedError
+    if isinstance(base, Flat):
+        return -q.entropy()
+    if isinstance(base, StandardNormal):
+        excess = q.variance + q.loc.square()
+    else:
+        excess = (q.variance + (q.loc - base.loc).square()) / base.scale.square() + 2 * base.scale.log()
+    entries = 0.5 * (excess + math.log(2 * math.pi))
+    return entries.flatten(entries.dim() - dims).sum(-1) - q.entropy() if dims else entries - q.entropy()
+
+
+class LowRankGuide(SiteGuide):
+    """q(x) = Normal(m, diag(s²) + F Fᵀ) at every site, for each task its own: what varies together within an adapter.
+
+    The columns of F begin small and at random, so that they differ. Sites that are not real (a τ that is sampled) have the
+    same in their logarithm.
+
+    Args:
+        model: the BoRA model, or any model of Pyro's.
+        sites: the centre; default: where the adapters start.
+        rank: k, the number of columns of F.
+        scale: the first standard deviations, in units of the prior's.
+        seed: of the first F.
+
+    Raises:
+        InputError: a rank below 1, a scale that is not positive.
+    """
+
+    def __init__(
+        self, model: BoRA, sites: Mapping[str, Tensor] | None = None, *, rank: int = 2, scale: float = 0.1, seed: int = 0
+    ) -> None:
+        if rank < 1:
+            raise InputError(f"rank {rank} of the covariance is not allowed; it is 1 or more, nearest: 1")
+        super().__init__(model, sites, scale=scale)
+        self._rank, self._generator = rank, torch.Generator().manual_seed(seed)
+
+    def begin(self, name: str, centre: Tensor, deviation: Tensor, event_dim: int) -> None:
+        self.put("loc", name, centre)
+        self.put("log_scale", name, deviation.log().expand(centre.shape))
+        noise = torch.randn((*centre.shape, self._rank), generator=self._generator, dtype=centre.dtype).to(centre.device)
+        # together the columns begin with a tenth of the diagonal's variance
+        self.put("factor", name, noise * deviation.expand(centre.shape)[..., None] * (0.1 / self._rank) ** 0.5)
+
+    def unconstrained(self, name: str, event_dim: int) -> dist.TorchDistribution:
+        loc, scale, factor = self.get("loc", name), self.get("log_scale", name).exp(), self.get("factor", name)
+        if event_dim:
+            return LowRankNormal(loc, scale, factor, event_dim=event_dim)
+        return dist.Normal(loc, (scale.square() + factor.square().sum(-1)).sqrt(), validate_args=False)
+
+
+def low_rank_guide(
+    model: BoRA,
+    sites: Mapping[str, Tensor] | None = None,
+    *,
+    data: TaskData | None = None,
+    scale: float = 0.1,
+    temperature: float = 1.0,
+) -> LowRankGuide:
+    """:class:`LowRankGuide` of rank 2 as a :class:`~bora_pyro.guides.GuideBuilder`."""
+    return LowRankGuide(model, sites, scale=scale)
