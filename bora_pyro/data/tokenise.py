@@ -55,7 +55,7 @@ def tokenise(
     """
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 2:
         raise InputError(f"max_tokens is {max_tokens!r}; give a whole number of 2 or more (a start and one predicted token)")
-    encode = _encoder(tokenizer, max_tokens)
+    encode = encoder(tokenizer, max_tokens)
     features = datasets.Features(
         {
             "input_ids": datasets.List(datasets.Value("int32")),
@@ -120,8 +120,8 @@ def _cache_file(fingerprint: str) -> str | None:
     return str(folder / f"{fingerprint}.arrow")
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Callable[[dict[str, list[str]]], dict[str, list[Any]]]:
-    """The function that `datasets.Dataset.map` applies to a batch of rows."""
+def encoder(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Callable[[dict[str, list[str]]], dict[str, list[Any]]]:
+    """The function that makes ``input_ids`` and the other columns of rows of ``text`` and ``task``; empty texts are left out."""
     end = tokenizer.eos_token_id
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     if start is None:

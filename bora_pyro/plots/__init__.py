@@ -11,6 +11,7 @@
 Colours are Okabe and Ito's; markers and lines repeat what they say, so that a figure may be read in grey.
 """
 
+from bora_pyro.plots.calibration import reliability_diagram, risk_coverage_curves, scores_by_origin, token_uncertainty
 from bora_pyro.plots.geometry import task_dendrogram, task_pca
 from bora_pyro.plots.labels import place_labels
 from bora_pyro.plots.shrinkage import (
@@ -25,5 +26,6 @@ from bora_pyro.plots.sweeps import compare_forest, form_curves, task_gain, tau_c
 
 __all__ = [
     "STYLE", "compare_forest", "deviation_by_documents", "deviation_heatmap", "form_curves", "place_labels", "pooling_factors",
-    "shrinkage_forest", "shrinkage_ridge", "style", "task_dendrogram", "task_gain", "task_pca", "tau_curve", "tau_path",
+    "reliability_diagram", "risk_coverage_curves", "scores_by_origin", "shrinkage_forest", "shrinkage_ridge", "style",
+    "task_dendrogram", "task_gain", "task_pca", "tau_curve", "tau_path", "token_uncertainty",
 ]  # fmt: skip
