@@ -30,6 +30,8 @@ from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_share
 from bora_pyro.progress import Progress
 from bora_pyro.run_folder import RunFolder, task_slugs
 
+#: Options of a configuration that ``fit`` takes by the same name.
+FIT_OPTIONS = ("epochs", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed", "checkpoint_every")
 #: The adapter folder that holds Θ.
 GLOBAL_MEAN = "global-mean"
 
@@ -56,8 +58,15 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
     folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
     folder.write_split(data.split_record)
-    fitted = _fit(config, model, data, folder, quiet=quiet)
-    return _write_results(config, fitted, data, folder)
+    rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
+    fitted = fit_into(
+        folder, model, data, quiet=quiet, learning_rate=rate, **{name: getattr(config, name) for name in FIT_OPTIONS}
+    )
+    write_adapters(folder, fitted, config.base_model)
+    write_posterior(folder, fitted, "map")
+    metrics = metrics_of(config, fitted, data)
+    folder.write_metrics(metrics)
+    return metrics
 
 
 def build_run(
@@ -165,8 +174,8 @@ def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool, split_r
     return data
 
 
-def _fit(config: MapFitConfig, model: BoRA, data: TaskData, folder: RunFolder, *, quiet: bool) -> Fitted:
-    rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
+def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **options: Any) -> Fitted:
+    """Fit with a progress bar, a line of ``metrics.jsonl`` an epoch, and checkpoints; ``options`` are those of ``fit``."""
     bar = Progress(0, enabled=not quiet)
 
     def show(report: dict[str, Any]) -> None:
@@ -185,45 +194,40 @@ def _fit(config: MapFitConfig, model: BoRA, data: TaskData, folder: RunFolder, *
         show(report)
 
     with bar:
-        return fit(
-            model,
-            data,
-            epochs=config.epochs,
-            learning_rate=rate,
-            warmup=config.warmup,
-            token_budget=config.token_budget,
-            accumulate=config.accumulate,
-            gradient_clip=config.gradient_clip,
-            patience=config.patience,
-            seed=config.seed,
-            checkpoint=folder.checkpoints / "last.safetensors",
-            checkpoint_every=config.checkpoint_every,
-            on_step=show,
-            on_epoch=record,
-        )
+        checkpoint = folder.checkpoints / "last.safetensors"
+        return fit(model, data, checkpoint=checkpoint, on_step=show, on_epoch=record, **options)
 
 
-def _write_results(config: MapFitConfig, fitted: Fitted, data: TaskData, folder: RunFolder) -> dict[str, Any]:
-    model = fitted.model
+def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:
+    """Write the adapters at the guide's centre in PEFT form: a folder a task, and one for Θ."""
     theta, mean = fitted.weights()
     slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
-    model.backbone.model.config.name_or_path = config.base_model
+    fitted.model.backbone.model.config.name_or_path = base_model
     for d, name in enumerate(fitted.tasks):
-        save_peft(folder.adapters / slugs[name], model, {latent: value[d] for latent, value in theta.items()})
-    save_peft(folder.adapters / GLOBAL_MEAN, model, mean)
-    fixed = {f"fixed.{name}": value for name, value in model.fixed.items()}
-    learned = {name: value for name, value in model.prior.state().items() if name.startswith("tau.")}
-    folder.save_tensors(
-        "posterior", fitted.sites() | fixed | learned, {"guide": "map", "tasks": json.dumps(fitted.tasks), "model": repr(model)}
-    )
+        save_peft(folder.adapters / slugs[name], fitted.model, {latent: value[d] for latent, value in theta.items()})
+    save_peft(folder.adapters / GLOBAL_MEAN, fitted.model, mean)
 
+
+def write_posterior(folder: RunFolder, fitted: Fitted, guide: str) -> None:
+    """Write ``posterior.safetensors``: the sites, and what adapter, prior and guide keep beside them."""
+    model = fitted.model
+    tensors = fitted.sites() | {f"fixed.{name}": value for name, value in model.fixed.items()}
+    tensors |= {name: value for name, value in model.prior.state().items() if name.startswith("tau.")}
+    if guide != "map":  # a point is where its sites are
+        tensors |= {f"guide.{name}": value for name, value in fitted.guide.state_dict().items()}
+    folder.save_tensors("posterior", tensors, {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)})
+
+
+def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData) -> dict[str, Any]:
+    """What ``metrics.json`` holds of a fit, at the guide's centre."""
+    slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
     scores = fitted.evaluate(data.test)
     norms = fitted.deviation_norms()
     tasks = {
         slugs[row["name"]]: row | {"train_documents": data.train.documents_per_task[d], "deviation_norm": float(norms[d])}
         for d, row in enumerate(scores.pop("tasks"))
     }
-    metrics = scores | {
+    return scores | {
         "validation_perplexity": fitted.validation_perplexity,
         # JSON has no infinity: the limit is written as the command line takes it
         "tau": tau if (tau := fitted.tau() if config.tau == LEARNED else float(config.tau)) < float("inf") else "inf",
@@ -233,15 +237,13 @@ def _write_results(config: MapFitConfig, fitted: Fitted, data: TaskData, folder:
         "best_epoch": fitted.best_epoch,
         "fit_seconds": round(fitted.seconds, 2),
         "training_tokens_per_second": _mean_speed(fitted),
-        "peak_memory_bytes": peak_memory_bytes(model.backbone.device),
+        "peak_memory_bytes": peak_memory_bytes(fitted.model.backbone.device),
         "train_documents": data.train.num_documents,
         "test_documents": data.test.num_documents,
         "seed": config.seed,
         "notes": data.notes,
         "tasks": tasks,
     }
-    folder.write_metrics(metrics)
-    return metrics
 
 
 def _mean_speed(fitted: Fitted) -> float:

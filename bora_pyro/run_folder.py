@@ -38,7 +38,7 @@ from torch import Tensor
 
 from bora_pyro.errors import InputError
 
-CONFIG, LOG, METRICS, SPLIT = "config.yaml", "metrics.jsonl", "metrics.json", "split.json"
+CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS = "checkpoints", "adapters", "diagnostics"
 # The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
 _HEADER = "# bora_pyro run: the resolved configuration"
@@ -127,9 +127,14 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         self.adapters.mkdir(exist_ok=True)
 
-    def read_config(self) -> dict[str, Any]:
-        """The mapping in ``config.yaml``."""
-        file = self.path / CONFIG
+    def write_fit(self, config: Mapping[str, Any]) -> None:
+        """Write ``fit.yaml``: the configuration of the fit around which a posterior was fitted."""
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        replace_file(self.path / FIT, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def read_config(self, name: str = CONFIG) -> dict[str, Any]:
+        """The mapping in ``config.yaml``, or in another YAML file of the run."""
+        file = self.path / name
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -247,7 +252,7 @@ class RunFolder:
         """The entries that no run wrote: all of them where ``config.yaml`` is not ours."""
         if not self._is_ours():
             return [name for name in names if not _is_temporary(name)]
-        ours = (CONFIG, LOG, METRICS, SPLIT, CHECKPOINTS, ADAPTERS, DIAGNOSTICS)
+        ours = (CONFIG, FIT, LOG, METRICS, SPLIT, CHECKPOINTS, ADAPTERS, DIAGNOSTICS)
         return [n for n in names if not (n in ours or n.endswith(".safetensors") or _is_temporary(n))]
 
     def _clear(self, names: list[str]) -> None:

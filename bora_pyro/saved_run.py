@@ -31,13 +31,17 @@ from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
-from bora_pyro.guides import map_guide
+from bora_pyro.guides import GUIDES
 from bora_pyro.map_run import build_run
 from bora_pyro.model import BoRA
-from bora_pyro.run_folder import CONFIG, METRICS, RunFolder
+from bora_pyro.posterior import Posterior
+from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
+from bora_pyro.priors import RandomPrecision, with_shared
+from bora_pyro.run_folder import CONFIG, FIT, METRICS, RunFolder
 
-# What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, and what a prior has learned.
-_FIXED, _LEARNED = "fixed.", "tau."
+# What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, what a prior has learned, and the
+# tensors of a guide that is more than a point.
+_FIXED, _LEARNED, _GUIDE = "fixed.", "tau.", "guide."
 # What metrics.json must have for a run to be read back.
 _NEEDED = ("test_perplexity", "train_documents", "test_documents", "tasks")
 _NEEDED_OF_TASK = ("test_perplexity", "base_test_perplexity")
@@ -53,6 +57,8 @@ class SavedRun:
         fitted: the model and its guide at the stored state.
         data: the documents, split as in ``split.json``.
         metrics: what ``metrics.json`` holds.
+        posterior_config: the options of the posterior fit, None for a MAP fit; ``config`` is then that of the MAP fit around
+            which it was made.
     """
 
     folder: RunFolder
@@ -60,6 +66,20 @@ class SavedRun:
     fitted: Fitted
     data: TaskData
     metrics: dict[str, Any]
+    posterior_config: PosteriorFitConfig | None = None
+
+    def posterior(self, *, seed: int = 0) -> Posterior:
+        """The run's posterior, to draw and to predict from.
+
+        Raises:
+            InputError: the run is a point estimate.
+        """
+        if self.posterior_config is None:
+            raise InputError(
+                f"the run in {self.folder.path} is a point estimate and has no posterior; fit one around it with "
+                f"scripts/posterior_fit.py {self.folder.path}"
+            )
+        return Posterior(self.fitted, seed=seed)
 
     @property
     def scores(self) -> list[dict[str, Any]]:
@@ -79,22 +99,30 @@ def load_run(path: str | Path, *, device: str = "auto") -> SavedRun:
     """
     folder = RunFolder.open(path)
     metrics = _read_metrics(folder)
-    config = dataclasses.replace(_read_config(folder), device=device, threads=None)
+    config, posterior = _read_config(folder)
+    config = dataclasses.replace(config, device=device, threads=None)
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
-    if metadata.get("guide") != "map":
-        raise InputError(f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; only 'map' is read back")
+    if metadata.get("guide") not in GUIDES:
+        raise InputError(
+            f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; known are {', '.join(GUIDES)}"
+            f"{nearest(str(metadata.get('guide')), GUIDES)}"
+        )
     model, data = build_run(config, quiet=True, split_record=folder.read_split())
+    if posterior is not None:
+        model.prior.every = 0
+        if posterior.tau != FIXED:
+            sampled_tau(model, posterior.tau)
     _check_data(folder, data, metrics, metadata)
     fitted = Fitted(
         model,
-        _restored(folder, model, data, tensors),
+        _restored(folder, model, data, tensors, metadata["guide"]),
         data.tasks,
         history=folder.read_log(),
         best_epoch=metrics.get("best_epoch", 0),
         validation_perplexity=metrics.get("validation_perplexity"),
         seconds=metrics.get("fit_seconds", 0.0),
     )
-    return SavedRun(folder, config, fitted, data, metrics)
+    return SavedRun(folder, config, fitted, data, metrics, posterior)
 
 
 def _read_metrics(folder: RunFolder) -> dict[str, Any]:
@@ -104,10 +132,14 @@ def _read_metrics(folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
-def _read_config(folder: RunFolder) -> MapFitConfig:
-    """The configuration; keys that are younger than the run have their defaults."""
+def _read_config(folder: RunFolder) -> tuple[MapFitConfig, PosteriorFitConfig | None]:
+    """The configuration of the MAP fit, and that of the posterior around it; younger keys than the run have their defaults."""
+    fit = folder.path / FIT
     try:
-        return parse_config(MapFitConfig, ["--config", str(folder.path / CONFIG)])
+        if not fit.is_file():
+            return parse_config(MapFitConfig, ["--config", str(folder.path / CONFIG)]), None
+        posterior = parse_config(PosteriorFitConfig, ["--config", str(folder.path / CONFIG)])
+        return parse_config(MapFitConfig, ["--config", str(fit)]), posterior
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
 
@@ -137,11 +169,40 @@ def _check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], meta
             )
 
 
-def _restored(folder: RunFolder, model: BoRA, data: TaskData, tensors: dict[str, Tensor]) -> AutoGuide:
+def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> dict[str, Tensor]:
+    """Give a model a prior whose τ is a random variable, and the sites of a fit under it: θ and Θ as they were, τ begun there.
+
+    Args:
+        model: the BoRA model, whose prior is replaced; what an adapter shares stays shared.
+        hyperprior: as for :class:`~bora_pyro.priors.RandomPrecision`.
+        fitted: the fit under the former prior; its τ, by latent (by layer where it varies so), is where the new one begins.
+
+    Raises:
+        InputError: the fit has independent tasks, or one adapter for all: there is no τ to be unsure of.
+    """
+    precisions: dict[str, Tensor] = {}
+    theta, mean = ({}, {}) if fitted is None else fitted.weights()
+    for name, start in model.starts.items() if fitted is not None else ():
+        tau = model.prior.precision(name, start, fitted.sites() if fitted else None)
+        if name.rpartition(".")[-1] not in model.adapter.shared:
+            if not bool(((tau > 0) & tau.isfinite()).all()):
+                raise InputError(
+                    f"tau of the fit is {tau.flatten()[0].item():g}, a limit: there is none to be unsure of; use --tau fixed"
+                )
+            precisions[name] = tau.log().mean().exp()
+    model.prior = with_shared(RandomPrecision(hyperprior), model.adapter.shared)
+    sites = model.sites_given(theta, mean) if fitted is not None else {}
+    for name, tau in precisions.items():
+        sites[f"precision.{name}"] = tau
+        sites[f"theta.{name}_decentered"] = tau.sqrt() * (theta[name] - mean[name])
+    return sites
+
+
+def _restored(folder: RunFolder, model: BoRA, data: TaskData, tensors: dict[str, Tensor], kind: str) -> AutoGuide:
     """The guide at the stored values of the sample sites; the adapter's and the prior's own tensors are put back as well."""
-    fixed, learned, sites = (
+    fixed, learned, state, sites = (
         {name: value.to(model.backbone.device) for name, value in tensors.items() if _group(name) == group}
-        for group in (_FIXED, _LEARNED, "")
+        for group in (_FIXED, _LEARNED, _GUIDE, "")
     )
     with torch.no_grad(), poutine.seed(rng_seed=0):
         # a prior that learns makes its tensors when it is first sampled
@@ -152,15 +213,18 @@ def _restored(folder: RunFolder, model: BoRA, data: TaskData, tensors: dict[str,
         _check_shapes(folder, {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}, sites)
         model.fixed |= {name.removeprefix(_FIXED): value for name, value in fixed.items()}
         model.prior.load_state(learned)
-        guide = map_guide(model, sites)
+        guide = GUIDES[kind](model, sites)
         # one short document: the model must run once for the guide to make its parameters
         guide(data.train.batches(token_budget=1)[0].to(model.backbone.device))
+        if kind != "map":
+            _check_shapes(folder, {f"{_GUIDE}{name}": value for name, value in guide.state_dict().items()}, state)
+            guide.load_state_dict({name.removeprefix(_GUIDE): value for name, value in state.items()})
     return guide
 
 
 def _group(name: str) -> str:
     """The beginning of a tensor's name that says whose it is; empty for a sample site."""
-    return next((group for group in (_FIXED, _LEARNED) if name.startswith(group)), "")
+    return next((group for group in (_FIXED, _LEARNED, _GUIDE) if name.startswith(group)), "")
 
 
 def _check_shapes(folder: RunFolder, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

@@ -217,7 +217,7 @@ DAMAGES = {
         cut("posterior.safetensors", keep=0.001), "{run}/posterior.safetensors is damaged (*); run the fit again"
     ),
     "another guide": (
-        change_metadata(guide="normal"), "the run in {run} was fitted with guide 'normal'; only 'map' is read back"
+        change_metadata(guide="norml"), "the run in {run} was fitted with guide 'norml'; known are map, *; did you mean 'normal'?"
     ),
     "other tasks": (
         change_metadata(tasks='["Ada"]'), "the posterior in {run} is of other tasks than its split.json; run the fit again"

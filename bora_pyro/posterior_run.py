@@ -1,0 +1,128 @@
+"""One posterior fit around a finished MAP fit, from run folder to run folder: what ``scripts/posterior_fit.py`` does.
+
+>>> from bora_pyro.posterior_config import PosteriorFitConfig
+>>> config = PosteriorFitConfig(run="runs/demo", guide="normal", output_dir="runs/demo-posterior")
+>>> metrics = run_posterior_fit(config)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoGuide
+
+from bora_pyro.calibration import calibration
+from bora_pyro.errors import InputError
+from bora_pyro.fitted import Fitted
+from bora_pyro.guides import GUIDES
+from bora_pyro.map_run import FIT_OPTIONS, GLOBAL_MEAN, fit_into, metrics_of, write_adapters, write_posterior
+from bora_pyro.posterior import Posterior
+from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
+from bora_pyro.predictive import predictive
+from bora_pyro.run_folder import FIT, RunFolder, task_slugs
+from bora_pyro.saved_run import SavedRun, load_run, sampled_tau
+
+
+def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Read the MAP fit, fit a guide around it, predict the test documents, and leave a run folder.
+
+    The folder is that of a fit, with the adapters at the posterior's mean; ``config.yaml`` holds the options of the posterior,
+    ``fit.yaml`` those of the MAP fit, so that ``load_run`` needs nothing else. The run that it began from is left alone.
+
+    Args:
+        config: the checked configuration.
+        quiet: show no progress and no notes.
+
+    Returns:
+        What ``metrics.json`` holds: that of a fit, at the posterior's mean, and ``mixture``, with the calibration of both.
+
+    Raises:
+        InputError: something in the configuration, the run or its data cannot be used; nothing is written then.
+    """
+    if Path(config.output_dir).resolve() == Path(config.run).resolve():
+        raise InputError(f"output_dir {config.output_dir} is the run itself; give another folder for the posterior")
+    RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    if config.resume:
+        _check_same_posterior(config, RunFolder.open(config.output_dir))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run = load_run(config.run, device=config.device)
+    guide = _guide(config, run)
+    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
+    folder.write_fit(run.folder.read_config())
+    folder.write_split(run.folder.read_split())
+    fitted = _fit(config, run, guide, folder, quiet=quiet)
+    write_adapters(folder, fitted, run.config.base_model)
+    write_posterior(folder, fitted, config.guide)
+    metrics = _metrics(config, run, fitted)
+    folder.write_metrics(metrics)
+    return metrics
+
+
+def _check_same_posterior(config: PosteriorFitConfig, folder: RunFolder) -> None:
+    """Refuse to go on with another posterior; how it is optimised may change."""
+    stored = folder.read_config()
+    if not (folder.path / FIT).is_file():
+        raise InputError(f"the run in {folder.path} is no posterior fit; give the folder of one to resume, or another output_dir")
+    for name in ("run", "guide", "scale", "temperature", "tau", "seed"):
+        if getattr(config, name) != stored.get(name):
+            raise InputError(
+                f"{name} is {getattr(config, name)!r}, but the run in {folder.path} has {stored.get(name)!r}; resume it with "
+                f"--config {folder.path}/config.yaml --resume true, or give another --output_dir"
+            )
+
+
+def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
+    """The guide at the MAP, with its tensors made."""
+    model, sites = run.fitted.model, run.fitted.sites()
+    if not isinstance(run.fitted.guide, AutoDelta):
+        raise InputError(f"the run in {run.folder.path} is a posterior already; give the MAP fit that it began from")
+    if config.tau != FIXED:
+        sites = sampled_tau(model, config.tau, run.fitted)
+    model.prior.every = 0  # τ stays what the run has learned
+    guide = GUIDES[config.guide](model, sites, data=run.data, scale=config.scale, temperature=config.temperature)
+    with torch.no_grad():
+        guide(run.data.train.batches(token_budget=1)[0].to(model.backbone.device))
+    return guide
+
+
+def _fit(config: PosteriorFitConfig, run: SavedRun, guide: AutoGuide, folder: RunFolder, *, quiet: bool) -> Fitted:
+    if not [*guide.parameters()]:
+        return Fitted(run.fitted.model, guide, run.data.tasks, validation_perplexity=run.fitted.validation_perplexity)
+    options = {name: getattr(config, name) for name in FIT_OPTIONS}
+    if config.token_budget is None:
+        options["token_budget"] = run.config.token_budget
+    options |= {"learning_rate": config.learning_rate, "temperature": config.temperature, "guide": guide}
+    return fit_into(folder, run.fitted.model, run.data, quiet=quiet, **options)
+
+
+def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted) -> dict[str, Any]:
+    of_fit = dataclasses.replace(run.config, learning_rate=config.learning_rate)
+    metrics = metrics_of(of_fit, fitted, run.data)
+    metrics |= {
+        "guide": config.guide,
+        "temperature": config.temperature,
+        "draws": config.draws,
+        "map_test_perplexity": run.metrics["test_perplexity"],
+        "map_validation_perplexity": run.metrics.get("validation_perplexity"),
+    }
+    if config.tau != FIXED:
+        metrics |= {"tau": fitted.tau(), "tau_by_group": fitted.tau_by_group()}
+    if not run.data.test.num_tokens:
+        return metrics
+    posterior, mean = Posterior(fitted, seed=config.seed), fitted.weights()[0]
+    mixture, centre = posterior.score(run.data.test, draws=config.draws), predictive(fitted.model, run.data.test, lambda: [mean])
+    metrics |= {"mixture": dataclasses.asdict(calibration(mixture)), "mean": dataclasses.asdict(calibration(centre))}
+    metrics["mixture_test_perplexity"] = mixture.perplexity()
+    slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
+    for d, name in enumerate(fitted.tasks):
+        own = mixture.epistemic[mixture.task == d]
+        metrics["tasks"][slugs[name]] |= {
+            "mixture_test_perplexity": mixture.perplexity(d),
+            "epistemic": float(own.mean()) if len(own) else None,
+        }
+    return metrics

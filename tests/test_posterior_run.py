@@ -1,0 +1,218 @@
+"""A posterior fit from a MAP run folder to a run folder of its own, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from bora_pyro import InputError
+from bora_pyro.config import MapFitConfig
+from bora_pyro.guides import GUIDES
+from bora_pyro.map_run import run_map_fit
+from bora_pyro.posterior import Posterior
+from bora_pyro.posterior_config import PosteriorFitConfig, parse_config
+from bora_pyro.posterior_run import run_posterior_fit
+from bora_pyro.predictive import predictive
+from bora_pyro.saved_run import load_run
+from tests.tiny_base import line, quick_fit, script_main
+
+SPREAD = [name for name in GUIDES if name != "map"]
+
+
+@pytest.fixture(scope="module")
+def map_run(tmp_path_factory):
+    """The folder of a finished MAP fit with a learned τ."""
+    folder = tmp_path_factory.mktemp("map")
+    words = line({**quick_fit(folder), "output_dir": folder / "run", "learning_rate": 0.03})
+    run_map_fit(parse_config(MapFitConfig, words), quiet=True)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def main():
+    return script_main("posterior_fit")
+
+
+def posterior_fit(map_run, folder, **options):
+    config = PosteriorFitConfig(run=str(map_run), output_dir=str(folder), epochs=1, draws=2, threads=1, **options)
+    return run_posterior_fit(config, quiet=True)
+
+
+@pytest.mark.parametrize("guide", SPREAD)
+def test_a_posterior_comes_back_from_its_folder(tmp_path, map_run, guide):
+    metrics = posterior_fit(map_run, tmp_path / "posterior", guide=guide)
+    run, start = load_run(tmp_path / "posterior"), load_run(map_run)
+    assert run.fitted.evaluate(run.data.test)["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-6)
+    mixture = run.posterior(seed=0).score(run.data.test, draws=2)
+    assert mixture.perplexity() == pytest.approx(metrics["mixture_test_perplexity"], rel=1e-6)
+    assert metrics["mixture"]["nll"] == pytest.approx(math.log(metrics["mixture_test_perplexity"]), rel=1e-6)
+    # the same τ, and the same documents on the same sides
+    assert run.fitted.tau_by_group() == start.fitted.tau_by_group()
+    assert run.folder.read_split() == start.folder.read_split()
+    assert json.loads((tmp_path / "posterior" / "metrics.json").read_text())["guide"] == guide
+    moved = (run.fitted.weights()[0]["fc2.lora_B"] - start.fitted.weights()[0]["fc2.lora_B"]).abs().max()
+    assert (moved == 0) == guide.startswith("laplace")
+
+
+@pytest.mark.parametrize("hyperprior", ["half_cauchy", "gamma"])
+def test_tau_as_a_random_variable(tmp_path, map_run, hyperprior):
+    metrics = posterior_fit(map_run, tmp_path / "posterior", tau=hyperprior)
+    run, start = load_run(tmp_path / "posterior"), load_run(map_run)
+    before = start.fitted.tau_by_group()
+    assert run.fitted.tau_by_group() == pytest.approx(metrics["tau_by_group"], rel=1e-6)
+    # it began at the τ of the run, and one epoch moves it, but not far
+    assert metrics["tau_by_group"] == pytest.approx(before, rel=0.5)
+    assert metrics["tau_by_group"] != pytest.approx(before, rel=1e-6)
+    posterior = run.posterior()
+    draws = [posterior.sites(k)["precision.fc2.lora_B"].item() for k in range(20)]
+    assert min(draws) < metrics["tau_by_group"]["fc2.lora_B"] < max(draws)
+
+
+def test_tau_of_a_limit_cannot_be_random(tmp_path, map_run):
+    words = (map_run / "config.yaml").read_text()
+    pooled = tmp_path / "pooled"
+    config = parse_config(MapFitConfig, ["--config", str(map_run / "config.yaml"), "--tau", "inf", "--output_dir", str(pooled)])
+    run_map_fit(config, quiet=True)
+    with pytest.raises(InputError, match=r"tau of the fit is inf, a limit"):
+        posterior_fit(pooled, tmp_path / "posterior", tau="gamma")
+    assert not (tmp_path / "posterior").exists()
+    assert words == (map_run / "config.yaml").read_text()
+    metrics = posterior_fit(pooled, tmp_path / "posterior")
+    assert metrics["tau"] is None or metrics["tau"] == "inf"
+    with pytest.raises(InputError, match=r"deviations have no scale of their own"):
+        load_run(tmp_path / "posterior").posterior().deviation_scales()
+
+
+def test_a_resumed_posterior_is_the_uninterrupted_one(tmp_path, map_run, monkeypatch):
+    options = {"run": str(map_run), "draws": 2, "epochs": 3, "threads": 1, "patience": 0}
+    whole = run_posterior_fit(PosteriorFitConfig(**options, output_dir=str(tmp_path / "whole")), quiet=True)
+    broken = PosteriorFitConfig(**options, output_dir=str(tmp_path / "broken"))
+
+    class Killed(Exception):
+        pass
+
+    from bora_pyro import run_folder
+
+    original = run_folder.RunFolder.log
+
+    def log(self, record):
+        if record["epoch"] == 2:
+            raise Killed
+        original(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "log", log)
+        with pytest.raises(Killed):
+            run_posterior_fit(broken, quiet=True)
+    with pytest.raises(InputError, match=r"is not finished"):
+        load_run(tmp_path / "broken")
+    broken.resume = True
+    resumed = run_posterior_fit(broken, quiet=True)
+    assert resumed["test_perplexity"] == pytest.approx(whole["test_perplexity"], rel=1e-6)
+    assert resumed["mixture_test_perplexity"] == pytest.approx(whole["mixture_test_perplexity"], rel=1e-6)
+    broken.temperature = 0.5
+    with pytest.raises(InputError, match=r"temperature is 0.5, but the run in .* has 1.0"):
+        run_posterior_fit(broken, quiet=True)
+
+
+def test_posterior_of_a_task(tmp_path, map_run):
+    posterior_fit(map_run, tmp_path / "posterior")
+    run = load_run(tmp_path / "posterior")
+    posterior = run.posterior(seed=3)
+    predictions = posterior.predict(["red green blue", "one two"], "Ada", draws=3)
+    assert predictions.log_likelihood.shape == (3, 2)
+    assert set(predictions.task.tolist()) == {posterior.tasks.index("Ada")}
+    # each draw is known by its number, and each is another one
+    torch.testing.assert_close(posterior.draw(1), posterior.draw(1), rtol=0, atol=0)
+    assert not torch.equal(posterior.draw(1)["fc2.lora_B"], posterior.draw(2)["fc2.lora_B"])
+    by_hand = torch.stack(
+        [
+            predictive(run.fitted.model, split, lambda k=k: [posterior.draw(k)]).log_likelihood[0]
+            for split in [posterior.split_of(["red green blue", "one two"], "Ada")]
+            for k in range(3)
+        ]
+    )
+    torch.testing.assert_close(predictions.log_likelihood, by_hand)
+    scales = posterior.deviation_scales(draws=8)
+    assert scales.shape == (3,)
+    assert bool(((scales > 0) & (scales < 1.5)).all())
+    assert repr(posterior) == "Posterior(NormalGuide, 3 tasks)"
+
+
+def test_the_command_says_what_came_of_it(tmp_path, map_run, main, capsys):
+    assert main([str(map_run), *line({"output_dir": tmp_path / "out", "epochs": 1, "draws": 2, "threads": 1})]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3].startswith("test perplexity: MAP ")
+    assert said[-2].startswith("calibration error (ECE): ")
+    assert said[-1] == f"run folder: {tmp_path / 'out'}"
+
+
+BAD = {
+    "no run": ([], "no run is given; name the folder of a MAP fit*"),
+    "foreign folder": (["{tmp}/none"], "run folder {tmp}/none does not exist*"),
+    "map": (["{run}", "--guide", "map"], "guide is 'map', the point estimate*"),
+    "unknown guide": (["{run}", "--guide", "norml"], "guide is 'norml'; allowed: normal, *; did you mean 'normal'?"),
+    "no draw": (["{run}", "--draws", "0"], "draws is 0; give a whole number from 1 up"),
+    "scale": (["{run}", "--scale", "0"], "scale is 0*; give a finite number above 0"),
+    "temperature": (["{run}", "--temperature", "inf"], "temperature is inf; give a finite number above 0"),
+    "tau": (
+        ["{run}", "--tau", "half_cauch"],
+        "tau is 'half_cauch'; allowed: fixed, half_cauchy, gamma; did you mean 'half_cauchy'?",
+    ),
+    "tau of laplace": (["{run}", "--tau", "gamma", "--guide", "laplace"], "guide laplace holds tau where it is*"),
+    "onto itself": (["{run}", "--output_dir", "{run}"], "output_dir {run} is the run itself*"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
+def test_bad_input(tmp_path, map_run, main, capsys, words, message):
+    from fnmatch import fnmatchcase
+
+    before = sorted(path.name for path in map_run.iterdir())
+    words = [word.format(run=map_run, tmp=tmp_path) for word in words]
+    if "--output_dir" not in words:
+        words += ["--output_dir", str(tmp_path / "out")]
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip()
+    assert fnmatchcase(said, "error: " + message.format(run=map_run, tmp=tmp_path)), said
+    assert not (tmp_path / "out").exists()
+    assert before == sorted(path.name for path in map_run.iterdir())
+
+
+def test_a_posterior_of_a_posterior(tmp_path, map_run):
+    posterior_fit(map_run, tmp_path / "first")
+    with pytest.raises(InputError, match=r"is a posterior already; give the MAP fit"):
+        posterior_fit(tmp_path / "first", tmp_path / "second")
+
+
+def test_a_point_estimate_has_no_posterior(map_run):
+    run = load_run(map_run)
+    with pytest.raises(InputError, match=r"is a point estimate and has no posterior; fit one around it"):
+        run.posterior()
+    with pytest.raises(InputError, match=r"this fit is a point estimate"):
+        Posterior(run.fitted)
+
+
+def test_bad_predictions(tmp_path, map_run):
+    posterior_fit(map_run, tmp_path / "posterior")
+    posterior = load_run(tmp_path / "posterior").posterior()
+    with pytest.raises(InputError, match=r"task 'Adda' is not in this fit, which has 3; did you mean 'Ada'\?"):
+        posterior.predict("red", "Adda")
+    with pytest.raises(InputError, match=r"draws is 0; give a whole number from 1 up"):
+        posterior.predict("red", "Ada", draws=0)
+    with pytest.raises(InputError, match=r"2 texts given, of which 1 have a token"):
+        posterior.predict(["red", ""], "Ada")
+    with pytest.raises(InputError, match=r"draws is 1; a standard deviation needs 2 or more"):
+        posterior.deviation_scales(draws=1)
+
+
+def test_scales_that_diverge_end_the_fit_at_the_best_state(tmp_path, map_run):
+    from bora_pyro.fit import NonFiniteLossError
+
+    with pytest.raises(
+        NonFiniteLossError, match=r"(the loss|a draw of the guide) is not finite .*the state of epoch 0 is kept. Use a"
+    ):
+        posterior_fit(map_run, tmp_path / "posterior", learning_rate=1e6)
