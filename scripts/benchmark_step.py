@@ -7,6 +7,8 @@ mean. PEFT's is the loop of its documentation: ``get_peft_model``, the Hugging F
 fused AdamW over one adapter. Both run in this process on the same base weights, layers, rank, batch and precision, in turn
 (ours, PEFT, ours, PEFT, ...), so that whatever else the machine does meets both. The figure that travels is the ratio.
 
+``--guide normal --against map`` times the step of another guide against our own MAP step instead.
+
 PEFT is spared what it need not pay for: no dropout, no key-value cache, and no float32 copies of the layers' inputs (its adapter
 has the base's precision; ours stays float32). No document is padded.
 """
@@ -39,7 +41,7 @@ from bora_pyro.data import TaskData
 from bora_pyro.data.batches import Batch, TokenSplit
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import Loop
-from bora_pyro.guides import map_guide
+from bora_pyro.guides import GUIDES
 from bora_pyro.map_run import find_device
 from bora_pyro.model import BoRA
 from bora_pyro.priors import prior_from_tau
@@ -78,6 +80,8 @@ class BenchmarkConfig:
         None, "layers that get an adapter, by the last part of their names (default: the architecture's usual ones)"
     )
     tau: float = option(100.0, "precision of the prior: a number, 0 or inf", expects="a number, 0 or inf")
+    guide: str = option("map", f"the guide of our step: {', '.join(GUIDES)}", choices=tuple(GUIDES))
+    against: str = option("peft", "the other step: PEFT's on one adapter, or our own MAP step", choices=("peft", "map"))
     precision: str = option("float32", "arithmetic of the frozen model", choices=("float32", "bfloat16"))
     repetitions: int = option(15, "measured steps of each")
     warmup: int = option(3, "steps of each before the first that is measured")
@@ -130,14 +134,14 @@ def random_documents(config: BenchmarkConfig, vocabulary: int) -> TokenSplit:
     return TokenSplit.from_documents(documents, task=task, num_tasks=config.num_tasks)
 
 
-def bora_step(config: BenchmarkConfig, backbone: Backbone, split: TokenSplit, batch: Batch) -> tuple[Step, int]:
+def bora_step(config: BenchmarkConfig, backbone: Backbone, split: TokenSplit, batch: Batch, guide: str) -> tuple[Step, int]:
     """The fit loop's step, and how many numbers it trains."""
     model = BoRA(backbone, config.num_tasks, adapter=LoRA(rank=config.rank), prior=prior_from_tau(config.tau), seed=config.seed)
     data = TaskData([f"task {d}" for d in range(config.num_tasks)], train=split, validation=split, test=split)
     loop = Loop(
         model,
         data,
-        map_guide(model),
+        GUIDES[guide](model),
         learning_rate=LEARNING_RATE,
         warmup=0.0,
         token_budget=config.rows * config.tokens,
@@ -207,13 +211,16 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     device = backbone.device
     split = random_documents(config, backbone.model.get_input_embeddings().num_embeddings)
     batch = split.batches(token_budget=config.rows * config.tokens)[0].to(device)
-    ours, our_parameters = bora_step(config, backbone, split, batch)
-    theirs, peft_parameters = peft_step(config, backbone, batch)
+    ours, our_parameters = bora_step(config, backbone, split, batch, config.guide)
+    other = config.against
+    theirs, their_parameters = (
+        peft_step(config, backbone, batch) if other == "peft" else bora_step(config, backbone, split, batch, "map")
+    )
     base = torch.no_grad()(lambda: backbone.logits(batch.input_ids))
 
-    times: dict[str, list[float]] = {"ours": [], "peft": [], "base_forward": []}
+    times: dict[str, list[float]] = {"ours": [], other: [], "base_forward": []}
     for number in range(config.warmup + config.repetitions):
-        pair = {"ours": seconds(ours, device), "peft": seconds(theirs, device)}
+        pair = {"ours": seconds(ours, device), other: seconds(theirs, device)}
         if number >= config.warmup:
             for name, value in pair.items():
                 times[name].append(value)
@@ -222,10 +229,10 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         if number >= config.warmup:
             times["base_forward"].append(value)
     if config.profile:
-        for title, step in (("BoRA", ours), ("PEFT", theirs)):
+        for title, step in (("BoRA", ours), ("PEFT" if other == "peft" else "MAP", theirs)):
             print(f"{title}, {PROFILED_STEPS} steps", profiled(step, device), sep="\n")
 
-    ratio = [our / their for our, their in zip(times["ours"], times["peft"], strict=True)]
+    ratio = [our / their for our, their in zip(times["ours"], times[other], strict=True)]
     return {
         "machine": machine(device),
         # JSON has no infinity: the limit is written as the command line takes it
@@ -236,8 +243,9 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
             "adapted_layers": {slot.name: slot.layers for slot in backbone.slots},
         },
         "batch": {"rows": config.rows, "tokens": config.tokens, "tasks": len(set(batch.task.tolist()))},
-        "precision": {"base": config.precision, "ours_adapter": "float32", "peft_adapter": config.precision},
-        "trained_parameters": {"ours": our_parameters, "peft": peft_parameters},
+        "precision": {"base": config.precision, "ours_adapter": "float32"}
+        | ({"peft_adapter": config.precision} if other == "peft" else {}),
+        "trained_parameters": {"ours": our_parameters, other: their_parameters},
         "seconds": times,
         "ratio": ratio,
         "summary": {name: _spread(values) for name, values in times.items()} | {"ratio": _spread(ratio)},
@@ -293,9 +301,10 @@ def table(report: dict[str, Any]) -> str:
         f"{report['base']['parameters'] / 1e6:.1f} M parameters, {report['precision']['base']}, on {place}",
         f"{'':<28}{'median':>12}{'range':>28}",
     ]
+    other = report["options"]["against"]
     names = {
-        "ours": f"BoRA, {report['options']['num_tasks']} tasks",
-        "peft": "PEFT, 1 adapter",
+        "ours": f"BoRA, {report['options']['num_tasks']} tasks, {report['options']['guide']}",
+        other: "PEFT, 1 adapter" if other == "peft" else "BoRA, map",
         "base_forward": "base, forward only",
     }
     for key, name in names.items():
@@ -304,7 +313,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{name:<28}{1e3 * row['median']:>9.1f} ms{milliseconds:>28}")
     row = summary["ratio"]
     quartiles = f"{row['lower_quartile']:.3f} – {row['upper_quartile']:.3f} (IQR)"
-    lines.append(f"{'BoRA / PEFT, pair by pair':<28}{row['median']:>12.3f}{quartiles:>28}")
+    lines.append(f"{'ratio, pair by pair':<28}{row['median']:>12.3f}{quartiles:>28}")
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ def test_both_steps_start_from_the_same_loss(monkeypatch):
     constant = 0.5 * torch.log(torch.tensor(2 * torch.pi)).item()
     model = BoRA(backbone, 3, adapter=LoRA(rank=2))
     deviations = 3 * sum(start.numel() for start in model.starts.values())
-    benchmark_step.bora_step(options, backbone, split, batch)[0]()
+    benchmark_step.bora_step(options, backbone, split, batch, "map")[0]()
     benchmark_step.peft_step(options, backbone, batch)[0]()
     ours, theirs = losses
     assert ours - constant * deviations / split.num_tokens == pytest.approx(theirs, rel=1e-5)
@@ -74,7 +74,7 @@ def test_steps_train_and_leave_the_base_alone():
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     split = benchmark_step.random_documents(options, 64)
     [batch] = split.batches(token_budget=24)
-    ours, _ = benchmark_step.bora_step(options, backbone, split, batch)
+    ours, _ = benchmark_step.bora_step(options, backbone, split, batch, "map")
     losses = [ours() for _ in range(10)]
     assert losses[-1] < losses[0]
     theirs, _ = benchmark_step.peft_step(options, backbone, batch)
@@ -114,3 +114,11 @@ def test_bad_options_end_with_one_line(arguments, words, tmp_path, monkeypatch, 
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert words in error
+
+
+def test_a_posterior_step_against_the_map_step():
+    report = benchmark_step.measure(config(num_tasks=3, rows=3, repetitions=2, warmup=1, guide="normal", against="map"))
+    trained = report["trained_parameters"]
+    assert trained["ours"] == 2 * trained["map"]  # a mean and a scale for each entry
+    assert set(report["seconds"]) == {"ours", "map", "base_forward"}
+    assert "BoRA, 3 tasks, normal" in benchmark_step.table(report)
