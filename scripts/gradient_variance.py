@@ -165,8 +165,9 @@ def measure(config: VarianceConfig) -> pd.DataFrame:
                 f"{kind}: " + ", ".join(f"{part} {rows[place - 4]['variance']:.3g}" for place, part in enumerate(PARTS)),
                 flush=True,
             )
-        every = iter(batches)
-        of_batches = total_variance(lambda: estimators.gradient("exact_kl", next(every)), len(batches))
+        every, of_batches = iter(batches), {}
+        if len(batches) > 1:
+            of_batches = total_variance(lambda: estimators.gradient("exact_kl", next(every)), len(batches))
     rows += [{"estimator": "batches", "part": part, "variance": value} for part, value in of_batches.items()]
     table = pd.DataFrame(rows)
     table["passes"] = table.estimator.map(PASSES).fillna(1).astype(int)

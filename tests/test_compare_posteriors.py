@@ -1,0 +1,80 @@
+"""The comparison of posteriors: what its table holds hangs together, and nothing that it has is run again."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.tiny_base import line, quick_fit, script_main
+
+
+@pytest.fixture(scope="module")
+def main():
+    return script_main("compare_posteriors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, main):
+    """Options of a comparison of four arms on two seeds, once it has run."""
+    folder = tmp_path_factory.mktemp("posteriors")
+    options = {name: value for name, value in quick_fit(folder).items() if name != "threads"}
+    (folder / "fit.yaml").write_text(yaml.safe_dump(options | {"targets": ["v_proj", "fc2"]}))
+    words = line({"fit_config": folder / "fit.yaml", "seeds": 2, "epochs": 1, "draws": 2, "map_learning_rate": 0.03})
+    words += line({"runs_dir": folder / "runs", "output": folder / "table.csv"})
+    words += ["--arms", "map", "normal", "laplace_tempered", "ensemble"]
+    assert main(words) == 0
+    return words, folder / "table.csv"
+
+
+def test_the_table_hangs_together(finished):
+    table = pd.read_csv(finished[1])
+    rates = table[(table.arm == "normal") & (table.prediction == "mean")].set_index("seed").learning_rate
+    # the first seed climbs from the middle; the second is run at the choice alone
+    assert 0.01 in rates[0].tolist()
+    first = table[(table.arm == "normal") & (table.seed == 0) & (table.prediction == "mean")]
+    assert rates.loc[[1]].tolist() == [first.loc[first.validation_nll.idxmin()].learning_rate]
+    tempered = table[(table.arm == "laplace_tempered") & (table.prediction == "mixture")]
+    assert sorted(tempered[tempered.seed == 0].temperature) == [1e-6, 1e-4, 1e-2, 1.0]
+    assert len(tempered[tempered.seed == 1]) == 1
+    for name in ("validation", "test"):
+        assert (table[f"{name}_nll"] - table[f"{name}_perplexity"].map(math.log)).abs().max() < 1e-4
+    # the centre of Laplace's approximation is the MAP
+    for seed in (0, 1):
+        centre = table[(table.arm == "laplace_tempered") & (table.prediction == "mean") & (table.seed == seed)].test_nll
+        assert centre.tolist() == pytest.approx(
+            [table[(table.arm == "map") & (table.seed == seed)].test_nll.item()] * len(centre)
+        )
+    assert table[table.arm == "normal"].state.eq(2).all()
+    assert sorted(table.prediction[table.arm == "ensemble"]) == ["mixture", "mixture"]
+
+
+def test_nothing_is_run_again(finished, main, monkeypatch, capsys):
+    words, file = finished
+    before = file.read_bytes()
+    module = main.__globals__
+    monkeypatch.setitem(module, "fit", None)
+    monkeypatch.setitem(module, "predictive", None)
+    assert main(words) == 0
+    assert file.read_bytes() == before
+    said = capsys.readouterr().out
+    assert said.count("| normal |") == 2
+    assert said.count("| map |") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arms", "nomal"], "arm 'nomal' is not known; known: map, normal,"),
+        (["--draws", "0"], "draws is 0; give a whole number from 1 up"),
+        (["--fit_config", "none.yaml"], "fit_config none.yaml does not exist"),
+        (["--map_learning_rate", "0"], "map_learning_rate is 0.0; give a finite number above 0"),
+    ],
+)
+def test_bad_input(main, capsys, words, message):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: " + message)
+    assert said.count("\n") == 1
