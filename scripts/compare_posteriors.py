@@ -5,6 +5,7 @@
 The arms, each around the MAP fit with a learned τ of the same seed (split, start, order of the documents):
 
 - ``map``: the point estimate.
+- ``map_longer``: the point estimate, fitted for as many epochs more as the guides are: what of a gain is the training.
 - ``ensemble``: four MAP fits from other starts, their probabilities averaged (deep ensembles, Lakshminarayanan et al., 2017).
 - ``normal``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its weight.
 - ``laplace``, ``laplace_kronecker``: nothing fitted; ``..._tempered`` have the curvature divided by the temperature that
@@ -31,6 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from pyro.infer.autoguide import AutoDelta
 from scipy import stats
 
 from bora_pyro.calibration import calibration
@@ -68,6 +70,7 @@ class Arm:
 
 
 ARMS = {
+    "map_longer": Arm("map"),
     "normal": Arm("normal"),
     "normal_tempered": Arm("normal", temperature=0.3),
     "low_rank": Arm("low_rank"),
@@ -210,7 +213,7 @@ class Comparison:
         centre = fitted.weights()[0]
         keys: dict[str, Any] = {"arm": arm, "seed": seed, "temperature": temperature, "learning_rate": rate}
         common = {"seconds": round(seconds, 1), "state": state_ratio(fitted, run), "best_epoch": fitted.best_epoch}
-        if draws is None and arm != "map":
+        if draws is None and not isinstance(fitted.guide, AutoDelta):
             posterior = Posterior(fitted, seed=seed)
             common["scale_correlation"] = self.scale_correlation(posterior, run)
             draws = lambda: posterior.draws(self.config.draws)  # noqa: E731
