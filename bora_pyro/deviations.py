@@ -26,10 +26,36 @@ from bora_pyro.model import BoRA, Weights
 SPACES = ("delta_w", "weights")
 
 
-def deviations(fitted: Fitted) -> Weights:
-    """δ_d = θ_d − Θ by name of the latent: (D, layers, *shape)."""
-    theta, mean = fitted.weights()
+def deviations(fitted: Fitted, weights: tuple[Weights, Weights] | None = None) -> Weights:
+    """δ_d = θ_d − Θ by name of the latent: (D, layers, *shape).
+
+    Args:
+        fitted: the fitted model.
+        weights: θ and Θ to look at instead of the fit's own: a draw, as ``model.weights_given(posterior.sites(k))`` gives it.
+    """
+    theta, mean = weights or fitted.weights()
     return {name: value - mean[name] for name, value in theta.items()}
+
+
+def distances(deviation: Weights) -> Tensor:
+    """‖θ_d − Θ‖ over all latents of a task: (D, layers, *shape) by name -> (D,)."""
+    return torch.stack([value.flatten(1).square().sum(1) for value in deviation.values()]).sum(0).sqrt()
+
+
+def displacements(deviation: Weights, centre: Weights) -> Tensor:
+    """How far a draw of θ_d lies from Θ in the direction of the posterior's centre: ⟨δ_d, c_d⟩ / ‖c_d‖, (D,); 0 where c_d is 0.
+
+    The distance ‖δ_d‖ of a draw is made of the many entries of which the data say nothing, and is nearly the same in all tasks
+    and draws. This component is not: it is ‖c_d‖ on average, the distance of the centre, and its spread is that
+    of one direction.
+
+    Args:
+        deviation: δ of a draw, (D, layers, *shape) by name.
+        centre: c, the deviations at the posterior's centre, of the same shapes.
+    """
+    product = torch.stack([(value * centre[name]).flatten(1).sum(1) for name, value in deviation.items()]).sum(0)
+    length = distances(centre)
+    return torch.where(length > 0, product / length, 0.0)
 
 
 def root_mean_square(deviation: Tensor) -> Tensor:
@@ -61,7 +87,8 @@ def pooling_factor(deviation: Tensor, fisher: Tensor, tau: Tensor) -> Tensor:
     given Θ, E[V_d(δ_d)] = V_d(E[δ_d]) + mean_d 1/(h_d + τ). λ is taken for each entry and averaged over the entries of a
     layer. Near 1, what is known of the tasks' differences is little beside what is not: the estimates are pooled.
     Near 0, the estimates differ by far more than they are uncertain. An adapter has many times more entries than its task's data
-    can determine, so that values near 1 are the rule; what tells is where, and under which prior, they are lower.
+    can determine, so that values near 1 are the rule; what tells is where, and under which prior, they are lower. Where there
+    are draws of a posterior, :class:`PosteriorPooling` takes λ from them.
 
     The limits: pooled tasks (τ = ∞) have λ = 1. Independent ones (τ = 0) have the variance 1/h; where h = 0 as well, neither
     data nor prior say anything, and that task is left out of that entry. An entry with fewer than two tasks left is left out
@@ -85,6 +112,52 @@ def pooling_factor(deviation: Tensor, fisher: Tensor, tau: Tensor) -> Tensor:
     factor = torch.where((within == 0) & (between == 0), 1.0, within / (between + within))
     factor = torch.where(number > 1, factor, torch.nan)
     return factor.double().flatten(1).nanmean(1)
+
+
+class PosteriorPooling:
+    """The pooling factor λ = 1 − V_d(E[δ_d]) / E[V_d(δ_d)] of a posterior, from its draws, one at a time.
+
+        >>> pooling = PosteriorPooling()
+        >>> for draw in (1.0, 3.0):  # two tasks, one layer, one entry: far apart in both draws
+        ...     pooling.add({"x": torch.tensor([[[draw]], [[-draw]]])})
+        >>> pooling.factors()  # V_d(E[δ]) is 8 and E[V_d(δ)] is 10; 2/1 (1 − 8/10)
+        {'x': tensor([0.4000], dtype=torch.float64)}
+
+    The quantity is that of :func:`pooling_factor`, with the posterior itself in place of its Laplace approximation. Of K draws
+    the variance of the mean has more than its share of their spread, (K − 1)/K of λ is seen, and K/(K − 1) makes up for it; an
+    entry may then lie above 1 by as much as chance allows, and the average over a layer hardly does. Memory does not grow with K:
+    a mean and a variance are kept of every entry.
+    """
+
+    def __init__(self) -> None:
+        self.draws = 0
+        self._mean: Weights = {}
+        self._variance: Weights = {}
+
+    def add(self, deviation: Weights) -> None:
+        """Take in one draw: δ, (D, layers, *shape) by name of the latent."""
+        self.draws += 1
+        for name, value in deviation.items():
+            value = value.double()
+            mean = self._mean.setdefault(name, torch.zeros_like(value))
+            mean += (value - mean) / self.draws
+            variance = self._variance.setdefault(name, torch.zeros_like(value[0]))
+            variance += (value.var(0) - variance) / self.draws
+
+    def factors(self) -> dict[str, Tensor]:
+        """λ of each latent, averaged over the entries of a layer: (layers,) float64 by name.
+
+        Raises:
+            InputError: fewer than two draws.
+        """
+        if self.draws < 2:
+            raise InputError(f"{self.draws} draws were added; a pooling factor needs 2 or more")
+        factors = {}
+        for name, whole in self._variance.items():
+            share = (whole - self._mean[name].var(0)).clamp(min=0) * (self.draws / (self.draws - 1)) / whole
+            # 0/0, as above: deviations that are the same in all tasks and draws
+            factors[name] = torch.where(whole == 0, 1.0, share).flatten(1).mean(1)
+        return factors
 
 
 def adapter_matrix(fitted: Fitted) -> Tensor:
@@ -124,28 +197,36 @@ def task_gram(fitted: Fitted, *, space: str = "delta_w") -> Tensor:
     return gram
 
 
-def delta_w_deviations(fitted: Fitted) -> dict[str, Tensor]:
+def delta_w_deviations(fitted: Fitted, weights: tuple[Weights, Weights] | None = None) -> dict[str, Tensor]:
     """‖ΔW_d − ΔW_Θ‖_F by name of the slot: (D, layers) float64.
 
     The matrices themselves are never formed: with both written as products of low rank, the norm needs r x r products only.
 
+    Args:
+        fitted: the fitted model.
+        weights: as for :func:`deviations`.
+
     Raises:
         InputError: the adapter is no product of two low-rank matrices.
     """
-    model, (theta, mean) = fitted.model, fitted.weights()
+    model, (theta, mean) = fitted.model, weights or fitted.weights()
     return {
         slot.name: torch.stack([_norm(*_difference(model, slot, layer, theta, mean)) for layer in range(slot.layers)], 1)
         for slot in model.backbone.slots
     }
 
 
-def delta_w_norms(fitted: Fitted) -> dict[str, Tensor]:
+def delta_w_norms(fitted: Fitted, weights: tuple[Weights, Weights] | None = None) -> dict[str, Tensor]:
     """‖ΔW_d‖_F by name of the slot: (D, layers) float64.
+
+    Args:
+        fitted: the fitted model.
+        weights: as for :func:`deviations`.
 
     Raises:
         InputError: the adapter is no product of two low-rank matrices.
     """
-    model, (theta, _) = fitted.model, fitted.weights()
+    model, (theta, _) = fitted.model, weights or fitted.weights()
     return {
         slot.name: torch.stack([_norm(*_factors(model, slot, layer, theta, 1)) for layer in range(slot.layers)], 1)
         for slot in model.backbone.slots

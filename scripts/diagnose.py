@@ -4,7 +4,9 @@
 
 It writes, into the run's folder ``diagnostics`` or where ``--output`` says, ``shrinkage.nc`` (the ArviZ container),
 ``shrinkage.csv`` (a row a task), and one picture a question; with ``--compare`` also ``compare.csv`` and its picture. Nothing is
-fitted again. Every option: ``python scripts/diagnose.py --help``.
+fitted again. Of a posterior (a run of ``scripts/posterior_fit.py``) the container has ``--draws`` draws, the table also the
+quantiles of their distances, and the pictures of distances show intervals; trees and components are of its centre. Every
+option: ``python scripts/diagnose.py --help``.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from bora_pyro.command_line import option, parse_config
 from bora_pyro.deviations import task_gram
 from bora_pyro.diagnostics import compare_priors, held_out, shrinkage
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import DIAGNOSTICS
+from bora_pyro.run_folder import DIAGNOSTICS, FIT
 from bora_pyro.saved_run import SavedRun, load_run
+
+DRAWS = 50  # of a posterior
+QUANTILES = (0.05, 0.95)  # of the draws
 
 
 @dataclass(kw_only=True)
@@ -37,6 +42,7 @@ class DiagnoseConfig:
 
     run: str = option("", "folder of the run, a fit's output_dir", positional=True)
     compare: list[str] | None = option(None, "folders of runs to compare it with, fitted and tested on the same documents")
+    draws: int | None = option(None, f"draws of each posterior (default: {DRAWS}; a MAP fit is a point and has none)")
     output: str | None = option(None, "where the results go (default: the folder diagnostics of the run)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
@@ -47,6 +53,8 @@ class DiagnoseConfig:
             raise InputError("no run is given; name its folder, as in diagnose.py runs/map_fit")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads is {self.threads}; give a whole number from 1 up")
+        if self.draws is not None and self.draws < 2:
+            raise InputError(f"draws is {self.draws}; give a whole number from 2 up")
         paths = [Path(path).resolve() for path in (self.run, *(self.compare or ()))]
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise InputError(f"run {twice[0]} is given twice; give each run once")
@@ -61,10 +69,11 @@ def diagnose(config: DiagnoseConfig) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device)
+    _check_draws(run, config)
     # first, so that runs which cannot be compared are found before the long work, and before anything is written
-    table = _comparison(run, config) if config.compare else None
+    compared = _compared(run, config) if config.compare else {}
     folder = _writable(Path(config.output) if config.output is not None else run.folder.path / DIAGNOSTICS)
-    container = shrinkage(run.fitted, run.data)
+    container = shrinkage(run.fitted, run.data, draws=_draws(run, config))
     container.to_netcdf(folder / "shrinkage.nc")
     rows = shrinkage_table(run, container)
     rows.to_csv(folder / "shrinkage.csv", index=False, float_format="%.6g")
@@ -76,7 +85,8 @@ def diagnose(config: DiagnoseConfig) -> Path:
     else:
         print("note: one ΔW serves all tasks, so there are no deviations to draw", file=sys.stderr)
     print(rows.to_string(index=False, float_format="{:.2f}".format, na_rep="–"))
-    if table is not None:
+    if compared:
+        table = compare_priors(compared | {next(iter(compared)): container})
         table.to_csv(folder / "compare.csv", index_label="run", float_format="%.8g")
         with plots.style():
             _picture(plots.compare_forest, table, height=1.5 + 0.4 * len(table)).savefig(folder / "compare.png")
@@ -86,15 +96,28 @@ def diagnose(config: DiagnoseConfig) -> Path:
 
 
 def shrinkage_table(run: SavedRun, container: Any) -> pd.DataFrame:
-    """A row a task: documents, distance from Θ, effective parameters, test perplexity without and with the adapter."""
-    posterior, constant = container["posterior"].isel(chain=0, draw=0), container["constant_data"]
+    """A row a task: documents, distance from Θ, effective parameters, test perplexity without and with the adapter.
+
+    All are of the posterior's centre; where there are draws, ``displacement_q05`` and its like are quantiles over them: of the
+    distance in the direction of the centre, and of the whole distance.
+    """
+    posterior, constant = container["posterior"], container["constant_data"]
+    many = posterior.sizes["draw"] > 1
+    quantiles = {
+        f"{name}_q{round(100 * q):02}": posterior[name].quantile(q, ("chain", "draw")).values
+        for name in ("displacement", "distance")
+        for q in QUANTILES
+        if many
+    }
+    effective = constant["effective_parameters"] if many else posterior["effective_parameters"]
     return pd.DataFrame(
         {
             "task": run.data.tasks,
             "train_documents": constant["train_documents"].values,
             "test_documents": constant["test_documents"].values,
-            "distance": posterior["distance"].values,
-            "effective_parameters": posterior["effective_parameters"].values,
+            "distance": run.fitted.deviation_norms().cpu().double().numpy(),
+            **quantiles,
+            "effective_parameters": effective.values.reshape(-1),
             **{
                 name: np.array([row[name] for row in run.scores], dtype=float)  # None, of an untested task, is NaN
                 for name in ("base_test_perplexity", "test_perplexity")
@@ -124,8 +147,25 @@ def _picture(draw: Callable[..., Any], *arguments: Any, width: float = 7.0, heig
     return figure
 
 
-def _comparison(run: SavedRun, config: DiagnoseConfig) -> pd.DataFrame:
-    """The runs by their folders' names, or by the paths as given where two folders are of one name."""
+def _check_draws(run: SavedRun, config: DiagnoseConfig) -> None:
+    """Refuse draws where every run is a point."""
+    posterior = run.posterior_config or any((Path(path) / FIT).is_file() for path in config.compare or ())
+    if config.draws is not None and not posterior:
+        raise InputError(
+            f"draws is {config.draws}, but the run in {run.folder.path} is a MAP fit, a point, and has none; leave --draws out, "
+            f"or fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
+        )
+
+
+def _draws(run: SavedRun, config: DiagnoseConfig) -> int | None:
+    return None if run.posterior_config is None else config.draws or DRAWS
+
+
+def _compared(run: SavedRun, config: DiagnoseConfig) -> dict[str, Any]:
+    """The containers to compare: the run's at its centre, and the others', of which one at a time is in memory.
+
+    Their names are the folders', or the paths as given where two folders are of one name.
+    """
     paths = [config.run, *(config.compare or ())]
     names = [Path(path).resolve().name for path in paths]
     if len(set(names)) < len(names):
@@ -133,8 +173,10 @@ def _comparison(run: SavedRun, config: DiagnoseConfig) -> pd.DataFrame:
     containers = {names[0]: held_out(run.fitted, run.data)}
     for name, path in zip(names[1:], paths[1:], strict=True):
         other = load_run(path, device=config.device)
-        containers[name] = held_out(other.fitted, other.data)
-    return compare_priors(containers)
+        centre, draws = held_out(other.fitted, other.data), _draws(other, config)
+        compare_priors({names[0]: containers[names[0]], name: centre})
+        containers[name] = centre if draws is None else held_out(other.fitted, other.data, draws=draws)
+    return containers
 
 
 def _writable(folder: Path) -> Path:

@@ -15,6 +15,8 @@ from PIL import Image
 
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.map_run import run_map_fit
+from bora_pyro.posterior_config import PosteriorFitConfig
+from bora_pyro.posterior_run import run_posterior_fit
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
 from tests.tiny_base import SCRIPTS, documents, line, quick_fit, write_table
@@ -40,6 +42,15 @@ def runs(tmp_path_factory):
     for tau in TAUS:
         run_map_fit(parse_config(MapFitConfig, line({**options, "tau": tau, "output_dir": folder / tau})), quiet=True)
     return {tau: folder / tau for tau in TAUS}
+
+
+@pytest.fixture(scope="module")
+def posterior(runs, tmp_path_factory):
+    """Folder of a posterior around the MAP fit at τ = 100."""
+    folder = tmp_path_factory.mktemp("posterior") / "posterior"
+    options = {"epochs": 1, "draws": 1, "threads": 1}
+    run_posterior_fit(PosteriorFitConfig(run=str(runs["100"]), output_dir=str(folder), **options), quiet=True)
+    return folder
 
 
 def names(folder):
@@ -93,6 +104,38 @@ def test_runs_are_compared(runs, tmp_path, capsys):
     assert "held-out documents, best first:" in capsys.readouterr().out
 
 
+def test_a_posterior_has_draws(runs, posterior, tmp_path):
+    words = ["--draws", "4", "--compare", str(runs["100"]), "--output", str(tmp_path / "out")]
+    assert diagnose.main([str(posterior), *words]) == 0
+    assert names(tmp_path / "out") == expected(PICTURES, "compare.csv", "compare.png")
+    container = arviz.from_netcdf(tmp_path / "out" / "shrinkage.nc")
+    assert container["posterior"].sizes["draw"] == 4
+    rows = pd.read_csv(tmp_path / "out" / "shrinkage.csv")
+    run = load_run(posterior)
+    assert rows["distance"].tolist() == pytest.approx(run.fitted.deviation_norms().tolist(), rel=1e-5)
+    for name in ("displacement", "distance"):
+        for q, column in ((0.05, f"{name}_q05"), (0.95, f"{name}_q95")):
+            values = container["posterior"][name].values[0]  # (draw, task)
+            assert rows[column].tolist() == pytest.approx(np.quantile(values, q, axis=0).tolist(), rel=1e-5)
+    assert rows["effective_parameters"].tolist() == pytest.approx(container["constant_data"]["effective_parameters"], rel=1e-5)
+    # the posterior is compared by its draws, the MAP fit by its estimate
+    table = pd.read_csv(tmp_path / "out" / "compare.csv", index_col="run", dtype={"run": str})
+    densities = container["log_likelihood"]["documents"].values[0]
+    assert table.loc["posterior", "elpd"] == pytest.approx((np.logaddexp.reduce(densities, axis=0) - np.log(4)).sum())
+    assert table.loc["100", "perplexity"] == pytest.approx(load_run(runs["100"]).metrics["test_perplexity"], rel=1e-6)
+
+
+def test_a_posterior_that_a_map_fit_is_compared_with_has_draws(runs, posterior, tmp_path):
+    words = ["--compare", str(posterior), "--draws", "3", "--output", str(tmp_path / "out")]
+    assert diagnose.main([str(runs["100"]), *words]) == 0
+    assert arviz.from_netcdf(tmp_path / "out" / "shrinkage.nc")["posterior"].sizes["draw"] == 1
+    table = pd.read_csv(tmp_path / "out" / "compare.csv", index_col="run", dtype={"run": str})
+    run = load_run(posterior)
+    assert table.loc["posterior", "elpd"] == pytest.approx(
+        run.posterior().score(run.data.test, draws=3).log_predictive().sum().item(), rel=1e-6
+    )
+
+
 def test_runs_of_one_name_are_told_apart_by_their_paths(runs, tmp_path):
     twin = shutil.copytree(runs["100"], tmp_path / "elsewhere" / "100")
     assert diagnose.main([str(runs["100"]), "--compare", str(twin), "--output", str(tmp_path / "out")]) == 0
@@ -132,6 +175,11 @@ def test_a_task_without_test_documents(runs, tmp_path):
         (["--run", "{100}"], "--run is no option: give its value alone, as in diagnose.py RUN"),
         (["{100}", "--outputs", "x"], "unknown option 'outputs'; did you mean 'output'?"),
         (["{100}", "--threads", "0"], "threads is 0; give a whole number from 1 up"),
+        (["{100}", "--draws", "1"], "draws is 1; give a whole number from 2 up"),
+        (
+            ["{100}", "--compare", "{0}", "--draws", "9"],
+            "draws is 9, but the run in {100} is a MAP fit, a point, and has none; leave --draws out, or *",
+        ),
         (["{100}", "--compare", "{0}", "{100}"], "run {100} is given twice; give each run once"),
         (["{100}/gone"], "run folder {100}/gone does not exist; give the --output_dir of a fit"),
         (["{100}", "--compare", "{100}/adapters"], "{100}/adapters is no run folder: it has no config.yaml; *"),

@@ -401,6 +401,54 @@ def test_pooling_factors_are_a_line_for_each_module_and_factor(ax):
     assert len(ax.collections) == 2 * 4
 
 
+def test_a_pooling_factor_of_all_draws_is_read_from_the_constant_data(ax):
+    container = groups((1, 30))
+    factors = container["posterior"]["pooling_factor"].isel(chain=0, draw=0, drop=True)
+    container["posterior"] = container["posterior"].drop_vars("pooling_factor")
+    container["constant_data"]["pooling_factor"] = factors
+    plots.pooling_factors(container, ax)
+    np.testing.assert_allclose(points_of(ax, "q_proj B")[:, 1], factors.sel(module="q_proj", factor="B"))
+    assert not ax.collections
+
+
+def test_deviation_by_documents_has_the_intervals_of_draws(ax):
+    container = groups((1, 30))
+    plots.deviation_by_documents(container, ax)
+    values = container["posterior"]["distance"].values[0]
+    assert len(ax.collections) == 2
+    for lines, (probability, _) in zip(ax.collections, _INTERVALS, strict=True):
+        segments = np.array(lines.get_segments())  # (task, end, coordinate)
+        np.testing.assert_allclose(segments[:, 0, 0], DOCUMENTS)
+        np.testing.assert_allclose(
+            segments[..., 1].T, np.quantile(values, [(1 - probability) / 2, (1 + probability) / 2], axis=0)
+        )
+    assert "90 % of the draws" in ax.get_ylabel()
+
+
+def test_the_displacement_is_drawn_where_there_is_one(ax):
+    container = groups((1, 30))
+    values = container["posterior"]["distance"] - 1.0
+    container["posterior"]["displacement"] = values
+    plots.shrinkage_forest(container, ax)
+    middle = np.median(values[0], axis=0)
+    np.testing.assert_allclose(points_of(ax, "distance")[:, 0], np.sort(middle))
+    assert "component of" in ax.get_xlabel()
+    assert ax.get_xlim()[0] == pytest.approx(1.05 * float(values.min()))
+    ax.clear()
+    plots.deviation_by_documents(container, ax)
+    np.testing.assert_allclose(points_of(ax, "distance "), np.column_stack([DOCUMENTS, middle]))
+
+
+def test_the_heatmap_of_draws_is_that_of_the_centre(ax):
+    container = groups((1, 30))
+    centre = groups(seed=1)["posterior"]["rms_deviation"].isel(chain=0, draw=0, drop=True)
+    container["constant_data"]["centre_rms_deviation"] = centre
+    plots.deviation_heatmap(container, ax)
+    np.testing.assert_allclose(
+        ax.images[0].get_array(), np.sqrt((centre**2).mean(("module", "factor"))).transpose("layer", "task")
+    )
+
+
 # geometry
 
 

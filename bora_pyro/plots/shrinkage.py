@@ -1,7 +1,7 @@
 """Plots of one fit's container (``bora_pyro.diagnostics``): how far the tasks stand from Θ, and where.
 
 Each takes the container and an axis and returns the axis. A MAP fit has one draw, hence no intervals; with many draws
-(chain x draw) points are medians and intervals hold 50 % and 94 % of the draws.
+(chain x draw) points are medians and intervals hold 50 % and 90 % of the draws.
 
 >>> import matplotlib.pyplot as plt, numpy as np, xarray as xr
 >>> distance = xr.DataArray(np.ones((1, 1, 2)), dims=("chain", "draw", "task"), coords={"task": ["ada", "bo"]})
@@ -28,18 +28,22 @@ from bora_pyro.plots.style import BLUE, GREY, LIGHT_BLUE, LINES, MARKERS, PALETT
 from bora_pyro.plots.sweeps import documents_axis
 from bora_pyro.sweep import tau_order
 
-_INTERVALS = ((0.94, 1.2), (0.5, 3.2))  # probability, width of the line
+_INTERVALS = ((0.9, 1.2), (0.5, 3.2))  # probability, width of the line
 _DISTANCE = "distance to the global mean, ‖$\\theta_d$ − Θ‖"
+_DISPLACEMENT = "component of $\\theta_d$ − Θ along its posterior mean"
+_SPREAD = "\n(median, 50 % and 90 % of the draws)"
 
 
 def shrinkage_forest(container: Any, ax: Axes) -> Axes:
     """‖θ_d − Θ‖ of each task, the farthest on top, N_d in parentheses.
 
     Args:
-        container: the posterior has ``distance`` (chain, draw, task), the constant data ``train_documents`` (task).
+        container: the posterior has ``distance`` (chain, draw, task), the constant data ``train_documents`` (task). Where the
+            posterior has ``displacement`` too, as with draws, it is drawn instead: the distances of draws are nearly one.
         ax: where to draw; a fifth of an inch a task is high enough.
     """
-    draws, tasks = _draws(container, "distance"), _names(container, "distance", "task")
+    name, label = _measure(container)
+    draws, tasks = _draws(container, name), _names(container, name, "task")
     middle = np.median(draws, axis=0)
     order = np.argsort(middle, kind="stable")
     rows = np.arange(len(tasks))
@@ -48,9 +52,9 @@ def shrinkage_forest(container: Any, ax: Axes) -> Axes:
     documents = np.asarray(container["constant_data"]["train_documents"])
     ax.set_yticks(rows, [f"{tasks[task]} ({documents[task]})" for task in order])
     ax.set_ylim(-0.7, len(tasks) - 0.3)
-    ax.set_xlim(0, 1.05 * float(draws.max()) or 1.0)  # room for the farthest marker
+    ax.set_xlim(min(0.0, 1.05 * float(draws.min())), 1.05 * float(draws.max()) or 1.0)  # room for the farthest marker
     ax.grid(axis="y", linewidth=0.3)
-    ax.set_xlabel(_DISTANCE + ("\n(median, 50 % and 94 % of the draws)" if len(draws) > 1 else ""))
+    ax.set_xlabel(label)
     ax.set_ylabel("task ($N_d$)")
     return ax
 
@@ -59,11 +63,11 @@ def shrinkage_ridge(container: Any, ax: Axes) -> Axes:
     """Densities of the deviations from Θ, a ridge a task, the farthest on top.
 
     Of one draw: how the root mean square deviations of a task's groups (layer x module x factor) are spread, a mark a group.
-    Of many: the draws of ‖θ_d − Θ‖.
+    Of many: the draws of what :func:`shrinkage_forest` draws.
 
     Args:
         container: the posterior has ``rms_deviation`` (chain, draw, task, layer, module, factor), and for many draws
-            ``distance`` (chain, draw, task).
+            ``distance`` or ``displacement`` (chain, draw, task).
         ax: where to draw; a quarter of an inch a task is high enough.
     """
     rms = _draws(container, "rms_deviation")
@@ -71,7 +75,8 @@ def shrinkage_ridge(container: Any, ax: Axes) -> Axes:
     many = len(rms) > 1
     # one draw: (task, factor, groups of that factor); the rug tells the factors apart
     groups = np.moveaxis(rms[0], -1, 1).reshape(len(tasks), len(factors), -1)
-    values = _draws(container, "distance").T if many else groups.reshape(len(tasks), -1)
+    name, label = _measure(container, interval="")
+    values = _draws(container, name).T if many else groups.reshape(len(tasks), -1)
     order = np.argsort(np.nanmedian(values, axis=1), kind="stable")
     logarithmic = bool((values[np.isfinite(values)] > 0).all())
     if logarithmic:
@@ -90,7 +95,7 @@ def shrinkage_ridge(container: Any, ax: Axes) -> Axes:
     ax.set_ylabel("task")
     if logarithmic:
         plain_log_ticks(ax)
-    ax.set_xlabel(_DISTANCE if many else "root mean square deviation of an entry from Θ\n(a mark a layer, module and factor)")
+    ax.set_xlabel(label if many else "root mean square deviation of an entry from Θ\n(a mark a layer, module and factor)")
     if not many:
         legend_above(ax, ncols=len(factors))
     return ax
@@ -111,7 +116,7 @@ def _ridge(ax: Axes, values: np.ndarray, row: float, *, logarithmic: bool) -> No
 
 
 def deviation_by_documents(container_or_table: Any, ax: Axes) -> Axes:
-    """‖θ_d − Θ‖ against N_d: tasks with more data stray farther (the BoRA paper's Figure 4).
+    """‖θ_d − Θ‖ against N_d: tasks with more data stray farther (the BoRA paper's Figure 4); of many draws with their intervals.
 
     Args:
         container_or_table: a container as for :func:`shrinkage_forest`, or rows of a sweep table. Of a table each τ is a
@@ -122,19 +127,22 @@ def deviation_by_documents(container_or_table: Any, ax: Axes) -> Axes:
     Raises:
         InputError: the table has no τ below ∞.
     """
+    label = _DISTANCE
     if isinstance(container_or_table, pd.DataFrame):
         series = _series_of_table(container_or_table)
     else:
-        tasks = _names(container_or_table, "distance", "task")
+        measure, label = _measure(container_or_table)
+        tasks, draws = _names(container_or_table, measure, "task"), _draws(container_or_table, measure)
         documents = np.asarray(container_or_table["constant_data"]["train_documents"], float)
-        series = {"": (tasks, documents, np.median(_draws(container_or_table, "distance"), axis=0))}
+        _intervals(ax, draws, documents, along="y", color=BLUE)
+        series = {"": (tasks, documents, np.median(draws, axis=0))}
     for n, (name, (_, x, y)) in enumerate(series.items()):
         ax.plot(
             x, y, linestyle="none", marker=MARKERS[n % len(MARKERS)], color=PALETTE[n % len(PALETTE)], alpha=0.85,
             label=name, gid=f"distance {name}",
         )  # fmt: skip
     documents_axis(ax, np.concatenate([x for _, x, _ in series.values()]))
-    ax.set_ylabel(_DISTANCE)
+    ax.set_ylabel(label)
     if len(series) > 1:
         ax.set_yscale("log", nonpositive="mask")
         legend_above(ax, ncols=3)
@@ -166,10 +174,12 @@ def deviation_heatmap(container: Any, ax: Axes) -> Axes:
     """Where the tasks deviate from Θ: layer x task, the mean over draws of √(mean of rms² over modules and factors).
 
     Args:
-        container: the posterior has ``rms_deviation`` (chain, draw, task, layer, module, factor).
+        container: the posterior has ``rms_deviation`` (chain, draw, task, layer, module, factor). Where the constant data have
+            ``centre_rms_deviation`` (task, layer, module, factor), as with draws, that of the posterior's centre is drawn.
         ax: where to draw; a colour bar is put beside it.
     """
-    rms = _draws(container, "rms_deviation")
+    name = "centre_rms_deviation" if "centre_rms_deviation" in container["constant_data"] else "rms_deviation"
+    rms = _draws(container, name)
     square = np.sqrt(np.nanmean(rms**2, axis=(-2, -1))).mean(0)  # (task, layer)
     tasks, layers = _names(container, "rms_deviation", "task"), _names(container, "rms_deviation", "layer")
     image = ax.imshow(square.T, cmap="cividis", aspect="auto", origin="lower", vmin=0, vmax=square.max() or 1)
@@ -184,8 +194,9 @@ def pooling_factors(container: Any, ax: Axes) -> Axes:
     """How strongly each group of weights is pooled, by layer: 1 is one adapter for all, 0 one each.
 
     Args:
-        container: the posterior has ``pooling_factor`` (chain, draw, layer, module, factor). Colour and marker are the
-            module, the line the factor; with many draws the bars hold 94 % of them.
+        container: the posterior has ``pooling_factor`` (chain, draw, layer, module, factor), or the constant data have one
+            for all draws together (layer, module, factor). Colour and marker are the module, the line the factor; with many
+            draws the bars hold 90 % of them.
         ax: where to draw.
     """
     draws = _draws(container, "pooling_factor")  # (draws, layer, module, factor)
@@ -212,18 +223,33 @@ def pooling_factors(container: Any, ax: Axes) -> Axes:
     return ax
 
 
+def _measure(container: Any, *, interval: str = _SPREAD) -> tuple[str, str]:
+    """What says how far the tasks lie from Θ, and the label of its axis, of many draws with that of their interval."""
+    name = "displacement" if "displacement" in container["posterior"] else "distance"
+    many = len(_draws(container, name)) > 1
+    return name, (_DISTANCE if name == "distance" else _DISPLACEMENT) + (interval if many else "")
+
+
+def _variable(container: Any, name: str) -> Any:
+    """A variable of the posterior, or of the constant data where it is one for all draws together."""
+    return container["posterior" if name in container["posterior"] else "constant_data"][name]
+
+
 def _draws(container: Any, name: str) -> np.ndarray:
-    """A variable of the posterior with chain and draw as one axis, the first: (draws, ...)."""
-    values = container["posterior"][name].transpose("chain", "draw", ...)
+    """A variable with chain and draw as one axis, the first: (draws, ...)."""
+    values = _variable(container, name)
+    if "draw" not in values.dims:
+        return np.asarray(values, float)[None]
+    values = values.transpose("chain", "draw", ...)
     return np.asarray(values, float).reshape(-1, *values.shape[2:])
 
 
 def _names(container: Any, name: str, dim: str) -> list[str]:
-    return [str(value) for value in np.asarray(container["posterior"][name][dim])]
+    return [str(value) for value in np.asarray(_variable(container, name)[dim])]
 
 
 def _intervals(ax: Axes, draws: np.ndarray, places: np.ndarray, *, along: str, color: str) -> None:
-    """Lines that hold 94 % and 50 % of the draws (draws, items) at ``places``; nothing for one draw."""
+    """Lines that hold 90 % and 50 % of the draws (draws, items) at ``places``; nothing for one draw."""
     if len(draws) == 1:
         return
     lines = ax.hlines if along == "x" else ax.vlines

@@ -1,0 +1,341 @@
+"""Calibrate a finished run: are its probabilities right as often as they say, and does its doubt tell where it is wrong?
+
+    python scripts/calibrate.py runs/demo-posterior --draws 8 --foreign other.csv --questions questions.jsonl
+
+It predicts the run's test documents at the centre of the posterior (``mean``) and under the mixture of draws (``mixture``); of a
+MAP fit there is one prediction, ``map``. It writes, into the run's folder ``diagnostics`` or where ``--output`` says:
+
+- ``calibration.csv``: a row a task and one of all, with likelihood, Brier score and calibration error of each prediction;
+- ``reliability.png``: accuracy against confidence;
+- ``risk_coverage.csv``, ``.png``: what refusing the most uncertain tokens buys, by each measure of uncertainty; ``area`` is that
+  under the whole curve;
+- with ``--foreign``, texts of no task: ``foreign.csv`` (a row a text, foreign ones and test documents, each read by the task that
+  knows it best), ``foreign_auroc.csv`` and ``foreign.png``: how well each measure tells the two kinds apart;
+- with ``--questions``, a .jsonl file with prompt, options, correct (a position from 0) and task: ``questions.csv`` (a row a
+  question) and ``questions_calibration.csv``.
+
+Files appear when all of them are finished. Every option: ``python scripts/calibrate.py --help``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from matplotlib.figure import Figure
+
+from bora_pyro import plots
+from bora_pyro.calibration import (
+    Calibration,
+    Predictions,
+    area_under_risk_coverage,
+    by_task,
+    calibration,
+    reliability,
+    risk_coverage,
+)
+from bora_pyro.choices import ChoicePredictions, Question, choose
+from bora_pyro.command_line import option, parse_config
+from bora_pyro.data import TokenSplit, read_table
+from bora_pyro.data.files import read_file
+from bora_pyro.data.tokenise import tokenise
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.foreign import SCORES, auroc_by_score, sample_texts, text_scores
+from bora_pyro.plots.style import plain_log_ticks
+from bora_pyro.predictive import Draws, TokenPredictions, predictive
+from bora_pyro.run_folder import DIAGNOSTICS
+from bora_pyro.saved_run import SavedRun, load_run
+
+DRAWS = 8  # of a posterior
+POINTS = 200  # of a risk-coverage curve
+LOSSES = {"nll": "mean negative log-likelihood\nof the tokens kept (nats)", "wrong": "share of wrong tokens\namong those kept"}
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig:
+    """Calibrate a finished run on its test documents: probabilities, uncertainty, foreign texts, questions with a choice."""
+
+    run: str = option("", "folder of the run, a fit's output_dir", positional=True)
+    draws: int | None = option(None, f"draws of the mixture (default: {DRAWS}; a MAP fit is a point and has none)")
+    foreign: str | None = option(None, "texts that belong to no task: a table, a saved folder, a hub id or builtin:documentation")
+    foreign_text_column: str = option("text", "column of the foreign texts; no other is read")
+    foreign_documents: int = option(200, "at most so many foreign texts, and as many test documents, drawn by the seed")
+    questions: str | None = option(None, "a .jsonl file of questions with a choice among answers")
+    output: str | None = option(None, "where the results go (default: the folder diagnostics of the run)")
+    token_budget: int = option(4096, "tokens of a batch; probabilities take token_budget x vocabulary numbers")
+    seed: int = option(0, "of the draws, and of the texts that are compared with foreign ones")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)")
+
+    def validate(self) -> None:
+        """Check the values."""
+        if not self.run.strip():
+            raise InputError("no run is given; name its folder, as in calibrate.py runs/posterior_fit")
+        least = {"draws": 2, "foreign_documents": 1, "token_budget": 1, "seed": 0, "threads": 1}
+        for name, lowest in least.items():
+            if (value := getattr(self, name)) is not None and value < lowest:
+                raise InputError(f"{name} is {value}; give a whole number from {lowest} up")
+
+
+class Predictor:
+    """What a run predicts by: its centre, and the draws of its posterior where it has one."""
+
+    def __init__(self, run: SavedRun, config: CalibrateConfig) -> None:
+        self.model, self.centre, self.token_budget = run.fitted.model, run.fitted.weights()[0], config.token_budget
+        self.ways: dict[str, Draws] = {"map": lambda: [self.centre]}
+        if run.posterior_config is not None:
+            posterior, number = run.posterior(seed=config.seed), config.draws or DRAWS
+            self.ways = {"mean": lambda: [self.centre], "mixture": lambda: posterior.draws(number)}
+        elif config.draws is not None:
+            raise InputError(
+                f"draws is {config.draws}, but the run in {run.folder.path} is a MAP fit, a point, and has none; leave --draws "
+                f"out, or fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
+            )
+
+    @property
+    def draws(self) -> Draws:
+        """The draws of the mixture; of a point, the point."""
+        return [*self.ways.values()][-1]
+
+    def tokens(self, split: TokenSplit) -> dict[str, TokenPredictions]:
+        """What each way of prediction says of every token, the mixture last."""
+        return {name: predictive(self.model, split, draws, token_budget=self.token_budget) for name, draws in self.ways.items()}
+
+    def answers(self, questions: list[Question], tasks: list[str]) -> dict[str, ChoicePredictions]:
+        """The same for questions with a choice among answers."""
+        budget = self.token_budget
+        return {name: choose(self.model, questions, draws, tasks, token_budget=budget) for name, draws in self.ways.items()}
+
+    def texts(self, split: TokenSplit) -> pd.DataFrame:
+        """How foreign each text is; a point estimate has no epistemic uncertainty."""
+        scores = text_scores(self.model, split, self.centre, self.draws, token_budget=self.token_budget)
+        return scores if len(self.ways) > 1 else scores.drop(columns="epistemic")
+
+
+def calibrate(config: CalibrateConfig) -> Path:
+    """Write everything; returns the folder.
+
+    Raises:
+        InputError: a run, a table or questions that cannot be read, a run without test documents, a folder that cannot be
+            written.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run = load_run(config.run, device=config.device)
+    predictor, tasks = Predictor(run, config), run.data.tasks
+    if not len(run.data.test):
+        raise InputError(f"the run in {run.folder.path} has no test documents; split the data so that some tasks have some")
+    foreign = read_foreign(config, run) if config.foreign is not None else None
+    questions = read_questions(Path(config.questions)) if config.questions is not None else None
+    folder = Path(config.output) if config.output is not None else run.folder.path / DIAGNOSTICS
+    with _all_or_none(folder) as place, plots.style():
+        if questions is not None:  # the first, for they may yet turn out to be of no task
+            write_questions(place, questions, predictor.answers(questions, tasks), tasks)
+        write_calibration(place, predictor.tokens(run.data.test), tasks)
+        if foreign is not None:
+            own = sample_texts(run.data.test, config.foreign_documents, seed=config.seed)
+            write_foreign(place, predictor.texts(own), predictor.texts(foreign), tasks)
+    return folder
+
+
+def calibration_table(predictions: Mapping[str, Predictions], tasks: list[str], *, unit: str = "tokens") -> pd.DataFrame:
+    """A row a task and one of all: how many predictions, and ``<prediction>_<measure>`` of each of some predictions."""
+    parts: list[pd.DataFrame] = []
+    for name, each in predictions.items():
+        whole = pd.DataFrame([asdict(calibration(each))], index=pd.Index(["all"], name="task"))
+        parts.append(pd.concat([by_task(each, tasks), whole]).drop(columns="tokens" if parts else []).add_prefix(f"{name}_"))
+    table = pd.concat(parts, axis=1)
+    return table.rename(columns={table.columns[0]: unit}).astype({unit: int})
+
+
+def write_calibration(folder: Path, predictions: dict[str, TokenPredictions], tasks: list[str]) -> None:
+    """Calibration of the tokens, and what refusing the most uncertain ones buys."""
+    table = calibration_table(predictions, tasks)
+    table.to_csv(folder / "calibration.csv", float_format="%.6g")
+    tables = {name: reliability(each.confidence, each.correct) for name, each in predictions.items()}
+    figure = Figure(figsize=(6, 6))
+    plots.reliability_diagram(tables, figure.subplots())
+    figure.savefig(folder / "reliability.png")
+    curves = risk_coverage_table([*predictions.values()][-1])
+    curves.to_csv(folder / "risk_coverage.csv", index=False, float_format="%.6g")
+    figure = Figure(figsize=(10, 4.5))
+    for (loss, label), ax in zip(LOSSES.items(), figure.subplots(1, 2), strict=True):
+        of_loss = curves[curves["loss"] == loss]
+        series = {str(name): rows.reset_index() for name, rows in of_loss.groupby("uncertainty", sort=False)}
+        plots.risk_coverage_curves(series, ax, risk=label)
+    figure.savefig(folder / "risk_coverage.png")
+    _show(f"{table['tokens'].iloc[-1]} tokens of the test documents:", _by_prediction(table, predictions))
+    _show("area under risk-coverage (lower is better):", curves.pivot_table("area", "uncertainty", "loss", sort=False))
+
+
+def risk_coverage_table(predictions: TokenPredictions) -> pd.DataFrame:
+    """Curves for each loss and uncertainty: loss, uncertainty, coverage, risk, threshold, and the area under the whole curve."""
+    doubts = {
+        "total": predictions.total, "aleatoric": predictions.aleatoric, "epistemic": predictions.epistemic,
+        "1 − confidence": 1 - predictions.confidence,
+    }  # fmt: skip
+    if len(predictions.log_likelihood) == 1:  # a point has no epistemic uncertainty, and its total is aleatoric
+        doubts = {name: doubts[name] for name in ("total", "1 − confidence")}
+    losses = {"nll": -predictions.log_prob, "wrong": (~predictions.correct).double()}
+    tables = []
+    for loss, cost in losses.items():
+        for uncertainty, doubt in doubts.items():
+            curve, area = risk_coverage(doubt, cost), area_under_risk_coverage(doubt, cost)
+            places = np.searchsorted(curve["coverage"], np.linspace(1 / POINTS, 1, POINTS) - 1e-12)
+            curve = curve.iloc[np.unique(places)]
+            tables.append(curve.assign(loss=loss, uncertainty=uncertainty, area=area))
+    return pd.concat(tables)[["loss", "uncertainty", "coverage", "risk", "threshold", "area"]]
+
+
+def read_foreign(config: CalibrateConfig, run: SavedRun) -> TokenSplit:
+    """The foreign texts, cut as the run's documents are; those that are documents of the run are left out."""
+    backbone, column = run.fitted.model.backbone, config.foreign_text_column
+    try:  # no task is asked for: the column of texts stands for it
+        table, _ = read_table(str(config.foreign), task_column=column, text_column=column)
+    except InputError as error:
+        raise InputError(str(error).replace("(task_column)", "(foreign_text_column)")) from None
+    tasks = {name: d for d, name in enumerate(run.data.tasks)}
+    table = table.remove_columns("task").add_column("task", [run.data.tasks[0]] * len(table))  # any: the best will read it
+    max_tokens = min(run.config.max_tokens, backbone.context or run.config.max_tokens)
+    split = tokenise(table, backbone.tokenizer, task_index=tasks, max_tokens=max_tokens).split
+    known = {_key(each, n) for each in (run.data.train, run.data.validation, run.data.test) for n in range(len(each))}
+    kept = [n for n in range(len(split)) if _key(split, n) not in known]
+    if not kept:
+        raise InputError(f"every text of {config.foreign} is a document of the run; give texts that belong to none of its tasks")
+    if left_out := len(split) - len(kept):
+        print(f"note: {left_out} of the foreign texts are documents of the run and were left out", file=sys.stderr)
+    documents = [split.document(n).tolist() for n in kept]
+    split = TokenSplit.from_documents(documents, task=[0] * len(kept), num_tasks=len(tasks), pad_token_id=split.pad_token_id)
+    return sample_texts(split, config.foreign_documents, seed=config.seed)
+
+
+def write_foreign(folder: Path, own: pd.DataFrame, foreign: pd.DataFrame, tasks: list[str]) -> None:
+    """The scores of own and foreign texts, and how well each tells the two apart."""
+    table = pd.concat({"own": own, "foreign": foreign}, names=["origin", None]).reset_index(level=0)
+    table.assign(task=[tasks[d] for d in table["task"]]).to_csv(folder / "foreign.csv", index=False, float_format="%.6g")
+    auroc = auroc_by_score(own, foreign)
+    auroc.to_csv(folder / "foreign_auroc.csv", index_label="score", float_format="%.6g")
+    figure = Figure(figsize=(10, 3.6 * -(-len(auroc) // 2)))
+    axes = figure.subplots(-(-len(auroc) // 2), 2, squeeze=False).ravel()
+    for ax, (name, value) in zip(axes, auroc.items(), strict=False):
+        scores = {"own texts": own[name], "foreign texts": foreign[name]}
+        plots.scores_by_origin(scores, ax, score=f"{SCORES[str(name)]}\nAUROC {value:.3f}")
+        if str(name).startswith("perplexity"):
+            ax.set_xscale("log")
+            plain_log_ticks(ax)
+    for ax in axes[len(auroc) :]:
+        ax.set_axis_off()
+    figure.savefig(folder / "foreign.png")
+    _show(f"{len(foreign)} foreign texts against {len(own)} test documents:", auroc.to_frame())
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a .jsonl file.
+
+    Raises:
+        InputError: no such file, another kind of file, or a line that is no question.
+    """
+    if not path.is_file() or path.suffix != ".jsonl":
+        raise InputError(
+            f"questions {path} is no .jsonl file; give one with a JSON object a line: prompt, options, correct, task"
+        )
+    questions, names = [], ("prompt", "options", "correct", "task")
+    for number, row in enumerate(read_file(path).to_dict("records"), start=1):
+        where = f"questions {path}, question {number}"
+        for name in names:
+            if name not in row:
+                raise InputError(
+                    f"questions {path} has no {name!r}; a question has {', '.join(names)}{nearest(name, map(str, row))}"
+                )
+        if not isinstance(row["options"], list):
+            raise InputError(f"{where}: options is {row['options']!r:.40}; give a list of two texts or more")
+        try:
+            questions.append(Question(**{name: row[name] for name in names}))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    if not questions:
+        raise InputError(f"questions {path} is empty; give a JSON object a line: prompt, options, correct, task")
+    return questions
+
+
+def write_questions(folder: Path, questions: list[Question], answers: dict[str, ChoicePredictions], tasks: list[str]) -> None:
+    """A row a question with what the mixture answers, and the calibration of the answers."""
+    last = [*answers.values()][-1]
+    columns: dict[str, Any] = {
+        "prompt": [question.prompt for question in questions],
+        "task": [question.task for question in questions],
+        "correct_option": [question.options[question.correct] for question in questions],
+        "answer": [question.options[n] for question, n in zip(questions, last.answer.tolist(), strict=True)],
+        "correct": last.correct.tolist(),
+        "probability": last.log_prob.exp().tolist(),  # of the correct option
+        "confidence": last.confidence.tolist(),
+        "total": last.total.tolist(),
+    }
+    if len(answers) > 1:
+        columns["epistemic"] = last.epistemic.tolist()
+    pd.DataFrame(columns).to_csv(folder / "questions.csv", index=False, float_format="%.6g")
+    table = calibration_table(answers, tasks, unit="questions")
+    table.to_csv(folder / "questions_calibration.csv", float_format="%.6g")
+    _show(f"{len(questions)} questions:", _by_prediction(table, answers))
+
+
+def _by_prediction(table: pd.DataFrame, names: Mapping[str, Any]) -> pd.DataFrame:
+    """The last row of a calibration table, of all tasks, as a row a prediction."""
+    measures = [name for name in Calibration.__dataclass_fields__ if name != "tokens"]
+    return pd.DataFrame({name: {measure: table[f"{name}_{measure}"].iloc[-1] for measure in measures} for name in names}).T
+
+
+def _show(title: str, table: pd.DataFrame) -> None:
+    print(f"{title}\n{table.rename_axis(index=None, columns=None).to_string(float_format='{:.4f}'.format)}\n")
+
+
+def _key(split: TokenSplit, n: int) -> bytes:
+    return split.document(n).numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _all_or_none(folder: Path) -> Iterator[Path]:
+    """A place to write in; what is there at the end goes into the folder, and nothing where it ends with an error."""
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"output {folder} cannot be written ({reason}); give another --output") from None
+    try:
+        with place as name:
+            yield Path(name)
+            for file in sorted(Path(name).iterdir()):
+                os.replace(file, folder / file.name)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def main(argv: list[str]) -> int:
+    """Calibrate, and say where the results are."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        folder = calibrate(parse_config(CalibrateConfig, argv, prog="calibrate.py"))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"calibration: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
