@@ -16,15 +16,17 @@ from bora_pyro.errors import InputError
 from bora_pyro.evaluate import Scores, evaluate
 from bora_pyro.fit import fit
 from bora_pyro.fitted import Fitted
-from bora_pyro.guides import map_guide
+from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_guide
 from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
-from bora_pyro.priors import HierarchicalNormal, Independent, LearnedPrecision, Pooled, prior_from_tau
+from bora_pyro.posterior import Posterior
+from bora_pyro.priors import HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Backbone", "BoRA", "CausalLM", "Fitted", "FrozenALoRA", "HierarchicalNormal", "Independent", "InputError",
-    "LearnedPrecision", "LoRA", "Pooled", "Scores", "TaskData", "evaluate", "fit", "load_tasks", "map_guide", "prior_from_tau",
-    "save_peft", "table", "talk_of_norway",
+    "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "evaluate", "fit",
+    "laplace_guide", "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "prior_from_tau", "save_peft", "table",
+    "talk_of_norway",
 ]  # fmt: skip

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from pyro import poutine
@@ -24,6 +25,7 @@ from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.tokenise import encoder
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
+from bora_pyro.generate import Generated, generate
 from bora_pyro.model import Weights
 from bora_pyro.predictive import Draws, TokenPredictions, predictive
 
@@ -123,6 +125,44 @@ class Posterior:
             InputError: no such task, no text, fewer than one draw, or a base without tokenizer.
         """
         return predictive(self.model, self.split_of(texts, task, max_tokens=max_tokens), self._draws(draws))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        task: str,
+        *,
+        how: Literal["mixture", "mean", "draw"] = "mixture",
+        draws: int = 8,
+        draw: int = 0,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generated:
+        """Continue a text as the adapter of a task would; see :func:`~bora_pyro.generate.generate`.
+
+        Args:
+            prompt: the beginning, as a text or as token ids.
+            task: name of the task.
+            how: ``mixture`` averages the probabilities of ``draws`` draws at each token, ``mean`` takes the adapter at the
+                posterior's centre, ``draw`` the one draw of number ``draw``.
+            draws: K, the size of the mixture. Time grows with it, memory does not.
+            draw: the number of the one draw.
+            max_new_tokens: the longest text, in tokens.
+            temperature: 0 takes the most probable token; above 0 tokens are drawn.
+            seed: of the tokens that are drawn.
+
+        Raises:
+            InputError: no such task, an unknown ``how``, fewer than one draw, or as for ``generate``.
+        """
+        if how not in ("mixture", "mean", "draw"):
+            raise InputError(f"how is {how!r}; allowed: mixture, mean, draw{nearest(str(how), ('mixture', 'mean', 'draw'))}")
+        # the mean and one draw are made once, the draws of a mixture again for every token
+        one = self.mean() if how == "mean" else self.draw(draw) if how == "draw" else None
+        chosen: Draws = self._draws(draws) if one is None else lambda: [one]
+        return generate(
+            self.model, prompt, draws=chosen, task_index=self.index(task), max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed,
+        )  # fmt: skip
 
     def split_of(self, texts: str | Sequence[str], task: str, *, max_tokens: int | None = None) -> TokenSplit:
         """Texts as a split of which all documents are one task's."""
