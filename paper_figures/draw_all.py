@@ -21,8 +21,10 @@ import figure3
 import figure4
 import figure5
 import forms_figure
+import gold_standard_figure
 import model_figure
 import pca_figure
+import simulation_based_calibration_figure as calibration_figure
 import table1
 import table2
 
@@ -54,6 +56,14 @@ def jobs(config: DrawAllConfig) -> Iterator[tuple[str, Callable[[Any], str], Any
     forms, fidelity, model = f"{output}/forms.png", f"{output}/fidelity.md", f"{output}/model.png"
     yield forms, forms_figure.draw, forms_figure.FormsConfig(forms=f"{results}/forms.csv", output=forms)
     yield fidelity, fidelity_table.draw, fidelity_table.FidelityConfig(fidelity=f"{results}/fidelity.csv", output=fidelity)
+    tables, path = (f"{results}/gold_standard.csv", f"{results}/gold_standard_summary.csv"), f"{output}/gold_standard.png"
+    yield (
+        path,
+        gold_standard_figure.draw,
+        gold_standard_figure.GoldStandardFigureConfig(gold_standard=tables[0], summary=tables[1], output=path),
+    )
+    calibration, path = f"{results}/simulation_based_calibration.csv", f"{output}/simulation_based_calibration.png"
+    yield path, calibration_figure.draw, calibration_figure.CalibrationFigureConfig(calibration=calibration, output=path)
     yield model, model_figure.draw, model_figure.ModelConfig(output=model)
 
 
