@@ -52,7 +52,7 @@ from bora_pyro.saved_run import SavedRun, load_run
 MEMBERS = 4
 RATES = (0.001, 0.003, 0.01, 0.03)
 MIDDLE = 0.01
-TEMPERATURES = (1.0, 1e-2, 1e-4, 1e-6)
+TEMPERATURES = (1.0, 1e-3, 1e-6)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def test_the_table_hangs_together(finished):
     first = table[(table.arm == "normal") & (table.seed == 0) & (table.prediction == "mean")]
     assert rates.loc[[1]].tolist() == [first.loc[first.validation_nll.idxmin()].learning_rate]
     tempered = table[(table.arm == "laplace_tempered") & (table.prediction == "mixture")]
-    assert sorted(tempered[tempered.seed == 0].temperature) == [1e-6, 1e-4, 1e-2, 1.0]
+    assert sorted(tempered[tempered.seed == 0].temperature) == [1e-6, 1e-3, 1.0]
     assert len(tempered[tempered.seed == 1]) == 1
     for name in ("validation", "test"):
         assert (table[f"{name}_nll"] - table[f"{name}_perplexity"].map(math.log)).abs().max() < 1e-4
