@@ -269,9 +269,10 @@ class Comparison:
         seconds = run.fitted.seconds
         for number in range(1, MEMBERS):
             config = replace(run.config, seed=1000 * number + seed)
-            model, data = build_run(config, quiet=True, split_record=run.folder.read_split())
+            # the documents are the run's own: with another seed a cap on their number would choose others
+            model, _ = build_run(config, quiet=True, split_record=run.folder.read_split())
             fitted = fit(
-                model, data, epochs=config.epochs, learning_rate=config.learning_rate, token_budget=config.token_budget,
+                model, run.data, epochs=config.epochs, learning_rate=config.learning_rate, token_budget=config.token_budget,
                 patience=config.patience, seed=config.seed,
             )  # fmt: skip
             members.append(fitted.weights()[0])
