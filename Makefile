@@ -35,7 +35,7 @@ figures: setup  ## draw the figures and tables of paper_figures/ again, from the
 	$(BIN)/python paper_figures/draw_all.py
 
 notebooks: setup  ## run the notebooks again and store them with their outputs
-	$(BIN)/python notebooks/execute.py notebooks/prior_strength.py
+	$(BIN)/python notebooks/execute.py notebooks/prior_strength.py notebooks/posterior.py
 
 lint: setup  ## check style, format and types
 	$(BIN)/ruff check .

@@ -33,8 +33,8 @@ def kinds(cell):
     return {output.get("name") or tuple(sorted(output.get("data", {}))) for output in cell.outputs}
 
 
-def test_there_is_a_notebook():
-    assert [twin.stem for twin in TWINS] == ["prior_strength"]
+def test_there_are_notebooks():
+    assert [twin.stem for twin in TWINS] == ["posterior", "prior_strength"]
 
 
 @each
