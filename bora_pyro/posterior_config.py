@@ -45,7 +45,7 @@ class PosteriorFitConfig:
     epochs: int = option(
         6, "passes over the training documents, at most; guides that are not fitted make none", group=OPTIMISATION
     )
-    learning_rate: float = option(1e-2, "AdamW's largest learning rate", group=OPTIMISATION)
+    learning_rate: float = option(3e-3, "AdamW's largest learning rate", group=OPTIMISATION)
     warmup: float = option(0.1, "fraction of all steps in which the learning rate rises from 0", group=OPTIMISATION)
     token_budget: int | None = option(None, "tokens of a batch, padding included (default: the run's)", group=OPTIMISATION)
     accumulate: int = option(1, "batches whose gradients make one step", group=OPTIMISATION)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
     folder.write_fit(run.folder.read_config())
     folder.write_split(run.folder.read_split())
     fitted = _fit(config, run, guide, folder, quiet=quiet)
+    if fitted.history and fitted.best_epoch == 0:
+        run.data.notes.append(
+            "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted; "
+            f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g}) or --scale"
+        )
+        if not quiet:
+            print(f"note: {run.data.notes[-1]}", file=sys.stderr)
     write_adapters(folder, fitted, run.config.base_model)
     write_posterior(folder, fitted, config.guide)
     metrics = _metrics(config, run, fitted)

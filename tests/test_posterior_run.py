@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -182,6 +183,17 @@ def test_bad_input(tmp_path, map_run, main, capsys, words, message):
     assert before == sorted(path.name for path in map_run.iterdir())
 
 
+def test_a_posterior_that_is_not_fitted_says_so(tmp_path, map_run, monkeypatch):
+    metrics = posterior_fit(map_run, tmp_path / "good")
+    assert metrics["best_epoch"] == 1
+    assert not any("as it began" in note for note in metrics["notes"])
+    loop = sys.modules["bora_pyro.fit"].Loop  # the package's own name `fit` is the function
+    monkeypatch.setattr(loop, "_validation_perplexity", lambda self: 2.0 + self.epoch)
+    metrics = posterior_fit(map_run, tmp_path / "bad", learning_rate=0.03)
+    assert metrics["best_epoch"] == 0
+    assert any("the posterior is as it began" in note and "(now 0.03; try 0.01)" in note for note in metrics["notes"])
+
+
 def test_a_posterior_of_a_posterior(tmp_path, map_run):
     posterior_fit(map_run, tmp_path / "first")
     with pytest.raises(InputError, match=r"is a posterior already; give the MAP fit"):
@@ -213,6 +225,7 @@ def test_scales_that_diverge_end_the_fit_at_the_best_state(tmp_path, map_run):
     from bora_pyro.fit import NonFiniteLossError
 
     with pytest.raises(
-        NonFiniteLossError, match=r"(the loss|a draw of the guide) is not finite .*the state of epoch 0 is kept. Use a"
+        NonFiniteLossError,
+        match=r"(the loss is not finite|a draw of the guide gives no numbers) .*the state of epoch 0 is kept. Use",
     ):
         posterior_fit(map_run, tmp_path / "posterior", learning_rate=1e6)
