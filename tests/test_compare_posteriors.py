@@ -67,7 +67,7 @@ def test_nothing_is_run_again(finished, main, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--arms", "nomal"], "arm 'nomal' is not known; known: map, normal,"),
+        (["--arms", "nomal"], "arm 'nomal' is not known; known: map, map_longer,"),
         (["--draws", "0"], "draws is 0; give a whole number from 1 up"),
         (["--fit_config", "none.yaml"], "fit_config none.yaml does not exist"),
         (["--map_learning_rate", "0"], "map_learning_rate is 0.0; give a finite number above 0"),

@@ -78,7 +78,7 @@ def test_every_variant_is_run_and_no_run_is_repeated(fit_config, in_process, tmp
     table = pd.read_csv(tmp_path / "table.csv", dtype={"tau": str, "learning_rate": str})
     assert list(table) == variants.COLUMNS
     pd.testing.assert_frame_equal(table, comparison.table.sort_values(variants.COLUMNS[:4]).reset_index(drop=True), rtol=1e-5)
-    grids = {"paper": 1, "centered_rate_by_tau": 1, "norm_penalty": 3, "document_likelihood": 3, "shared_plus_task": 3,
+    grids = {"paper": 1, "centered_rate_by_tau": 1, "norm_penalty": 4, "document_likelihood": 3, "shared_plus_task": 4,
              "released_objective": 3}  # fmt: skip
     # at each τ the middle rate, at the best one the other rate too, and the second seed
     assert table.groupby("variant").size().to_dict() == {name: taus + 2 for name, taus in grids.items()}
@@ -110,9 +110,9 @@ def test_the_grids(fit_config, tmp_path):
     assert {name: comparison.taus(name) for name in variants.VARIANTS} == {
         "paper": ["100"],
         "centered_rate_by_tau": ["100"],
-        "norm_penalty": ["100", "300", "1000"],
+        "norm_penalty": ["30", "100", "300", "1000"],
         "document_likelihood": ["0.3", "1", "3"],
-        "shared_plus_task": ["10", "100", "1000"],
+        "shared_plus_task": ["1", "10", "100", "1000"],
         "released_objective": ["1", "3", "10"],
     }
     assert comparison.rates("paper", "100") == ["0.003", "0.01", "0.03"]
@@ -128,6 +128,7 @@ def rigged(fit_config, tmp_path, monkeypatch):
         ("paper", "100", "0.01"): (20.0, 30.0),
         ("paper", "100", "0.003"): (21.0, 10.0),
         ("paper", "100", "0.03"): (19.0, 40.0),  # worse on the test split, better on the validation split: this one is chosen
+        ("norm_penalty", "30", "0.01"): (26.0, 20.0),
         ("norm_penalty", "100", "0.01"): (25.0, 20.0),
         ("norm_penalty", "300", "0.01"): (18.0, 20.0),
         ("norm_penalty", "1000", "0.01"): (None, 1.0),
@@ -162,7 +163,7 @@ def test_tau_then_the_rate_are_chosen_on_the_first_seed_s_validation(rigged, cap
     assert comparison.chosen == {"paper": ("100", "0.03"), "norm_penalty": ("300", "0.01")}
     assert started == [
         ("paper", "100", "0.01", 0),
-        *(("norm_penalty", tau, "0.01", 0) for tau in ("100", "300", "1000")),
+        *(("norm_penalty", tau, "0.01", 0) for tau in ("30", "100", "300", "1000")),
         *(("paper", "100", rate, 0) for rate in ("0.003", "0.03")),
         *(("norm_penalty", "300", rate, 0) for rate in ("0.003", "0.03")),
         ("paper", "100", "0.03", 1),
