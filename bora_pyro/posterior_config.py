@@ -30,7 +30,12 @@ class PosteriorFitConfig:
 
     run: str = option("", "folder of the MAP fit, its output_dir", positional=True)
     guide: str = option("normal", f"how the posterior is approximated: {', '.join(_SPREAD)}", group=POSTERIOR)
-    scale: float = option(0.5, "first standard deviations in units of the prior's, for guides that learn them", group=POSTERIOR)
+    scale: float | None = option(
+        None,
+        "first standard deviations in units of the prior's, for guides that learn them (default: 0.5, or less where the prior is "
+        "so wide that they would exceed 0.045 in the unit of the weights)",
+        group=POSTERIOR,
+    )
     temperature: float = option(
         1.0, "weight of the KL divergence; below 1 the posterior is narrower than the model says", group=POSTERIOR
     )
@@ -80,7 +85,7 @@ class PosteriorFitConfig:
         if self.guide not in GUIDES:
             raise InputError(f"guide is {self.guide!r}; allowed: {', '.join(_SPREAD)}{nearest(self.guide, _SPREAD)}")
         for name in ("scale", "temperature", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}; give a finite number above 0")
         for name, least in (
             ("draws", 1),

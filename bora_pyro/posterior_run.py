@@ -89,13 +89,23 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
     model, sites = run.fitted.model, run.fitted.sites()
     if not isinstance(run.fitted.guide, AutoDelta):
         raise InputError(f"the run in {run.folder.path} is a posterior already; give the MAP fit that it began from")
+    scale = config.scale or _usual_scale(run.fitted.tau())
     if config.tau != FIXED:
         sites = sampled_tau(model, config.tau, run.fitted)
     model.prior.every = 0  # τ stays what the run has learned
-    guide = GUIDES[config.guide](model, sites, data=run.data, scale=config.scale, temperature=config.temperature)
+    guide = GUIDES[config.guide](model, sites, data=run.data, scale=scale, temperature=config.temperature)
     with torch.no_grad():
         guide(run.data.train.batches(token_budget=1)[0].to(model.backbone.device))
     return guide
+
+
+def _usual_scale(tau: float) -> float:
+    """0.5 of the prior's standard deviation τ^-1/2, and no more than 0.045 in the unit of the weights.
+
+    Draws that are wider drown what LoRA's entries of some hundredths say, and the mean is fitted to noise; a short fit learns a
+    small τ. At τ = 0 and ∞ there is no such deviation.
+    """
+    return min(0.5, 0.045 * tau**0.5) if 0 < tau < float("inf") else 0.5
 
 
 def _fit(config: PosteriorFitConfig, run: SavedRun, guide: AutoGuide, folder: RunFolder, *, quiet: bool) -> Fitted:

@@ -15,7 +15,7 @@ from bora_pyro.guides import GUIDES
 from bora_pyro.map_run import run_map_fit
 from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import PosteriorFitConfig, parse_config
-from bora_pyro.posterior_run import run_posterior_fit
+from bora_pyro.posterior_run import _guide, _usual_scale, run_posterior_fit
 from bora_pyro.predictive import predictive
 from bora_pyro.saved_run import load_run
 from tests.tiny_base import line, quick_fit, script_main
@@ -181,6 +181,21 @@ def test_bad_input(tmp_path, map_run, main, capsys, words, message):
     assert fnmatchcase(said, "error: " + message.format(run=map_run, tmp=tmp_path)), said
     assert not (tmp_path / "out").exists()
     assert before == sorted(path.name for path in map_run.iterdir())
+
+
+@pytest.mark.parametrize(("tau", "scale"), [(100.0, 0.45), (10_000.0, 0.5), (1.0, 0.045), (0.0, 0.5), (math.inf, 0.5)])
+def test_the_usual_scale_is_narrow_where_the_prior_is_wide(tau, scale):
+    assert _usual_scale(tau) == pytest.approx(scale)
+
+
+def test_the_usual_scale_is_where_a_posterior_begins(tmp_path, map_run):
+    config = PosteriorFitConfig(run=str(map_run), output_dir=str(tmp_path / "posterior"))
+    run = load_run(map_run)
+    expected = _usual_scale(run.fitted.tau())
+    guide = _guide(config, run)
+    scales = [value.exp() for name, value in guide.state_dict().items() if name.startswith("log_scale/theta")]
+    assert scales
+    assert all(torch.allclose(value, torch.tensor(expected)) for value in scales)
 
 
 def test_a_posterior_that_is_not_fitted_says_so(tmp_path, map_run, monkeypatch):
