@@ -143,11 +143,13 @@ def choose(
     if normalise not in NORMALISE:
         raise InputError(f"normalise is {normalise!r}; it can be {' or '.join(NORMALISE)}{nearest(str(normalise), NORMALISE)}")
     task = _task_indices(model, questions, tasks)
-    rows, prompts = _tokens(model, questions)
+    tokenizer = model.backbone.tokenizer
+    if tokenizer is None:
+        raise InputError("the backbone has no tokenizer to read the questions with; give it one: Backbone(model, tokenizer)")
+    rows, prompts = _tokens(tokenizer, model.backbone.context, questions)
     options = torch.tensor([len(question.options) for question in questions])
     of_row = task.repeat_interleave(options).tolist()
-    pad = model.backbone.tokenizer.pad_token_id or 0  # type: ignore[union-attr]  # `_tokens` has used the tokenizer
-    split = TokenSplit.from_documents(rows, task=of_row, num_tasks=len(tasks), pad_token_id=pad)
+    split = TokenSplit.from_documents(rows, task=of_row, num_tasks=len(tasks), pad_token_id=tokenizer.pad_token_id or 0)
     prompt_tokens = torch.tensor(prompts)
     drawn = draws() if callable(draws) else draws
     scores = [_log_likelihood(model, split, prompt_tokens, weights, token_budget) for weights in drawn]
@@ -209,11 +211,10 @@ def _task_indices(model: BoRA, questions: Sequence[Question], tasks: Sequence[st
     return torch.tensor([place[question.task] for question in questions])
 
 
-def _tokens(model: BoRA, questions: Sequence[Question]) -> tuple[list[list[int]], list[int]]:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, context: int | None, questions: Sequence[Question]
+) -> tuple[list[list[int]], list[int]]:
     """Tokens of prompt and option, for every option of every question, and how many of them are the prompt's."""
-    tokenizer, context = model.backbone.tokenizer, model.backbone.context
-    if tokenizer is None:
-        raise InputError("the backbone has no tokenizer to read the questions with; give it one: Backbone(model, tokenizer)")
     rows: list[list[int]] = []
     prompts: list[int] = []
     for number, question in enumerate(questions):

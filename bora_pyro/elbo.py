@@ -71,6 +71,6 @@ def _divergence(guide_site: dict[str, Any], model_site: dict[str, Any] | None) -
         return scale_and_mask(divergence, scale=guide_site["scale"], mask=mask).sum()
     try:
         divergence = kl_divergence(q, model_site["fn"])
-    except NotImplementedError:
+    except NotImplementedError:  # torch knows no closed form of this pair: estimate it from the draw
         divergence = q.log_prob(value) - model_site["fn"].log_prob(value)
     return scale_and_mask(divergence, scale=guide_site["scale"], mask=mask).sum()

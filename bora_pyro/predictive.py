@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -145,8 +145,3 @@ def _of_batch(model: BoRA, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor
 def _entropy(p: Tensor, log_p: Tensor) -> Tensor:
     # a probability that has become 0 adds nothing, though its logarithm is −∞
     return -torch.where(p > 0, p * log_p, 0.0).sum(1)
-
-
-def fields_of_tokens() -> list[str]:
-    """Names of the fields that have one entry a token."""
-    return [field.name for field in fields(TokenPredictions) if field.name != "log_likelihood"]

@@ -216,7 +216,7 @@ class Comparison:
         if draws is None and not isinstance(fitted.guide, AutoDelta):
             posterior = Posterior(fitted, seed=seed)
             common["scale_correlation"] = self.scale_correlation(posterior, run)
-            draws = lambda: posterior.draws(self.config.draws)  # noqa: E731
+            draws = partial(posterior.draws, self.config.draws)
         rows = [self.row(keys | {"prediction": "mean"} | common, run, lambda: [centre])] if arm != "ensemble" else []
         if draws is not None:
             rows.append(self.row(keys | {"prediction": "mixture"} | common, run, draws))

@@ -241,6 +241,9 @@ def test_rotated_normal_is_the_dense_one():
     columns = MultivariateNormal(loc.mT, stretch**2 * basis @ torch.diag_embed(scale**2) @ basis.mT)
     value = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(normal.log_prob(value), columns.log_prob(value.mT).sum(-1))
+    wide = normal.expand((5, 2))
+    torch.testing.assert_close(wide.log_prob(value), normal.log_prob(value).expand(5, 2))
+    assert wide.rsample().shape == (5, 2, 3, 4)
     with poutine.seed(rng_seed=0):
         draws = normal.rsample(torch.Size([20_000]))
     torch.testing.assert_close(draws.mT.var(0), columns.variance, atol=0.0, rtol=0.1)

@@ -126,11 +126,11 @@ class SiteGuide(AutoGuide):
         """Keep the parameter ``kind`` of the site ``name``."""
         value = value.clone(memory_format=torch.contiguous_format)
         # a PyroParam and no plain parameter: stock SVI looks for what Pyro itself has made
-        setattr(self, _key(kind, name), PyroParam(value, event_dim=value.dim()))
+        setattr(self, tensor_key(kind, name), PyroParam(value, event_dim=value.dim()))
 
     def get(self, kind: str, name: str) -> Tensor:
         """The parameter ``kind`` of the site ``name``."""
-        return getattr(self, _key(kind, name))
+        return getattr(self, tensor_key(kind, name))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -169,8 +169,8 @@ class SiteGuide(AutoGuide):
         return {name: biject_to(site["fn"].support)(self.get("loc", name)).detach().clone() for name, site in sites}
 
 
-def _key(kind: str, name: str) -> str:
-    # torch allows no dot in the name of a parameter
+def tensor_key(kind: str, name: str) -> str:
+    """The name of a guide's tensor ``kind`` of the site or latent ``name``: torch allows no dot there."""
     return f"{kind}/{name.replace('.', '/')}"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.document_gradients import diagonal_fisher
 from bora_pyro.errors import InputError
+from bora_pyro.guides.base import tensor_key
 from bora_pyro.model import BoRA, Weights
 
 #: The least precision: where the prior is flat and the data say nothing, the posterior would have none.
@@ -65,11 +66,11 @@ class LaplaceGuide(AutoGuide):
 
     def keep(self, kind: str, name: str, value: Tensor) -> None:
         """Keep a tensor as a part of the guide's state."""
-        self.register_buffer(_key(kind, name), value.detach().clone(memory_format=torch.contiguous_format))
+        self.register_buffer(tensor_key(kind, name), value.detach().clone(memory_format=torch.contiguous_format))
 
     def kept(self, kind: str, name: str) -> Tensor:
         """What ``keep`` has kept."""
-        return getattr(self, _key(kind, name))
+        return getattr(self, tensor_key(kind, name))
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw every site: Θ of each latent, then the tasks given Θ."""
@@ -117,11 +118,6 @@ class LaplaceGuide(AutoGuide):
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """The MAP."""
         return {name: self.kept("sites", name) for name in self._sites}
-
-
-def _key(kind: str, name: str) -> str:
-    # torch allows no dot in the name of a tensor
-    return f"{kind}/{name.replace('.', '/')}"
 
 
 def _agree(own: Mapping[str, Tensor], sites: Mapping[str, Tensor]) -> bool:

@@ -48,9 +48,11 @@ class RotatedNormal(dist.TorchDistribution):
         return self.loc
 
     def expand(self, batch_shape: torch.Size, _instance: dist.TorchDistribution | None = None) -> RotatedNormal:
-        if torch.Size(batch_shape) != self.batch_shape:
-            raise NotImplementedError("a rotated Normal has the batch that it was made with")
-        return self
+        batch_shape, own = torch.Size(batch_shape), len(self.batch_shape)
+        loc, scale, basis, stretch = (
+            value.expand(*batch_shape, *value.shape[own:]) for value in (self.loc, self.scale, self.basis, self.stretch)
+        )
+        return RotatedNormal(loc, scale, basis, stretch=stretch, event_dim=self.event_dim)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         noise = torch.randn((*sample_shape, *self.scale.shape), dtype=self.loc.dtype, device=self.loc.device)

@@ -80,7 +80,7 @@ class LowRankNormal(dist.TorchDistribution):
 def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
     base, dims = p.base_dist, p.reinterpreted_batch_ndims
     if dims != q.event_dim or not isinstance(base, Flat | dist.Normal):
-        raise NotImplementedError
+        raise NotImplementedError  # what torch's kl_divergence says where there is no closed form: it is then estimated
     if isinstance(base, Flat):
         return -q.entropy()
     if isinstance(base, StandardNormal):
