@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.token_loss import UnprojectedLogits
 
 BUILTIN_BASES = {"builtin:nano": Path(__file__).parent / "assets" / "nano"}
 
@@ -149,6 +151,32 @@ class Backbone:
             if change is not None:
                 self._enter(stack, change, input_ids.shape)
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    def unprojected(self, input_ids: Tensor, change: Change | None = None) -> Tensor | UnprojectedLogits:
+        """As ``logits``, but the head is left to whoever needs the logits: a loss never holds those of all tokens at once.
+
+        Models that do more than a linear map after their last hidden state, as Gemma 2's soft cap, give the logits themselves.
+        """
+        if not self._ends_with_head:
+            return self.logits(input_ids, change)
+        with ExitStack() as stack:
+            if change is not None:
+                self._enter(stack, change, input_ids.shape)
+            states = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return UnprojectedLogits(states, self.model.get_output_embeddings())
+
+    @cached_property
+    def _ends_with_head(self) -> bool:
+        """Whether the model's logits are its output embedding's map of its last hidden states, found out on two tokens."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear or self.model.base_model is self.model or head.weight.device != self.device:
+            return False
+        with torch.no_grad():
+            two = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
+            output = self.model.base_model(input_ids=two, use_cache=False)
+            states = getattr(output, "last_hidden_state", None)
+            # exactly: a soft cap changes small logits by very little
+            return states is not None and torch.equal(head(states), self.model(input_ids=two, use_cache=False).logits)
 
     def _enter(self, stack: ExitStack, change: Change, shape: torch.Size) -> None:
         """Put the changes on the layers until ``stack`` closes."""

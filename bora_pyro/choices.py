@@ -191,7 +191,7 @@ def _log_likelihood(model: BoRA, split: TokenSplit, prompts: Tensor, weights: We
     for batch in split.batches(token_budget=token_budget):
         in_prompt = torch.arange(batch.labels.shape[1]) < prompts[batch.index][:, None]
         on_device = replace(batch, labels=batch.labels.masked_fill(in_prompt, IGNORED)).to(model.backbone.device)
-        result[batch.index] = NextTokens(model.logits(on_device, weights)).log_prob(on_device.labels).double().cpu()
+        result[batch.index] = NextTokens(model.unprojected(on_device, weights)).log_prob(on_device.labels).double().cpu()
     return result
 
 

@@ -32,7 +32,8 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
         (rows, layers, *shape) by name of the latent.
     """
     rows = {name: value.detach().index_select(0, batch.task).requires_grad_() for name, value in theta.items()}
-    logits = model.backbone.logits(batch.input_ids, model.change(rows, torch.arange(len(batch.task), device=batch.task.device)))
+    change = model.change(rows, torch.arange(len(batch.task), device=batch.task.device))
+    logits = model.backbone.unprojected(batch.input_ids, change)
     trace = poutine.trace(model.likelihood).get_trace(logits, batch)
     log_likelihood = sum(site["fn"].log_prob(site["value"]).sum() for site in map(trace.nodes.get, trace.observation_nodes))
     return dict(zip(rows, torch.autograd.grad(log_likelihood, list(rows.values())), strict=True))

@@ -75,5 +75,5 @@ def evaluate(model: BoRA, split: TokenSplit, *adapters: Weights | None, token_bu
         on_device = batch.to(model.backbone.device)
         tokens[batch.index] = (batch.labels[:, 1:] != IGNORED).sum(-1)
         for result, weights in zip(log_likelihood, adapters, strict=True):
-            result[batch.index] = NextTokens(model.logits(on_device, weights)).log_prob(on_device.labels).double().cpu()
+            result[batch.index] = NextTokens(model.unprojected(on_device, weights)).log_prob(on_device.labels).double().cpu()
     return [Scores(result, tokens, split.characters, split.task) for result in log_likelihood]

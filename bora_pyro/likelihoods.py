@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bora_pyro.data.batches import IGNORED, Batch
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.token_loss import UnprojectedLogits
 
 UNITS = ("tokens", "documents")
 
@@ -24,8 +25,8 @@ UNITS = ("tokens", "documents")
 class Likelihood(Protocol):
     """Scores a batch under the language model's logits."""
 
-    def __call__(self, logits: Tensor, batch: Batch) -> None:
-        """Add the observed sites of ``batch`` to the model; logits: (rows, tokens, vocabulary)."""
+    def __call__(self, logits: Tensor | UnprojectedLogits, batch: Batch) -> None:
+        """Add the observed sites of ``batch`` to the model; logits: (rows, tokens, vocabulary), computed or not yet."""
 
     def observations(self, documents: int, tokens: int) -> int:
         """How many observations so many documents with so many predicted tokens are: the unit of the reported loss."""
@@ -35,7 +36,8 @@ class NextTokens(TorchDistribution):
     """The distribution of documents under next-token logits: log p(w) = Σ_i log LLM(w_{i+1} | w_{1:i}) (equation 2).
 
     Args:
-        logits: (rows, tokens, vocabulary), position i holding the logits of token i + 1.
+        logits: (rows, tokens, vocabulary), position i holding the logits of token i + 1; or what they are computed from, chunk
+            by chunk, so that those of all tokens never exist at once.
         per_token: divide a document's log-density by the number of its observed tokens.
 
     Values are labels (rows, tokens): entry i is the token at position i, -100 where nothing is observed. Position 0 is
@@ -47,7 +49,7 @@ class NextTokens(TorchDistribution):
     support = constraints.independent(constraints.integer_interval(IGNORED, 2**31 - 1), 1)
     has_rsample = False
 
-    def __init__(self, logits: Tensor, *, per_token: bool = False, validate_args: bool | None = None) -> None:
+    def __init__(self, logits: Tensor | UnprojectedLogits, *, per_token: bool = False, validate_args: bool | None = None) -> None:
         self.logits, self.per_token = logits, per_token
         super().__init__(logits.shape[:1], logits.shape[1:2], validate_args=validate_args)
 
@@ -56,16 +58,19 @@ class NextTokens(TorchDistribution):
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Each next token drawn given the *observed* prefix; position 0 has no distribution and is -100."""
-        drawn = torch.distributions.Categorical(logits=self.logits[:, :-1].float()).sample(sample_shape)
+        logits = self.logits() if isinstance(self.logits, UnprojectedLogits) else self.logits
+        drawn = torch.distributions.Categorical(logits=logits[:, :-1].float()).sample(sample_shape)
         return F.pad(drawn, (1, 0), value=IGNORED)
 
     def log_prob(self, value: Tensor) -> Tensor:
         rows, tokens, vocabulary = self.logits.shape
         # the labels are shifted and not the logits: a slice of the logits would be copied, and so would its gradient
         targets = F.pad(value[:, 1:], (0, 1), value=IGNORED)
-        loss = F.cross_entropy(
-            self.logits.reshape(-1, vocabulary).float(), targets.reshape(-1), ignore_index=IGNORED, reduction="none"
-        )
+        if isinstance(self.logits, UnprojectedLogits):
+            loss = self.logits.token_losses(targets)
+        else:
+            flat = self.logits.reshape(-1, vocabulary).float()
+            loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
         log_likelihood = -loss.view(rows, tokens).sum(-1)
         if self.per_token:
             log_likelihood = log_likelihood / (value[:, 1:] != IGNORED).sum(-1).clamp(min=1)
@@ -88,7 +93,7 @@ class CausalLM:
             raise InputError(f"likelihood unit {unit!r} is not known; it is one of {', '.join(UNITS)}{nearest(unit, UNITS)}")
         self.unit = unit
 
-    def __call__(self, logits: Tensor, batch: Batch) -> None:
+    def __call__(self, logits: Tensor | UnprojectedLogits, batch: Batch) -> None:
         # batch.scale makes the sum over the batch an unbiased estimate of the sum over all documents
         with pyro.plate("documents", len(batch.labels), dim=-1), poutine.scale(scale=batch.scale):
             pyro.sample("tokens", NextTokens(logits, per_token=self.unit == "documents"), obs=batch.labels)

@@ -22,6 +22,7 @@ from bora_pyro.data.batches import Batch
 from bora_pyro.errors import InputError
 from bora_pyro.likelihoods import CausalLM, Likelihood
 from bora_pyro.priors import HierarchicalNormal, Prior
+from bora_pyro.token_loss import UnprojectedLogits
 
 #: Adapter tensors by ``<slot>.<latent>``: (D, layers, *shape) for all tasks, (layers, *shape) for one.
 Weights = dict[str, Tensor]
@@ -72,7 +73,7 @@ class BoRA:
 
     def __call__(self, batch: Batch) -> None:
         """Run the model on one batch of documents."""
-        self.likelihood(self.logits(batch, self.weights()), batch)
+        self.likelihood(self.unprojected(batch, self.weights()), batch)
 
     def weights(self) -> Weights:
         """Sample θ: the latents of all tasks, (D, layers, *shape) each."""
@@ -82,6 +83,10 @@ class BoRA:
     def logits(self, batch: Batch, weights: Weights | None) -> Tensor:
         """Logits (rows, tokens, vocabulary) of a batch under each row's adapter, or under the base where there are none."""
         return self.backbone.logits(batch.input_ids, None if weights is None else self.change(weights, batch.task))
+
+    def unprojected(self, batch: Batch, weights: Weights | None) -> Tensor | UnprojectedLogits:
+        """As ``logits``, for a likelihood or a score, which need no more than a chunk of them at once."""
+        return self.backbone.unprojected(batch.input_ids, None if weights is None else self.change(weights, batch.task))
 
     def change(self, weights: Weights, task: Tensor) -> Change:
         """How the adapters of the tasks ``task`` (rows,) change the outputs of the backbone's layers."""

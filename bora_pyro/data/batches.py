@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from bora_pyro.errors import InputError
-
-IGNORED = -100
+from bora_pyro.token_loss import IGNORED
 
 # Documents are sorted by length within chunks: large enough that a batch's documents are nearly of one length, small enough
 # (a share of the split) that who meets whom in a batch changes from epoch to epoch.
