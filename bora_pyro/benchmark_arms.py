@@ -195,6 +195,7 @@ class PeftTrainer(Arm):
                 report_to="none",
                 disable_tqdm=True,
             )
+            arguments._n_gpu = 1  # on more the Trainer would split the batch
             trainer = Trainer(
                 model=self.model,
                 args=arguments,

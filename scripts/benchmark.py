@@ -71,8 +71,8 @@ CASES = {
     "nano": Case("builtin:nano", 30),
     "40m": Case("random:40m", 12),
     "opt-125m": Case("random:opt-125m", 8),
-    "opt-350m": Case("random:opt-350m", 5),
-    "llama-1b": Case("random:llama-1b", 5),
+    "opt-350m": Case("random:opt-350m", 4),
+    "llama-1b": Case("random:llama-1b", 4),
     "tiny": Case("random:tiny", 30),
 }
 DEFAULT_CASES = [name for name in CASES if name != "tiny"]
