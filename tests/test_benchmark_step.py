@@ -52,7 +52,7 @@ def test_the_report_hangs_together(precision, tau, adapters, tmp_path, capsys):
 def test_both_steps_start_from_the_same_loss(monkeypatch):
     # at their start both adapters add nothing: both losses are the base's, a token
     options = config()
-    backbone = benchmark_step.load_base(options)
+    backbone = benchmark_step.base_of(options)
     split = benchmark_step.random_documents(options, 64)
     [batch] = split.batches(token_budget=24)
     losses = []
@@ -70,7 +70,7 @@ def test_both_steps_start_from_the_same_loss(monkeypatch):
 
 def test_steps_train_and_leave_the_base_alone():
     options = config()
-    backbone = benchmark_step.load_base(options)
+    backbone = benchmark_step.base_of(options)
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     split = benchmark_step.random_documents(options, 64)
     [batch] = split.batches(token_budget=24)
