@@ -89,6 +89,8 @@ def build_run(
         targets=config.targets,
         precision=getattr(torch, config.precision),
         device=find_device(config.device),
+        quantization=config.quantization,
+        device_map=config.device_map,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
     )

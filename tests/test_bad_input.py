@@ -151,6 +151,14 @@ CASES = {
         given(prior_form="non-centered"),
         ["'non-centered'", "noncentered, centered", "did you mean 'noncentered'?"],
     ),
+    "unknown quantisation": (
+        given(quantization="3bit"),
+        ["quantization is '3bit'; allowed: 4bit, 8bit", "did you mean '"],
+    ),
+    "unknown device map": (
+        given(device_map="automatic"),
+        ["device_map is 'automatic'; allowed: auto, balanced", "did you mean 'auto'?"],
+    ),
     "unknown key on the line": (given(learning_rte=1), ["unknown option 'learning_rte'", "did you mean 'learning_rate'?"]),
     "unknown key in the file": (config_file("tau: 1\ntua: 2\n"), ["fit.yaml", "unknown option 'tua'", "did you mean 'tau'?"]),
     "wrong value in the file": (config_file("rank: many\n"), ["fit.yaml: rank: 'many'", "whole number"]),
