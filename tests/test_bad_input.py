@@ -32,7 +32,7 @@ def one_error(err):
     """The one line of the error, behind notes and nothing else."""
     *notes, error = err.splitlines()
     assert err.endswith("\n")
-    assert all(note.startswith("note: ") for note in notes), err
+    assert all(note.startswith(("note: ", "memory: ")) for note in notes), err
     assert error.startswith("error: ")
     return error
 
