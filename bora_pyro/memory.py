@@ -89,9 +89,11 @@ def estimate_memory(
     - a step at the end of its backward pass: 4 (G + D P + R P), the gradients of the guide, of θ and of the batch's adapters;
     - an evaluation of 8192 tokens: θ, 4 D P, its batch's adapters, 8 T V of logits and one layer's scratch space.
 
-    The largest of the four counts, beside what is held throughout. ``logits`` is what the T V terms give, ``activations`` the
-    other terms of a batch, and ``state`` those of the guide. On CPUs glibc keeps freed blocks below its mmap threshold (at most
-    32 MiB) for later use, which may add a tenth.
+    On an accelerator the largest of the four counts, beside what is held throughout. On CPUs their terms add up: glibc returns
+    only blocks above its mmap threshold (at most 32 MiB: the logits of a usual batch) to the system, so that the process keeps
+    what one phase has freed while another takes blocks of other sizes. What that leaves between the blocks is in no formula;
+    ``scripts/check_memory.py`` measures it. ``logits`` is what the T V terms give, ``activations`` the other terms of a batch,
+    and ``state`` those of the guide.
 
     Args:
         model: the BoRA model, on its base.
@@ -107,18 +109,25 @@ def estimate_memory(
     vocabulary = model.backbone.model.get_output_embeddings().weight.shape[0]
     throughout = FLOAT * (4 * guide + all_tasks + size) + sum(t.numel() * t.element_size() for t in model.fixed.values())
 
+    # (state, activations, logits) of each batch's phases
     phases = []
     for rows, tokens in _shapes(data.train, token_budget):
         kept = tokens * layers.kept(checkpointing=checkpointing) + FLOAT * rows * size
         logits = 3 * FLOAT * min(tokens, logit_rows or tokens) * vocabulary
-        phases.append((0, kept, logits))
-        phases.append((0, kept + tokens * (layers.scratch() + (layers.layer() if checkpointing else 0)), 0))
-        phases.append((FLOAT * (guide + all_tasks), FLOAT * rows * size, 0))
+        again = tokens * (layers.scratch() + (layers.layer() if checkpointing else 0))
+        own, gradients = FLOAT * rows * size, FLOAT * (guide + all_tasks)
+        if model.backbone.device.type == "cpu":
+            phases.append((gradients, kept + again + own, logits))
+        else:
+            phases += [(0, kept, logits), (0, kept + again, 0), (gradients, own, 0)]
     for split in (data.validation, data.test):
         for rows, tokens in _shapes(split, EVALUATION_BUDGET):
             logits = 2 * FLOAT * min(tokens, logit_rows or tokens) * vocabulary
             phases.append((FLOAT * all_tasks, tokens * layers.scratch() + FLOAT * rows * size, logits))
-    state, activations, logits = max(phases, key=sum, default=(0, 0, 0))
+    if model.backbone.device.type == "cpu":
+        state, activations, logits = (max(part) for part in zip((0, 0, 0), *phases, strict=True))
+    else:
+        state, activations, logits = max(phases, key=sum, default=(0, 0, 0))
     return MemoryEstimate(process, base_bytes(model.backbone), throughout + state, activations, logits)
 
 

@@ -140,8 +140,8 @@ def main(argv: list[str]) -> int:
             f"predicted {row['predicted_mib']:>6} MiB, measured {row['measured_mib']:>6} MiB, ratio {row['ratio']:.3f}",
             flush=True,
         )
-    if config.output is not None:
-        pd.DataFrame(rows).to_csv(config.output, index=False)
+        if config.output is not None:
+            pd.DataFrame(rows).to_csv(config.output, index=False)
     return 0
 
 
