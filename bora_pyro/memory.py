@@ -93,8 +93,8 @@ def estimate_memory(
     On an accelerator the largest of the four counts, beside what is held throughout. On CPUs their terms add up: glibc returns
     only blocks above its mmap threshold (at most 32 MiB: the logits of a usual batch) to the system, so that the process keeps
     what one phase has freed while another takes blocks of other sizes. What stays unused between the blocks is in no formula: a
-    quarter of the activations is added for it, as ``scripts/check_memory.py`` measures. ``logits`` is what the T V terms give, ``activations`` the other terms of a batch,
-    and ``state`` those of the guide.
+    quarter of the activations is added for it, as ``scripts/check_memory.py`` measures. ``logits`` is what the T V terms give,
+    ``activations`` the other terms of a batch, and ``state`` those of the guide.
 
     Args:
         model: the BoRA model, on its base.
