@@ -11,8 +11,10 @@ a kind of layer, stacked over the depth of the model). While it runs, a callable
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -40,8 +42,13 @@ USUAL_TARGETS = {
 }
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
+#: How a base's linear layers may be stored: bitsandbytes' NormalFloat4 and LLM.int8().
+QUANTIZATIONS = ("4bit", "8bit")
+#: The placements over several devices that transformers works out itself.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 #: ``change(slot, layer, x, output)``: the changed output of one linear layer, (rows, tokens, out_features), given its input,
-#: (rows, tokens, in_features), and its own output.
+#: (rows, tokens, in_features), and its own output, both on the device of the layer; so is the result.
 Change = Callable[["Slot", int, Tensor, Tensor], Tensor]
 
 
@@ -109,32 +116,53 @@ class Backbone:
         targets: Sequence[str] | str | None = None,
         precision: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        quantization: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> Backbone:
         """Load a model and its tokenizer from ``builtin:nano``, a local folder or a hub id.
 
+        Args:
+            name: what to load.
+            targets: as for :class:`Backbone`.
+            precision: of the weights, and of the arithmetic where they are quantised.
+            device: where the model goes, unless ``device_map`` says it.
+            quantization: ``4bit`` or ``8bit`` stores the linear layers so (the head and the embedding excepted); they are
+                multiplied in ``precision``, 8-bit ones in float16 (int8 where the device has it). It needs bitsandbytes.
+            device_map: ``auto`` or another of ``DEVICE_MAPS`` spreads the layers over the devices; a mapping from module paths
+                to devices does so by hand. It needs accelerate.
+            gradient_checkpointing: as for :class:`Backbone`.
+            trust_remote_code: let a hub model run its own code.
+
         Raises:
-            InputError: there is no such model.
+            InputError: there is no such model, quantisation or placement, or a package is missing that they need.
         """
+        placement = _placement(quantization, device_map, precision, device)
         source = BUILTIN_BASES.get(str(name), name)
         if str(name).startswith("builtin:") and str(name) not in BUILTIN_BASES:
             raise InputError(f"no embedded base {name!r}; there is {', '.join(BUILTIN_BASES)}{nearest(str(name), BUILTIN_BASES)}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=precision, trust_remote_code=trust_remote_code, **placement
+            )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"base model {str(name)!r} cannot be loaded: give builtin:nano, a folder saved with save_pretrained, "
                 f"or the hub id of a causal language model ({reason})"
             ) from error
-        return cls(model.to(device), tokenizer, targets=targets, gradient_checkpointing=gradient_checkpointing)
+        model = _differentiable(model) if placement else model.to(device)
+        return cls(model, tokenizer, targets=targets, gradient_checkpointing=gradient_checkpointing)
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
-        return self.model.device
+        """Where the inputs go: to the model's device, or to that of its embedding where the layers lie on several."""
+        embedding = self.model.get_input_embeddings()
+        # accelerate's, where weights wait elsewhere until they are used
+        execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+        return embedding.weight.device if execution is None else torch.device(execution)
 
     @property
     def context(self) -> int | None:
@@ -157,7 +185,7 @@ class Backbone:
 
         Models that do more than a linear map after their last hidden state, as Gemma 2's soft cap, give the logits themselves.
         """
-        if not self._ends_with_head:
+        if not self.ends_with_head:
             return self.logits(input_ids, change)
         with ExitStack() as stack:
             if change is not None:
@@ -166,7 +194,7 @@ class Backbone:
         return UnprojectedLogits(states, self.model.get_output_embeddings())
 
     @cached_property
-    def _ends_with_head(self) -> bool:
+    def ends_with_head(self) -> bool:
         """Whether the model's logits are its output embedding's map of its last hidden states, found out on two tokens."""
         head = self.model.get_output_embeddings()
         if type(head) is not nn.Linear or self.model.base_model is self.model or head.weight.device != self.device:
@@ -218,24 +246,78 @@ class Backbone:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
+        # accelerate, too, puts a forward of its own on a block whose inputs it moves
+        own = vars(block).get("forward")
         block.forward = forward
         try:
             yield
         finally:
-            del block.forward
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
 
     def __repr__(self) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = self.model.num_parameters()
         targets = ", ".join(f"{slot.name} x {slot.layers}" for slot in self.slots)
         return f"Backbone({self.model.config.model_type}, {parameters / 1e6:.1f} M parameters, targets: {targets})"
+
+
+def _placement(
+    quantization: str | None, device_map: str | Mapping[str, Any] | None, precision: torch.dtype, device: torch.device | str
+) -> dict[str, Any]:
+    """What ``from_pretrained`` of transformers is told of quantisation and devices; empty for a plain base on one device.
+
+    Raises:
+        InputError: an unknown value, or a package that is missing.
+    """
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise InputError(
+            f"quantization is {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}{nearest(quantization, QUANTIZATIONS)}"
+        )
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise InputError(f"device_map is {device_map!r}; allowed: {', '.join(DEVICE_MAPS)}{nearest(device_map, DEVICE_MAPS)}")
+    if quantization is not None:
+        _require("quantization", quantization, ("bitsandbytes", "accelerate"), extra="quantization")
+        # warnings that inputs become float16, with every layer and batch, and that a kernel is missing which has no backward pass
+        for noisy in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        return {
+            "quantization_config": BitsAndBytesConfig(load_in_8bit=True)
+            if quantization == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision),
+            "device_map": {"": device} if device_map is None else device_map,
+        }
+    if device_map is not None:
+        _require("device_map", device_map, ("accelerate",), extra="peft")
+        return {"device_map": device_map}
+    return {}
+
+
+def _differentiable(model: PreTrainedModel) -> PreTrainedModel:
+    """Keep bitsandbytes from repacking 4-bit weights for CPUs with bfloat16.
+
+    It would do so wherever an input needs no gradient (the first layer, every evaluation), for good: the repacked layers multiply
+    in bfloat16, have no backward pass, and refuse outputs that are no multiple of 32.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _require(option: str, value: object, packages: Sequence[str], *, extra: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{option} {value!r} needs {package}, which is not installed; pip install 'bora_pyro[{extra}]'")
 
 
 def _hook(change: Change, slot: Slot, layer: int, shape: torch.Size) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     rows, tokens = shape
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # OPT flattens (rows, tokens) before its feed-forward layers
-        x = args[0].reshape(rows, tokens, -1)
+        # OPT flattens (rows, tokens) before its feed-forward layers; accelerate moves an input inside the layer, unseen here
+        x = args[0].to(output.device).reshape(rows, tokens, -1)
         return change(slot, layer, x, output.reshape(rows, tokens, -1)).reshape(output.shape)
 
     return hook

@@ -111,7 +111,7 @@ def check_choices(config: Any) -> None:
     """Raise ``InputError`` where a field's value is not one of its ``choices``."""
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata.get("choices")
-        if choices and value not in choices:
+        if choices and value not in choices and not (value is None and field.default is None):
             raise InputError(f"{field.name} is {value!r}; allowed: {', '.join(choices)}{nearest(str(value), choices)}")
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from bora_pyro.backbone import DEVICE_MAPS, QUANTIZATIONS
 from bora_pyro.command_line import check_choices, option, parse_config, to_yaml
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.priors.learned import BOUNDS, PER
@@ -53,6 +54,12 @@ class MapFitConfig:
 
     base_model: str = option("builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano", group=MODEL)
     trust_remote_code: bool = option(False, "let a hub model run its own code on this machine", group=MODEL)
+    quantization: str | None = option(
+        None,
+        "store the base's linear layers in 4 or 8 bits; needs bitsandbytes (default: in --precision)",
+        group=MODEL,
+        choices=QUANTIZATIONS,
+    )
     adapter: str = option("lora", "how a linear layer is changed", group=MODEL)
     rank: int = option(8, "rank r of the adapter", group=MODEL)
     alpha: float | None = option(
@@ -107,6 +114,12 @@ class MapFitConfig:
     seed: int = option(0, "seed of the split, the start and the order of the documents", group=FIT)
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
+    device_map: str | None = option(
+        None,
+        "spread the base's layers over the devices as transformers' device_map does (default: all on --device)",
+        group=RUN,
+        choices=DEVICE_MAPS,
+    )
     precision: str = option(
         "float32", "arithmetic of the frozen model; the adapter stays float32", group=RUN, choices=("float32", "bfloat16")
     )

@@ -165,8 +165,9 @@ class Loop:
         self.elbo = TemperedELBO(temperature)
         self.observations = model.likelihood.observations(data.train.num_documents, data.train.num_tokens)
         batches = self._batches(0)
+        # creates the guide's parameters; one document, for the guide keeps what the model made of it, the logits included
         with torch.no_grad(), poutine.seed(rng_seed=seed):
-            guide(batches[0].to(self.device))  # creates the guide's parameters
+            guide(data.train.batches(token_budget=1)[0].to(self.device))
         self.parameters = dict(guide.named_parameters())
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=learning_rate, weight_decay=0.0, eps=1e-12, fused=True)
         self.steps_per_epoch = math.ceil(len(batches) / accumulate)

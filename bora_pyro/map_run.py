@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +23,7 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import fit
 from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import CausalLM
+from bora_pyro.memory import estimate_memory, peak_memory_bytes, resident_bytes
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
 from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
@@ -53,7 +53,11 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     if config.resume:
         _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
+    process = resident_bytes(find_device(config.device))
     model, data = build_run(config, quiet=quiet)
+    memory = estimate_memory(model, data, token_budget=config.token_budget, process=process)
+    if not quiet:
+        print(f"memory: {memory}", file=sys.stderr)
     folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
     folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
@@ -64,7 +68,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     )
     write_adapters(folder, fitted, config.base_model)
     write_posterior(folder, fitted, "map")
-    metrics = metrics_of(config, fitted, data)
+    metrics = metrics_of(config, fitted, data) | {"predicted_memory_bytes": memory.total}
     folder.write_metrics(metrics)
     return metrics
 
@@ -89,6 +93,8 @@ def build_run(
         targets=config.targets,
         precision=getattr(torch, config.precision),
         device=find_device(config.device),
+        quantization=config.quantization,
+        device_map=config.device_map,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
     )
@@ -249,11 +255,3 @@ def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData) -> dict[str
 def _mean_speed(fitted: Fitted) -> float:
     speeds = [entry["training_tokens_per_second"] for entry in fitted.history]
     return round(sum(speeds) / len(speeds), 1) if speeds else 0.0
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that was held: of the accelerator where one is used, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

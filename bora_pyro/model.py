@@ -95,8 +95,9 @@ class BoRA:
         names = {slot.name: [*self.adapter.latents(slot)] for slot in self.backbone.slots}
 
         def change(slot: Slot, layer: int, x: Tensor, output: Tensor) -> Tensor:
-            tensors = {name: rows[f"{slot.name}.{name}"][layer] for name in names[slot.name]}
-            return self.adapter.add(output, x, tensors | self.fixed_of(slot, layer))
+            tensors = {name: rows[f"{slot.name}.{name}"][layer] for name in names[slot.name]} | self.fixed_of(slot, layer)
+            # where the base lies on several devices, the adapters lie with its inputs and go to the layers
+            return self.adapter.add(output, x, {name: value.to(output.device) for name, value in tensors.items()})
 
         return change
 

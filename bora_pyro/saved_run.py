@@ -100,7 +100,9 @@ def load_run(path: str | Path, *, device: str = "auto") -> SavedRun:
     folder = RunFolder.open(path)
     metrics = _read_metrics(folder)
     config, posterior = _read_config(folder)
-    config = dataclasses.replace(config, device=device, threads=None)
+    # a device that is named holds all of the model
+    device_map = config.device_map if device == "auto" else None
+    config = dataclasses.replace(config, device=device, device_map=device_map, threads=None)
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
     if metadata.get("guide") not in GUIDES:
         raise InputError(

@@ -28,6 +28,11 @@ IGNORED = -100
 CHUNK_ENTRIES = {"cpu": 2**21, "cuda": 2**27}
 
 
+def chunk_tokens(device: torch.device, vocabulary: int) -> int:
+    """How many tokens have their logits held at one time."""
+    return max(64, CHUNK_ENTRIES.get(device.type, CHUNK_ENTRIES["cuda"]) // vocabulary)
+
+
 @dataclass(frozen=True)
 class UnprojectedLogits:
     """Next-token logits before the head: called, it gives them; a loss needs them a chunk at a time only.
@@ -72,7 +77,7 @@ class TokenLosses(torch.autograd.Function):
         hidden, target = states.reshape(-1, width)[observed], flat[observed]
         losses = torch.zeros(flat.shape, dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(64, CHUNK_ENTRIES.get(states.device.type, 2**24) // len(weight))
+        chunk = chunk_tokens(states.device, len(weight))
         for start in range(0, len(target), chunk):
             part, label = slice(start, start + chunk), target[start : start + chunk, None]
             # in one call each: nothing is rounded in between, and the logits are freed at once

@@ -32,7 +32,7 @@ def one_error(err):
     """The one line of the error, behind notes and nothing else."""
     *notes, error = err.splitlines()
     assert err.endswith("\n")
-    assert all(note.startswith("note: ") for note in notes), err
+    assert all(note.startswith(("note: ", "memory: ")) for note in notes), err
     assert error.startswith("error: ")
     return error
 
@@ -151,6 +151,14 @@ CASES = {
         given(prior_form="non-centered"),
         ["'non-centered'", "noncentered, centered", "did you mean 'noncentered'?"],
     ),
+    "unknown quantisation": (
+        given(quantization="3bit"),
+        ["quantization is '3bit'; allowed: 4bit, 8bit", "did you mean '"],
+    ),
+    "unknown device map": (
+        given(device_map="automatic"),
+        ["device_map is 'automatic'; allowed: auto, balanced", "did you mean 'auto'?"],
+    ),
     "unknown key on the line": (given(learning_rte=1), ["unknown option 'learning_rte'", "did you mean 'learning_rate'?"]),
     "unknown key in the file": (config_file("tau: 1\ntua: 2\n"), ["fit.yaml", "unknown option 'tua'", "did you mean 'tau'?"]),
     "wrong value in the file": (config_file("rank: many\n"), ["fit.yaml: rank: 'many'", "whole number"]),
@@ -240,6 +248,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_epoch(main, inputs, tmp_p
     assert main(line({**options, "epochs": 3, "learning_rate": 1e30, "resume": "true"})) == 2
     *progress, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: the loss is not finite at step ")
+    assert progress.pop(0).startswith("memory: about ")
     assert all(text.startswith("step ") for text in progress)
     assert "(epoch 2); the state of epoch 1 is kept. Use a smaller --learning_rate (now 1e+30; try 3e+29)" in error
     kept = load_file(folder / "checkpoints" / "last.safetensors")

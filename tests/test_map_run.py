@@ -25,10 +25,10 @@ from bora_pyro.run_folder import RunFolder
 from tests.tiny_base import SCRIPTS, documents, line, quick_fit, script_main, write_table
 
 SLUGS = {"Ada": "ada", "Børge B.": "borge-b", "Cleo": "cleo"}
-TIMES = ("fit_seconds", "training_tokens_per_second", "peak_memory_bytes")
+TIMES = ("fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes")
 CONTRACT = {
     "test_perplexity", "base_test_perplexity", "validation_perplexity", "test_bits_per_character", "tau", "epochs",
-    "fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "tasks",
+    "fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "tasks",
 }  # fmt: skip
 CONTRACT_OF_TASK = {
     "name", "train_documents", "test_documents", "base_test_perplexity", "test_perplexity", "deviation_norm",
@@ -126,6 +126,7 @@ def test_a_run_folder_from_end_to_end(main, inputs, tmp_path, more, sites):
     assert metrics["fit_seconds"] == round(log[-1]["seconds"], 2) > 0
     assert metrics["training_tokens_per_second"] > 0
     assert metrics["peak_memory_bytes"] > 2**27
+    assert metrics["predicted_memory_bytes"] > 2**27
     assert {slug: task["name"] for slug, task in metrics["tasks"].items()} == {slug: name for name, slug in SLUGS.items()}
     for task in metrics["tasks"].values():
         assert set(task) >= CONTRACT_OF_TASK
@@ -316,7 +317,9 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
         env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "default"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [text.split("  ")[:2] for text in done.stderr.splitlines()] == [
+    memory, *progress = done.stderr.splitlines()
+    assert memory.startswith("memory: about ")
+    assert [text.split("  ")[:2] for text in progress] == [
         [f"step {step}/{2 * step if epoch == 1 else step}", f"epoch {epoch}"]
         for epoch, step in enumerate((entry["step"] for entry in RunFolder.open(folder).read_log()), start=1)
     ]

@@ -199,6 +199,11 @@ class Batches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self._members)
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(rows, tokens) of each batch, padding included, without building it."""
+        return [(len(members), int(self._split.lengths[torch.from_numpy(members)].max())) for members in self._members]
+
     @overload
     def __getitem__(self, position: int) -> Batch: ...
     @overload
