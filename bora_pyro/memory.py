@@ -81,11 +81,11 @@ def estimate_memory(
       from its first run, and the common start;
     - a step at its loss: T (L kept + 6 h b) for L layers, 4 R P for the documents' own adapters, and the logits 12 C V of the C
       tokens whose logits exist at one time (``token_loss.chunk_tokens``; all T where the model caps its logits): in float32,
-      their log-softmax, and in the base's precision the logits themselves and their gradient. ``kept`` is what autograd keeps of a token in one layer:
-      two inputs of norms, 2 h (in float32 where the norm is not torch's); 2 a + 2 k of attention; h where adapters read the
-      normed input of attention, and h where they read that of the feed-forward layer; its activation, f (4 f for GPT-2's, 2 f
-      more where it is gated, f more where an adapter reads it anew); and r for each adapted layer. With gradient checkpointing
-      a layer keeps h alone;
+      their log-softmax, and in the base's precision the logits themselves and their gradient. ``kept`` is what autograd keeps
+      of a token in one layer: two inputs of norms, 2 h (in float32 where the norm is not torch's); 2 a + 2 k of attention; h
+      where adapters read the normed input of attention, and h where they read that of the feed-forward layer; its activation,
+      f (4 f for GPT-2's, 2 f more where it is gated, f more where an adapter reads it anew); and r for each adapted layer.
+      With gradient checkpointing a layer keeps h alone;
     - a step in its backward pass: what the layers keep and the scratch space of one, (3 h + 2 f) b a token, with gradient
       checkpointing also what that one keeps while it runs again;
     - a step at the end of its backward pass: 4 (G + D P + R P), the gradients of the guide, of θ and of the batch's adapters;

@@ -14,6 +14,7 @@ from bora_pyro.fit import Loop
 from bora_pyro.guides import map_guide
 from bora_pyro.memory import MemoryEstimate, _Layers, base_bytes, estimate_memory, peak_memory_bytes
 from bora_pyro.priors import HierarchicalNormal, Independent, LearnedPrecision, Pooled
+from bora_pyro.token_loss import CHUNK_ENTRIES
 from tests.tiny import tiny_backbone
 
 PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(form="centered"), Independent(), Pooled(), LearnedPrecision()]
@@ -108,11 +109,13 @@ def test_what_a_layer_keeps(setting):
     assert layers.layer() == 4 * (hidden * width + kv * keys + feed_forward * inner + 2 * ranks)
 
 
-def test_checkpointing_and_chunks_need_less():
-    plain, checkpointed, chunked = estimate(), estimate(checkpointing=True), estimate(logit_rows=4)
+def test_checkpointing_and_chunks_need_less(monkeypatch):
+    plain, checkpointed = estimate(), estimate(checkpointing=True)
+    monkeypatch.setitem(CHUNK_ENTRIES, "cpu", 1)  # chunks of 64 tokens, the least
+    chunked = estimate()
     assert checkpointed.total < plain.total
     assert chunked.total <= plain.total
-    assert chunked.logits <= 3 * 4 * 4 * 64 < plain.logits
+    assert chunked.logits == 3 * 4 * 64 * 64 < plain.logits
 
 
 def test_an_accelerator_needs_the_largest_phase_and_a_cpu_their_sum(monkeypatch):
