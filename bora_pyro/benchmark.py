@@ -33,8 +33,8 @@ from bora_pyro.backbone import BUILTIN_BASES, Backbone
 from bora_pyro.data.batches import Batch, TokenSplit
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.fit import Loop
 from bora_pyro.guides import GUIDES
+from bora_pyro.loop import Loop
 from bora_pyro.model import BoRA
 from bora_pyro.priors import prior_from_tau
 
@@ -142,9 +142,7 @@ def bora_loop(
 
 def loop_step(loop: Loop, batch: Batch) -> float:
     """What the loop does with each batch, without what it does once an epoch; returns the loss."""
-    loss = loop.backward(batch, 1, validate=False)  # Pyro checks its first step only
-    loop.step(LEARNING_RATE, loss, 0)
-    return loss
+    return float(loop.step([batch], LEARNING_RATE, 0)[0])
 
 
 def peft_model(backbone: Backbone, *, rank: int, seed: int = 0, adapters: Sequence[str] = ("default",)) -> Any:

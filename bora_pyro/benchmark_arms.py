@@ -112,7 +112,7 @@ class Ours(Arm):
         self.work = work
         budget = work.rows * work.max_tokens
         self.loop = bora_loop(work.backbone, work.split, rank=work.rank, tau=work.tau, token_budget=budget, seed=work.seed)
-        self.parameters = list(self.loop.parameters.values())
+        self.parameters = self.loop.state.shared
         self.batches = self._batches(budget)
 
     def _batches(self, budget: int) -> Iterator[Batch]:

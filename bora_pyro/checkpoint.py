@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,59 @@ def save_checkpoint(path: Path, groups: dict[str, dict[str, Tensor]], progress: 
     os.replace(temporary, path)
 
 
+class Checkpoint:
+    """A file that :func:`save_checkpoint` wrote, of which no more is read than is asked for.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: it is missing, cut short or not a checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._errors():
+            self._file = safe_open(path, framework="pt").__enter__()
+            self.progress: dict[str, Any] = json.loads((self._file.metadata() or {})["progress"])
+            self._names: dict[str, list[str]] = {}
+            for key in self._file.keys():  # noqa: SIM118 (not a dict)
+                group, name = key.split("/", 1)
+                self._names.setdefault(group, []).append(name)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            what = f"checkpoint {str(self.path)!r} cannot be read ({error}); start afresh with --overwrite true"
+            raise InputError(what) from error
+
+    def group(self, group: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """The tensors of a group by name; an unknown group has none."""
+        with self._errors():
+            return {name: self._file.get_tensor(f"{group}/{name}") for name in self._names.get(group, ()) if name not in without}
+
+    def shapes(self, group: str) -> dict[str, torch.Size]:
+        """The shapes of a group's tensors, none of which is read."""
+        with self._errors():
+            return {name: torch.Size(self._file.get_slice(f"{group}/{name}").get_shape()) for name in self._names.get(group, ())}
+
+    def rows(self, group: str, name: str, index: Tensor) -> Tensor:
+        """The rows ``index`` (n,), rising, of one tensor: (n, *shape)."""
+        with self._errors():
+            first, last = int(index[0]), int(index[-1]) + 1
+            return self._file.get_slice(f"{group}/{name}")[first:last][index - first]
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read what :func:`save_checkpoint` wrote.
+    """All that :func:`save_checkpoint` wrote.
 
     Raises:
         InputError: the file is missing, cut short or not a checkpoint.
     """
-    groups: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            progress = json.loads((file.metadata() or {})["progress"])
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                group, name = key.split("/", 1)
-                groups.setdefault(group, {})[name] = file.get_tensor(key)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"checkpoint {str(path)!r} cannot be read ({error}); start afresh with --overwrite true") from error
-    return groups, progress
+    checkpoint = Checkpoint(path)
+    return {group: checkpoint.group(group) for group in checkpoint._names}, checkpoint.progress
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -110,6 +110,12 @@ class MapFitConfig:
     token_budget: int = option(4096, "tokens of a batch, padding included", group=FIT)
     accumulate: int = option(1, "batches whose gradients make one step", group=FIT)
     gradient_clip: float = option(1.0, "largest norm of the whole gradient; inf does not clip", group=FIT)
+    task_subsampling: bool | None = option(
+        None,
+        "move only the adapters of the tasks that a step's documents are of, so that its cost does not depend on the number of "
+        "tasks (default: with more than 64 tasks, or several processes)",
+        group=FIT,
+    )
     patience: int = option(3, "stop after so many epochs without a better validation perplexity; 0 never stops early", group=FIT)
     seed: int = option(0, "seed of the split, the start and the order of the documents", group=FIT)
 
@@ -124,6 +130,9 @@ class MapFitConfig:
         "float32", "arithmetic of the frozen model; the adapter stays float32", group=RUN, choices=("float32", "bfloat16")
     )
     gradient_checkpointing: bool = option(False, "less memory, more time", group=RUN)
+    task_memory: float = option(
+        4.0, "GiB for what belongs to tasks where they are drawn; beyond it they lie in memory-mapped files", group=RUN
+    )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN)
     checkpoint_every: int = option(1, "epochs between checkpoints", group=RUN)
     output_dir: str = option("runs/map_fit", "the run's folder", group=RUN)
@@ -155,6 +164,8 @@ class MapFitConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} is {value}; give a finite number above 0")
+        if not self.task_memory >= 0:
+            raise InputError(f"task_memory is {self.task_memory}; give GiB from 0 (all in files) up")
         if not self.gradient_clip > 0:
             raise InputError(f"gradient_clip is {self.gradient_clip}; give a number above 0, or inf for no clipping")
         if not 0 <= self.warmup <= 1:

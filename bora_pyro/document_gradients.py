@@ -25,13 +25,13 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
 
     Args:
         model: the BoRA model.
-        theta: θ of all tasks, (D, layers, *shape) by name.
+        theta: θ of all tasks, or of those that the batch speaks of, (D, layers, *shape) by name.
         batch: the documents, on the model's device.
 
     Returns:
         (rows, layers, *shape) by name of the latent.
     """
-    rows = {name: value.detach().index_select(0, batch.task).requires_grad_() for name, value in theta.items()}
+    rows = {name: value.detach().index_select(0, batch.row).requires_grad_() for name, value in theta.items()}
     change = model.change(rows, torch.arange(len(batch.task), device=batch.task.device))
     logits = model.backbone.unprojected(batch.input_ids, change)
     trace = poutine.trace(model.likelihood).get_trace(logits, batch)

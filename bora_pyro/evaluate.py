@@ -8,12 +8,14 @@ tokenizers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bora_pyro.data.batches import IGNORED, TokenSplit
+from bora_pyro.data.task_draw import looked_at
 from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
 
@@ -57,23 +59,37 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(model: BoRA, split: TokenSplit, *adapters: Weights | None, token_budget: int = 8192) -> list[Scores]:
+def evaluate(
+    model: BoRA,
+    split: TokenSplit,
+    *adapters: Weights | Callable[[Tensor], Weights] | None,
+    token_budget: int = 8192,
+    documents: Tensor | None = None,
+) -> list[Scores]:
     """Score a split under several sets of adapters in one pass over it.
 
     Args:
         model: the BoRA model.
         split: the documents.
-        adapters: for each result the weights of all tasks, (D, layers, *shape) by name, or None for the base alone.
+        adapters: for each result the weights of all tasks, (D, layers, *shape) by name; or a function that gives those of the
+            tasks that it is given, (n,) rising; or None for the base alone.
         token_budget: tokens of a batch, padding included.
+        documents: positions of the only documents to score, the others count as having no tokens; default: all.
 
     Returns:
         One :class:`Scores` for each of ``adapters``.
     """
     log_likelihood = [torch.zeros(split.num_documents, dtype=torch.float64) for _ in adapters]
     tokens = torch.zeros(split.num_documents, dtype=torch.int64)
-    for batch in split.batches(token_budget=token_budget):
+    for batch in split.batches(token_budget=token_budget, documents=documents):
         on_device = batch.to(model.backbone.device)
         tokens[batch.index] = (batch.labels[:, 1:] != IGNORED).sum(-1)
+        drawn = replace(on_device, tasks=looked_at(on_device.task.unique()))
         for result, weights in zip(log_likelihood, adapters, strict=True):
-            result[batch.index] = NextTokens(model.unprojected(on_device, weights)).log_prob(on_device.labels).double().cpu()
+            if callable(weights):
+                assert drawn.tasks is not None
+                logits = model.unprojected(drawn, weights(drawn.tasks.index))
+            else:
+                logits = model.unprojected(on_device, weights)
+            result[batch.index] = NextTokens(logits).log_prob(on_device.labels).double().cpu()
     return [Scores(result, tokens, split.characters, split.task) for result in log_likelihood]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,13 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.task_draw import looked_at
 from bora_pyro.evaluate import Scores, evaluate
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.task_rows import task_sites
+
+# Tasks whose adapters are made at one time.
+_CHUNK = 64
 
 
 @dataclass
@@ -45,11 +51,45 @@ class Fitted:
         """θ of all tasks, (D, layers, *shape), and Θ, (layers, *shape), by name of the latent."""
         return self.model.weights_given(self.sites())
 
+    def weights_of(self) -> Callable[[Tensor], tuple[Weights, Weights]]:
+        """A function that gives θ of some tasks, (n,) rising, and Θ: for as many tasks as there is no memory for at once."""
+        if len(self.tasks) <= _CHUNK:
+            theta, mean = self.weights()
+            return lambda index: ({name: value.index_select(0, index.to(value.device)) for name, value in theta.items()}, mean)
+        sites, of_tasks = self.sites(), task_sites(self.guide)
+
+        def some(index: Tensor) -> tuple[Weights, Weights]:
+            rows = {name: sites[name].index_select(0, index.to(sites[name].device)) for name in of_tasks}
+            return self.model.weights_given(sites | rows, looked_at(index.to(self.model.backbone.device)))
+
+        averages: Weights = {}
+        names = [name for name in self.model.starts if self.model.prior.averages(name)]
+        for index in torch.arange(len(self.tasks)).split(_CHUNK) if names else ():
+            theta, _ = some(index)
+            for name in names:
+                share = theta[name].sum(0) / len(self.tasks)
+                averages[name] = averages[name] + share if name in averages else share
+
+        def weights(index: Tensor) -> tuple[Weights, Weights]:
+            theta, mean = some(index)
+            return theta, mean | averages
+
+        return weights
+
+    def each_task(self) -> Iterator[tuple[int, Weights, Weights]]:
+        """Each task's index, its θ and Θ, (layers, *shape) by name, one task after another."""
+        weights = self.weights_of()
+        for index in torch.arange(len(self.tasks)).split(_CHUNK):
+            theta, mean = weights(index)
+            for row, d in enumerate(index.tolist()):
+                yield d, {name: value[row] for name, value in theta.items()}, mean
+
     def deviation_norms(self) -> Tensor:
         """‖θ_d − Θ‖ over all latents of a task: (D,)."""
-        theta, mean = self.weights()
-        squares = [(theta[name] - mean[name]).flatten(1).square().sum(1) for name in theta]
-        return torch.stack(squares).sum(0).sqrt()
+        norms = []
+        for _, theta, mean in self.each_task():
+            norms.append(torch.stack([(theta[name] - mean[name]).square().sum() for name in theta]).sum().sqrt())
+        return torch.stack(norms)
 
     def tau(self) -> float:
         """τ; where it differs between groups of weights, the geometric mean over all entries of a task's adapter."""
@@ -58,28 +98,28 @@ class Fitted:
         logs = (self.model.prior.precision(name, start, sites).log().mean() * start.numel() for name, start in starts.items())
         return math.exp(float(sum(logs)) / entries)
 
-    def tau_by_group(self) -> dict[str, Any]:
-        """τ of each latent: a number, or a list over layers or tasks where it differs there."""
-        sites = self.sites()
+    def tau_by_group(self, sites: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """τ of each latent: a number, or a list over layers or tasks where it differs there; ``sites`` are the guide's own."""
+        sites = self.sites() if sites is None else sites
         precisions = {name: self.model.prior.precision(name, start, sites) for name, start in self.model.starts.items()}
         return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}
 
     def evaluate(self, split: TokenSplit, *, name: str = "test") -> dict[str, Any]:
         """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them."""
-        theta, _ = self.weights()
-        base, adapted = evaluate(self.model, split, None, theta)
+        weights, documents = self.weights_of(), split.documents_per_task
+        base, adapted = evaluate(self.model, split, None, lambda index: weights(index)[0])
         return {
             f"{name}_perplexity": adapted.perplexity(),
             f"base_{name}_perplexity": base.perplexity(),
             f"{name}_bits_per_character": adapted.bits_per_character(),
             f"base_{name}_bits_per_character": base.bits_per_character(),
-            "tasks": [self._of_task(d, base, adapted, name, split) for d in range(len(self.tasks))],
+            "tasks": [self._of_task(d, base, adapted, name, documents[d]) for d in range(len(self.tasks))],
         }
 
-    def _of_task(self, d: int, base: Scores, adapted: Scores, name: str, split: TokenSplit) -> dict[str, Any]:
+    def _of_task(self, d: int, base: Scores, adapted: Scores, name: str, documents: int) -> dict[str, Any]:
         return {
             "name": self.tasks[d],
-            f"{name}_documents": split.documents_per_task[d],
+            f"{name}_documents": documents,
             f"base_{name}_perplexity": base.perplexity(d),
             f"{name}_perplexity": adapted.perplexity(d),
             f"{name}_bits_per_character": adapted.bits_per_character(d),

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +29,15 @@ from bora_pyro.memory import estimate_memory, peak_memory_bytes, resident_bytes
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
 from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
+from bora_pyro.processes import is_first, processes
 from bora_pyro.progress import Progress
 from bora_pyro.run_folder import RunFolder, task_slugs
 
 #: Options of a configuration that ``fit`` takes by the same name.
-FIT_OPTIONS = ("epochs", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed", "checkpoint_every")
+FIT_OPTIONS = (
+    "epochs", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed", "checkpoint_every",
+    "task_subsampling", "task_memory",
+)  # fmt: skip
 #: The adapter folder that holds Θ.
 GLOBAL_MEAN = "global-mean"
 
@@ -44,7 +50,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
         quiet: show no progress and no notes.
 
     Returns:
-        What ``metrics.json`` holds.
+        What ``metrics.json`` holds; nothing in other processes than the first of several.
 
     Raises:
         InputError: something in the configuration or the data cannot be used. Nothing is written before the data, the
@@ -53,24 +59,31 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     if config.resume:
         _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
-    process = resident_bytes(find_device(config.device))
+    process, quiet = resident_bytes(find_device(config.device)), quiet or not is_first()
     model, data = build_run(config, quiet=quiet)
     memory = estimate_memory(model, data, token_budget=config.token_budget, process=process)
     if not quiet:
         print(f"memory: {memory}", file=sys.stderr)
-    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
-    folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
-    folder.write_split(data.split_record)
     rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
-    fitted = fit_into(
-        folder, model, data, quiet=quiet, learning_rate=rate, **{name: getattr(config, name) for name in FIT_OPTIONS}
-    )
+    with processes(model.backbone.device) as team:
+        folder = team.first(lambda: _create_folder(config, data)) or RunFolder(Path(config.output_dir))
+        options = {name: getattr(config, name) for name in FIT_OPTIONS}
+        fitted = fit_into(folder, model, data, quiet=quiet, learning_rate=rate, processes=team, **options)
+    if not is_first():
+        return {}
     write_adapters(folder, fitted, config.base_model)
     write_posterior(folder, fitted, "map")
     metrics = metrics_of(config, fitted, data) | {"predicted_memory_bytes": memory.total}
     folder.write_metrics(metrics)
     return metrics
+
+
+def _create_folder(config: MapFitConfig, data: TaskData) -> RunFolder:
+    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
+    folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
+    folder.write_split(data.split_record)
+    return folder
 
 
 def build_run(
@@ -130,7 +143,9 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        name = found.type if found else "cpu"
+    if ":" not in name and name != "cpu" and "LOCAL_RANK" in os.environ:
+        name = f"{name}:{os.environ['LOCAL_RANK']}"  # a device for each process of this machine
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -195,8 +210,9 @@ def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **o
         )
 
     def record(report: dict[str, Any]) -> None:
-        folder.cut_log(int(report["epoch"]) - 1)
-        folder.log(report)
+        if is_first():
+            folder.cut_log(int(report["epoch"]) - 1)
+            folder.log(report)
         show(report)
 
     with bar:
@@ -206,12 +222,12 @@ def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **o
 
 def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:
     """Write the adapters at the guide's centre in PEFT form: a folder a task, and one for Θ."""
-    theta, mean = fitted.weights()
-    slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
+    slugs, mean = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,)), None
     fitted.model.backbone.model.config.name_or_path = base_model
-    for d, name in enumerate(fitted.tasks):
-        save_peft(folder.adapters / slugs[name], fitted.model, {latent: value[d] for latent, value in theta.items()})
-    save_peft(folder.adapters / GLOBAL_MEAN, fitted.model, mean)
+    for d, theta, of_all in fitted.each_task():
+        save_peft(folder.adapters / slugs[fitted.tasks[d]], fitted.model, theta)
+        mean = mean or of_all
+    save_peft(folder.adapters / GLOBAL_MEAN, fitted.model, mean or {})
 
 
 def write_posterior(folder: RunFolder, fitted: Fitted, guide: str) -> None:
@@ -228,9 +244,9 @@ def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData) -> dict[str
     """What ``metrics.json`` holds of a fit, at the guide's centre."""
     slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
     scores = fitted.evaluate(data.test)
-    norms = fitted.deviation_norms()
+    norms, documents = fitted.deviation_norms(), data.train.documents_per_task
     tasks = {
-        slugs[row["name"]]: row | {"train_documents": data.train.documents_per_task[d], "deviation_norm": float(norms[d])}
+        slugs[row["name"]]: row | {"train_documents": documents[d], "deviation_norm": float(norms[d])}
         for d, row in enumerate(scores.pop("tasks"))
     }
     return scores | {

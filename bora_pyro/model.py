@@ -19,9 +19,11 @@ from torch import Tensor
 from bora_pyro.adapters import Adapter, LoRA
 from bora_pyro.backbone import Backbone, Change, Slot
 from bora_pyro.data.batches import Batch
+from bora_pyro.data.task_draw import TaskDraw
 from bora_pyro.errors import InputError
 from bora_pyro.likelihoods import CausalLM, Likelihood
 from bora_pyro.priors import HierarchicalNormal, Prior
+from bora_pyro.task_plate import TaskPlate
 from bora_pyro.token_loss import UnprojectedLogits
 
 #: Adapter tensors by ``<slot>.<latent>``: (D, layers, *shape) for all tasks, (layers, *shape) for one.
@@ -73,23 +75,28 @@ class BoRA:
 
     def __call__(self, batch: Batch) -> None:
         """Run the model on one batch of documents."""
-        self.likelihood(self.unprojected(batch, self.weights()), batch)
+        self.likelihood(self.unprojected(batch, self.weights(batch)), batch)
 
-    def weights(self) -> Weights:
-        """Sample θ: the latents of all tasks, (D, layers, *shape) each."""
-        tasks = pyro.plate("tasks", self.num_tasks, dim=-1)
+    def plates(self, batch: Batch | TaskDraw | None = None) -> pyro.plate:
+        """The plate of tasks, of all or of those that a batch speaks of: a guide's ``create_plates``."""
+        draw = batch.tasks if isinstance(batch, Batch) else batch
+        return TaskPlate(self.num_tasks, draw) if isinstance(draw, TaskDraw) else pyro.plate("tasks", self.num_tasks, dim=-1)
+
+    def weights(self, batch: Batch | TaskDraw | None = None) -> Weights:
+        """Sample θ: the latents of all tasks, (D, layers, *shape) each, or a row for each task that a batch speaks of."""
+        tasks = self.plates(batch)
         return {name: self.prior.sample(name, start, tasks) for name, start in self.starts.items()}
 
     def logits(self, batch: Batch, weights: Weights | None) -> Tensor:
         """Logits (rows, tokens, vocabulary) of a batch under each row's adapter, or under the base where there are none."""
-        return self.backbone.logits(batch.input_ids, None if weights is None else self.change(weights, batch.task))
+        return self.backbone.logits(batch.input_ids, None if weights is None else self.change(weights, batch.row))
 
     def unprojected(self, batch: Batch, weights: Weights | None) -> Tensor | UnprojectedLogits:
         """As ``logits``, for a likelihood or a score, which need no more than a chunk of them at once."""
-        return self.backbone.unprojected(batch.input_ids, None if weights is None else self.change(weights, batch.task))
+        return self.backbone.unprojected(batch.input_ids, None if weights is None else self.change(weights, batch.row))
 
     def change(self, weights: Weights, task: Tensor) -> Change:
-        """How the adapters of the tasks ``task`` (rows,) change the outputs of the backbone's layers."""
+        """How the adapters in the rows ``task`` (rows,) of the weights change the outputs of the backbone's layers."""
         # one gather a latent for all layers: its backward pass is one scatter, not one a layer
         rows = {name: value.index_select(0, task).unbind(1) for name, value in weights.items()}
         names = {slot.name: [*self.adapter.latents(slot)] for slot in self.backbone.slots}
@@ -105,10 +112,10 @@ class BoRA:
         """The adapter's fixed tensors of one layer, by name."""
         return {name: self.fixed[f"{slot.name}.{name}"][layer] for name in self.adapter.fixed(slot)}
 
-    def weights_given(self, sites: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
-        """θ of all tasks, (D, layers, *shape), and Θ, (layers, *shape), for given values of the sample sites."""
+    def weights_given(self, sites: Mapping[str, Tensor], tasks: TaskDraw | None = None) -> tuple[Weights, Weights]:
+        """θ of all tasks or of some, (D, layers, *shape), and Θ, (layers, *shape), for given values of the sample sites."""
         with torch.no_grad():
-            theta = poutine.condition(self.weights, data=dict(sites))()
+            theta = poutine.condition(self.weights, data=dict(sites))(tasks)
             return theta, {name: self.prior.mean(name, sites, value) for name, value in theta.items()}
 
     def sites_given(self, theta: Weights, mean: Weights) -> Weights:

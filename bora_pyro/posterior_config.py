@@ -55,12 +55,18 @@ class PosteriorFitConfig:
     token_budget: int | None = option(None, "tokens of a batch, padding included (default: the run's)", group=OPTIMISATION)
     accumulate: int = option(1, "batches whose gradients make one step", group=OPTIMISATION)
     gradient_clip: float = option(1.0, "largest norm of the whole gradient; inf does not clip", group=OPTIMISATION)
+    task_subsampling: bool | None = option(
+        None, "move only the tasks that a step's documents are of (default: with more than 64 tasks)", group=OPTIMISATION
+    )
     patience: int = option(
         3, "stop after so many epochs without a better validation perplexity of the mean; 0 never stops early", group=OPTIMISATION
     )
     seed: int = option(0, "seed of the order of the documents and of the draws; the split is the run's", group=OPTIMISATION)
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
+    task_memory: float = option(
+        4.0, "GiB for what belongs to tasks where they are drawn; beyond it they lie in memory-mapped files", group=RUN
+    )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN)
     checkpoint_every: int = option(1, "epochs between checkpoints", group=RUN)
     output_dir: str = option("runs/posterior_fit", "the new run's folder", group=RUN)
@@ -101,6 +107,8 @@ class PosteriorFitConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; give a whole number from 1 up")
+        if not self.task_memory >= 0:
+            raise InputError(f"task_memory is {self.task_memory}; give GiB from 0 (all in files) up")
         if not self.gradient_clip > 0:
             raise InputError(f"gradient_clip is {self.gradient_clip}; give a number above 0, or inf for no clipping")
         if not 0 <= self.warmup <= 1:

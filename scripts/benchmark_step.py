@@ -114,7 +114,7 @@ def bora_step(config: BenchmarkConfig, backbone: Backbone, split: TokenSplit, ba
     """The fit loop's step, and how many numbers it trains."""
     budget = config.rows * config.tokens
     loop = bora_loop(backbone, split, rank=config.rank, tau=config.tau, guide=guide, token_budget=budget, seed=config.seed)
-    return lambda: loop_step(loop, batch), sum(p.numel() for p in loop.parameters.values())
+    return lambda: loop_step(loop, batch), sum(p.numel() for p in loop.state.shared)
 
 
 def peft_step(config: BenchmarkConfig, backbone: Backbone, batch: Batch) -> tuple[Step, int]:

@@ -2,6 +2,8 @@
 
     python scripts/map_fit.py --data speeches.csv --base_model facebook/opt-350m --output_dir runs/speeches
 
+    torchrun --nproc_per_node 2 scripts/map_fit.py --data speeches.csv  # several processes, each with tasks of its own
+
 Every option: ``python scripts/map_fit.py --help``.
 """
 
@@ -14,6 +16,7 @@ import transformers
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.errors import InputError
 from bora_pyro.map_run import run_map_fit
+from bora_pyro.processes import is_first
 from bora_pyro.progress import print_table
 
 
@@ -23,8 +26,11 @@ def main(argv: list[str]) -> int:
         config = parse_config(MapFitConfig, argv, prog="map_fit.py")
         metrics = run_map_fit(config)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_first():
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    if not is_first():
+        return 0
     print_table(metrics)
     if "tau_by_group" in metrics:
         print(f"learned τ: {float(format(metrics['tau'], '.3g')):g} (geometric mean; by group in metrics.json)")

@@ -117,7 +117,7 @@ def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int) -> float
                 values = poutine.condition(theta, data=sites)()
                 task = hierarchy.held_out_task[look]
                 gradients = (hierarchy.held_out[look] - values[task]) / hierarchy.noise**2
-                prior.learn({NAME: values}, {NAME: prior.mean(NAME, sites, values)}, {NAME: gradients}, task)
+                prior.learn({NAME: (values - values.mean(0))[task]}, {NAME: gradients}, task)
             path.append(float(prior.precision(NAME, start).log().mean()))
     return math.exp(statistics.fmean(path[len(path) // 2 :]))
 

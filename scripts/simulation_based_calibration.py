@@ -39,6 +39,8 @@ from torch import Tensor
 
 from bora_pyro import BoRA, HierarchicalNormal, InputError
 from bora_pyro.command_line import option, parse_config
+from bora_pyro.data.batches import Batch
+from bora_pyro.data.task_draw import TaskDraw
 from bora_pyro.elbo import TemperedELBO
 from bora_pyro.guides import LaplaceGuide, auto_normal_guide, low_rank_guide, normal_guide
 from bora_pyro.model import Weights
@@ -125,12 +127,12 @@ class Hierarchies(BoRA):
         with pyro.plate("tasks_of_documents", self.num_tasks, dim=-1):
             pyro.sample("y", dist.Normal(theta, self.curvature**-0.5).to_event(2), obs=self.y)
 
-    def weights(self) -> Weights:
+    def weights(self, batch: Batch | TaskDraw | None = None) -> Weights:
         """Sample θ: (D, S, width) as layers, (S, D, 1, width) in a plate."""
         if self.layers:
-            return super().weights()
+            return super().weights(batch)
         with pyro.plate("simulations", self.y.shape[1], dim=-2):
-            return super().weights()
+            return super().weights(batch)
 
     def by_task(self, theta: Tensor) -> Tensor:
         """θ of either form, or Θ with one task, as (D, S, width)."""

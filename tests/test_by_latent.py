@@ -112,11 +112,11 @@ class Learner(HierarchicalNormal):
 def test_the_other_prior_learns_from_its_own_latents_alone():
     learner = Learner(tau=2)
     prior = ByLatent({"lora_A": Pooled()}, other=learner)
-    theta, mean, gradients = ({f"{slot}.lora_{f}": object() for slot in "qv" for f in "AB"} for _ in range(3))
+    deviations, gradients = ({f"{slot}.lora_{f}": object() for slot in "qv" for f in "AB"} for _ in range(2))
     task = torch.tensor([1, 0])
-    prior.learn(theta, mean, gradients, task)
-    own = [{name: values[name] for name in ("q.lora_B", "v.lora_B")} for values in (theta, mean, gradients)]
-    assert learner.told == ((*own, task), {})
+    prior.learn(deviations, gradients, task, add_up=abs)
+    own = [{name: values[name] for name in ("q.lora_B", "v.lora_B")} for values in (deviations, gradients)]
+    assert learner.told == ((*own, task), {"add_up": abs})
     assert prior.every == 3
     assert ByLatent({}, other=Pooled()).every == 0
     assert prior.state() == learner.state()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from bora_pyro import CausalLM
 from bora_pyro.config import MapFitConfig
 from bora_pyro.data import TokenSplit
-from bora_pyro.fit import _epoch_seed, _schedule
+from bora_pyro.loop import _epoch_seed, _schedule
 from bora_pyro.map_run import build_run, run_map_fit
 from bora_pyro.run_folder import RunFolder
 from tests.tiny import TASKS, of_task, peft_model, random_ids, random_weights, tiny_bora

@@ -28,10 +28,11 @@ from bora_pyro import (
     map_guide,
 )
 from bora_pyro.data import TokenSplit
-from bora_pyro.fit import Fitted, NonFiniteLossError
+from bora_pyro.fit import NonFiniteLossError
+from bora_pyro.fitted import Fitted
 from tests.tiny_base import toy_data, toy_model, toy_split
 
-MODULE = importlib.import_module("bora_pyro.fit")  # bora_pyro.fit itself is the function
+MODULE = importlib.import_module("bora_pyro.loop")
 NOTHING = TokenSplit.from_documents([], task=[], num_tasks=3)
 TIMES = ("seconds", "training_tokens_per_second")
 STILL = {"learning_rate": 1e-30, "token_budget": 64}  # steps that move nothing
@@ -86,7 +87,7 @@ class Poisoned(CausalLM):
     poison = False
 
     def __call__(self, logits, batch):
-        super().__call__(logits * math.nan if self.poison else logits, batch)
+        super().__call__(logits() * math.nan if self.poison else logits, batch)
 
 
 # What it reaches

@@ -32,13 +32,13 @@ def look(*, deviation=1.0, sign=-1.0, documents=8, tasks=TASKS):
     signs = torch.tensor([(-1.0) ** d for d in range(tasks)])
     theta = deviation * signs[:, None, None].expand(tasks, *SHAPE).contiguous()
     task = torch.arange(documents) % tasks
-    return {"x": theta}, {"x": torch.zeros(SHAPE)}, {"x": sign * theta[task]}, task
+    return {"x": (theta - theta.mean(0))[task]}, {"x": sign * theta[task]}, task
 
 
 def shrink(prior, times=1, **options):
-    theta, mean, gradients, task = look(**options)
+    deviations, gradients, task = look(**options)
     for _ in range(times):
-        prior.learn(theta, mean, gradients, task)
+        prior.learn(deviations, gradients, task)
     return prior
 
 
@@ -60,12 +60,21 @@ def test_larger_deviations_where_held_out_documents_ask_for_them(per, sign):
     assert all(((value < 100.0) if sign > 0 else (value > 100.0)).all() for value in prior.tau.values())
 
 
-def test_what_all_tasks_share_is_no_deviation():
-    """A common shift of all tasks from Θ says nothing of τ."""
-    prior = prepared(LearnedPrecision("site"))
-    theta, mean, gradients, task = look()
-    prior.learn({"x": torch.ones_like(theta["x"])}, mean, gradients, task)
-    assert prior.tau["x"] == 100.0
+@pytest.mark.parametrize("per", PER)
+def test_documents_in_several_processes_say_the_same_together(per):
+    """Each process has some of the documents; what they add up is what one process sees of all."""
+    deviations, gradients, task = look(documents=10)
+    together, told = prepared(LearnedPrecision(per)), []
+    together.learn(deviations, gradients, task, add_up=lambda value: told.append(value) or value)
+    parts = [torch.arange(10) % 3 == 0, torch.arange(10) % 3 > 0]
+    sums = []
+    for part in parts:
+        own = [{"x": value["x"][part]} for value in (deviations, gradients)]
+        prepared(LearnedPrecision(per)).learn(*own, task[part], add_up=lambda value: sums.append(value) or value)
+    torch.testing.assert_close(sums[0] + sums[1], told[0])
+    apart = prepared(LearnedPrecision(per))
+    apart.learn(*own, task[part], add_up=lambda value: sums[0] + value)
+    torch.testing.assert_close(apart.tau, together.tau)
 
 
 @pytest.mark.parametrize(("per", "shape"), [("site", ()), ("model", ()), ("layer", (2, 1)), ("task", (TASKS, 1, 1))])
@@ -77,10 +86,10 @@ def test_what_has_a_precision_of_its_own(per, shape):
 
 def test_one_odd_task_gets_a_precision_of_its_own():
     prior = prepared(LearnedPrecision("task"))
-    theta, mean, gradients, task = look(documents=16)
+    deviations, gradients, task = look(documents=16)
     gradients["x"][task == 2] *= -1
     for _ in range(6):
-        prior.learn(theta, mean, gradients, task)
+        prior.learn(deviations, gradients, task)
     tau = prior.tau["x"].flatten()
     assert tau[2] < tau[[0, 1, 3]].min() / 4
     assert torch.allclose(tau[0], tau[[1, 3]])

@@ -10,8 +10,8 @@ import torch
 from bora_pyro import Backbone, BoRA, LoRA, TaskData
 from bora_pyro.adapters import ADAPTERS
 from bora_pyro.data import TokenSplit
-from bora_pyro.fit import Loop
 from bora_pyro.guides import map_guide
+from bora_pyro.loop import Loop
 from bora_pyro.memory import MemoryEstimate, _Layers, base_bytes, estimate_memory, peak_memory_bytes
 from bora_pyro.priors import HierarchicalNormal, Independent, LearnedPrecision, Pooled
 from bora_pyro.token_loss import CHUNK_ENTRIES
@@ -51,13 +51,13 @@ def test_the_state_is_the_bytes_of_the_tensors_of_a_fit(adapter, prior):
     options = {"warmup": 0.0, "accumulate": 1, "gradient_clip": 1.0, "seed": 0, "epochs": 1, "learning_rate": 0.01}
     loop = Loop(model, data, map_guide(model), token_budget=32, **options)
     batch = data.train.batches(token_budget=32)[0]
-    loop.step(0.01, loop.backward(batch, 1, validate=False), 0)
-    loop.backward(batch, 1, validate=False)
+    loop.step([batch], 0.01, 0)
+    loop.backward(batch, validate=False)
     theta, _ = loop.fitted.weights()
-    moments = [loop.optimizer.state[p][key] for p in loop.parameters.values() for key in ("exp_avg", "exp_avg_sq")]
-    best = [value for name, value in loop.best_state.items() if name in loop.parameters]
-    gradients = [p.grad for p in loop.parameters.values()]
-    held = [*loop.parameters.values(), *moments, *best, *model.starts.values(), *model.fixed.values()]
+    moments = [loop.state.optimizer.state[p][key] for p in loop.state.shared for key in ("exp_avg", "exp_avg_sq")]
+    best = [value for name, value in loop.state.best.items() if name in loop.state.parameters]
+    gradients = [p.grad for p in loop.state.shared]
+    held = [*loop.state.shared, *moments, *best, *model.starts.values(), *model.fixed.values()]
     every_task = sum(4 * value.numel() for value in theta.values())
     throughout = sum(t.numel() * t.element_size() for t in held) + every_task
     in_backward = sum(t.numel() * t.element_size() for t in gradients) + every_task

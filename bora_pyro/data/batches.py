@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bora_pyro.data.task_draw import TaskDraw
 from bora_pyro.errors import InputError
 from bora_pyro.token_loss import IGNORED
 
@@ -41,6 +42,8 @@ class Batch:
         index: (rows,) int64, position of the document in its split.
         scale: number of batches in the epoch; scale times the log-likelihood of the batch is an unbiased estimate of the
             split's (see `TokenSplit.batches`).
+        tasks: the tasks that the batch speaks of; None: all tasks of the model.
+        share: what its loss is multiplied with where k batches make one step: 1/k.
     """
 
     input_ids: Tensor
@@ -49,6 +52,13 @@ class Batch:
     task: Tensor
     index: Tensor
     scale: float
+    tasks: TaskDraw | None = None
+    share: float = 1.0
+
+    @property
+    def row(self) -> Tensor:
+        """(rows,) int64: where each document's task stands among ``tasks``, and so in the weights of the batch."""
+        return self.task if self.tasks is None else self.tasks.positions(self.task)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -59,6 +69,8 @@ class Batch:
             task=self.task.to(device),
             index=self.index.to(device),
             scale=self.scale,
+            tasks=None if self.tasks is None else self.tasks.to(device),
+            share=self.share,
         )
 
 
@@ -137,6 +149,11 @@ class TokenSplit:
         """N_d, the number of documents of each task."""
         return torch.bincount(self.task, minlength=self.num_tasks).tolist()
 
+    @property
+    def tokens_per_task(self) -> Tensor:
+        """(D,) int64: the tokens of each task's documents."""
+        return torch.zeros(self.num_tasks, dtype=torch.int64).index_add_(0, self.task, self.lengths)
+
     def __len__(self) -> int:
         return self.num_documents
 
@@ -148,7 +165,7 @@ class TokenSplit:
         start = int(self.offsets[index])
         return self.tokens[start : start + int(self.lengths[index])].to(torch.int64)
 
-    def batches(self, *, token_budget: int = 4096, seed: int | None = None) -> Batches:
+    def batches(self, *, token_budget: int = 4096, seed: int | None = None, documents: Tensor | None = None) -> Batches:
         """One epoch: every document in exactly one batch, each batch of at most `token_budget` tokens with its padding.
 
         Batches hold documents of like length, so little of them is padding, and differ in their number of documents. The
@@ -163,6 +180,7 @@ class TokenSplit:
         Args:
             token_budget: rows x longest row of a batch stays within it; a single longer document is a batch of its own.
             seed: shuffles documents and batches; give another one each epoch. None sorts by length, the same every time.
+            documents: positions of the only documents to take; default: all.
 
         Returns:
             A sequence of `Batch` that builds a batch when it is asked for it.
@@ -173,12 +191,13 @@ class TokenSplit:
         if token_budget < 1:
             raise InputError(f"token_budget is {token_budget}; give the tokens of one batch, for instance 4096")
         lengths = self.lengths.numpy()
+        order = np.arange(len(lengths)) if documents is None else documents.numpy()
         if seed is None:
-            return Batches(self, _pack(lengths, np.argsort(lengths, kind="stable"), token_budget))
+            return Batches(self, _pack(lengths, order[np.argsort(lengths[order], kind="stable")], token_budget))
         generator = np.random.default_rng(seed)
-        order = generator.permutation(len(lengths))
-        chunk = int(_CHUNK_BATCHES * token_budget / lengths.mean()) if len(lengths) else 1
-        chunk = max(1, min(chunk, -(-len(lengths) // _MIN_CHUNKS)))
+        order = order[generator.permutation(len(order))]
+        chunk = int(_CHUNK_BATCHES * token_budget / lengths[order].mean()) if len(order) else 1
+        chunk = max(1, min(chunk, -(-len(order) // _MIN_CHUNKS)))
         parts = []
         for number, start in enumerate(range(0, len(order), chunk)):
             part = order[start : start + chunk]
@@ -198,6 +217,11 @@ class Batches(Sequence[Batch]):
 
     def __len__(self) -> int:
         return len(self._members)
+
+    @property
+    def tasks(self) -> list[Tensor]:
+        """The tasks of each batch's documents, rising, without building it."""
+        return [self._split.task[torch.from_numpy(members)].unique() for members in self._members]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

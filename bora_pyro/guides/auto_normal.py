@@ -25,4 +25,4 @@ def auto_normal_guide(
     It samples an auxiliary site and a point mass for each site, so that the KL divergence is estimated from draws, and its
     gradient is noisier than that of :func:`~bora_pyro.guides.normal_guide`, which is the same family.
     """
-    return AutoNormal(model, init_loc_fn=init_to_sites(sites), init_scale=scale)
+    return AutoNormal(model, init_loc_fn=init_to_sites(sites), init_scale=scale, create_plates=getattr(model, "plates", None))

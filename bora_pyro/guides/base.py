@@ -18,6 +18,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide, init_to_mean
 from pyro.nn import PyroParam
+from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -104,7 +105,7 @@ class SiteGuide(AutoGuide):
     def __init__(self, model: Callable[..., Any], sites: Mapping[str, Tensor] | None = None, *, scale: float = 0.1) -> None:
         if not 0 < scale < float("inf"):
             raise InputError(f"scale is {scale}; give the first standard deviations as a number above 0, for instance 0.1")
-        super().__init__(model)
+        super().__init__(model, create_plates=getattr(model, "plates", None))
         self._location, self._scale = init_to_sites(sites), scale
 
     @abstractmethod
@@ -122,11 +123,11 @@ class SiteGuide(AutoGuide):
     def unconstrained(self, name: str, event_dim: int) -> dist.TorchDistribution:
         """The distribution of a site on the real line."""
 
-    def put(self, kind: str, name: str, value: Tensor) -> None:
-        """Keep the parameter ``kind`` of the site ``name``."""
+    def put(self, kind: str, name: str, value: Tensor, event_dim: int) -> None:
+        """Keep the parameter ``kind`` of the site ``name``, of which the last ``event_dim`` dimensions belong to one event."""
         value = value.clone(memory_format=torch.contiguous_format)
         # a PyroParam and no plain parameter: stock SVI looks for what Pyro itself has made
-        setattr(self, tensor_key(kind, name), PyroParam(value, event_dim=value.dim()))
+        setattr(self, tensor_key(kind, name), PyroParam(value, event_dim=event_dim))
 
     def get(self, kind: str, name: str) -> Tensor:
         """The parameter ``kind`` of the site ``name``."""
@@ -137,9 +138,13 @@ class SiteGuide(AutoGuide):
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             transform = biject_to(site["fn"].support)
             centre = transform.inv(self._location(site))
+            for frame in site["cond_indep_stack"]:
+                full_size = frame.full_size or frame.size
+                if full_size != frame.size:  # the model was first run on some of its tasks
+                    centre = periodic_repeat(centre, full_size, frame.dim - site["fn"].event_dim)
             # a log-Normal's standard deviation is a relative one; a scale of 0.1 needs no unit there
             deviation = self._scale * (_unit(site["fn"]) if _is_real(site["fn"].support) else torch.ones(()))
-            self.begin(name, centre, deviation.to(centre), centre.dim() - len(site["fn"].batch_shape))
+            self.begin(name, centre, _rows_of(deviation, centre), centre.dim() - len(site["fn"].batch_shape))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every site; the arguments are the model's, and only the first call looks at them."""
@@ -185,3 +190,9 @@ def _unit(prior: Any) -> Tensor:
     while isinstance(prior, dist.Independent):
         prior = prior.base_dist
     return torch.tensor(FLAT_UNIT) if isinstance(prior, Flat) else prior.variance.sqrt()
+
+
+def _rows_of(deviation: Tensor, centre: Tensor) -> Tensor:
+    """The first deviations, of the centre's kind; where the model has told them for fewer rows, those of the first for all."""
+    fits = all(size in (1, of_centre) for size, of_centre in zip(reversed(deviation.shape), reversed(centre.shape), strict=False))
+    return (deviation if fits else deviation[:1]).to(centre)

@@ -117,11 +117,11 @@ class LowRankGuide(SiteGuide):
         self._rank, self._generator = rank, torch.Generator().manual_seed(seed)
 
     def begin(self, name: str, centre: Tensor, deviation: Tensor, event_dim: int) -> None:
-        self.put("loc", name, centre)
-        self.put("log_scale", name, deviation.log().expand(centre.shape))
+        self.put("loc", name, centre, event_dim)
+        self.put("log_scale", name, deviation.log().expand(centre.shape), event_dim)
         noise = torch.randn((*centre.shape, self._rank), generator=self._generator, dtype=centre.dtype).to(centre.device)
         # together the columns begin with a tenth of the diagonal's variance
-        self.put("factor", name, noise * deviation.expand(centre.shape)[..., None] * (0.1 / self._rank) ** 0.5)
+        self.put("factor", name, noise * deviation.expand(centre.shape)[..., None] * (0.1 / self._rank) ** 0.5, event_dim + 1)
 
     def unconstrained(self, name: str, event_dim: int) -> dist.TorchDistribution:
         loc, scale, factor = self.get("loc", name), self.get("log_scale", name).exp(), self.get("factor", name)

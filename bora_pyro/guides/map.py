@@ -33,4 +33,4 @@ def map_guide(
     Raises:
         InputError: when the guide is first run, a site that has no value there or one of another shape.
     """
-    return AutoDelta(model, init_loc_fn=init_to_sites(sites))
+    return AutoDelta(model, init_loc_fn=init_to_sites(sites), create_plates=getattr(model, "plates", None))

@@ -29,8 +29,8 @@ class NormalGuide(SiteGuide):
     """
 
     def begin(self, name: str, centre: Tensor, deviation: Tensor, event_dim: int) -> None:
-        self.put("loc", name, centre)
-        self.put("log_scale", name, deviation.log().expand(centre.shape))
+        self.put("loc", name, centre, event_dim)
+        self.put("log_scale", name, deviation.log().expand(centre.shape), event_dim)
 
     def unconstrained(self, name: str, event_dim: int) -> dist.TorchDistribution:
         return dist.Normal(self.get("loc", name), self.get("log_scale", name).exp(), validate_args=False).to_event(event_dim)

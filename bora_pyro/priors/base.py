@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -28,15 +28,20 @@ class Prior(ABC):
         Args:
             name: prefix-free name of the latent; the sites are called ``theta.<name>`` and ``prior_mean.<name>``.
             start: where inference begins, common to all tasks: (layers, *shape).
-            tasks: the plate of tasks, D of them, at dimension -1.
+            tasks: the plate of tasks at dimension -1: all D of them, or the ones that a batch speaks of. ``tasks.indices``
+                tells which they are, ``tasks.subsample_size`` how many; of those alone values are wanted.
 
         Returns:
-            θ: (D, layers, *shape).
+            θ: (D, layers, *shape), or as many rows as the plate has tasks.
         """
 
     @abstractmethod
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         """Θ of the latent ``name``, (layers, *shape), given the values of the sites and θ."""
+
+    def averages(self, name: str) -> bool:
+        """Whether Θ of the latent ``name`` is the tasks' average, so that ``mean`` needs θ of all of them."""
+        return False
 
     def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         """Values of the sample sites that give θ and Θ: the inverse of ``sample`` and ``mean``.
@@ -73,18 +78,20 @@ class Prior(ABC):
 
     def learn(  # noqa: B027 (most priors have nothing to learn)
         self,
-        theta: Mapping[str, Tensor],
-        mean: Mapping[str, Tensor],
+        deviations: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         task: Tensor,
+        *,
+        add_up: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         """Follow what some validation documents say of the prior's own parameters; a prior without any does nothing.
 
         Args:
-            theta: θ by latent, (D, layers, *shape).
-            mean: Θ by latent, (layers, *shape).
+            deviations: θ_d(n) − mean_d θ_d by latent: how the task of each document deviates from the tasks' average,
+                (documents, layers, *shape).
             gradients: ∇ log p(w_n | θ_d(n)) of each document with respect to its own task's weights, (documents, layers, *shape).
             task: index of each document's task, (documents,).
+            add_up: adds a tensor up over the processes of a fit, each of which has other documents.
         """
 
     def state(self) -> dict[str, Tensor]:
@@ -138,9 +145,9 @@ def _kl_normal_standard_normal(q: dist.Normal, p: StandardNormal) -> Tensor:
 
 
 def copies(value: Tensor, start: Tensor, tasks: pyro.plate) -> Tensor:
-    """``value`` once for each task: (D, *start.shape)."""
-    # D copies and no expanded view, whose entries an optimiser would update together: the same guides make parameters of it
-    return value.expand(tasks.size, *start.shape).contiguous()
+    """``value`` once for each task of the plate: (D, *start.shape)."""
+    # copies and no expanded view, whose entries an optimiser would update together: the same guides make parameters of it
+    return value.expand(tasks.subsample_size, *start.shape).contiguous()
 
 
 def check_tau(tau: float) -> None:

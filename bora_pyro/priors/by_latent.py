@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import pyro
 from torch import Tensor
@@ -48,6 +48,9 @@ class ByLatent(Prior):
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return self.of(name).mean(name, sites, theta)
 
+    def averages(self, name: str) -> bool:
+        return self.of(name).averages(name)
+
     def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         return self.of(name).sites(name, theta, mean)
 
@@ -56,14 +59,15 @@ class ByLatent(Prior):
 
     def learn(
         self,
-        theta: Mapping[str, Tensor],
-        mean: Mapping[str, Tensor],
+        deviations: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         task: Tensor,
+        *,
+        add_up: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
-        names = [name for name in theta if self.of(name) is self.other]
-        theta, mean, gradients = ({name: values[name] for name in names} for values in (theta, mean, gradients))
-        self.other.learn(theta, mean, gradients, task)
+        names = [name for name in deviations if self.of(name) is self.other]
+        deviations, gradients = ({name: values[name] for name in names} for values in (deviations, gradients))
+        self.other.learn(deviations, gradients, task, add_up=add_up)
 
     def state(self) -> dict[str, Tensor]:
         return self.other.state()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pyro
 import torch
@@ -69,7 +69,8 @@ class LearnedPrecision(Prior):
         if name not in self.tau:
             shapes = {"layer": (len(start),) + (1,) * (start.dim() - 1), "task": (tasks.size,) + (1,) * start.dim()}
             self.tau[name] = start.new_full(shapes.get(self.per, ()), self.start)
-        return whitened_deviation(name, start, tasks, self.tau[name] ** -0.5)
+        tau = self.tau[name]
+        return whitened_deviation(name, start, tasks, (tau[tasks.indices] if self.per == "task" else tau) ** -0.5)
 
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
@@ -83,16 +84,20 @@ class LearnedPrecision(Prior):
 
     def learn(
         self,
-        theta: Mapping[str, Tensor],
-        mean: Mapping[str, Tensor],
+        deviations: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         task: Tensor,
+        *,
+        add_up: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
-        slopes = {}
-        for name, value in theta.items():
-            deviation = (value - mean[name]) - (value - mean[name]).mean(0)
-            slopes[name] = (gradients[name] * deviation.index_select(0, task)).flatten(2).sum(-1)  # (documents, layers)
-        steps = {key: self._step(key, *value) for key, value in self._by_group(slopes, task).items()}
+        # (documents, layers) each
+        slopes = {name: (gradients[name] * deviation).flatten(2).sum(-1) for name, deviation in deviations.items()}
+        sums = {
+            key: torch.stack([of_documents.sum(0), own.sum(0), of_documents.square().sum(0)])
+            for key, (of_documents, own) in self._by_group(slopes, task).items()
+        }
+        added = add_up(torch.cat([value.flatten() for value in sums.values()])).split([value.numel() for value in sums.values()])
+        steps = {key: self._step(key, *of_group.view(3, -1)) for key, of_group in zip(sums, added, strict=True)}
         for name, tau in self.tau.items():
             change = steps["model" if self.per == "model" else name].view(tau.shape if self.per == "layer" else ())
             if self.per == "task":
@@ -113,11 +118,11 @@ class LearnedPrecision(Prior):
             groups["tasks"] = (of_documents * own, own)
         return groups
 
-    def _step(self, key: str, slopes: Tensor, own: Tensor) -> Tensor:
-        """The step in −log τ of each member of a group, (members,)."""
+    def _step(self, key: str, slopes: Tensor, own: Tensor, squares: Tensor) -> Tensor:
+        """The step in −log τ of each member of a group, (members,), of sums of slopes, of ones and of squared slopes."""
         # in units of this look's own root mean square, one for all tasks: slopes grow a hundredfold within a fit
-        scale = (slopes.square().sum() / own.sum()).sqrt().clamp(min=torch.finfo(slopes.dtype).tiny)
-        new = torch.stack([slopes.sum(0) / scale, own.sum(0)])
+        scale = (squares.sum() / own.sum()).sqrt().clamp(min=torch.finfo(slopes.dtype).tiny)
+        new = torch.stack([slopes / scale, own])
         self._sums[key] = new + _MEMORY * self._sums.get(key, torch.zeros_like(new))
         total, documents = self._sums[key]
         return self.rate * total / (documents + _SHRINKAGE)

@@ -21,6 +21,9 @@ class Independent(Prior):
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return theta.mean(0)
 
+    def averages(self, name: str) -> bool:
+        return True
+
     def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         return {f"theta.{name}": theta}
 
@@ -36,7 +39,7 @@ class Pooled(Prior):
 
     def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
         prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim()))
-        return prior_mean.expand(tasks.size, *start.shape)
+        return prior_mean.expand(tasks.subsample_size, *start.shape)
 
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]

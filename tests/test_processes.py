@@ -1,0 +1,109 @@
+"""Several processes are one: the same steps, checkpoints that any number of them can take up, and no more traffic than Θ."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bora_pyro import InputError, fit
+from bora_pyro.processes import Processes, add_up_gradient, shares
+from tests.tiny import tiny_bora, tiny_data
+from tests.two_processes import COUNTS, PRIORS, loop, run
+
+
+def started(what, folder, number=2):
+    """What each process of a fit has to say."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.two_processes", what, str(folder)],
+            env=os.environ | {
+                "RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(number)
+    ]  # fmt: skip
+    for child in children:
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode == 0, errors
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(number)]
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_two_processes_take_the_steps_of_one(prior, tmp_path):
+    guide = "map"
+    first, second = started(f"{prior} {guide}", tmp_path)
+    parts = shares(tiny_data(COUNTS).train.tokens_per_task, 2)
+    assert len(parts[0]) != len(parts[1])
+    one = loop(prior, guide, shares=parts)
+    assert one.steps_per_epoch > 2
+    reports, one = run(one, -(-20 // one.steps_per_epoch))
+    assert first["steps"] >= 20
+    assert first["objective"] == second["objective"]
+    assert first["objective"] == pytest.approx([report["objective"] for report in reports], rel=1e-5)
+    sites = torch.load(tmp_path / "sites.pt")
+    for name, value in one.fitted.sites().items():
+        torch.testing.assert_close(sites[name], value, rtol=1e-5, atol=1e-5)
+    assert first["tau"] == pytest.approx(one.fitted.tau_by_group(), rel=1e-5)
+
+
+def test_a_step_sends_the_gradient_of_theta_whatever_the_number_of_tasks(tmp_path):
+    result = started("bytes", tmp_path)[0]
+    few, many = result["bytes"]["25"], result["bytes"]["1000"]
+    assert few == many == [result["shared"] + 5 * 8]  # beside it the norm, the loss and three counts
+
+
+def test_more_processes_than_tasks_with_documents_is_one_line(tmp_path):
+    errors = [result["error"] for result in started("too many", tmp_path)]
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("2 processes for 1 tasks with training documents; each needs one of its own")
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_any_number_of_processes_takes_up_where_another_has_left(prior, tmp_path):
+    """Two processes, then one, then three: each goes on where the last has ended, with every task's values."""
+    started(f"fit 1 {prior}", tmp_path)
+    two = torch.load(tmp_path / "sites.pt")
+
+    def alone(epochs):
+        model = tiny_bora(targets=["q_proj"], tasks=len(COUNTS), prior=PRIORS[prior]())
+        options = {"token_budget": 12, "patience": 0, "checkpoint": tmp_path / "last.safetensors"}
+        return fit(model, tiny_data(COUNTS), epochs=epochs, **options)
+
+    one = alone(1)  # nothing left to do: what the two had
+    assert len(one.history) == 1
+    for name, value in one.sites().items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=0)
+    one = alone(2)
+    assert [entry["epoch"] for entry in one.history] == [1, 2]
+    three = started(f"fit 3 {prior}", tmp_path, 3)[0]
+    assert [entry["epoch"] for entry in three["history"]] == [1, 2, 3]
+    assert three["history"][:2] == one.history
+    assert three["history"][2]["loss"] < one.history[0]["loss"]
+
+
+def test_tasks_are_dealt_out_by_tokens():
+    parts = shares(torch.tensor([100, 1, 1, 50, 50, 0, 0]), 2)
+    assert sorted(torch.cat(parts).tolist()) == list(range(7))
+    tokens = torch.tensor([100, 1, 1, 50, 50, 0, 0])
+    assert [int(tokens[part].sum()) for part in parts] == [101, 101]
+    with pytest.raises(InputError, match=r"6 processes for 5 tasks .* start 5 or fewer"):
+        shares(tokens, 6)
+
+
+def test_the_norm_is_that_of_the_whole_gradient():
+    one, other = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    one.grad, other.grad = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 4.0, 0.0])
+    assert add_up_gradient(Processes(), [one], [other], torch.zeros(4)) == pytest.approx(5)
+    assert add_up_gradient(Processes(), [], [other, torch.nn.Parameter(torch.zeros(2))], torch.zeros(4)) == pytest.approx(4)

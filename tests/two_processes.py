@@ -1,0 +1,77 @@
+"""One process of a fit that several share, started by the tests: python -m tests.two_processes WHAT FOLDER."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bora_pyro import HierarchicalNormal, InputError, LearnedPrecision, fit
+from bora_pyro.guides import GUIDES
+from bora_pyro.loop import Loop
+from bora_pyro.processes import processes
+from tests.tiny import tiny_bora, tiny_data
+
+COUNTS = (3, 0, 1, 4, 2, 9, 2)
+PRIORS = {"normal": lambda: HierarchicalNormal(10.0), "learned": lambda: LearnedPrecision(start=10.0)}
+
+
+def loop(prior, guide, tasks=COUNTS, **options):
+    """A loop of some steps an epoch on tiny tasks."""
+    model = tiny_bora(targets=["q_proj"], tasks=len(tasks), prior=PRIORS[prior]())
+    options = {
+        "learning_rate": 0.01, "warmup": 0.1, "token_budget": 12, "accumulate": 1, "gradient_clip": 1.0, "seed": 0, "epochs": 9,
+        "task_subsampling": True,
+    } | options  # fmt: skip
+    return Loop(model, tiny_data(tasks), GUIDES[guide](model), **options)
+
+
+def run(own, epochs):
+    """Epochs until there were 20 steps; the reports and the guide's values."""
+    reports = [own.run_epoch(None) for _ in range(epochs)]
+    own.state.keep()
+    own.finish()
+    return reports, own
+
+
+def main(what, folder):
+    folder = Path(folder)
+    with processes(torch.device("cpu")) as team:
+        if what == "bytes":
+            found = {}
+            for tasks in (25, 1000):
+                seen = []
+                own = loop("normal", "map", (1,) * tasks, processes=team, token_budget=100)
+                own.run_epoch(lambda report, seen=seen: seen.append(report["reduced_bytes"]))
+                found[tasks] = sorted(set(seen))
+            result = {"bytes": found, "shared": sum(4 * start.numel() for start in own.model.starts.values())}
+        elif what == "too many":
+            try:
+                loop("normal", "map", (3, 0, 0), processes=team)
+                result = {"error": None}
+            except InputError as error:
+                result = {"error": str(error)}
+        elif what.startswith("fit"):
+            _, epochs, prior = what.split()
+            model = tiny_bora(targets=["q_proj"], tasks=len(COUNTS), prior=PRIORS[prior]())
+            options = {"epochs": int(epochs), "token_budget": 12, "patience": 0, "checkpoint": folder / "last.safetensors"}
+            fitted = fit(model, tiny_data(COUNTS), processes=team, **options)
+            result = {"history": fitted.history, "best": fitted.best_epoch}
+            if not team.rank:
+                torch.save(fitted.sites(), folder / "sites.pt")
+        else:
+            prior, guide = what.split()
+            own = loop(prior, guide, processes=team)
+            epochs = -(-20 // own.steps_per_epoch)
+            reports, own = run(own, epochs)
+            result = {"objective": [r["objective"] for r in reports], "steps": epochs * own.steps_per_epoch}
+            result["tau"] = own.fitted.tau_by_group() if not team.rank else None
+            if not team.rank:
+                torch.save(own.fitted.sites(), folder / "sites.pt")
+    (folder / f"rank{team.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
