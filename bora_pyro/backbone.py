@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.short_attention import use_short_attention
 from bora_pyro.token_loss import UnprojectedLogits
 
 BUILTIN_BASES = {"builtin:nano": Path(__file__).parent / "assets" / "nano"}
@@ -46,6 +48,9 @@ DEFAULT_TARGETS = ("q_proj", "v_proj")
 QUANTIZATIONS = ("4bit", "8bit")
 #: The placements over several devices that transformers works out itself.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+#: glibc's largest threshold above which memory is mapped.
+MAPPED_BYTES = 2**25
 
 #: ``change(slot, layer, x, output)``: the changed output of one linear layer, (rows, tokens, out_features), given its input,
 #: (rows, tokens, in_features), and its own output, both on the device of the layer; so is the result.
@@ -98,6 +103,7 @@ class Backbone:
         gradient_checkpointing: bool = False,
     ) -> None:
         self.model: Any = model.requires_grad_(False).eval()
+        use_short_attention(model)
         self.tokenizer = tokenizer
         self.gradient_checkpointing = gradient_checkpointing
         self.slots = find_slots(model, targets)
@@ -168,6 +174,19 @@ class Backbone:
     def context(self) -> int | None:
         """The longest document in tokens that the model can read, or None where its configuration sets no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
+
+    @cached_property
+    def pass_tokens(self) -> int:
+        """The tokens of a forward and backward pass: with more of them it is the slower for each.
+
+        On CPUs a tensor above glibc's largest threshold for mapped memory, 32 MiB, comes from the system anew whenever it is
+        made, page by page; so the widest layer's output stays below it.
+        """
+        if self.device.type != "cpu":
+            return sys.maxsize
+        linear = _linear_modules(self.model).values()
+        widest = max((max(_shape(module)[:2]) for module in linear), default=1)
+        return max(1, MAPPED_BYTES // (widest * self.model.get_input_embeddings().weight.element_size()))
 
     def logits(self, input_ids: Tensor, change: Change | None = None, *, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits (rows, tokens, vocabulary), with ``change`` made to the output of every target layer.

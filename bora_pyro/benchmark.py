@@ -37,6 +37,7 @@ from bora_pyro.guides import GUIDES
 from bora_pyro.loop import Loop
 from bora_pyro.model import BoRA
 from bora_pyro.priors import prior_from_tau
+from bora_pyro.short_attention import NAME as SHORT_SDPA
 
 _OPT = {"model_type": "opt", "dropout": 0.0, "max_position_embeddings": 1024}
 
@@ -178,7 +179,8 @@ def peft_model(backbone: Backbone, *, rank: int, seed: int = 0, adapters: Sequen
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     model.config.use_cache = False
-    assert model.config._attn_implementation == base.config._attn_implementation
+    if base.config._attn_implementation == SHORT_SDPA:
+        model.set_attn_implementation("sdpa")  # transformers' own, whose backward pass ours replaces
     return model.eval()
 
 

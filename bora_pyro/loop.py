@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ class Loop:
             (4,) float64: loss, log-likelihood, documents and predicted tokens of the step, in all processes.
         """
         sums = torch.zeros(4, dtype=torch.float64)
-        for batch in self.state.begin(batches):
+        most = self.model.backbone.pass_tokens
+        for batch in chain.from_iterable(whole.parts(most) for whole in self.state.begin(batches)):
             loss = self.backward(batch.to(self.device), validate=validate)
             # what the batch itself has: the scale to all documents taken off again
             log_likelihood = self.elbo.log_likelihood.item() / batch.scale

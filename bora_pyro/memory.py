@@ -74,7 +74,8 @@ def estimate_memory(
 
     With P the numbers of one task's adapter, G = (D + 1) P those of the guide (Θ and D deviations), R the documents and T the
     tokens of a batch, padding included, V the vocabulary, h the hidden size, a and k the widths of the queries and of the keys,
-    f that of the feed-forward layer, and b the bytes of a number of the base:
+    f that of the feed-forward layer, and b the bytes of a number of the base (R and T of a part, where a batch is taken in parts,
+    as ``Backbone.pass_tokens`` says):
 
     - base: its parameters and buffers as they are stored;
     - state, throughout: 4 (4 G + D P + P): the guide, two moments of AdamW, the copy of the best state, θ as the guide keeps it
@@ -115,7 +116,7 @@ def estimate_memory(
 
     # (state, activations, logits) of each batch's phases
     phases = []
-    for rows, tokens in _shapes(data.train, token_budget):
+    for rows, tokens in (_part(*shape, backbone.pass_tokens) for shape in _shapes(data.train, token_budget)):
         kept = tokens * layers.kept(checkpointing=checkpointing) + FLOAT * rows * size
         logits = 3 * FLOAT * min(tokens, chunk) * vocabulary
         again = tokens * (layers.scratch() + (layers.layer() if checkpointing else 0))
@@ -176,6 +177,12 @@ def _shapes(split: TokenSplit, token_budget: int) -> list[tuple[int, int]]:
     """Rows and tokens, padding included, of the batches of a split."""
     # by length, not in the order of an epoch: that has the fullest batches, and those of the most rows
     return [(rows, rows * longest) for rows, longest in split.batches(token_budget=token_budget).shapes]
+
+
+def _part(rows: int, tokens: int, most: int) -> tuple[int, int]:
+    """Rows and tokens of the largest part of a batch, as `Batch.parts` cuts it."""
+    of_part = -(-rows // min(rows, -(-tokens // most)))
+    return of_part, of_part * (tokens // rows)
 
 
 @dataclass(frozen=True)

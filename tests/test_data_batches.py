@@ -7,6 +7,7 @@ import torch
 
 from bora_pyro.data.batches import TokenSplit
 from bora_pyro.errors import InputError
+from tests.tiny import tiny_split
 
 BUDGETS = [1, 7, 20, 64, 10_000]
 SEEDS = [None, 0, 1]
@@ -138,3 +139,21 @@ def test_bad_arguments_give_one_line():
         TokenSplit.from_documents([[1, 2], [1, 2]], task=[0, 1], num_tasks=1)
     with pytest.raises(InputError, match="disagree; give one length, task and character count a document"):
         TokenSplit.from_documents([[1, 2], [1, 2]], task=[0], num_tasks=1)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 12, 20, 40, 1000])
+def test_the_parts_of_a_batch_are_its_documents_and_count_as_much(tokens):
+    [batch] = tiny_split((3, 1, 4)).batches(token_budget=10_000)
+    parts = batch.parts(tokens)
+    assert torch.cat([part.index for part in parts]).tolist() == batch.index.tolist()
+    assert torch.cat([part.task for part in parts]).tolist() == batch.task.tolist()
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    for part in parts:
+        assert part.scale * part.share == pytest.approx(batch.scale)
+        assert len(part.index) == 1 or part.input_ids.numel() <= tokens + part.input_ids.shape[1] - 1
+        assert part.input_ids.shape[1] == int(part.attention_mask.sum(-1).max())  # no more padding than it needs
+        for row, n in enumerate(part.index.tolist()):
+            place = batch.index.tolist().index(n)
+            length = int(batch.attention_mask[place].sum())
+            assert part.input_ids[row, :length].tolist() == batch.input_ids[place, :length].tolist()
+            assert part.labels[row, :length].tolist() == batch.labels[place, :length].tolist()

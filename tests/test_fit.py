@@ -555,3 +555,15 @@ def test_documents_of_one_task_do_not_move_the_deviations_of_another():
 def _only(split, task):
     documents = [split.document(n).tolist() for n in range(len(split)) if split.task[n] == task]
     return TokenSplit.from_documents(documents, task=[task] * len(documents), num_tasks=split.num_tasks, pad_token_id=1)
+
+
+@pytest.mark.parametrize("task_subsampling", [False, True])
+def test_a_batch_in_parts_takes_the_step_of_the_whole(data, task_subsampling):
+    options = {"epochs": 2, "token_budget": 128, "task_subsampling": task_subsampling}
+    whole = fit(toy_model(prior=HierarchicalNormal(tau=10)), data, **options)
+    model = toy_model(prior=HierarchicalNormal(tau=10))
+    model.backbone.pass_tokens = 40
+    parts = fit(model, data, **options)
+    assert [entry["loss"] for entry in parts.history] == pytest.approx([entry["loss"] for entry in whole.history], rel=1e-5)
+    for name, value in parameters(whole).items():
+        torch.testing.assert_close(parameters(parts)[name], value, rtol=1e-3, atol=1e-4)

@@ -11,7 +11,7 @@ TokenSplit(2 documents, 3 predicted tokens, 2 tasks)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import overload
 
@@ -59,6 +59,24 @@ class Batch:
     def row(self) -> Tensor:
         """(rows,) int64: where each document's task stands among ``tasks``, and so in the weights of the batch."""
         return self.task if self.tasks is None else self.tasks.positions(self.task)
+
+    def parts(self, tokens: int) -> list[Batch]:
+        """The batch in as many parts as keep each within so many tokens, padding included; their losses add up to its own.
+
+        Each of k parts has a k-th of the share and counts its documents k times, so that the prior counts once.
+        """
+        rows, longest = self.input_ids.shape
+        k = min(rows, -(-rows * longest // max(tokens, 1)))
+        if k == 1:
+            return [self]
+        parts = []
+        for index in torch.arange(rows).tensor_split(k):
+            of_part = slice(int(index[0]), int(index[-1]) + 1)
+            width = int(self.attention_mask[of_part].sum(-1).max())
+            part = {name: getattr(self, name)[of_part, :width] for name in ("input_ids", "attention_mask", "labels")}
+            part |= {name: getattr(self, name)[of_part] for name in ("task", "index")}
+            parts.append(replace(self, **part, scale=self.scale * k, share=self.share / k))
+        return parts
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
