@@ -212,6 +212,16 @@ class Backbone:
             states = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return UnprojectedLogits(states, self.model.get_output_embeddings())
 
+    def idle(self, *, backward: bool = False) -> None:
+        """A pass whose result nobody wants: for processes that each hold a part of the base and need the others' parts."""
+        two = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
+        with torch.set_grad_enabled(backward):
+            zero = torch.zeros((), device=self.device, requires_grad=backward)
+            output = self.unprojected(two, lambda slot, layer, x, output: output + zero.to(output))
+            states = output.states if isinstance(output, UnprojectedLogits) else output
+            if backward:
+                states.float().sum().backward()
+
     @cached_property
     def ends_with_head(self) -> bool:
         """Whether the model's logits are its output embedding's map of its last hidden states, found out on two tokens."""

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bora_pyro.errors import InputError
+from bora_pyro.row_tensor import RowTensor
 
 
-def save_checkpoint(path: Path, groups: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor | RowTensor]], progress: dict[str, Any]) -> None:
     """Write ``groups`` of tensors and the JSON-able ``progress`` to ``path``; a crash leaves the old file or the new one."""
-    tensors = {
-        f"{group}/{name}": value.detach().cpu().contiguous() for group, values in groups.items() for name, value in values.items()
-    }
+    tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
+    _write_safetensors(temporary, tensors, {"progress": json.dumps(progress)})
     os.replace(temporary, path)
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor | RowTensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file tensor by tensor, and rows in files a few at a time: they need not fit into memory together.
+
+    The format (huggingface/safetensors, README): the header's length as 8 bytes, the header as JSON, and the tensors' bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, value in tensors.items():
+        start, end = end, end + math.prod(value.shape) * value.dtype.itemsize
+        header[name] = {"dtype": _DTYPES[value.dtype], "shape": [*value.shape], "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for value in tensors.values():
+            for part in value.chunks() if isinstance(value, RowTensor) else [value.detach()]:
+                file.write(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+_DTYPES = {
+    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class Checkpoint:

@@ -126,6 +126,9 @@ class MapFitConfig:
         group=RUN,
         choices=DEVICE_MAPS,
     )
+    shard_base: bool = option(
+        False, "with several processes: each holds a part of the base's layers, where one cannot hold all", group=RUN
+    )
     precision: str = option(
         "float32", "arithmetic of the frozen model; the adapter stays float32", group=RUN, choices=("float32", "bfloat16")
     )
@@ -197,6 +200,9 @@ class MapFitConfig:
                 f"tau is learned for prior_form noncentered and penalty normal; here they are {self.prior_form} and "
                 f"{self.penalty}: leave them out, or give a number for tau"
             )
+        for name in ("quantization", "device_map"):
+            if self.shard_base and getattr(self, name) is not None:
+                raise InputError(f"shard_base and {name} are both given; leave one of them out")
         if self.overwrite and self.resume:
             raise InputError("overwrite and resume are both true; overwrite starts anew, resume goes on: give one of them")
 

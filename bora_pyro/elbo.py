@@ -48,7 +48,16 @@ class TemperedELBO(TraceMeanField_ELBO):
         model_trace.compute_log_prob(lambda name, site: site["is_observed"])
         return model_trace, prune_subsample_sites(guide_trace)
 
+    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, to be differentiated; its value stays on its device, where Pyro's own asks for it three times a step."""
+        losses = [self._loss(*traces) for traces in self._get_traces(model, guide, args, kwargs)]
+        return torch.stack(losses).mean()
+
     def _differentiable_loss_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> tuple[float, Tensor]:
+        loss = self._loss(model_trace, guide_trace)
+        return loss.item(), loss
+
+    def _loss(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
         log_likelihood: Any = sum(model_trace.nodes[name]["log_prob_sum"] for name in model_trace.observation_nodes)
         divergence: Any = sum(
             _divergence(site, model_trace.nodes.get(name))
@@ -56,8 +65,7 @@ class TemperedELBO(TraceMeanField_ELBO):
             if site["type"] == "sample" and not site["is_observed"]
         )
         self.log_likelihood, self.kl = log_likelihood.detach(), torch.as_tensor(divergence).detach()
-        loss = self.temperature * divergence - log_likelihood
-        return loss.item(), loss
+        return self.temperature * divergence - log_likelihood
 
 
 def _divergence(guide_site: dict[str, Any], model_site: dict[str, Any] | None) -> Tensor:

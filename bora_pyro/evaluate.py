@@ -8,13 +8,13 @@ tokenizers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bora_pyro.data.batches import IGNORED, TokenSplit
+from bora_pyro.data.batches import IGNORED, Batch, TokenSplit
 from bora_pyro.data.task_draw import looked_at
 from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
@@ -65,6 +65,7 @@ def evaluate(
     *adapters: Weights | Callable[[Tensor], Weights] | None,
     token_budget: int = 8192,
     documents: Tensor | None = None,
+    in_step: Callable[[Iterable[Batch]], Iterable[Batch | None]] = iter,
 ) -> list[Scores]:
     """Score a split under several sets of adapters in one pass over it.
 
@@ -75,13 +76,18 @@ def evaluate(
             tasks that it is given, (n,) rising; or None for the base alone.
         token_budget: tokens of a batch, padding included.
         documents: positions of the only documents to score, the others count as having no tokens; default: all.
+        in_step: ``Processes.in_step``, where several processes hold parts of the base.
 
     Returns:
         One :class:`Scores` for each of ``adapters``.
     """
     log_likelihood = [torch.zeros(split.num_documents, dtype=torch.float64) for _ in adapters]
     tokens = torch.zeros(split.num_documents, dtype=torch.int64)
-    for batch in split.batches(token_budget=token_budget, documents=documents):
+    for batch in in_step(split.batches(token_budget=token_budget, documents=documents)):
+        if batch is None:
+            for _ in adapters:
+                model.backbone.idle()
+            continue
         on_device = batch.to(model.backbone.device)
         tokens[batch.index] = (batch.labels[:, 1:] != IGNORED).sum(-1)
         drawn = replace(on_device, tasks=looked_at(on_device.task.unique()))

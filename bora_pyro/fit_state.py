@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from bora_pyro.data.batches import Batch
 from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.processes import Processes
+from bora_pyro.row_tensor import RowTensor
 from bora_pyro.task_rows import BETAS, EPS, TaskRows
 
 #: Before the names of what the prior has learned, in the state of a fit.
@@ -58,7 +59,7 @@ class FitState(Protocol):
     def complete(self, processes: Processes) -> None:
         """Let the guide hold all tasks, in the process of rank 0."""
 
-    def save(self, processes: Processes) -> dict[str, dict[str, Tensor]]:
+    def save(self, processes: Processes) -> Mapping[str, Mapping[str, Tensor | RowTensor]]:
         """All of it as groups of named tensors, in the process of rank 0."""
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -199,7 +200,7 @@ class DrawnTasks:
         if not processes.rank:
             self.rows.complete()
 
-    def save(self, processes: Processes) -> dict[str, dict[str, Tensor]]:
+    def save(self, processes: Processes) -> dict[str, dict[str, Tensor | RowTensor]]:
         rows = self.rows.tensors()
         for group in rows.values():
             for store in group.values():
@@ -208,10 +209,10 @@ class DrawnTasks:
         processes.add_up(count)
         if processes.rank:
             return {}
-        groups = {name: {key: store.all() for key, store in group.items()} for name, group in rows.items()}
+        groups: dict[str, dict[str, Tensor | RowTensor]] = {name: {**group} for name, group in rows.items()}
         groups["parameters"] |= self._copy()
         groups["best"] |= self.best
-        groups["optimizer"] = optimizer_tensors(self.optimizer) if self.optimizer is not None else {}
+        groups["optimizer"] = {**optimizer_tensors(self.optimizer)} if self.optimizer is not None else {}
         groups["count"] = {"steps": count}
         return groups
 

@@ -15,6 +15,7 @@ from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.task_draw import looked_at
 from bora_pyro.evaluate import Scores, evaluate
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.processes import Processes
 from bora_pyro.task_rows import task_sites
 
 # Tasks whose adapters are made at one time.
@@ -104,10 +105,17 @@ class Fitted:
         precisions = {name: self.model.prior.precision(name, start, sites) for name, start in self.model.starts.items()}
         return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}
 
-    def evaluate(self, split: TokenSplit, *, name: str = "test") -> dict[str, Any]:
-        """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them."""
+    def evaluate(self, split: TokenSplit, *, name: str = "test", processes: Processes | None = None) -> dict[str, Any]:
+        """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them.
+
+        Args:
+            split: the documents.
+            name: of the split, in the names of the results.
+            processes: those of the fit, where each holds a part of the base: the others call ``help_evaluate`` meanwhile.
+        """
+        in_step = (processes or Processes()).in_step
         weights, documents = self.weights_of(), split.documents_per_task
-        base, adapted = evaluate(self.model, split, None, lambda index: weights(index)[0])
+        base, adapted = evaluate(self.model, split, None, lambda index: weights(index)[0], in_step=in_step)
         return {
             f"{name}_perplexity": adapted.perplexity(),
             f"base_{name}_perplexity": base.perplexity(),
@@ -115,6 +123,12 @@ class Fitted:
             f"base_{name}_bits_per_character": base.bits_per_character(),
             "tasks": [self._of_task(d, base, adapted, name, documents[d]) for d in range(len(self.tasks))],
         }
+
+    def help_evaluate(self, split: TokenSplit, processes: Processes) -> None:
+        """Pass through the base as often as another process does, which evaluates a split with this one's part of the base."""
+        if processes.lockstep:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            evaluate(self.model, split, None, None, documents=nothing, in_step=processes.in_step)
 
     def _of_task(self, d: int, base: Scores, adapted: Scores, name: str, documents: int) -> dict[str, Any]:
         return {

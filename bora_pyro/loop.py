@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,7 @@ from bora_pyro.fitted import Fitted
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.processes import Processes, add_up_gradient
 from bora_pyro.processes import shares as share_out
-from bora_pyro.task_rows import set_up
-
-#: With more tasks than these a step draws the tasks of its documents instead of moving all.
-MANY_TASKS = 64
+from bora_pyro.task_rows import MANY_TASKS, set_up
 
 
 class NonFiniteLossError(InputError):
@@ -170,30 +166,33 @@ class Loop:
         Returns:
             (4,) float64: loss, log-likelihood, documents and predicted tokens of the step, in all processes.
         """
-        sums = torch.zeros(4, dtype=torch.float64)
+        # on the device until the end: what is asked of it earlier would have to wait for it
+        sums = torch.zeros(4, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         most = self.model.backbone.pass_tokens
-        for batch in chain.from_iterable(whole.parts(most) for whole in self.state.begin(batches)):
-            loss = self.backward(batch.to(self.device), validate=validate)
-            # what the batch itself has: the scale to all documents taken off again
-            log_likelihood = self.elbo.log_likelihood.item() / batch.scale
+        for batch in self.processes.in_step(part for whole in self.state.begin(batches) for part in whole.parts(most)):
+            if batch is None:
+                self.model.backbone.idle(backward=True)
+                continue
             tokens = int(batch.attention_mask.sum()) - len(batch.task)
-            sums += torch.tensor([loss, log_likelihood, len(batch.task), tokens], dtype=torch.float64)
+            loss = self.backward(batch.to(self.device), validate=validate)
+            # of the log-likelihood what the batch itself has: the scale to all documents taken off again
+            sums[:2] += torch.stack([loss, self.elbo.log_likelihood / batch.scale]).to(sums.dtype)
+            sums[2:] += torch.tensor([len(batch.task), tokens], dtype=sums.dtype).to(self.device, non_blocking=True)
         norm = add_up_gradient(self.processes, self.state.shared, self.state.own, sums)
-        if not (sums.isfinite().all() and math.isfinite(norm)):
+        if not torch.stack([*sums, norm.to(sums)]).isfinite().all():
             raise self._non_finite(f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1})")
-        if norm > self.gradient_clip:
-            parameters = [value for value in (*self.state.shared, *self.state.own) if value.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, torch.tensor(norm))
+        parameters = [value for value in (*self.state.shared, *self.state.own) if value.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
         self.state.step(rate)
-        return sums
+        return sums.cpu()
 
-    def backward(self, batch: Batch, *, validate: bool) -> float:
+    def backward(self, batch: Batch, *, validate: bool) -> Tensor:
         """Add a batch's gradient of −ELBO a training observation; returns its part of the loss."""
         with pyro.validation_enabled(validate), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # an error, in `step`
             loss = self.elbo.differentiable_loss(self.model, self.guide, batch) * batch.share / self.observations
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     def learn_prior(self, update: int) -> None:
         """Show the prior the validation documents whose turn it is."""
@@ -201,12 +200,14 @@ class Loop:
         nothing = {name: start.new_zeros((0, *start.shape)) for name, start in self.model.starts.items()}
         deviations, gradients, tasks = [nothing], [nothing], [torch.zeros(0, dtype=torch.int64, device=self.device)]
         totals = self.state.totals(self.processes)
-        for documents in self._held_out:
-            # half a batch, twice as often: the same cost, and a slope that is never far from the present state
-            batches = self.data.validation.batches(token_budget=-(-self.token_budget // 2), seed=self.seed, documents=documents)
-            if not len(batches):
+        # half a batch, twice as often: the same cost, and a slope that is never far from the present state
+        half, split = -(-self.token_budget // 2), self.data.validation
+        looks = [split.batches(token_budget=half, seed=self.seed, documents=documents) for documents in self._held_out]
+        for batch in self.processes.in_step(look[update % len(look)] for look in looks if len(look)):
+            if batch is None:
+                self.model.backbone.idle(backward=True)
                 continue
-            batch = batches[update % len(batches)].to(self.device)
+            batch = batch.to(self.device)
             if self.shares is not None:
                 batch = replace(batch, tasks=looked_at(batch.task.unique()))
             batch, theta, average = self.state.view(batch, totals)
@@ -229,7 +230,13 @@ class Loop:
         if self.processes.size == 1:
             (scores,) = evaluate(self.model, self.data.validation, self.state.adapters())
             return scores.perplexity()
-        (scores,) = evaluate(self.model, self.data.validation, self.state.adapters(), documents=self._held_out[0])
+        (scores,) = evaluate(
+            self.model,
+            self.data.validation,
+            self.state.adapters(),
+            documents=self._held_out[0],
+            in_step=self.processes.in_step,
+        )
         log_likelihood, tokens = self.processes.add_up(torch.stack([scores.log_likelihood.sum(), scores.tokens.sum().double()]))
         return math.exp(min(-float(log_likelihood) / float(tokens), 700.0))
 

@@ -29,9 +29,10 @@ from bora_pyro.memory import estimate_memory, peak_memory_bytes, resident_bytes
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
 from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
-from bora_pyro.processes import is_first, processes
+from bora_pyro.processes import Processes, is_first, processes
 from bora_pyro.progress import Progress
 from bora_pyro.run_folder import RunFolder, task_slugs
+from bora_pyro.sharded_base import shard_base
 
 #: Options of a configuration that ``fit`` takes by the same name.
 FIT_OPTIONS = (
@@ -59,21 +60,30 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     if config.resume:
         _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
-    process, quiet = resident_bytes(find_device(config.device)), quiet or not is_first()
-    model, data = build_run(config, quiet=quiet)
-    memory = estimate_memory(model, data, token_budget=config.token_budget, process=process)
-    if not quiet:
-        print(f"memory: {memory}", file=sys.stderr)
-    rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
-    with processes(model.backbone.device) as team:
+    device, quiet = find_device(config.device), quiet or not is_first()
+    process = resident_bytes(device)
+    with processes(device) as team:
+        model, data = build_run(config, quiet=quiet, team=team)
+        memory = estimate_memory(
+            model,
+            data,
+            token_budget=config.token_budget,
+            task_subsampling=config.task_subsampling,
+            task_memory=config.task_memory,
+            process=process,
+        )
+        if not quiet:
+            print(f"memory: {memory}", file=sys.stderr)
+        rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
         folder = team.first(lambda: _create_folder(config, data)) or RunFolder(Path(config.output_dir))
         options = {name: getattr(config, name) for name in FIT_OPTIONS}
         fitted = fit_into(folder, model, data, quiet=quiet, learning_rate=rate, processes=team, **options)
-    if not is_first():
-        return {}
-    write_adapters(folder, fitted, config.base_model)
-    write_posterior(folder, fitted, "map")
-    metrics = metrics_of(config, fitted, data) | {"predicted_memory_bytes": memory.total}
+        if team.rank:
+            fitted.help_evaluate(data.test, team)
+            return {}
+        write_adapters(folder, fitted, config.base_model)
+        write_posterior(folder, fitted, "map")
+        metrics = metrics_of(config, fitted, data, processes=team) | {"predicted_memory_bytes": memory.total}
     folder.write_metrics(metrics)
     return metrics
 
@@ -87,7 +97,11 @@ def _create_folder(config: MapFitConfig, data: TaskData) -> RunFolder:
 
 
 def build_run(
-    config: MapFitConfig, *, quiet: bool = False, split_record: Mapping[str, Any] | None = None
+    config: MapFitConfig,
+    *,
+    quiet: bool = False,
+    split_record: Mapping[str, Any] | None = None,
+    team: Processes | None = None,
 ) -> tuple[BoRA, TaskData]:
     """The model and the tokenised data that a configuration describes, nothing fitted yet.
 
@@ -95,22 +109,30 @@ def build_run(
         config: the checked configuration.
         quiet: show no notes.
         split_record: split as an earlier run's ``split.json`` says, instead of anew.
+        team: the processes of the fit, which hold the base in parts where the configuration says so; a run that is read holds
+            it whole.
 
     Raises:
         InputError: something in the configuration or the data cannot be used.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    sharded = config.shard_base and team is not None
+    if sharded and team is not None and team.size == 1:
+        raise InputError("shard_base is true, but there is one process; start several with torchrun, or leave it out")
     backbone = Backbone.from_pretrained(
         config.base_model,
         targets=config.targets,
         precision=getattr(torch, config.precision),
-        device=find_device(config.device),
+        device="cpu" if sharded else find_device(config.device),
         quantization=config.quantization,
         device_map=config.device_map,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
     )
+    if sharded and team is not None:
+        shard_base(backbone, find_device(config.device))
+        team.lockstep = True
     data = _load_data(config, backbone, quiet=quiet, split_record=split_record)
     adapter = _adapter(config)
     model = BoRA(
@@ -240,10 +262,10 @@ def write_posterior(folder: RunFolder, fitted: Fitted, guide: str) -> None:
     folder.save_tensors("posterior", tensors, {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)})
 
 
-def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData) -> dict[str, Any]:
+def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData, *, processes: Processes | None = None) -> dict[str, Any]:
     """What ``metrics.json`` holds of a fit, at the guide's centre."""
     slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
-    scores = fitted.evaluate(data.test)
+    scores = fitted.evaluate(data.test, processes=processes)
     norms, documents = fitted.deviation_norms(), data.train.documents_per_task
     tasks = {
         slugs[row["name"]]: row | {"train_documents": documents[d], "deviation_norm": float(norms[d])}

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bora_pyro.backbone import Backbone
 from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.model import BoRA
+from bora_pyro.task_rows import MANY_TASKS
 from bora_pyro.token_loss import chunk_tokens
 
 FLOAT = 4  # bytes: adapters, gradients, optimiser and the likelihood are float32 whatever the base is
@@ -68,6 +70,8 @@ def estimate_memory(
     data: TaskData,
     *,
     token_budget: int = 4096,
+    task_subsampling: bool | None = None,
+    task_memory: float = 4.0,
     process: int = 0,
 ) -> MemoryEstimate:
     """Predict the peak of a MAP fit.
@@ -92,6 +96,9 @@ def estimate_memory(
     - a step at the end of its backward pass: 4 (G + D P + R P), the gradients of the guide, of θ and of the batch's adapters;
     - an evaluation of 8192 tokens: θ, 4 D P, its batch's adapters, 8 C V of logits and one layer's scratch space.
 
+    Where tasks are drawn, D is the number n ≤ R of tasks of a batch in all of these, and there are beside it the rows of all
+    tasks, 16 D P for values, moments and best values; beyond ``task_memory`` they lie in files, of which no more is held.
+
     On an accelerator the largest of the four counts, beside what is held throughout. On CPUs their terms add up: glibc returns
     only blocks above its mmap threshold (at most 32 MiB: the logits of a usual batch) to the system, so that the process keeps
     what one phase has freed while another takes blocks of other sizes. What stays unused between the blocks is in no formula: a
@@ -102,25 +109,37 @@ def estimate_memory(
         model: the BoRA model, on its base.
         data: the tokenised tasks; the shapes of their batches are those of the fit.
         token_budget: tokens of a batch of the fit.
+        task_subsampling: whether tasks are drawn, as for ``fit``.
+        task_memory: GiB for what belongs to tasks then.
         process: bytes that are held before the model is loaded; 0 for an accelerator.
     """
     size = sum(start.numel() for start in model.starts.values())
     all_tasks = model.num_tasks * size
-    guide = sum(_guide_numbers(model).values())
+    guide = sum(_guide_numbers(model, model.num_tasks).values())
     layers, checkpointing = _Layers.of(model), model.backbone.gradient_checkpointing
     vocabulary = model.backbone.model.get_output_embeddings().weight.shape[0]
     backbone = model.backbone
     # a model that caps its logits gives those of all tokens
     chunk = chunk_tokens(backbone.device, vocabulary) if backbone.ends_with_head else sys.maxsize
-    throughout = FLOAT * (4 * guide + all_tasks + size) + sum(t.numel() * t.element_size() for t in model.fixed.values())
+    fixed = sum(t.numel() * t.element_size() for t in model.fixed.values())
+    throughout = FLOAT * (4 * guide + all_tasks + size) + fixed
+    drawn = model.num_tasks > MANY_TASKS if task_subsampling is None else task_subsampling
+    of_one = sum(_guide_numbers(model, 2).values()) - sum(_guide_numbers(model, 1).values())
+    if drawn:
+        of_all = guide - model.num_tasks * of_one
+        held = min(4 * FLOAT * model.num_tasks * of_one, round(task_memory * 2**30))
+        throughout = FLOAT * (4 * of_all + 2 * size) + held + fixed
 
     # (state, activations, logits) of each batch's phases
     phases = []
+    for whole, _ in _shapes(data.train, token_budget) if drawn else ():
+        # the guide's rows, their gradients and moments, θ and its gradient
+        phases.append((FLOAT * (of_all + min(whole, model.num_tasks) * (4 * of_one + 2 * size)), 0, 0))
     for rows, tokens in (_part(*shape, backbone.pass_tokens) for shape in _shapes(data.train, token_budget)):
         kept = tokens * layers.kept(checkpointing=checkpointing) + FLOAT * rows * size
         logits = 3 * FLOAT * min(tokens, chunk) * vocabulary
         again = tokens * (layers.scratch() + (layers.layer() if checkpointing else 0))
-        own, gradients = FLOAT * rows * size, FLOAT * (guide + all_tasks)
+        own, gradients = FLOAT * rows * size, 0 if drawn else FLOAT * (guide + all_tasks)
         if model.backbone.device.type == "cpu":
             phases.append((gradients, kept + again + own, logits))
         else:
@@ -128,7 +147,8 @@ def estimate_memory(
     for split in (data.validation, data.test):
         for rows, tokens in _shapes(split, EVALUATION_BUDGET):
             logits = 2 * FLOAT * min(tokens, chunk) * vocabulary
-            phases.append((FLOAT * all_tasks, tokens * layers.scratch() + FLOAT * rows * size, logits))
+            theta = FLOAT * (min(rows, model.num_tasks) * size if drawn else all_tasks)
+            phases.append((theta, tokens * layers.scratch() + FLOAT * rows * size, logits))
     if model.backbone.device.type == "cpu":
         state, activations, logits = (max(part) for part in zip((0, 0, 0), *phases, strict=True))
         activations += round(UNUSED * activations)
@@ -140,6 +160,8 @@ def estimate_memory(
 def base_bytes(backbone: Backbone) -> int:
     """Bytes of the base's parameters and buffers as they are stored, each counted once."""
     tensors = [*backbone.model.parameters(), *backbone.model.buffers()]
+    # of a base in parts what this process holds
+    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     # 8-bit layers keep the scales of their rows, 4-bit ones those of their blocks, beside the weights
     for parameter in backbone.model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -164,11 +186,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _guide_numbers(model: BoRA) -> dict[str, int]:
-    """How many numbers a MAP guide has at each latent: those of the sample sites."""
+def _guide_numbers(model: BoRA, tasks: int) -> dict[str, int]:
+    """How many numbers a MAP guide for so many tasks has at each latent: those of the sample sites."""
     numbers = {}
     for name, start in model.starts.items():
-        theta = start.expand(model.num_tasks, *start.shape)
+        theta = start.expand(tasks, *start.shape)
         numbers[name] = sum(value.numel() for value in model.prior.sites(name, theta, start).values())
     return numbers
 

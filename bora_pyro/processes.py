@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import heapq
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -35,6 +35,8 @@ class Processes:
 
     rank, size = 0, 1
     reduced_bytes = 0
+    #: Whether all must pass through the base together, each holding a part of it.
+    lockstep = False
 
     def add_up(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the processes, in place."""
@@ -42,6 +44,10 @@ class Processes:
 
     def gather_rows(self, store: RowTensor, own: Tensor) -> None:
         """Let rank 0 have the rows of all processes; ``own`` are this one's."""
+
+    def in_step(self, work: Iterable[T]) -> Iterator[T | None]:
+        """The pieces of work, each one pass through the base; where all pass together, None while others have more."""
+        yield from work
 
     def first(self, act: Callable[[], T]) -> T | None:
         """What ``act`` gives in the process of rank 0, which the others wait for; None there.
@@ -63,7 +69,9 @@ class Group(Processes):
 
     def __init__(self, device: torch.device) -> None:
         # not NCCL alone: what is gathered for a checkpoint lies on the CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # the others wait for what the first does alone; where one fails, torchrun ends all
+        dist.init_process_group(backend, timeout=timedelta(days=1))
         self.rank, self.size, self.reduced_bytes = dist.get_rank(), dist.get_world_size(), 0
 
     def add_up(self, value: Tensor) -> Tensor:
@@ -96,6 +104,19 @@ class Group(Processes):
     def _receive(value: Tensor, source: int) -> Tensor:
         dist.recv(value, source)
         return value
+
+    def in_step(self, work: Iterable[T]) -> Iterator[T | None]:
+        if not self.lockstep:
+            yield from work
+            return
+        pieces = iter(work)
+        while True:
+            piece = next(pieces, None)
+            busy = torch.tensor([int(piece is not None)])
+            dist.all_reduce(busy)
+            if not busy.item():
+                return
+            yield piece
 
     def first(self, act: Callable[[], T]) -> T | None:
         result, error = None, None
@@ -154,10 +175,9 @@ def shares(tokens: Tensor, size: int) -> list[Tensor]:
     return [torch.tensor(sorted(tasks)) for tasks in of_rank]
 
 
-def add_up_gradient(processes: Processes, shared: Sequence[Parameter], own: Sequence[Parameter], sums: Tensor) -> float:
+def add_up_gradient(processes: Processes, shared: Sequence[Parameter], own: Sequence[Parameter], sums: Tensor) -> Tensor:
     """Add the gradient of ``shared`` and ``sums`` up over the processes, in one message; the norm of the whole gradient."""
-    of_own = [parameter.grad for parameter in own if parameter.grad is not None]
-    squares = float(torch.nn.utils.get_total_norm(of_own).square()) if of_own else 0.0
+    squares = _squares(own, sums)
     if processes.size > 1:
         for parameter in shared:  # where this process had no document
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -166,9 +186,13 @@ def add_up_gradient(processes: Processes, shared: Sequence[Parameter], own: Sequ
         processes.add_up(message)
         for gradient, part in zip(gradients, message.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-        numbers = torch.cat([sums, torch.tensor([squares], dtype=torch.float64)])
-        processes.add_up(numbers)
+        numbers = processes.add_up(torch.cat([sums, squares[None]]))
         sums.copy_(numbers[:-1])
-        squares = float(numbers[-1])
-    of_shared = [parameter.grad for parameter in shared if parameter.grad is not None]
-    return math.sqrt(squares + (float(torch.nn.utils.get_total_norm(of_shared).square()) if of_shared else 0.0))
+        squares = numbers[-1]
+    return (squares + _squares(shared, sums)).sqrt().float()
+
+
+def _squares(parameters: Sequence[Parameter], like: Tensor) -> Tensor:
+    """The squared norm of a gradient, of the kind of ``like``."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).to(like).square() if gradients else like.new_zeros(())

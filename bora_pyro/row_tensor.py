@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,6 +45,22 @@ class RowTensor:
             self._values = torch.frombuffer(self._map, dtype=first.dtype).view(shape)
         if len(first) == num_rows > 1:
             self.write(torch.arange(num_rows), first.detach())
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of all rows together."""
+        return self._values.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self._values.dtype
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All rows in order, a few at a time, copied."""
+        for index in torch.arange(len(self._values)).split(_CHUNK):
+            yield self.read(index)
+            self.forget()
 
     @property
     def row_bytes(self) -> int:

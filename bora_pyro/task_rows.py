@@ -19,6 +19,8 @@ from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.row_tensor import RowTensor
 
+#: With more tasks than these a step draws the tasks of its documents instead of moving all.
+MANY_TASKS = 64
 #: AdamW's settings, in all of a fit.
 BETAS, EPS = (0.9, 0.999), 1e-12
 

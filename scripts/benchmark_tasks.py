@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bora_pyro.adapters import LoRA
-from bora_pyro.benchmark import at_least, check_output, json_options, load_base, machine
+from bora_pyro.benchmark import at_least, check_base, check_output, json_options, load_base, machine
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.data import TaskData, TokenSplit
 from bora_pyro.epoch_steps import EpochSteps
@@ -62,6 +62,7 @@ class TasksConfig:
                 raise InputError(f"tasks has {number!r}; give whole numbers from 2 up, as in --tasks 25 1000")
         at_least(self, dict.fromkeys(("rank", "documents", "rows", "max_tokens", "steps", "repetitions", "threads"), 1))
         check_output(self.output)
+        check_base(self.base)
         if self.guide not in GUIDES:
             raise InputError(f"guide is {self.guide!r}; allowed: {', '.join(GUIDES)}")
 

@@ -13,7 +13,9 @@ import torch
 
 from bora_pyro import InputError, fit
 from bora_pyro.processes import Processes, add_up_gradient, shares
+from bora_pyro.run_folder import RunFolder
 from tests.tiny import tiny_bora, tiny_data
+from tests.tiny_base import SCRIPTS, line, quick_fit
 from tests.two_processes import COUNTS, PRIORS, loop, run
 
 
@@ -93,6 +95,60 @@ def test_any_number_of_processes_takes_up_where_another_has_left(prior, tmp_path
     assert three["history"][2]["loss"] < one.history[0]["loss"]
 
 
+def command(words, folder, number=2):
+    """Exit codes and outputs of the processes of one command, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPTS / "map_fit.py"), *words],
+            env=os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+        )
+        for rank in range(number)
+    ]  # fmt: skip
+    outputs = [child.communicate(timeout=120) for child in children]
+    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
+
+
+def test_the_command_fits_in_two_processes_and_writes_once(tmp_path):
+    options = quick_fit(tmp_path) | {"device": "cpu", "output_dir": str(tmp_path / "run")}
+    (code, out, err), (other_code, other_out, other_err) = command(line(options), tmp_path)
+    assert (code, other_code) == (0, 0), err + other_err
+    assert "run folder:" in out
+    assert not other_out
+    assert "memory:" not in other_err
+    run = RunFolder.open(tmp_path / "run")
+    log = [json.loads(entry) for entry in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [1, 2]
+    assert {entry["reduced_bytes"] for entry in log} == {log[0]["reduced_bytes"]}
+    metrics = run.read_metrics()
+    assert metrics["test_perplexity"] < metrics["base_test_perplexity"]
+    assert all(task["deviation_norm"] > 0 for task in metrics["tasks"].values())
+    assert len([*run.adapters.iterdir()]) == len(metrics["tasks"]) + 1
+
+    # the same with the base in parts
+    parts = options | {"output_dir": str(tmp_path / "parts"), "shard_base": "true"}
+    assert [code for code, *_ in command(line(parts), tmp_path)] == [0, 0]
+    in_parts = RunFolder.open(tmp_path / "parts")
+    assert in_parts.read_metrics()["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-5)
+    torch.testing.assert_close(in_parts.load_tensors("posterior"), run.load_tensors("posterior"), rtol=1e-4, atol=1e-5)
+
+    # and what cannot be: one line, from the first, and both give up
+    (code, out, err), (other_code, other_out, other_err) = command(line(options), tmp_path)
+    assert (code, other_code) == (2, 2)
+    assert [entry for entry in err.splitlines() if entry.startswith("error:")] == [err.splitlines()[-1]]
+    assert "overwrite" in err
+    assert "error" not in other_err
+
+
 def test_tasks_are_dealt_out_by_tokens():
     parts = shares(torch.tensor([100, 1, 1, 50, 50, 0, 0]), 2)
     assert sorted(torch.cat(parts).tolist()) == list(range(7))
@@ -105,5 +161,7 @@ def test_tasks_are_dealt_out_by_tokens():
 def test_the_norm_is_that_of_the_whole_gradient():
     one, other = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     one.grad, other.grad = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 4.0, 0.0])
-    assert add_up_gradient(Processes(), [one], [other], torch.zeros(4)) == pytest.approx(5)
-    assert add_up_gradient(Processes(), [], [other, torch.nn.Parameter(torch.zeros(2))], torch.zeros(4)) == pytest.approx(4)
+    assert add_up_gradient(Processes(), [one], [other], torch.zeros(4)).item() == pytest.approx(5)
+    assert add_up_gradient(Processes(), [], [other, torch.nn.Parameter(torch.zeros(2))], torch.zeros(4)).item() == pytest.approx(
+        4
+    )
