@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from bora_pyro.errors import InputError
 from bora_pyro.row_tensor import RowTensor
+from bora_pyro.safetensors_file import write_safetensors
 
 
 def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor | RowTensor]], progress: dict[str, Any]) -> None:
@@ -23,33 +23,8 @@ def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor | RowTe
     tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    _write_safetensors(temporary, tensors, {"progress": json.dumps(progress)})
+    write_safetensors(temporary, tensors, {"progress": json.dumps(progress)})
     os.replace(temporary, path)
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor | RowTensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file tensor by tensor, and rows in files a few at a time: they need not fit into memory together.
-
-    The format (huggingface/safetensors, README): the header's length as 8 bytes, the header as JSON, and the tensors' bytes.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, value in tensors.items():
-        start, end = end, end + math.prod(value.shape) * value.dtype.itemsize
-        header[name] = {"dtype": _DTYPES[value.dtype], "shape": [*value.shape], "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for value in tensors.values():
-            for part in value.chunks() if isinstance(value, RowTensor) else [value.detach()]:
-                file.write(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-_DTYPES = {
-    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 class Checkpoint:

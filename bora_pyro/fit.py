@@ -98,6 +98,11 @@ def fit(
         )
     if task_subsampling is None and checkpoint is not None and checkpoint.exists():
         task_subsampling = draws_tasks(Checkpoint(checkpoint))
+        if not task_subsampling and processes is not None and processes.size > 1:
+            raise InputError(
+                f"checkpoint {str(checkpoint)!r} is of one process that moves all tasks in every step; go on with it in one "
+                "process, or start afresh with --overwrite true"
+            )
     loop = Loop(
         model,
         data,

@@ -48,7 +48,10 @@ class FitState(Protocol):
         """What ``view`` needs to know of the tasks of all processes."""
 
     def view(self, batch: Batch, totals: Weights) -> tuple[Batch, Weights, Weights]:
-        """A batch, θ of the tasks that it speaks of, and the average of θ over all tasks, broadcast against it."""
+        """A batch, θ of the tasks that it speaks of, and the average of θ over all tasks, broadcast against it.
+
+        Where tasks are drawn the average is that of `TaskRows.average_weights`.
+        """
 
     def keep(self) -> None:
         """Keep the present state as the best."""

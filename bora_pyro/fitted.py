@@ -50,7 +50,9 @@ class Fitted:
 
     def weights(self) -> tuple[Weights, Weights]:
         """θ of all tasks, (D, layers, *shape), and Θ, (layers, *shape), by name of the latent."""
-        return self.model.weights_given(self.sites())
+        device = self.model.backbone.device
+        # those of many tasks may lie in a file, and so on the CPU
+        return self.model.weights_given({name: value.to(device) for name, value in self.sites().items()})
 
     def weights_of(self) -> Callable[[Tensor], tuple[Weights, Weights]]:
         """A function that gives θ of some tasks, (n,) rising, and Θ: for as many tasks as there is no memory for at once."""
@@ -60,8 +62,9 @@ class Fitted:
         sites, of_tasks = self.sites(), task_sites(self.guide)
 
         def some(index: Tensor) -> tuple[Weights, Weights]:
-            rows = {name: sites[name].index_select(0, index.to(sites[name].device)) for name in of_tasks}
-            return self.model.weights_given(sites | rows, looked_at(index.to(self.model.backbone.device)))
+            device = self.model.backbone.device
+            rows = {name: sites[name].index_select(0, index.to(sites[name].device)).to(device) for name in of_tasks}
+            return self.model.weights_given(sites | rows, looked_at(index.to(device)))
 
         averages: Weights = {}
         names = [name for name in self.model.starts if self.model.prior.averages(name)]

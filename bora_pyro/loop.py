@@ -28,6 +28,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
 from bora_pyro.fit_state import AllTasks, DrawnTasks, FitState
 from bora_pyro.fitted import Fitted
+from bora_pyro.guides.base import begins_at_sites
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.processes import Processes, add_up_gradient
 from bora_pyro.processes import shares as share_out
@@ -97,7 +98,8 @@ class Loop:
             else:
                 budget = task_memory * 2**30
                 numbers = sum(start.numel() for start in model.starts.values())
-                set_up(model, guide, document, all_rows=16 * numbers * model.num_tasks <= budget)
+                all_rows = 16 * numbers * model.num_tasks <= budget or begins_at_sites(guide)
+                set_up(model, guide, document, all_rows=all_rows)
                 place = Path(tempfile.gettempdir()) if folder is None else folder
                 self.state = DrawnTasks(model, guide, own=own, budget=budget, folder=place)
         self.steps_per_epoch = len(self._steps(0))
@@ -105,6 +107,11 @@ class Loop:
         self.fitted = Fitted(model, guide, data.tasks)
         self.epoch = 0
         self._held_out = self._documents_of_mine(data.validation)
+        # half a batch, twice as often: the same cost, and a slope that is never far from the present state
+        self._looks = [
+            data.validation.batches(token_budget=-(-token_budget // 2), seed=seed, documents=documents)
+            for documents in self._held_out
+        ]
         self.state.keep()
         self.keep_best()
 
@@ -140,9 +147,7 @@ class Loop:
                 sums = self.step(batches, rate, step, validate=step == 0)
                 if self.model.prior.every and (step + 1) % self.model.prior.every == 0:
                     self.learn_prior((step + 1) // self.model.prior.every - 1)
-                    report.setdefault("tau_path", []).append(
-                        {"step": step + 1, "tau": self.fitted.tau_by_group(self.state.sites())}
-                    )
+                    report.setdefault("tau_path", []).append({"step": step + 1, "tau": self._tau()})
                 totals = totals + sums
                 loss, log_likelihood, documents, tokens = totals.tolist()
                 report |= {
@@ -200,24 +205,29 @@ class Loop:
         nothing = {name: start.new_zeros((0, *start.shape)) for name, start in self.model.starts.items()}
         deviations, gradients, tasks = [nothing], [nothing], [torch.zeros(0, dtype=torch.int64, device=self.device)]
         totals = self.state.totals(self.processes)
-        # half a batch, twice as often: the same cost, and a slope that is never far from the present state
-        half, split = -(-self.token_budget // 2), self.data.validation
-        looks = [split.batches(token_budget=half, seed=self.seed, documents=documents) for documents in self._held_out]
-        for batch in self.processes.in_step(look[update % len(look)] for look in looks if len(look)):
+        for batch in self.processes.in_step(look[update % len(look)] for look in self._looks if len(look)):
             if batch is None:
                 self.model.backbone.idle(backward=True)
                 continue
-            batch = batch.to(self.device)
             if self.shares is not None:
                 batch = replace(batch, tasks=looked_at(batch.task.unique()))
             batch, theta, average = self.state.view(batch, totals)
+            batch = batch.to(self.device)
             gradients.append(document_gradients(self.model, theta, batch))
             deviations.append({name: (value - average[name]).index_select(0, batch.row) for name, value in theta.items()})
             tasks.append(batch.task)
         self.model.prior.learn(_joined(deviations), _joined(gradients), torch.cat(tasks), add_up=self.processes.add_up)
 
+    def _tau(self) -> dict[str, Any]:
+        """τ by latent as a path of it is kept: where more than a few tasks have one each, the geometric mean."""
+        tau = self.fitted.tau_by_group(self.state.sites())
+        many = {name: value for name, value in tau.items() if isinstance(value, list) and len(value) > MANY_TASKS}
+        return tau | {name: math.exp(sum(map(math.log, value)) / len(value)) for name, value in many.items()}
+
     def _non_finite(self, what: str) -> NonFiniteLossError:
-        self.restore_best()
+        for parameter in (*self.state.shared, *self.state.own):
+            parameter.grad = None
+        self.finish()
         return NonFiniteLossError(
             f"{what}; the state of epoch {self.fitted.best_epoch} is kept. Use a smaller --learning_rate "
             f"(now {self.learning_rate:g}; try {self.learning_rate / 3:.1g}), or --precision float32",

@@ -70,6 +70,8 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
             token_budget=config.token_budget,
             task_subsampling=config.task_subsampling,
             task_memory=config.task_memory,
+            accumulate=config.accumulate,
+            processes=team.size,
             process=process,
         )
         if not quiet:
@@ -171,7 +173,8 @@ def find_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not available here; use --device auto, or --device cpu") from error
+        fewer = ", or start fewer processes" if "LOCAL_RANK" in os.environ else ""
+        raise InputError(f"device {name!r} is not available here; use --device auto, or --device cpu{fewer}") from error
     return torch.device(name)
 
 

@@ -72,6 +72,8 @@ def estimate_memory(
     token_budget: int = 4096,
     task_subsampling: bool | None = None,
     task_memory: float = 4.0,
+    accumulate: int = 1,
+    processes: int = 1,
     process: int = 0,
 ) -> MemoryEstimate:
     """Predict the peak of a MAP fit.
@@ -111,6 +113,8 @@ def estimate_memory(
         token_budget: tokens of a batch of the fit.
         task_subsampling: whether tasks are drawn, as for ``fit``.
         task_memory: GiB for what belongs to tasks then.
+        accumulate: batches of a step.
+        processes: that share the tasks; the estimate is of the first, which gathers their rows.
         process: bytes that are held before the model is loaded; 0 for an accelerator.
     """
     size = sum(start.numel() for start in model.starts.values())
@@ -123,23 +127,25 @@ def estimate_memory(
     chunk = chunk_tokens(backbone.device, vocabulary) if backbone.ends_with_head else sys.maxsize
     fixed = sum(t.numel() * t.element_size() for t in model.fixed.values())
     throughout = FLOAT * (4 * guide + all_tasks + size) + fixed
-    drawn = model.num_tasks > MANY_TASKS if task_subsampling is None else task_subsampling
+    drawn = (model.num_tasks > MANY_TASKS or processes > 1) if task_subsampling is None else task_subsampling
     of_one = sum(_guide_numbers(model, 2).values()) - sum(_guide_numbers(model, 1).values())
+    of_all = guide - model.num_tasks * of_one
     if drawn:
-        of_all = guide - model.num_tasks * of_one
-        held = min(4 * FLOAT * model.num_tasks * of_one, round(task_memory * 2**30))
+        held, budget = 4 * FLOAT * model.num_tasks * of_one, round(task_memory * 2**30)
+        if held > budget:  # files: mapped into the process, not into an accelerator
+            held = budget if backbone.device.type == "cpu" else 0
         throughout = FLOAT * (4 * of_all + 2 * size) + held + fixed
 
     # (state, activations, logits) of each batch's phases
     phases = []
-    for whole, _ in _shapes(data.train, token_budget) if drawn else ():
-        # the guide's rows, their gradients and moments, θ and its gradient
-        phases.append((FLOAT * (of_all + min(whole, model.num_tasks) * (4 * of_one + 2 * size)), 0, 0))
+    drawn_rows = max((rows for rows, _ in _shapes(data.train, token_budget)), default=0) if drawn else 0
+    # the guide's rows, their gradients and moments, θ and its gradient
+    throughout += FLOAT * min(accumulate * drawn_rows, model.num_tasks) * (4 * of_one + 2 * size)
     for rows, tokens in (_part(*shape, backbone.pass_tokens) for shape in _shapes(data.train, token_budget)):
         kept = tokens * layers.kept(checkpointing=checkpointing) + FLOAT * rows * size
         logits = 3 * FLOAT * min(tokens, chunk) * vocabulary
         again = tokens * (layers.scratch() + (layers.layer() if checkpointing else 0))
-        own, gradients = FLOAT * rows * size, 0 if drawn else FLOAT * (guide + all_tasks)
+        own, gradients = FLOAT * rows * size, FLOAT * (of_all if drawn else guide + all_tasks)
         if model.backbone.device.type == "cpu":
             phases.append((gradients, kept + again + own, logits))
         else:
@@ -174,7 +180,7 @@ def base_bytes(backbone: Backbone) -> int:
 
 
 def resident_bytes(device: torch.device) -> int:
-    """What this process holds already, to be measured before a model is loaded; 0 for an accelerator, whose tensors are ours."""
+    """The most this process has held, to be asked before a model is loaded; 0 for an accelerator, whose tensors are ours."""
     return 0 if device.type != "cpu" else peak_memory_bytes(device)
 
 

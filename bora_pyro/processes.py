@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -69,6 +70,8 @@ class Group(Processes):
 
     def __init__(self, device: torch.device) -> None:
         # not NCCL alone: what is gathered for a checkpoint lies on the CPU
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # FSDP takes the current one
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # the others wait for what the first does alone; where one fails, torchrun ends all
         dist.init_process_group(backend, timeout=timedelta(days=1))
@@ -132,8 +135,12 @@ class Group(Processes):
         return result
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, InputError):  # which all processes meet alike
+        if kind is None:
             dist.barrier()
+        elif issubclass(kind, InputError):
+            # most are met by all alike, and the first one's line is to be read before torchrun ends it
+            with suppress(RuntimeError):
+                dist.monitored_barrier(timeout=timedelta(seconds=10))
         dist.destroy_process_group()
 
 
@@ -182,10 +189,10 @@ def add_up_gradient(processes: Processes, shared: Sequence[Parameter], own: Sequ
         for parameter in shared:  # where this process had no document
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients = [parameter.grad for parameter in shared if parameter.grad is not None]
-        message = torch.cat([*(gradient.flatten() for gradient in gradients)])
-        processes.add_up(message)
-        for gradient, part in zip(gradients, message.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        if gradients:  # tasks that are independent share nothing
+            message = processes.add_up(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, message.split([gradient.numel() for gradient in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
         numbers = processes.add_up(torch.cat([sums, squares[None]]))
         sums.copy_(numbers[:-1])
         squares = numbers[-1]

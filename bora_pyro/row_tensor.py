@@ -23,7 +23,7 @@ _CHUNK = 64
 
 
 class RowTensor:
-    """Rows that all begin alike and are read and written a few at a time; those never written take no space.
+    """Rows that are read and written a few at a time; on CPUs and in files those never written take no space.
 
     Args:
         first: what the rows hold before they are written: (1, *shape) for all of them, or (rows, *shape).
@@ -33,6 +33,8 @@ class RowTensor:
     """
 
     def __init__(self, first: Tensor, num_rows: int, *, folder: Path | None = None) -> None:
+        if len(first) not in (1, num_rows):
+            raise ValueError(f"{len(first)} first rows for {num_rows}; give one, or one each")
         self.folder, self._map = folder, None
         self._first = first.detach()[:1].clone()
         shape = (num_rows, *first.shape[1:])

@@ -33,10 +33,11 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bora_pyro.errors import InputError
+from bora_pyro.safetensors_file import write_safetensors
 
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS = "checkpoints", "adapters", "diagnostics"
@@ -185,11 +186,9 @@ class RunFolder:
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Write ``<name>.safetensors``; a name such as ``checkpoints/epoch-3`` makes the folder it needs."""
-        # A copy each: the format refuses tensors that share memory, as slices of one stacked tensor do.
-        plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
         file = self._tensor_file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
+        replace_file(file, lambda temporary: write_safetensors(Path(temporary), tensors, metadata or {}))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``<name>.safetensors``, on the CPU."""

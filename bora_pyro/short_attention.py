@@ -85,7 +85,7 @@ def attention(
     """What transformers calls in each layer: short attention where it pays, its own ``sdpa`` elsewhere."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and causal and not dropout and all(kwargs.get(name) is None for name in _OTHERS)
-    if not (plain and pays(query, key)):
+    if not (plain and pays(query, key, value)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     groups = query.shape[1] // key.shape[1]
     output = ShortAttention.apply(
@@ -98,11 +98,11 @@ def attention(
 _OTHERS = ("position_bias", "cache", "softcap")
 
 
-def pays(query: Tensor, key: Tensor) -> bool:
+def pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a backward pass through attention over these, (rows, heads, tokens, width), is one that torch is slow at."""
     here = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    short = query.shape[2] * query.shape[3] <= MOST_NUMBERS
-    return here and query.requires_grad and query.shape[2] == key.shape[2] and short
+    short = query.shape[2] * query.shape[3] <= MOST_NUMBERS and query.shape[2:] == key.shape[2:] == value.shape[2:]
+    return here and query.requires_grad and short
 
 
 def use_short_attention(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,15 +47,17 @@ class TaskRows:
         self.model, self.guide, self.own, self.budget = model, guide, own, budget
         self.parameters = _task_parameters(model, guide)
         row_bytes = sum(value[0].numel() * value.element_size() for value in self.parameters.values())
-        self.mapped = 4 * row_bytes * len(own) > budget
-        place = folder if self.mapped else None
         tasks = model.num_tasks
+        self.mapped = 4 * row_bytes * tasks > budget
+        place = folder if self.mapped else None
+        if self.mapped:
+            _check_space(folder, 4 * row_bytes * tasks)
         self.values = {name: RowTensor(value, tasks, folder=place) for name, value in self.parameters.items()}
         self.best = {name: RowTensor(value, tasks, folder=place) for name, value in self.parameters.items()}
         zeros = {name: torch.zeros_like(value[:1]) for name, value in self.parameters.items()}
         self.moments = [{name: RowTensor(zero, tasks, folder=place) for name, zero in zeros.items()} for _ in BETAS]
         self.count = torch.zeros(tasks)
-        _forget_first_run(guide)
+        _forget_first_run(guide, 1)
         self._touched, self.loaded = 0.0, own[:1]
         self.load(self.loaded)
         self.sums: Weights | None = {} if keep_sums else None
@@ -65,10 +68,10 @@ class TaskRows:
 
     def load(self, index: Tensor) -> None:
         """Put the rows of the tasks ``index``, rising, into the guide's parameters."""
-        self.loaded = index
+        self.loaded, device = index.cpu(), self.model.backbone.device
         for name, parameter in self.parameters.items():
             parameter.grad = None
-            parameter.data = self.values[name].read(index).to(parameter.device)
+            parameter.data = self.values[name].read(self.loaded).to(device)
         self._touch(1)
 
     def begin(self, batches: Sequence[Batch]) -> list[Batch]:
@@ -150,7 +153,11 @@ class TaskRows:
         return self.model.weights_given(self.sites(), self._draw())[0]
 
     def average_weights(self, sums: Weights) -> Weights:
-        """θ of the loaded tasks with their sites at the average over all tasks, of which ``sums`` are the sums."""
+        """θ of the loaded tasks with their sites at the average over all tasks, of which ``sums`` are the sums.
+
+        Where all tasks have one prior that is the average of θ. Where each has a τ of its own it is the average in units of
+        each one's own standard deviation, as the sites are; near the optimum both are Θ.
+        """
         sites = self.sites()
         for name, value in sums.items():
             average = (value / self.model.num_tasks).to(sites[name])
@@ -186,6 +193,7 @@ class TaskRows:
         """Let the guide's parameters hold the rows of all tasks, as those of any other guide do; nothing is copied."""
         for name, parameter in self.parameters.items():
             parameter.data = self.values[name].all()
+        _forget_first_run(self.guide, self.model.num_tasks)
 
     def tensors(self) -> dict[str, dict[str, RowTensor]]:
         """The rows by group and name: what a checkpoint keeps, with ``count``."""
@@ -222,6 +230,17 @@ def _task_parameters(model: BoRA, guide: AutoGuide) -> dict[str, Parameter]:
     return found
 
 
+def _check_space(folder: Path, size: int) -> None:
+    """Raise ``InputError`` where a disk has no room: what is mapped on a full one ends the process without a word."""
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(above).free
+    if size > free:
+        raise InputError(
+            f"the tasks' state takes {size / 2**30:.1f} GiB in files, and {above} has {free / 2**30:.1f} GiB free; give a larger "
+            "task_memory, or a folder on another disk"
+        )
+
+
 def set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> None:
     """Run a guide for the first time, with a row for each task or one for all."""
     if guide.prototype_trace is None:
@@ -231,10 +250,11 @@ def set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> No
         guide(replace(batch, task=index[:1].expand(len(batch.task)), tasks=draw))
 
 
-def _forget_first_run(guide: AutoGuide) -> None:
-    """Drop the values of a guide's first run, which it reads no more: it keeps the sites' distributions and plates."""
+def _forget_first_run(guide: AutoGuide, rows: int) -> None:
+    """Drop the values of a guide's first run, which it reads no more; only their shapes say how many rows it has."""
     for name, node in [*guide.prototype_trace.nodes.items()]:
         if node["type"] == "sample" and node["is_observed"]:
             guide.prototype_trace.remove_node(name)
         elif node["type"] == "sample" and isinstance(node["value"], Tensor) and node["cond_indep_stack"]:
-            node["value"] = node["value"][:1].clone()
+            first = node["value"][:1].clone()
+            node["value"] = first.expand(rows, *first.shape[1:])

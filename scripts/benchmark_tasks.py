@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from bora_pyro.adapters import LoRA
@@ -30,7 +31,6 @@ from bora_pyro.errors import InputError
 from bora_pyro.fit_state import DrawnTasks
 from bora_pyro.guides import GUIDES
 from bora_pyro.loop import Loop
-from bora_pyro.memory import resident_bytes
 from bora_pyro.model import BoRA
 from bora_pyro.priors import prior_from_tau
 
@@ -68,7 +68,7 @@ class TasksConfig:
 
 
 def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
-    """Seconds of each step and the resident memory after the last, for one number of tasks, in this process."""
+    """Seconds of a step, and the largest resident memory after one, for one number of tasks, in this process."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     backbone = load_base(config.base)
@@ -80,7 +80,8 @@ def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
     train = TokenSplit(tokens, lengths, task=task, characters=lengths - 1, num_tasks=tasks)
     none = TokenSplit.from_documents([], task=[], num_tasks=tasks)
     model = BoRA(backbone, tasks, adapter=LoRA(rank=config.rank), prior=prior_from_tau(config.tau), seed=config.seed)
-    before = resident_bytes(backbone.device)
+    held = psutil.Process()
+    before = held.memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(
             model,
@@ -113,7 +114,7 @@ def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
             if number >= config.warmup:
                 seconds.append(time.perf_counter() - start)
                 drawn.append(sum(len(batch.tasks.index) for batch in batches if batch.tasks))
-                resident.append(resident_bytes(backbone.device))
+                resident.append(held.memory_info().rss)
     row = sum(start.numel() * start.element_size() for start in model.starts.values())
     return {
         "tasks": tasks,

@@ -47,7 +47,7 @@ def test_ratios_are_of_the_runs_of_one_round(script):
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys):
-    assert script_main("benchmark_tasks")([*QUICK, *words]) == 2
+    assert script_main("benchmark_tasks")(words) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1

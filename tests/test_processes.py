@@ -165,3 +165,16 @@ def test_the_norm_is_that_of_the_whole_gradient():
     assert add_up_gradient(Processes(), [], [other, torch.nn.Parameter(torch.zeros(2))], torch.zeros(4)).item() == pytest.approx(
         4
     )
+
+
+def test_processes_that_share_nothing_add_up_the_norm_alone():
+    class Two(Processes):
+        size = 2
+
+        def add_up(self, value):
+            return value.mul_(2)
+
+    own = torch.nn.Parameter(torch.zeros(2))
+    own.grad, sums = torch.tensor([3.0, 4.0]), torch.ones(4, dtype=torch.float64)
+    assert add_up_gradient(Two(), [], [own], sums).item() == pytest.approx(50**0.5)
+    assert sums.tolist() == [2, 2, 2, 2]

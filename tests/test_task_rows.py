@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyro
 import pytest
@@ -10,10 +12,11 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-from bora_pyro import HierarchicalNormal, Independent, InputError, Pooled, evaluate, fit
+from bora_pyro import CausalLM, HierarchicalNormal, Independent, InputError, Pooled, evaluate, fit
 from bora_pyro.data.task_draw import TaskDraw
 from bora_pyro.elbo import TemperedELBO
 from bora_pyro.epoch_steps import EpochSteps
+from bora_pyro.fit import NonFiniteLossError
 from bora_pyro.guides import GUIDES
 from bora_pyro.loop import Loop
 from bora_pyro.priors import HierarchicalNorm, LearnedPrecision, RandomPrecision
@@ -225,3 +228,59 @@ def test_many_tasks_are_drawn_unless_one_asks_for_all():
     model = tiny_bora(targets=["q_proj"], tasks=64)
     loop = Loop(model, tiny_data(counts[:64]), GUIDES["map"](model), **options_of_loop(task_subsampling=None))
     assert type(loop.state).__name__ == "AllTasks"
+
+
+@pytest.mark.parametrize("memory", [4.0, 0.0], ids=["in memory", "in files"])
+@pytest.mark.parametrize("kind", ["map", "normal", "low_rank"])
+def test_a_fit_begins_where_another_has_ended(kind, memory):
+    data, options = tiny_data(COUNTS), {"token_budget": 20, "task_subsampling": True, "task_memory": memory}
+    first = fit(bora(PRIORS[0]), data, epochs=2, **options)
+    model = bora(PRIORS[0])
+    guide = GUIDES[kind](model, first.sites())
+    still = fit(model, data, guide=guide, epochs=1, learning_rate=1e-30, **options)
+    for name, value in first.sites().items():
+        torch.testing.assert_close(still.sites()[name], value)
+    again = fit(model, data, guide=still.guide, epochs=2, **options)  # the same guide once more
+    assert again.validation_perplexity <= still.validation_perplexity
+    assert {len(value) for name, value in again.sites().items() if name in task_sites(guide)} == {5}
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_after_a_loss_that_is_not_finite_the_guide_is_whole_and_fits_again(drawn):
+    class Poisoned(CausalLM):
+        poison = False
+
+        def __call__(self, logits, batch):
+            super().__call__(logits() * float("nan") if self.poison else logits, batch)
+
+    likelihood = Poisoned()
+    model = tiny_bora(targets=["q_proj"], tasks=5, prior=HierarchicalNormal(10.0), likelihood=likelihood)
+    options = {"token_budget": 20, "task_subsampling": drawn}
+
+    def poison(report):
+        likelihood.poison = report["epoch"] == 2
+
+    with pytest.raises(NonFiniteLossError) as caught:
+        fit(model, tiny_data(COUNTS), epochs=3, on_step=poison, **options)
+    fitted = caught.value.fitted
+    assert {len(value) for name, value in fitted.sites().items() if name in task_sites(fitted.guide)} == {5}
+    likelihood.poison = False
+    assert len(fit(model, tiny_data(COUNTS), guide=fitted.guide, epochs=1, **options).history) == 1
+
+
+def test_files_that_the_disk_has_no_room_for_are_refused(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+    with pytest.raises(InputError, match=r"takes 0\.0 GiB in files, and .* has 0\.0 GiB free; give a larger task_memory"):
+        fit(bora(PRIORS[0]), tiny_data(COUNTS), epochs=1, task_subsampling=True, task_memory=0.0)
+
+
+def test_where_tasks_have_one_prior_the_average_is_that_of_all():
+    model = bora(PRIORS[4])
+    loop = Loop(model, tiny_data(COUNTS), GUIDES["map"](model), **options_of_loop())
+    loop.run_epoch(None)
+    theta = {name: value.clone() for name, value in loop.state.rows.weights(torch.arange(5)).items()}
+    batch = replace(tiny_batch((0, 0, 2, 1, 0)), tasks=TaskDraw(torch.tensor([2, 3]), torch.ones(2)))
+    _, own, average = loop.state.view(batch, loop.state.totals(loop.processes))
+    for name, value in theta.items():
+        torch.testing.assert_close(own[name], value[[2, 3]])
+        torch.testing.assert_close(average[name], value.mean(0).expand_as(average[name]), rtol=1e-5, atol=1e-6)

@@ -77,6 +77,12 @@ def init_to_sites(sites: Mapping[str, Tensor] | None) -> Callable[[dict[str, Any
     return init_to_start if sites is None else partial(_init_to_given, sites=dict(sites))
 
 
+def begins_at_sites(guide: AutoGuide) -> bool:
+    """Whether a guide was given values to begin at, one for each task, and not made yet."""
+    location = getattr(guide, "init_loc_fn", getattr(guide, "_location", None))
+    return guide.prototype_trace is None and isinstance(location, partial) and location.func is _init_to_given
+
+
 def _init_to_given(site: dict[str, Any], sites: dict[str, Tensor]) -> Tensor:
     name, shape = site["name"], site["fn"].shape()
     if name not in sites:
@@ -171,7 +177,7 @@ class SiteGuide(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         sites = self.prototype_trace.iter_stochastic_nodes()
-        return {name: biject_to(site["fn"].support)(self.get("loc", name)).detach().clone() for name, site in sites}
+        return {name: biject_to(site["fn"].support)(self.get("loc", name)).detach() for name, site in sites}
 
 
 def tensor_key(kind: str, name: str) -> str:
