@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from bora_pyro.allocator import give_back_freed_memory
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.short_attention import use_short_attention
 from bora_pyro.token_loss import UnprojectedLogits
@@ -88,7 +89,8 @@ class Backbone:
         tokenizer: the tokenizer that belongs to it, where texts are to be read.
         targets: suffixes of module paths (``["q_proj", "v_proj"]``), ``"all-linear"``, or None for the architecture's
             usual ones. The embedding and the head are never adapted.
-        gradient_checkpointing: recompute each decoder layer in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute each decoder layer in the backward pass: less memory, about a third more time. On CPUs
+            the allocator is told to give freed memory back (``give_back_freed_memory``), which holds for the whole process.
 
     Raises:
         InputError: a target that no linear layer has; the message lists the valid ones.
@@ -106,6 +108,8 @@ class Backbone:
         use_short_attention(model)
         self.tokenizer = tokenizer
         self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing and next(model.parameters()).device.type == "cpu":
+            give_back_freed_memory()
         self.slots = find_slots(model, targets)
         self._modules = dict(model.named_modules())
         self._blocks = {

@@ -25,11 +25,13 @@ from bora_pyro.data.task_draw import TaskDraw
 class EpochSteps(Sequence[list[Batch]]):
     """Every document in exactly one step; a step is a list of batches, whose losses times their shares are added up.
 
-    With S steps, each batch of step s counts S times, so that a step drawn uniformly has the whole split's log-likelihood as its
-    mean: (1/S) Σ_s S Σ_{n in s} x_n = Σ_n x_n. Where tasks are drawn too, task d is one of those of m_d batches, the ones with
-    documents of it, and its log-prior counts S/m_d times in each, whose mean over the steps is the log-prior once. Tasks without
-    documents are dealt out over the batches, one after another. Each of the k batches of a step has the share 1/k, so that what
-    all tasks have in common, Θ's KL divergence, counts once; scales and weights are k times as large.
+    With S steps, each batch of step s counts S times, so that a step drawn uniformly has the whole split's log-likelihood as
+    its mean: (1/S) Σ_s S Σ_{n in s} x_n = Σ_n x_n. Where tasks are drawn too, task d is one of those of m_d batches, the ones
+    with documents of it, and its log-prior counts S/m_d times in each, whose mean over the steps is the log-prior once. Tasks
+    without documents are dealt out over the batches, one after another; were they to outnumber the others there, it is a part
+    of them that the seed chooses, counting for all, so that their mean over epochs is exact. Each of the k batches of a step
+    has the share 1/k, so that what all tasks have in common, Θ's KL divergence, counts once; scales and weights are k times
+    as large.
 
     Args:
         split: the training documents.
@@ -57,6 +59,7 @@ class EpochSteps(Sequence[list[Batch]]):
         else:
             of_share = [torch.isin(split.task, share).nonzero()[:, 0] for share in shares]
             parts = [split.batches(token_budget=token_budget, seed=seed, documents=documents) for documents in of_share]
+        self._generator = torch.Generator().manual_seed(seed or 0)
         self._steps = max(-(-len(part) // accumulate) for part in parts)
         chosen = range(len(parts)) if mine is None else mine
         self._parts = [parts[number] for number in chosen]
@@ -70,10 +73,12 @@ class EpochSteps(Sequence[list[Batch]]):
         for of_batch in tasks:
             times[of_batch] += 1
         without = share[times[share] == 0]
-        times[without] = 1
+        chosen = without[torch.randperm(len(without), generator=self._generator)[: int(times.sum())]]
+        # one of k that stands for n counts n/k times
+        times[chosen] = len(chosen) / max(len(without), 1)
         draws = []
         for number, of_batch in enumerate(tasks):
-            index = torch.cat([of_batch, without[number :: len(tasks)]]).sort().values
+            index = torch.cat([of_batch, chosen[number :: len(tasks)]]).sort().values
             draws.append(TaskDraw(index, self._steps / times[index]))
         return draws
 

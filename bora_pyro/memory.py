@@ -104,7 +104,8 @@ def estimate_memory(
     On an accelerator the largest of the four counts, beside what is held throughout. On CPUs their terms add up: glibc returns
     only blocks above its mmap threshold (at most 32 MiB: the logits of a usual batch) to the system, so that the process keeps
     what one phase has freed while another takes blocks of other sizes. What stays unused between the blocks is in no formula: a
-    quarter of the activations is added for it, as ``scripts/check_memory.py`` measures. ``logits`` is what the C V terms give,
+    quarter of the activations is added for it, as ``scripts/check_memory.py`` measures (with gradient checkpointing nothing, for
+    freed blocks then go back). ``logits`` is what the C V terms give,
     ``activations`` the other terms of a batch, and ``state`` those of the guide.
 
     Args:
@@ -157,7 +158,7 @@ def estimate_memory(
             phases.append((theta, tokens * layers.scratch() + FLOAT * rows * size, logits))
     if model.backbone.device.type == "cpu":
         state, activations, logits = (max(part) for part in zip((0, 0, 0), *phases, strict=True))
-        activations += round(UNUSED * activations)
+        activations += 0 if checkpointing else round(UNUSED * activations)
     else:
         state, activations, logits = max(phases, key=sum, default=(0, 0, 0))
     return MemoryEstimate(process, base_bytes(model.backbone), throughout + state, activations, logits)

@@ -61,7 +61,7 @@ SETTINGS: list[tuple[str, int, int, int, list[str] | str, bool]] = [
     ("random:llama", 25, 8, 4096, ALL, True),
     ("random:llama", 60, 32, 1024, ALL, False),
     ("builtin:nano", 1000, 8, 4096, USUAL, False),
-    ("builtin:nano", 4000, 8, 4096, ALL, False),
+    ("builtin:nano", 2000, 16, 4096, ALL, False),
 ]
 
 
@@ -86,7 +86,7 @@ def measure(number: int, device: torch.device) -> dict[str, Any]:
     process = resident_bytes(device)
     model = BoRA(_base(base, targets, checkpointing, device), tasks, adapter=LoRA(rank=rank), prior=LearnedPrecision())
     vocabulary = model.backbone.model.get_input_embeddings().num_embeddings
-    train, held_out = _documents(STEPS * budget // TOKENS, tasks, vocabulary), _documents(32, tasks, vocabulary)
+    train, held_out = _documents(max(STEPS * budget // TOKENS, tasks), tasks, vocabulary), _documents(32, tasks, vocabulary)
     data = TaskData([f"task {d}" for d in range(tasks)], train=train, validation=held_out, test=held_out)
     predicted = estimate_memory(model, data, token_budget=budget, process=process)
     with tempfile.TemporaryDirectory() as folder:

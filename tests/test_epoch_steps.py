@@ -52,3 +52,19 @@ def test_the_order_is_that_of_the_batches_of_the_split():
     assert all(step[0].tasks is None and step[0].scale == len(steps) for step in steps)
     with pytest.raises(IndexError):
         steps[len(steps)]
+
+
+def test_many_tasks_without_documents_are_drawn_a_few_at_a_time():
+    split, tasks = tiny_split((3, 2) + (0,) * 200), torch.arange(202)
+    seen = set()
+    for seed in range(3):
+        steps = EpochSteps(split, token_budget=16, seed=seed, shares=[tasks])
+        priors = torch.zeros(202)
+        for [batch] in steps:
+            documented = len(batch.task.unique())
+            assert documented <= len(batch.tasks.index) <= documented + 3
+            priors[batch.tasks.index] += batch.tasks.weight / len(steps)
+        torch.testing.assert_close(priors[:2], torch.ones(2))
+        assert float(priors[2:].sum()) == pytest.approx(200)  # those that were drawn stand for all
+        seen |= set(priors[2:].nonzero()[:, 0].tolist())
+    assert len(seen) > 10
