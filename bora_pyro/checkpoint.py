@@ -43,7 +43,8 @@ class Checkpoint:
             self._file = safe_open(path, framework="pt").__enter__()
             self.progress: dict[str, Any] = json.loads((self._file.metadata() or {})["progress"])
             self._names: dict[str, list[str]] = {}
-            for key in self._file.keys():  # noqa: SIM118 (not a dict)
+            keys = self._file.keys()
+            for key in keys:
                 group, name = key.split("/", 1)
                 self._names.setdefault(group, []).append(name)
 

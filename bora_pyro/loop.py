@@ -280,10 +280,6 @@ class Loop:
         finite = self.model.logits(document, theta).isfinite().all()
         return not self.processes.add_up((~finite).float().reshape(1).cpu()).any()
 
-    def restore_best(self) -> None:
-        """Put the guide into the state of lowest validation perplexity."""
-        self.state.restore()
-
     def finish(self) -> None:
         """Put the guide into its best state, with the rows of all tasks, in the process of rank 0."""
         self.state.restore()

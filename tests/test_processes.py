@@ -19,27 +19,35 @@ from tests.tiny_base import SCRIPTS, line, quick_fit
 from tests.two_processes import COUNTS, PRIORS, loop, run
 
 
-def started(what, folder, number=2):
-    """What each process of a fit has to say."""
+def spawned(words, number):
+    """Exit code, output and errors of each of the processes that run one Python command, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        group = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.two_processes", what, str(folder)],
-            env=os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            },
+            [sys.executable, *words],
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(number)
-    ]  # fmt: skip
-    for child in children:
-        _, errors = child.communicate(timeout=120)
-        assert child.returncode == 0, errors
+    ]
+    outputs = [child.communicate(timeout=120) for child in children]
+    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
+
+
+def started(what, folder, number=2):
+    """What each process of a fit has to say."""
+    for code, _, errors in spawned(["-m", "tests.two_processes", what, str(folder)], number):
+        assert code == 0, errors
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(number)]
+
+
+def command(words):
+    """The same of two processes of ``map_fit.py``."""
+    return spawned([str(SCRIPTS / "map_fit.py"), *words], 2)
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -95,32 +103,9 @@ def test_any_number_of_processes_takes_up_where_another_has_left(prior, tmp_path
     assert three["history"][2]["loss"] < one.history[0]["loss"]
 
 
-def command(words, folder, number=2):
-    """Exit codes and outputs of the processes of one command, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPTS / "map_fit.py"), *words],
-            env=os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-        )
-        for rank in range(number)
-    ]  # fmt: skip
-    outputs = [child.communicate(timeout=120) for child in children]
-    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
-
-
 def test_the_command_fits_in_two_processes_and_writes_once(tmp_path):
     options = quick_fit(tmp_path) | {"device": "cpu", "output_dir": str(tmp_path / "run")}
-    (code, out, err), (other_code, other_out, other_err) = command(line(options), tmp_path)
+    (code, out, err), (other_code, other_out, other_err) = command(line(options))
     assert (code, other_code) == (0, 0), err + other_err
     assert "run folder:" in out
     assert not other_out
@@ -136,13 +121,13 @@ def test_the_command_fits_in_two_processes_and_writes_once(tmp_path):
 
     # the same with the base in parts
     parts = options | {"output_dir": str(tmp_path / "parts"), "shard_base": "true"}
-    assert [code for code, *_ in command(line(parts), tmp_path)] == [0, 0]
+    assert [code for code, *_ in command(line(parts))] == [0, 0]
     in_parts = RunFolder.open(tmp_path / "parts")
     assert in_parts.read_metrics()["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-5)
     torch.testing.assert_close(in_parts.load_tensors("posterior"), run.load_tensors("posterior"), rtol=1e-4, atol=1e-5)
 
     # and what cannot be: one line, from the first, and both give up
-    (code, out, err), (other_code, other_out, other_err) = command(line(options), tmp_path)
+    (code, out, err), (other_code, other_out, other_err) = command(line(options))
     assert (code, other_code) == (2, 2)
     assert [entry for entry in err.splitlines() if entry.startswith("error:")] == [err.splitlines()[-1]]
     assert "overwrite" in err
