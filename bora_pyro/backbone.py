@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,23 +25,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from bora_pyro.allocator import give_back_freed_memory
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.short_attention import use_short_attention
+from bora_pyro.slots import Slot, find_slots, linear_modules, linear_shape
 from bora_pyro.token_loss import UnprojectedLogits
 
 BUILTIN_BASES = {"builtin:nano": Path(__file__).parent / "assets" / "nano"}
-
-#: The layers that are adapted where the user names none: attention's queries and values, as in the LoRA and BoRA papers.
-USUAL_TARGETS = {
-    "gpt2": ("c_attn",),
-    "gpt_neox": ("query_key_value",),
-    "bloom": ("query_key_value",),
-    "falcon": ("query_key_value",),
-}
-DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 #: How a base's linear layers may be stored: bitsandbytes' NormalFloat4 and LLM.int8().
 QUANTIZATIONS = ("4bit", "8bit")
@@ -55,30 +44,7 @@ MAPPED_BYTES = 2**25
 
 #: ``change(slot, layer, x, output)``: the changed output of one linear layer, (rows, tokens, out_features), given its input,
 #: (rows, tokens, in_features), and its own output, both on the device of the layer; so is the result.
-Change = Callable[["Slot", int, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One kind of linear layer, stacked over the layers of the model.
-
-    Attributes:
-        name: short name without dots, unique in the model (``q_proj``, ``mlp_c_proj``).
-        paths: the module path in each layer, in the order of the model.
-        in_features, out_features: sizes of the linear map.
-        fan_in_fan_out: the weight is stored (in, out), as GPT-2's ``Conv1D`` does.
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    in_features: int
-    out_features: int
-    fan_in_fan_out: bool = False
-
-    @property
-    def layers(self) -> int:
-        """How many layers of the model have this slot."""
-        return len(self.paths)
+Change = Callable[[Slot, int, Tensor, Tensor], Tensor]
 
 
 class Backbone:
@@ -188,8 +154,8 @@ class Backbone:
         """
         if self.device.type != "cpu":
             return sys.maxsize
-        linear = _linear_modules(self.model).values()
-        widest = max((max(_shape(module)[:2]) for module in linear), default=1)
+        linear = linear_modules(self.model).values()
+        widest = max((max(linear_shape(module)[:2]) for module in linear), default=1)
         return max(1, MAPPED_BYTES // (widest * self.model.get_input_embeddings().weight.element_size()))
 
     def logits(self, input_ids: Tensor, change: Change | None = None, *, attention_mask: Tensor | None = None) -> Tensor:
@@ -354,78 +320,3 @@ def _hook(change: Change, slot: Slot, layer: int, shape: torch.Size) -> Callable
         return change(slot, layer, x, output.reshape(rows, tokens, -1)).reshape(output.shape)
 
     return hook
-
-
-def _linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear layer by its path, the embedding and the head left out."""
-    ends = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module) not in ends
-    }  # fmt: skip
-
-
-def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = None) -> list[Slot]:
-    """Group the target layers of ``model`` into slots: same place in the block, same shape.
-
-    Args:
-        model: a causal language model.
-        targets: as for :class:`Backbone`.
-
-    Raises:
-        InputError: a target that no linear layer has.
-    """
-    linear = _linear_modules(model)
-    kinds: dict[str, list[str]] = {}
-    for path in linear:
-        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), []).append(path)
-    names = _short_names(list(kinds))
-    if targets is None:
-        targets = USUAL_TARGETS.get(model.config.model_type, DEFAULT_TARGETS)
-    elif targets == "all-linear" or list(targets) == ["all-linear"]:
-        targets = list(kinds)
-    elif isinstance(targets, str):
-        targets = [targets]
-    chosen: dict[str, None] = {}
-    for target in targets:
-        # with and without the stars: a short name may reach across a list of layers ("experts.up_proj")
-        matching = [kind for kind in kinds if any(f".{path}".endswith(f".{target}") for path in (kind, kind.replace(".*", "")))]
-        if not matching:
-            valid = sorted({*names.values(), "all-linear"})
-            raise InputError(
-                f"target {target!r} names no linear layer of this model; valid: {', '.join(valid)}{nearest(target, valid)}"
-            )
-        chosen.update(dict.fromkeys(matching))
-    slots = []
-    for kind in (kind for kind in kinds if kind in chosen):
-        shapes: dict[tuple[int, int, bool], list[str]] = {}
-        for path in kinds[kind]:
-            shapes.setdefault(_shape(linear[path]), []).append(path)
-        for (in_features, out_features, transposed), paths in shapes.items():
-            # some models change the width of a layer with depth: each shape is a slot of its own
-            name = names[kind].replace(".", "_") + ("" if len(shapes) == 1 else f"_{out_features}x{in_features}")
-            slots.append(Slot(name, tuple(paths), in_features, out_features, transposed))
-    return slots
-
-
-def _shape(module: nn.Module) -> tuple[int, int, bool]:
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1], True
-    weight = module.weight
-    assert isinstance(module, nn.Linear) and isinstance(weight, Tensor)
-    return module.in_features, module.out_features, False
-
-
-def _short_names(kinds: Sequence[str]) -> dict[str, str]:
-    """For each pattern of paths its shortest suffix that no other pattern shares."""
-    names = {}
-    for kind in kinds:
-        parts = [part for part in kind.split(".") if part != "*"]
-        for length in range(1, len(parts) + 1):
-            suffix = ".".join(parts[-length:])
-            others = (other.replace(".*", "") for other in kinds if other != kind)
-            if not any(other == suffix or other.endswith("." + suffix) for other in others):
-                break
-        names[kind] = suffix
-    return names

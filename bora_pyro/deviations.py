@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bora_pyro.backbone import Slot
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.slots import Slot
 
 SPACES = ("delta_w", "weights")
 

@@ -17,12 +17,13 @@ from pyro import poutine
 from torch import Tensor
 
 from bora_pyro.adapters import Adapter, LoRA
-from bora_pyro.backbone import Backbone, Change, Slot
+from bora_pyro.backbone import Backbone, Change
 from bora_pyro.data.batches import Batch
 from bora_pyro.data.task_draw import TaskDraw
 from bora_pyro.errors import InputError
 from bora_pyro.likelihoods import CausalLM, Likelihood
 from bora_pyro.priors import HierarchicalNormal, Prior
+from bora_pyro.slots import Slot
 from bora_pyro.task_plate import TaskPlate
 from bora_pyro.token_loss import UnprojectedLogits
 

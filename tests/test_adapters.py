@@ -10,7 +10,7 @@ from pyro.infer import TraceMeanField_ELBO
 from bora_pyro import Adapter, BoRA, HierarchicalNormal, Independent, InputError, Pooled, fit, map_guide, save_peft
 from bora_pyro.adapters import ADAPTERS, TensorSpec
 from bora_pyro.adapters.base import zeros
-from bora_pyro.backbone import Slot
+from bora_pyro.slots import Slot
 from tests.tiny import TASKS, random_ids, random_weights, tiny_backbone, tiny_batch, tiny_bora, tiny_data
 
 EVERY_ADAPTER = pytest.mark.parametrize("name", ADAPTERS)

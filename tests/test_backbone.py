@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bora_pyro import Backbone, InputError
-from bora_pyro.backbone import find_slots
+from bora_pyro.slots import find_slots
 from tests.tiny import (
     ARCHITECTURES,
     TASKS,

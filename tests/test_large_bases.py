@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from bora_pyro import Backbone, BoRA, InputError, LoRA, fit, save_peft
-from bora_pyro.backbone import find_slots
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
+from bora_pyro.slots import find_slots
 from tests.tiny import hooks_left, loaded_peft, of_task, random_ids, random_weights, tiny_data, tiny_model
 from tests.tiny_base import line, quick_fit, save_base, script_main
 

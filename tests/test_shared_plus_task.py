@@ -13,8 +13,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from bora_pyro import HierarchicalNormal, Independent, LoRA, Pooled, fit, map_guide, save_peft
 from bora_pyro.adapters import SharedPlusTaskLoRA
-from bora_pyro.backbone import Slot
 from bora_pyro.priors import HierarchicalNorm, with_shared
+from bora_pyro.slots import Slot
 from tests.tiny import TASKS, loaded_peft, of_task, random_ids, random_weights, tiny_batch, tiny_bora, tiny_data, tiny_model
 
 SLOT = Slot("q_proj", ("a.q_proj",), 16, 24)

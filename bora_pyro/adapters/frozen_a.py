@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bora_pyro.adapters.base import TensorSpec
 from bora_pyro.adapters.lora import LoRA
-from bora_pyro.backbone import Slot
+from bora_pyro.slots import Slot
 
 
 @dataclass(frozen=True)
