@@ -39,8 +39,8 @@ QUANTIZATIONS = ("4bit", "8bit")
 #: The placements over several devices that transformers works out itself.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
-#: glibc's largest threshold above which memory is mapped.
-MAPPED_BYTES = 2**25
+#: The largest output of a layer on CPUs: half of glibc's largest threshold above which memory is mapped.
+PASS_BYTES = 2**24
 
 #: ``change(slot, layer, x, output)``: the changed output of one linear layer, (rows, tokens, out_features), given its input,
 #: (rows, tokens, in_features), and its own output, both on the device of the layer; so is the result.
@@ -150,13 +150,14 @@ class Backbone:
         """The tokens of a forward and backward pass: with more of them it is the slower for each.
 
         On CPUs a tensor above glibc's largest threshold for mapped memory, 32 MiB, comes from the system anew whenever it is
-        made, page by page; so the widest layer's output stays below it.
+        made, page by page; so the widest layer's output stays below half of it: smaller passes are no faster for each token,
+        larger ones pad their rows more and hold more.
         """
         if self.device.type != "cpu":
             return sys.maxsize
         linear = linear_modules(self.model).values()
         widest = max((max(linear_shape(module)[:2]) for module in linear), default=1)
-        return max(1, MAPPED_BYTES // (widest * self.model.get_input_embeddings().weight.element_size()))
+        return max(1, PASS_BYTES // (widest * self.model.get_input_embeddings().weight.element_size()))
 
     def logits(self, input_ids: Tensor, change: Change | None = None, *, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits (rows, tokens, vocabulary), with ``change`` made to the output of every target layer.
