@@ -1,9 +1,18 @@
-"""The state of a fit as one safetensors file: parameters, optimiser moments, the best state, and where the loop stood."""
+"""The state of a fit as one safetensors file: parameters, optimiser moments, the best state, and where the loop stood.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     store = Checkpoints(Path(folder), keep=2)
+...     for step in (8, 16, 24):
+...         store.save(step, {"parameters": {"a": torch.tensor([float(step)])}}, {"epoch": step // 8})
+...     newest = store.newest()
+...     [file.name for file in store.files()], newest.progress, newest.group("parameters")
+(['step-00000024.safetensors', 'step-00000016.safetensors'], {'epoch': 3}, {'a': tensor([24.])})
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +24,67 @@ from torch import Tensor
 
 from bora_pyro.errors import InputError
 from bora_pyro.row_tensor import RowTensor
-from bora_pyro.safetensors_file import write_safetensors
+from bora_pyro.safetensors_file import is_intact, write_safetensors
+from bora_pyro.whole_file import replace_file
+
+_NAME = "step-{}.safetensors"
 
 
 def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor | RowTensor]], progress: dict[str, Any]) -> None:
-    """Write ``groups`` of tensors and the JSON-able ``progress`` to ``path``; a crash leaves the old file or the new one."""
+    """Write ``groups`` of tensors and the JSON-able ``progress`` to ``path``; a crash leaves the old file or the new one.
+
+    Raises:
+        InputError: the disk is full, or it cannot be written for another reason; the old file is as it was.
+    """
     tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    write_safetensors(temporary, tensors, {"progress": json.dumps(progress)})
-    os.replace(temporary, path)
+    metadata = {"progress": json.dumps(progress)}
+    replace_file(path, lambda temporary: write_safetensors(temporary, tensors, metadata, digest=True))
+
+
+class Checkpoints:
+    """The newest checkpoints of a fit, in a folder of their own.
+
+    Args:
+        folder: made with the first of them.
+        keep: how many are kept; with two or more a damaged one costs no more than the way from the one before it.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+        #: The damaged ones that ``newest`` has passed over, a line each.
+        self.notes: list[str] = []
+
+    def files(self) -> list[Path]:
+        """The files, the newest first."""
+        return sorted(self.folder.glob(_NAME.format("[0-9]" * 8)), reverse=True)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest one that is whole; None where there is none at all.
+
+        Raises:
+            InputError: there are some, and all are damaged.
+        """
+        self.notes = []
+        for file in self.files():
+            try:
+                return Checkpoint(file)
+            except InputError as error:
+                self.notes.append(str(error).partition("; ")[0])
+        if self.notes:
+            raise InputError(f"{self.notes[0]}; there is no older one: start afresh with --overwrite true")
+        return None
+
+    def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor | RowTensor]], progress: dict[str, Any]) -> None:
+        """Write the checkpoint of a step, and delete those beyond the newest ``keep``.
+
+        Raises:
+            InputError: it cannot be written; those before it stay.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(self.folder / _NAME.format(f"{step:08d}"), groups, progress)
+        left_by_killed = self.folder.glob(f".{_NAME.format('*')}.tmp")
+        for file in (*self.files()[self.keep :], *left_by_killed):
+            file.unlink(missing_ok=True)
 
 
 class Checkpoint:
@@ -40,6 +100,8 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._errors():
+            if not is_intact(path):
+                raise ValueError("it is cut short, or its bytes are not those that were written")
             self._file = safe_open(path, framework="pt").__enter__()
             self.progress: dict[str, Any] = json.loads((self._file.metadata() or {})["progress"])
             self._names: dict[str, list[str]] = {}

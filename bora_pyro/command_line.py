@@ -45,6 +45,7 @@ def option(
     expects: str = "",
     positional: bool = False,
     words: Sequence[str] = (),
+    whole: bool = False,
 ) -> T:
     """A dataclass field that documents itself.
 
@@ -54,12 +55,13 @@ def option(
         group: the heading under which ``--help`` lists it.
         choices: the only values allowed, for texts; ``check_choices`` holds a configuration to them.
         expects: what is allowed, in words, where the type alone does not say it.
-        words: texts that a number may also be, of a field of type ``float | str``.
+        words: texts that a value may also be, of a field of type ``float | str`` or ``bool | str``.
+        whole: take the texts of a list as they are, commas included; they may also be given one by one, the option repeated.
         positional: a text that stands on the line without ``--key``; in a YAML file it has its key as the others do.
     """
     metadata = {
         "help": help, "group": group, "choices": tuple(choices), "expects": expects, "positional": positional,
-        "words": tuple(words),
+        "words": tuple(words), "whole": whole,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
@@ -130,18 +132,18 @@ def _kinds(cls: type) -> dict[str, tuple[type, bool]]:
     kinds = {}
     for name, hint in get_type_hints(cls).items():
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        # of `float | str` the number: the texts that it may be are its `words`
+        # of `float | str` the number, of `bool | str` the truth: the texts that it may be are its `words`
         hint = next(part for part in parts if part is not type(None))
         kinds[name] = (get_origin(hint) or hint, type(None) in parts)
     return kinds
 
 
-def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[type, bool, str, tuple[str, ...]]:
-    """What ``_convert`` needs to know of a field: its type, whether None is allowed, what is expected, and its ``words``."""
+def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[type, bool, str, tuple[str, ...], bool]:
+    """What ``_convert`` needs to know of a field: type, whether None is allowed, what is expected, ``words``, and ``whole``."""
     kind, optional = kinds[name]
     about = next(field.metadata for field in dataclasses.fields(cls) if field.name == name)
     expects = about.get("expects") or _EXPECTED[kind]
-    return kind, optional, expects + (" or none" if optional else ""), about.get("words", ())
+    return kind, optional, expects + (" or none" if optional else ""), about.get("words", ()), about.get("whole", False)
 
 
 def _positional(cls: type) -> list[str]:
@@ -153,7 +155,7 @@ def _unknown(name: str, valid: Sequence[str], where: str) -> InputError:
     return InputError(f"{where}unknown option {name!r}{nearest(name, valid) or '; --help lists them all'}")
 
 
-def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, words: tuple[str, ...]) -> Any:
+def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, words: tuple[str, ...], whole: bool) -> Any:
     """One value, as a text of the command line or as YAML gives it, to the field's type."""
     refusal = InputError(f"{where}: {value!r} cannot be used; give {expected}")
     alone = value[0] if isinstance(value, list) and len(value) == 1 else value  # a list's words come as a list
@@ -166,7 +168,7 @@ def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, 
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
             raise refusal
-        names = [name.strip() for item in items for name in item.split(",") if name.strip()]
+        names = list(items) if whole else [name.strip() for item in items for name in item.split(",") if name.strip()]
         if not names:
             raise refusal
         return names
@@ -261,10 +263,11 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         help_text = about.get("help", "")
         if "default:" not in help_text and not about.get("positional"):
             help_text += f" (default: {_shown(field.default)})"
-        metavar = "|".join(about.get("choices", ())) or _METAVARS[kind]
+        metavar = "|".join(about.get("choices", ()) or (_METAVARS[kind], *about.get("words", ())))
         name = f"--{field.name}"
         if about.get("positional"):
             # optional to argparse: a file may give it, and what it must be is the configuration's to check
             name, metavar, arity = field.name, field.name.upper(), {"nargs": "?"}
-        groups[heading].add_argument(name, action=_Once, metavar=metavar, help=help_text.replace("%", "%%"), **arity)
+        action: Any = "extend" if about.get("whole") else _Once
+        groups[heading].add_argument(name, action=action, metavar=metavar, help=help_text.replace("%", "%%"), **arity)
     return parser

@@ -22,6 +22,8 @@ __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
 
 #: What ``--tau`` is where the fit finds it.
 LEARNED = "learned"
+#: What ``--resume`` is where the output folder tells whether there is a run to go on with.
+AUTO = "auto"
 DATA, MODEL, PRIOR, FIT, RUN = "data", "base model and adapter", "prior and likelihood", "optimisation", "run"
 
 
@@ -138,9 +140,19 @@ class MapFitConfig:
     )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN)
     checkpoint_every: int = option(1, "epochs between checkpoints", group=RUN)
+    checkpoint_minutes: float = option(
+        10.0, "minutes after which a checkpoint is written within an epoch too; inf: at its end alone", group=RUN
+    )
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", group=RUN)
     output_dir: str = option("runs/map_fit", "the run's folder", group=RUN)
     overwrite: bool = option(False, "replace the run that output_dir holds", group=RUN)
-    resume: bool = option(False, "go on with the run that output_dir holds, from its last checkpoint", group=RUN)
+    resume: bool | str = option(
+        False,
+        "go on with the run that output_dir holds, from its newest checkpoint; auto: where it holds one, else start one",
+        group=RUN,
+        expects="true, false or auto",
+        words=(AUTO,),
+    )
 
     def validate(self) -> None:
         """Check every value that needs no data and no model to be checked.
@@ -167,6 +179,8 @@ class MapFitConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} is {value}; give a finite number above 0")
+        if not self.checkpoint_minutes >= 0:
+            raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; give minutes from 0 (every step) up, or inf")
         if not self.task_memory >= 0:
             raise InputError(f"task_memory is {self.task_memory}; give GiB from 0 (all in files) up")
         if not self.gradient_clip > 0:
@@ -221,4 +235,5 @@ _LEAST = {
     "seed": 0,
     "threads": 1,
     "checkpoint_every": 1,
+    "keep_checkpoints": 1,
 }

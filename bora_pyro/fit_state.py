@@ -65,7 +65,7 @@ class FitState(Protocol):
     def save(self, processes: Processes) -> Mapping[str, Mapping[str, Tensor | RowTensor]]:
         """All of it as groups of named tensors, in the process of rank 0."""
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint, processes: Processes) -> None:
         """Put back what ``save`` gave."""
 
 
@@ -123,7 +123,7 @@ class AllTasks:
     def save(self, processes: Processes) -> dict[str, dict[str, Tensor]]:
         return {"parameters": self._copy(), "optimizer": optimizer_tensors(self.optimizer), "best": self.best}
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint, processes: Processes) -> None:
         _check_kind(checkpoint, drawn=False)
         shapes = {name: value.shape for name, value in self.parameters.items()}
         parameters, best = checkpoint.group("parameters"), checkpoint.group("best")
@@ -208,18 +208,18 @@ class DrawnTasks:
         for group in rows.values():
             for store in group.values():
                 processes.gather_rows(store, self.rows.own)
-        count = self.rows.count.clone()
-        processes.add_up(count)
+        count = processes.add_up(self.rows.count.clone())
+        sums = {name: processes.add_up(value.clone()) for name, value in (self.rows.sums or {}).items()}
         if processes.rank:
             return {}
         groups: dict[str, dict[str, Tensor | RowTensor]] = {name: {**group} for name, group in rows.items()}
         groups["parameters"] |= self._copy()
         groups["best"] |= self.best
         groups["optimizer"] = {**optimizer_tensors(self.optimizer)} if self.optimizer is not None else {}
-        groups["count"] = {"steps": count}
+        groups["count"], groups["sums"] = {"steps": count}, {**sums}
         return groups
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint, processes: Processes) -> None:
         _check_kind(checkpoint, drawn=True)
         tasks = self.model.num_tasks
         shapes = {name: value.shape for name, value in self.of_all.items()}
@@ -238,6 +238,10 @@ class DrawnTasks:
         self.best = checkpoint.group("best", without=[*of_rows])
         self.rows.count.zero_()
         self.rows.count[self.rows.own] = checkpoint.group("count")["steps"][self.rows.own]
+        if self.rows.sums is not None:
+            # those of all tasks in one process: only the sum over processes is ever looked at
+            device, mine = self.model.backbone.device, float(processes.rank == 0)
+            self.rows.sums |= {name: mine * value.to(device) for name, value in checkpoint.group("sums").items()}
         if self.optimizer is not None:
             load_optimizer_tensors(self.optimizer, checkpoint.group("optimizer"))
 

@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuide
 from torch import Tensor
 
-from bora_pyro.checkpoint import Checkpoint, save_checkpoint
+from bora_pyro.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.data.batches import Batch, TokenSplit
 from bora_pyro.data.task_draw import looked_at
 from bora_pyro.data.tasks import TaskData
@@ -104,8 +104,13 @@ class Loop:
                 self.state = DrawnTasks(model, guide, own=own, budget=budget, folder=place)
         self.steps_per_epoch = len(self._steps(0))
         self.total_steps = self.steps_per_epoch * epochs
-        self.fitted = Fitted(model, guide, data.tasks)
-        self.epoch = 0
+        self.fitted = Fitted(model, guide, data.tasks, documents=data.train.documents_per_task)
+        #: The steps that are done, and the epochs.
+        self.steps_done = self.epoch = 0
+        #: Where the epoch stands that has begun and not ended, JSON-able; empty between epochs.
+        self.within: dict[str, Any] = {}
+        #: What this process would have happen after a step, as a number that is added up over all.
+        self.request: Callable[[], float] = lambda: 0.0
         self._held_out = self._documents_of_mine(data.validation)
         # half a batch, twice as often: the same cost, and a slope that is never far from the present state
         self._looks = [
@@ -133,34 +138,52 @@ class Loop:
         chosen = self.mine or range(len(self.shares))
         return [torch.isin(split.task, self.shares[number]).nonzero()[:, 0] for number in chosen]
 
-    def run_epoch(self, on_step: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
-        """One pass over the training documents; returns what there is to report of it."""
-        self.state.begin_epoch()
-        report: dict[str, Any] = {"epoch": self.epoch + 1, "total": self.total_steps}
-        totals, start = torch.zeros(4, dtype=torch.float64), time.perf_counter()
-        with poutine.seed(rng_seed=_epoch_seed(self.seed, self.epoch)):
-            for number, batches in enumerate(self._steps(self.epoch)):
-                step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
-                rate = self.learning_rate * _schedule(step, self.total_steps, self.warmup)
-                reduced = self.processes.reduced_bytes
+    def run_epoch(
+        self,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        on_request: Callable[[float], None] | None = None,
+    ) -> dict[str, Any]:
+        """One pass over the training documents, or what a checkpoint has left of it; returns what there is to report of it.
+
+        Args:
+            on_step: called after each step with the report so far.
+            on_request: called after a step of which some process has requested something, with the sum of what ``request`` gave.
+        """
+        if not self.within:
+            self.state.begin_epoch()
+            self.within = {"steps": 0, "totals": [0.0] * 4, "seconds": 0.0, "report": {}}
+        within, steps = self.within, self._steps(self.epoch)
+        report: dict[str, Any] = within["report"] | {"epoch": self.epoch + 1, "total": self.total_steps}
+        totals, start = torch.tensor(within["totals"], dtype=torch.float64), time.perf_counter() - within["seconds"]
+        for number in range(within["steps"], len(steps)):
+            step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
+            rate = self.learning_rate * _schedule(step, self.total_steps, self.warmup)
+            reduced = self.processes.reduced_bytes
+            # of the step alone, so that one from a checkpoint draws what it would have drawn
+            with poutine.seed(rng_seed=_step_seed(self.seed, self.epoch, number)):
                 # Pyro checks shapes and supports in the first step; the others need it not
-                sums = self.step(batches, rate, step, validate=step == 0)
+                sums = self.step(steps[number], rate, step, validate=step == 0)
                 if self.model.prior.every and (step + 1) % self.model.prior.every == 0:
                     self.learn_prior((step + 1) // self.model.prior.every - 1)
                     report.setdefault("tau_path", []).append({"step": step + 1, "tau": self._tau()})
-                totals = totals + sums
-                loss, log_likelihood, documents, tokens = totals.tolist()
-                report |= {
-                    "step": step + 1,
-                    "loss": -log_likelihood / self.model.likelihood.observations(int(documents), int(tokens)),
-                    "objective": loss / (number + 1),
-                }
-                report |= {"learning_rate": rate, "training_tokens_per_second": tokens / (time.perf_counter() - start)}
-                if self.processes.size > 1:
-                    report["reduced_bytes"] = self.processes.reduced_bytes - reduced
-                if on_step:
-                    on_step(dict(report))
-        self.epoch += 1
+            totals = totals + sums[:4]
+            loss, log_likelihood, documents, tokens = totals.tolist()
+            report |= {
+                "step": step + 1,
+                "loss": -log_likelihood / self.model.likelihood.observations(int(documents), int(tokens)),
+                "objective": loss / (number + 1),
+            }
+            report |= {"learning_rate": rate, "training_tokens_per_second": tokens / (time.perf_counter() - start)}
+            if self.processes.size > 1:
+                report["reduced_bytes"] = self.processes.reduced_bytes - reduced
+            if on_step:
+                on_step(dict(report))
+            self.steps_done += 1
+            within |= {"steps": number + 1, "totals": totals.tolist(), "seconds": time.perf_counter() - start, "report": report}
+            if on_request and sums[4]:
+                on_request(float(sums[4]))
+        self.epoch, self.within = self.epoch + 1, {}
         return report
 
     def step(self, batches: Sequence[Batch], rate: float, step: int, *, validate: bool = False) -> Tensor:
@@ -169,10 +192,11 @@ class Loop:
         A loss that is not finite ends the fit at the best state so far.
 
         Returns:
-            (4,) float64: loss, log-likelihood, documents and predicted tokens of the step, in all processes.
+            (5,) float64: loss, log-likelihood, documents and predicted tokens of the step, and what was requested, in all
+            processes.
         """
         # on the device until the end: what is asked of it earlier would have to wait for it
-        sums = torch.zeros(4, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        sums = torch.zeros(5, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         most = self.model.backbone.pass_tokens
         for batch in self.processes.in_step(part for whole in self.state.begin(batches) for part in whole.parts(most)):
             if batch is None:
@@ -182,7 +206,8 @@ class Loop:
             loss = self.backward(batch.to(self.device), validate=validate)
             # of the log-likelihood what the batch itself has: the scale to all documents taken off again
             sums[:2] += torch.stack([loss, self.elbo.log_likelihood / batch.scale]).to(sums.dtype)
-            sums[2:] += torch.tensor([len(batch.task), tokens], dtype=sums.dtype).to(self.device, non_blocking=True)
+            sums[2:4] += torch.tensor([len(batch.task), tokens], dtype=sums.dtype).to(self.device, non_blocking=True)
+        sums[4] = self.request()
         norm = add_up_gradient(self.processes, self.state.shared, self.state.own, sums)
         if not torch.stack([*sums, norm.to(sums)]).isfinite().all():
             raise self._non_finite(f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1})")
@@ -285,17 +310,18 @@ class Loop:
         self.state.restore()
         self.state.complete(self.processes)
 
-    def save(self, file: Path) -> None:
+    def save(self, store: Checkpoints) -> None:
         """Write a checkpoint."""
         groups = self.state.save(self.processes)
         if not self.processes.rank:
-            save_checkpoint(file, groups, {"epoch": self.epoch} | {name: getattr(self.fitted, name) for name in _RECORD})
+            progress = {"steps": self.steps_done, "epoch": self.epoch, "within": self.within}
+            progress |= {name: getattr(self.fitted, name) for name in _RECORD}
+            store.save(self.steps_done, groups, progress)
 
-    def load(self, file: Path) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        checkpoint = Checkpoint(file)
-        self.state.load(checkpoint)
-        self.epoch = checkpoint.progress["epoch"]
+        self.state.load(checkpoint, self.processes)
+        self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
         for name in _RECORD:
             setattr(self.fitted, name, checkpoint.progress[name])
 
@@ -314,3 +340,7 @@ def _schedule(step: int, total: int, warmup: float) -> float:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return (seed * 100_003 + epoch) % 2**32  # NumPy, which Pyro seeds too, takes no larger one
+
+
+def _step_seed(seed: int, epoch: int, number: int) -> int:
+    return (_epoch_seed(seed, epoch) * 65_537 + number) % 2**32

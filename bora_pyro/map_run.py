@@ -19,10 +19,10 @@ import torch
 
 from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone import Backbone
-from bora_pyro.config import DATA, LEARNED, MODEL, PRIOR, MapFitConfig
+from bora_pyro.config import AUTO, DATA, LEARNED, MODEL, PRIOR, MapFitConfig
 from bora_pyro.data import TaskData, load_tasks
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.fit import fit
+from bora_pyro.fit import FitStopped, fit
 from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import CausalLM
 from bora_pyro.memory import estimate_memory, peak_memory_bytes, resident_bytes
@@ -33,14 +33,25 @@ from bora_pyro.processes import Processes, is_first, processes
 from bora_pyro.progress import Progress
 from bora_pyro.run_folder import RunFolder, task_slugs
 from bora_pyro.sharded_base import shard_base
+from bora_pyro.signals import StopSignals
 
 #: Options of a configuration that ``fit`` takes by the same name.
 FIT_OPTIONS = (
     "epochs", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed", "checkpoint_every",
-    "task_subsampling", "task_memory",
+    "checkpoint_minutes", "keep_checkpoints", "task_subsampling", "task_memory",
 )  # fmt: skip
 #: The adapter folder that holds Θ.
 GLOBAL_MEAN = "global-mean"
+#: Among the metadata of a posterior: Θ and τ are another fit's.
+GIVEN = "given"
+
+
+class RunStopped(Exception):
+    """A run was stopped by a signal, its state saved; ``exit_code`` is what a shell expects of such a program."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -56,8 +67,10 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     Raises:
         InputError: something in the configuration or the data cannot be used. Nothing is written before the data, the
             base model and the options have been found to fit together.
+        RunStopped: Ctrl-C or SIGTERM has come; the state of the fit is saved.
     """
-    RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume))
+    RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
     if config.resume:
         _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
     device, quiet = find_device(config.device), quiet or not is_first()
@@ -77,21 +90,26 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
         if not quiet:
             print(f"memory: {memory}", file=sys.stderr)
         rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
-        folder = team.first(lambda: _create_folder(config, data)) or RunFolder(Path(config.output_dir))
-        options = {name: getattr(config, name) for name in FIT_OPTIONS}
-        fitted = fit_into(folder, model, data, quiet=quiet, learning_rate=rate, processes=team, **options)
-        if team.rank:
-            fitted.help_evaluate(data.test, team)
-            return {}
-        write_adapters(folder, fitted, config.base_model)
-        write_posterior(folder, fitted, "map")
-        metrics = metrics_of(config, fitted, data, processes=team) | {"predicted_memory_bytes": memory.total}
-    folder.write_metrics(metrics)
+        with team.first(lambda: _create_folder(config, data)) or RunFolder(Path(config.output_dir)) as folder:
+            options = {name: getattr(config, name) for name in FIT_OPTIONS}
+            fitted = fit_into(folder, model, data, quiet=quiet, learning_rate=rate, processes=team, **options)
+            if team.rank:
+                fitted.help_evaluate(data.test, team)
+                return {}
+            write_adapters(folder, fitted, config.base_model)
+            write_posterior(folder, fitted, "map")
+            metrics = metrics_of(config, fitted, data, processes=team) | {"predicted_memory_bytes": memory.total}
+            folder.write_metrics(metrics)
     return metrics
 
 
+def resumes(output_dir: str, resume: bool | str) -> bool:
+    """Whether a fit goes on with the run in its folder: as it is told, and with ``auto`` where there is one."""
+    return RunFolder.holds_run(output_dir) if resume == AUTO else bool(resume)
+
+
 def _create_folder(config: MapFitConfig, data: TaskData) -> RunFolder:
-    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
     # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
     folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
     folder.write_split(data.split_record)
@@ -104,6 +122,7 @@ def build_run(
     quiet: bool = False,
     split_record: Mapping[str, Any] | None = None,
     team: Processes | None = None,
+    prior: Prior | None = None,
 ) -> tuple[BoRA, TaskData]:
     """The model and the tokenised data that a configuration describes, nothing fitted yet.
 
@@ -113,6 +132,7 @@ def build_run(
         split_record: split as an earlier run's ``split.json`` says, instead of anew.
         team: the processes of the fit, which hold the base in parts where the configuration says so; a run that is read holds
             it whole.
+        prior: instead of the configuration's.
 
     Raises:
         InputError: something in the configuration or the data cannot be used.
@@ -141,7 +161,7 @@ def build_run(
         backbone,
         len(data.tasks),
         adapter=adapter,
-        prior=with_shared(_prior(config), adapter.shared),
+        prior=prior or with_shared(_prior(config), adapter.shared),
         likelihood=CausalLM(config.likelihood_unit),
         seed=config.seed,
     )
@@ -240,9 +260,11 @@ def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **o
             folder.log(report)
         show(report)
 
-    with bar:
-        checkpoint = folder.checkpoints / "last.safetensors"
-        return fit(model, data, checkpoint=checkpoint, on_step=show, on_epoch=record, **options)
+    with bar, StopSignals(quiet=quiet or not is_first()) as stop:
+        try:
+            return fit(model, data, checkpoints=folder.checkpoints, stop=stop, on_step=show, on_epoch=record, **options)
+        except FitStopped as stopped:
+            raise RunStopped(f"{stopped}; go on with --resume true", stop.exit_code) from None
 
 
 def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:
@@ -255,14 +277,22 @@ def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:
     save_peft(folder.adapters / GLOBAL_MEAN, fitted.model, mean or {})
 
 
-def write_posterior(folder: RunFolder, fitted: Fitted, guide: str) -> None:
-    """Write ``posterior.safetensors``: the sites, and what adapter, prior and guide keep beside them."""
+def write_posterior(folder: RunFolder, fitted: Fitted, guide: str, *, prior: str = "") -> None:
+    """Write ``posterior.safetensors``: the sites, and what adapter, prior and guide keep beside them.
+
+    Args:
+        folder: of the run.
+        fitted: what was fitted.
+        guide: its name among ``GUIDES``.
+        prior: ``given`` where Θ and τ are another fit's; the configuration says which prior it is otherwise.
+    """
     model = fitted.model
     tensors = fitted.sites() | {f"fixed.{name}": value for name, value in model.fixed.items()}
     tensors |= {name: value for name, value in model.prior.state().items() if name.startswith("tau.")}
     if guide != "map":  # a point is where its sites are
         tensors |= {f"guide.{name}": value for name, value in fitted.guide.state_dict().items()}
-    folder.save_tensors("posterior", tensors, {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)})
+    metadata = {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)} | ({"prior": prior} if prior else {})
+    folder.save_tensors("posterior", tensors, metadata)
 
 
 def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData, *, processes: Processes | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from bora_pyro.command_line import check_choices, option, parse_config
+from bora_pyro.config import AUTO
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.guides import GUIDES
 from bora_pyro.priors.random_precision import HYPERPRIORS
@@ -69,9 +70,19 @@ class PosteriorFitConfig:
     )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN)
     checkpoint_every: int = option(1, "epochs between checkpoints", group=RUN)
+    checkpoint_minutes: float = option(
+        10.0, "minutes after which a checkpoint is written within an epoch too; inf: at its end alone", group=RUN
+    )
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", group=RUN)
     output_dir: str = option("runs/posterior_fit", "the new run's folder", group=RUN)
     overwrite: bool = option(False, "replace the run that output_dir holds", group=RUN)
-    resume: bool = option(False, "go on with the run that output_dir holds, from its last checkpoint", group=RUN)
+    resume: bool | str = option(
+        False,
+        "go on with the run that output_dir holds, from its newest checkpoint; auto: where it holds one, else start one",
+        group=RUN,
+        expects="true, false or auto",
+        words=(AUTO,),
+    )
 
     def validate(self) -> None:
         """Check every value that needs no run to be checked.
@@ -100,6 +111,7 @@ class PosteriorFitConfig:
             ("patience", 0),
             ("seed", 0),
             ("checkpoint_every", 1),
+            ("keep_checkpoints", 1),
         ):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; give a whole number from {least} up")
@@ -107,6 +119,8 @@ class PosteriorFitConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; give a whole number from 1 up")
+        if not self.checkpoint_minutes >= 0:
+            raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; give minutes from 0 (every step) up, or inf")
         if not self.task_memory >= 0:
             raise InputError(f"task_memory is {self.task_memory}; give GiB from 0 (all in files) up")
         if not self.gradient_clip > 0:

@@ -19,7 +19,7 @@ from bora_pyro.calibration import calibration
 from bora_pyro.errors import InputError
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES
-from bora_pyro.map_run import FIT_OPTIONS, GLOBAL_MEAN, fit_into, metrics_of, write_adapters, write_posterior
+from bora_pyro.map_run import FIT_OPTIONS, GLOBAL_MEAN, fit_into, metrics_of, resumes, write_adapters, write_posterior
 from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
 from bora_pyro.predictive import predictive
@@ -45,29 +45,31 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
     """
     if Path(config.output_dir).resolve() == Path(config.run).resolve():
         raise InputError(f"output_dir {config.output_dir} is the run itself; give another folder for the posterior")
-    RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume))
+    RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
     if config.resume:
         _check_same_posterior(config, RunFolder.open(config.output_dir))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device)
     guide = _guide(config, run)
-    folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
-    folder.write_fit(run.folder.read_config())
-    folder.write_split(run.folder.read_split())
-    fitted = _fit(config, run, guide, folder, quiet=quiet)
-    if fitted.history and fitted.best_epoch == 0:
-        run.data.notes.append(
-            "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted; "
-            f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g}) or --scale"
-        )
-        if not quiet:
-            print(f"note: {run.data.notes[-1]}", file=sys.stderr)
-    write_adapters(folder, fitted, run.config.base_model)
-    write_posterior(folder, fitted, config.guide)
-    metrics = _metrics(config, run, fitted)
-    folder.write_metrics(metrics)
+    with RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume)) as folder:
+        folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
+        folder.write_fit(run.folder.read_config())
+        folder.write_split(run.folder.read_split())
+        fitted = _fit(config, run, guide, folder, quiet=quiet)
+        if fitted.history and fitted.best_epoch == 0:
+            run.data.notes.append(
+                "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not "
+                "fitted; use a smaller "
+                f"--learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g}) or --scale"
+            )
+            if not quiet:
+                print(f"note: {run.data.notes[-1]}", file=sys.stderr)
+        write_adapters(folder, fitted, run.config.base_model)
+        write_posterior(folder, fitted, config.guide)
+        metrics = _metrics(config, run, fitted)
+        folder.write_metrics(metrics)
     return metrics
 
 

@@ -27,20 +27,24 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bora_pyro.errors import InputError
 from bora_pyro.safetensors_file import write_safetensors
+from bora_pyro.whole_file import replace_file, unwritable
 
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS = "checkpoints", "adapters", "diagnostics"
+#: Held by the process that is at work in the folder.
+LOCK = ".lock"
 # The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
 _HEADER = "# bora_pyro run: the resolved configuration"
 # Letters that Unicode does not decompose into an ASCII letter and an accent.
@@ -52,6 +56,16 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path / LOCK, timeout=0)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other processes write into the folder, which ``create`` has kept from them."""
+        if self._lock.is_locked:
+            (self.path / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it looks again
+            self._lock.release()
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -73,27 +87,48 @@ class RunFolder:
     def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
         """Take a folder for a run; call it once the configuration is checked, for it is the first to touch the disk.
 
+        No other process can take it meanwhile: the folder is a context manager that ends this, as does the end of the process.
+
         Args:
             path: a folder that is missing or empty, or that holds a run where ``overwrite`` or ``resume`` is given.
             overwrite: delete the run that is there. Only what a run writes is deleted, and only where nothing else is there.
             resume: go on with the run that is there.
 
         Raises:
-            InputError: the path is a file, holds something else, or cannot be written; or there is no run to resume.
+            InputError: the path is a file, holds something else, or cannot be written; there is no run to resume; another process
+                is at work there.
         """
         run = cls(Path(path))
         try:
-            names = run._entries(overwrite=overwrite, resume=resume)
+            run._entries(overwrite=overwrite, resume=resume)
             run.path.mkdir(parents=True, exist_ok=True)
+            run._take()
+            names = run._entries(overwrite=overwrite, resume=resume)
             with tempfile.TemporaryFile(dir=run.path):  # finds out whether files can be written, also for root
                 pass
             if resume:
                 run._drop_half_line()
             else:
                 run._clear(names)
-        except (OSError, ValueError) as error:
-            raise _unusable(path, error) from None
+        except BaseException as error:
+            run.__exit__()
+            if isinstance(error, OSError | ValueError):
+                raise _unusable(path, error) from None
+            raise
         return run
+
+    def _take(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"output_dir {self.path}: another process is at work there; wait until it ends, or give another --output_dir"
+            ) from None
+
+    @classmethod
+    def holds_run(cls, path: str | Path) -> bool:
+        """Whether a run can be resumed there."""
+        return cls(Path(path))._is_ours()
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -154,8 +189,11 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; NaN and infinity, which JSON lacks, are written as null."""
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        try:
+            with (self.path / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise unwritable(self.path / LOG, error) from error
 
     def cut_log(self, records: int) -> None:
         """Keep the first ``records`` lines of ``metrics.jsonl``: a run resumed from a checkpoint repeats what came after it."""
@@ -186,9 +224,7 @@ class RunFolder:
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Write ``<name>.safetensors``; a name such as ``checkpoints/epoch-3`` makes the folder it needs."""
-        file = self._tensor_file(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, lambda temporary: write_safetensors(Path(temporary), tensors, metadata or {}))
+        replace_file(self._tensor_file(name), lambda temporary: write_safetensors(Path(temporary), tensors, metadata or {}))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``<name>.safetensors``, on the CPU."""
@@ -236,7 +272,7 @@ class RunFolder:
             raise InputError(
                 f"output_dir {self.path} holds {foreign[0]!r}, which no run wrote; give another --output_dir, or move it away"
             )
-        if names and not (overwrite or resume):
+        if set(names) - {LOCK} and not (overwrite or resume):
             raise InputError(
                 f"output_dir {self.path} holds another run; give --overwrite true to replace it, --resume true to go on "
                 "with it, or another --output_dir"
@@ -257,6 +293,8 @@ class RunFolder:
     def _clear(self, names: list[str]) -> None:
         """Delete a run's entries, ``config.yaml`` last: until then an interrupted deletion still looks like a run."""
         for name in sorted(names, key=lambda name: name == CONFIG):
+            if name == LOCK:
+                continue
             entry = self.path / name
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -307,17 +345,7 @@ def _finite(value: Any) -> Any:
 
 
 def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, then put it in the file's place in one step."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return name == LOCK or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _unusable(path: str | Path, error: Exception) -> InputError:

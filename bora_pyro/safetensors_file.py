@@ -1,4 +1,4 @@
-"""Writing safetensors files of tensors that need not fit into memory together.
+"""Writing safetensors files of tensors that need not fit into memory together, and telling whether one is as it was written.
 
 >>> import tempfile
 >>> from safetensors.torch import load_file
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -27,7 +28,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor | RowTensor], metadata: Mapping[str, str]) -> None:
+#: The name of the digest among a file's metadata.
+DIGEST = "sha256"
+_UNKNOWN = "0" * 64
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor | RowTensor], metadata: Mapping[str, str], *, digest: bool = False
+) -> None:
     """Write tensor by tensor, and rows that lie in a file a few at a time.
 
     The format (huggingface/safetensors, README): the header's length as 8 bytes, the header as JSON, and the tensors' bytes.
@@ -37,16 +45,58 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | RowTensor], met
         path: the file, which is replaced where it stands already.
         tensors: by name.
         metadata: texts by name.
+        digest: put the SHA-256 of the whole file among its metadata, taken with zeros in its own place, for ``is_intact``.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    texts = ({DIGEST: _UNKNOWN} if digest else {}) | dict(metadata)
+    header: dict[str, Any] = {"__metadata__": texts} if texts else {}
     end = 0
     for name, value in tensors.items():
         start, end = end, end + math.prod(value.shape) * value.dtype.itemsize
         header[name] = {"dtype": _DTYPES[value.dtype], "shape": [*value.shape], "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
+    sum_so_far = hashlib.sha256()
+
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+        def write(part: Any) -> None:
+            file.write(part)
+            if digest:
+                sum_so_far.update(part)
+
+        write(len(encoded).to_bytes(8, "little") + encoded)
         for value in tensors.values():
             for part in value.chunks() if isinstance(value, RowTensor) else [value.detach()]:
-                file.write(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                write(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if digest:
+            file.seek(8 + encoded.index(_UNKNOWN.encode()))
+            file.write(sum_so_far.hexdigest().encode())
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file that was written with a digest still has the bytes that were written.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "x.safetensors"
+        ...     write_safetensors(file, {"x": torch.arange(3.0)}, {}, digest=True)
+        ...     before = is_intact(file)
+        ...     _ = file.write_bytes(file.read_bytes()[:-1] + b"!")
+        ...     before, is_intact(file)
+        (True, False)
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        size = int.from_bytes(prefix := file.read(8), "little")
+        if size > path.stat().st_size:
+            return False
+        header = file.read(size)
+        place = header.find(mark := f'"{DIGEST}": "'.encode()) + len(mark)
+        written = header[place : place + len(_UNKNOWN)]
+        found.update(prefix + header[:place] + _UNKNOWN.encode() + header[place + len(_UNKNOWN) :])
+        while part := file.read(2**20):
+            found.update(part)
+    return written == found.hexdigest().encode()

@@ -28,7 +28,8 @@ import numpy as np
 import pandas as pd
 
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import RunFolder, replace_file
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.whole_file import replace_file
 
 LEARNED = "learned"
 #: What names a run.

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import datasets
 import pandas as pd
 
+from bora_pyro.checkpoint import Checkpoints
 from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError
 from bora_pyro.run_folder import RunFolder
@@ -30,7 +31,10 @@ from bora_pyro.sweep import rows_of_run
 
 SEARCHES = ("climb", "grid")
 # Options that leave the result of a fit alone.
-_HOW = {"output_dir", "overwrite", "resume", "threads", "device", "checkpoint_every", "gradient_checkpointing"}
+_HOW = {
+    "output_dir", "overwrite", "resume", "threads", "device", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
+    "gradient_checkpointing",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -121,8 +125,8 @@ def difference(asked: MapFitConfig) -> str | None:
 def can_resume(asked: MapFitConfig) -> bool:
     """Whether ``asked.output_dir`` has a checkpoint of just the fit that is asked for."""
     try:
-        RunFolder.open(asked.output_dir).load_metadata("checkpoints/last")
-        return difference(asked) is None
+        found = Checkpoints(RunFolder.open(asked.output_dir).checkpoints).newest()
+        return found is not None and difference(asked) is None
     except InputError:
         return False
 

@@ -90,7 +90,7 @@ def measure(number: int, device: torch.device) -> dict[str, Any]:
     data = TaskData([f"task {d}" for d in range(tasks)], train=train, validation=held_out, test=held_out)
     predicted = estimate_memory(model, data, token_budget=budget, process=process)
     with tempfile.TemporaryDirectory() as folder:
-        fit(model, data, epochs=2, token_budget=budget, learning_rate=1e-3, checkpoint=Path(folder) / "last.safetensors")
+        fit(model, data, epochs=2, token_budget=budget, learning_rate=1e-3, checkpoints=Path(folder))
     measured = peak_memory_bytes(device)
     mebibytes = {name: round(value / 2**20) for name, value in vars(predicted).items()}
     return {

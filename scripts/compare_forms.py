@@ -37,8 +37,8 @@ from bora_pyro.fit import NonFiniteLossError, fit
 from bora_pyro.guides import map_guide
 from bora_pyro.map_run import build_run
 from bora_pyro.model import BoRA
-from bora_pyro.run_folder import replace_file
 from bora_pyro.sweep import number_text
+from bora_pyro.whole_file import replace_file
 
 COLUMNS = ["form", "tau", "learning_rate", "step", "epoch", "objective", "validation_perplexity", "test_perplexity"]
 Arm = tuple[str, str, str]  # form, tau, learning rate

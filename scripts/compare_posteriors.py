@@ -46,8 +46,9 @@ from bora_pyro.map_run import build_run, run_map_fit
 from bora_pyro.model import Weights
 from bora_pyro.posterior import Posterior
 from bora_pyro.predictive import Draws, predictive
-from bora_pyro.run_folder import METRICS, replace_file
+from bora_pyro.run_folder import METRICS
 from bora_pyro.saved_run import SavedRun, load_run
+from bora_pyro.whole_file import replace_file
 
 MEMBERS = 4
 RATES = (0.001, 0.003, 0.01, 0.03)

@@ -34,9 +34,10 @@ import pandas as pd
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.run_folder import RunFolder, replace_file
+from bora_pyro.run_folder import RunFolder
 from bora_pyro.sweep import number_text
 from bora_pyro.sweep_runs import Fits
+from bora_pyro.whole_file import replace_file
 
 COLUMNS = [
     "variant", "tau", "learning_rate", "seed", "validation_perplexity", "test_perplexity", "base_test_perplexity", "fit_seconds",

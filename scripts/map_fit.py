@@ -15,7 +15,7 @@ import transformers
 
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.errors import InputError
-from bora_pyro.map_run import run_map_fit
+from bora_pyro.map_run import RunStopped, run_map_fit
 from bora_pyro.processes import is_first
 from bora_pyro.progress import print_table
 
@@ -29,6 +29,10 @@ def main(argv: list[str]) -> int:
         if is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stopped:
+        if is_first():
+            print(stopped, file=sys.stderr)
+        return stopped.exit_code
     if not is_first():
         return 0
     print_table(metrics)

@@ -12,6 +12,7 @@ import sys
 import transformers
 
 from bora_pyro.errors import InputError
+from bora_pyro.map_run import RunStopped
 from bora_pyro.posterior_config import PosteriorFitConfig, parse_config
 from bora_pyro.posterior_run import run_posterior_fit
 from bora_pyro.progress import print_table
@@ -25,6 +26,9 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     print_table(metrics)
     if "mixture" in metrics:
         print(

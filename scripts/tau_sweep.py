@@ -29,7 +29,6 @@ from bora_pyro.errors import InputError
 from bora_pyro.map_run import build_run
 from bora_pyro.plots import style, tau_curve
 from bora_pyro.priors import Prior, prior_from_tau, with_shared
-from bora_pyro.run_folder import replace_file
 from bora_pyro.sweep import (
     LEARNED,
     best_rates,
@@ -45,6 +44,7 @@ from bora_pyro.sweep import (
 )
 from bora_pyro.sweep_runs import SEARCHES, Fits, Run, can_resume, finished_rows, interrupts, next_rates
 from bora_pyro.warm_path import WarmPoint, warm_curve, warm_path, warm_summary
+from bora_pyro.whole_file import replace_file
 
 # What a warm path hands to every fit.
 _FIT_OPTIONS = ("learning_rate", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed")

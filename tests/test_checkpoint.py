@@ -20,7 +20,7 @@ PROGRESS = {"epoch": 3, "best": float("inf"), "history": [{"loss": 0.1 + 0.2, "v
 
 
 def test_what_was_saved_is_loaded_bit_by_bit(tmp_path):
-    file = tmp_path / "new" / "folder" / "last.safetensors"
+    file = tmp_path / "new" / "folder" / "step-00000001.safetensors"
     save_checkpoint(file, GROUPS, PROGRESS)
     groups, progress = load_checkpoint(file)
     assert progress == PROGRESS
@@ -30,11 +30,11 @@ def test_what_was_saved_is_loaded_bit_by_bit(tmp_path):
     for group, values in GROUPS.items():
         for name, value in values.items():
             torch.testing.assert_close(groups[group][name], value, rtol=0, atol=0)
-    assert [entry.name for entry in file.parent.iterdir()] == ["last.safetensors"]
+    assert [entry.name for entry in file.parent.iterdir()] == ["step-00000001.safetensors"]
 
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    file = tmp_path / "last.safetensors"
+    file = tmp_path / "step-00000001.safetensors"
     save_checkpoint(file, GROUPS, PROGRESS)
 
     def crash(*args):
@@ -51,25 +51,25 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 def refused(file):
     with pytest.raises(
-        InputError, match=r"last\.safetensors' cannot be read \(.*\); start afresh with --overwrite true"
+        InputError, match=r"step-00000001\.safetensors' cannot be read \(.*\); start afresh with --overwrite true"
     ) as caught:
         load_checkpoint(file)
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="cannot be read"):
-        fit(toy_model(), toy_data(), epochs=1, checkpoint=file)
+        fit(toy_model(), toy_data(), epochs=1, checkpoints=file.parent)
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.999])
 def test_a_truncated_checkpoint_is_refused_in_one_line(tmp_path, share):
-    file = tmp_path / "last.safetensors"
-    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoint=file)
+    file = tmp_path / "step-00000001.safetensors"
+    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoints=tmp_path)
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     refused(file)
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
-    file = tmp_path / "last.safetensors"
+    file = tmp_path / "step-00000001.safetensors"
     file.write_text("a text\nof two lines")
     refused(file)
     save_file({"weight": torch.zeros(1)}, file)
@@ -90,13 +90,13 @@ def test_a_missing_checkpoint_is_told_of(tmp_path):
 
 @pytest.mark.parametrize("group", ["parameters", "best"])
 def test_a_checkpoint_that_lacks_a_part_is_refused_in_one_line(tmp_path, group):
-    file = tmp_path / "last.safetensors"
-    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoint=file)
+    file = tmp_path / "step-00000001.safetensors"
+    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoints=tmp_path)
     groups, progress = load_checkpoint(file)
     del groups[group]
     save_checkpoint(file, groups, progress)
     with pytest.raises(InputError, match=r"--overwrite true") as caught:
-        fit(toy_model(), toy_data(), epochs=2, checkpoint=file)
+        fit(toy_model(), toy_data(), epochs=2, checkpoints=tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -149,7 +149,8 @@ def test_by_default_the_results_go_into_the_run_which_can_then_be_replaced(runs,
     assert diagnose.main([str(run)]) == 0
     assert names(run / "diagnostics") == expected()
     assert load_run(run).metrics == load_run(runs["100"]).metrics
-    RunFolder.create(run, overwrite=True)
+    with RunFolder.create(run, overwrite=True):
+        pass
     assert not names(run)
 
 

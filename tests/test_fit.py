@@ -27,6 +27,7 @@ from bora_pyro import (
     fit,
     map_guide,
 )
+from bora_pyro.checkpoint import Checkpoints
 from bora_pyro.data import TokenSplit
 from bora_pyro.fit import NonFiniteLossError
 from bora_pyro.fitted import Fitted
@@ -347,22 +348,23 @@ def test_a_resumed_fit_equals_one_that_was_never_interrupted(data, tmp_path, opt
         if calls == at[1]:
             raise Killed
 
-    file = tmp_path / "deep" / "last.safetensors"
+    folder = tmp_path / "deep" / "checkpoints"
     with pytest.raises(Killed):
-        fit(toy_model(prior=prior), data, checkpoint=file, **options, **{at[0]: kill})
+        fit(toy_model(prior=prior), data, checkpoints=folder, **options, **{at[0]: kill})
     seen = []
-    resumed = fit(toy_model(prior=prior), data, checkpoint=file, on_epoch=seen.append, **options)
+    resumed = fit(toy_model(prior=prior), data, checkpoints=folder, on_epoch=seen.append, **options)
     assert [entry["epoch"] for entry in seen] == [*range(done + 1, 7)]
     assert_same(parameters(resumed), parameters(straight))
     assert without_times(resumed.history) == without_times(straight.history)
     assert resumed.best_epoch == straight.best_epoch
     assert resumed.seconds > resumed.history[done - 1]["seconds"]
-    assert [file.name for file in file.parent.iterdir()] == ["last.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == [file.name for file in reversed(Checkpoints(folder).files())]
+    assert len([*folder.iterdir()]) == 2
 
 
 def test_a_finished_fit_is_found_again_without_a_step(data, tmp_path):
-    few, file = toy_data(train=(2, 2, 2)), tmp_path / "last.safetensors"
-    options = {"epochs": 6, "learning_rate": 0.3, "token_budget": 32, "patience": 2, "checkpoint": file}
+    few = toy_data(train=(2, 2, 2))
+    options = {"epochs": 6, "learning_rate": 0.3, "token_budget": 32, "patience": 2, "checkpoints": tmp_path}
     first = fit(toy_model(), few, **options)
     assert first.best_epoch < len(first.history)
     again = fit(toy_model(), few, on_step=lambda report: pytest.fail("there was nothing to do"), **options)
@@ -382,10 +384,9 @@ def one_line(message):
     ids=["rank", "pooled", "centered", "tasks"],
 )
 def test_a_checkpoint_of_another_model_is_refused(data, tmp_path, other):
-    file = tmp_path / "last.safetensors"
-    fit(toy_model(prior=HierarchicalNormal()), data, epochs=1, token_budget=400, checkpoint=file)
-    with pytest.raises(InputError, match=r"last\.safetensors' is of another model .*--overwrite true") as caught:
-        fit(toy_model(**other), toy_data(train=(4,) * 4) if "tasks" in other else data, checkpoint=file)
+    fit(toy_model(prior=HierarchicalNormal()), data, epochs=1, token_budget=400, checkpoints=tmp_path)
+    with pytest.raises(InputError, match=r"step-\d+\.safetensors' is of another model .*--overwrite true") as caught:
+        fit(toy_model(**other), toy_data(train=(4,) * 4) if "tasks" in other else data, checkpoints=tmp_path)
     one_line(str(caught.value))
 
 
@@ -405,14 +406,14 @@ def test_a_learning_rate_that_is_far_too_large_is_named(data):
 
 
 def test_the_state_of_the_best_epoch_survives_a_loss_that_is_not_finite(data, tmp_path):
-    file, likelihood = tmp_path / "last.safetensors", Poisoned()
+    likelihood = Poisoned()
     model = toy_model(likelihood=likelihood)
 
     def poison(report):
         likelihood.poison = report["epoch"] == 3
 
     with pytest.raises(NonFiniteLossError, match=r"\(epoch 4\); the state of epoch 3 is kept") as caught:
-        fit(model, data, epochs=6, learning_rate=3e-2, token_budget=128, checkpoint=file, on_epoch=poison)
+        fit(model, data, epochs=6, learning_rate=3e-2, token_budget=128, checkpoints=tmp_path, on_epoch=poison)
     fitted = caught.value.fitted
     assert len(fitted.history) == 3
     assert all(value.isfinite().all() for value in parameters(fitted).values())
@@ -421,7 +422,7 @@ def test_the_state_of_the_best_epoch_survives_a_loss_that_is_not_finite(data, tm
     # and from the checkpoint the fit goes on as if nothing had happened
     likelihood.poison = False
     options = {"epochs": 6, "learning_rate": 3e-2, "token_budget": 128}
-    assert_same(parameters(fit(model, data, checkpoint=file, **options)), parameters(fit(toy_model(), data, **options)))
+    assert_same(parameters(fit(model, data, checkpoints=tmp_path, **options)), parameters(fit(toy_model(), data, **options)))
 
 
 def test_a_last_step_into_the_void_is_not_kept(data):

@@ -168,8 +168,7 @@ def test_the_slope_is_the_derivative_by_a_factor_on_the_deviations():
 
 def learned_fit(tmp_path=None, *, epochs=4, prior=None, **options):
     model = tiny_bora(prior=prior or LearnedPrecision(every=1))
-    file = tmp_path and tmp_path / "last.safetensors"
-    return fit(model, tiny_data(), epochs=epochs, token_budget=24, patience=0, checkpoint=file, **options)
+    return fit(model, tiny_data(), epochs=epochs, token_budget=24, patience=0, checkpoints=tmp_path, **options)
 
 
 def test_a_fit_logs_the_path_of_tau():

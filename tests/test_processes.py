@@ -71,7 +71,7 @@ def test_two_processes_take_the_steps_of_one(prior, tmp_path):
 def test_a_step_sends_the_gradient_of_theta_whatever_the_number_of_tasks(tmp_path):
     result = started("bytes", tmp_path)[0]
     few, many = result["bytes"]["25"], result["bytes"]["1000"]
-    assert few == many == [result["shared"] + 5 * 8]  # beside it the norm, the loss and three counts
+    assert few == many == [result["shared"] + 6 * 8]  # beside it the norm, the loss, three counts and requests
 
 
 def test_more_processes_than_tasks_with_documents_is_one_line(tmp_path):
@@ -88,7 +88,7 @@ def test_any_number_of_processes_takes_up_where_another_has_left(prior, tmp_path
 
     def alone(epochs):
         model = tiny_bora(targets=["q_proj"], tasks=len(COUNTS), prior=PRIORS[prior]())
-        options = {"token_budget": 12, "patience": 0, "checkpoint": tmp_path / "last.safetensors"}
+        options = {"token_budget": 12, "patience": 0, "checkpoints": tmp_path / "checkpoints"}
         return fit(model, tiny_data(COUNTS), epochs=epochs, **options)
 
     one = alone(1)  # nothing left to do: what the two had

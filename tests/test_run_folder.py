@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +18,8 @@ from bora_pyro.run_folder import DIAGNOSTICS, RunFolder, task_slugs
 
 @pytest.fixture
 def run(tmp_path):
-    run = RunFolder.create(tmp_path / "runs" / "one")
-    run.write_config({"tau": 100.0, "targets": ["q_proj"], "seed": 3})
+    with RunFolder.create(tmp_path / "runs" / "one") as run:
+        run.write_config({"tau": 100.0, "targets": ["q_proj"], "seed": 3})
     return run
 
 
@@ -61,8 +66,52 @@ def test_no_half_file_is_left(run):
 
 def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert RunFolder.create(tmp_path / "empty").path == tmp_path / "empty"
-    assert RunFolder.create(tmp_path / "empty", overwrite=True).path == tmp_path / "empty"
+    for options in ({}, {"overwrite": True}):
+        with RunFolder.create(tmp_path / "empty", **options) as run:
+            assert run.path == tmp_path / "empty"
+    assert list(run.path.iterdir()) == []
+
+
+def test_a_folder_is_kept_from_other_processes_until_the_run_ends(run):
+    ask = (
+        "import sys\nfrom bora_pyro.run_folder import RunFolder\n"
+        "with RunFolder.create(sys.argv[1], resume=True): print('taken', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", ask, run.path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == "taken\n"
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(InputError, match="another process is at work there; wait until it ends") as caught:
+                RunFolder.create(run.path, **options)
+            assert "\n" not in str(caught.value)
+        assert run.read_config()["seed"] == 3
+        other.kill()  # without a farewell
+    with RunFolder.create(run.path, resume=True):
+        pass
+    assert not (run.path / ".lock").exists()
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(run, monkeypatch):
+    run.write_metrics({"a": 1})
+    run.save_tensors("posterior", {"a": torch.zeros(1)})
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name, write in (
+        ("fsync", lambda: run.write_metrics({"a": 2})),
+        ("fsync", lambda: run.save_tensors("posterior", {"a": torch.ones(1)})),
+        ("replace", lambda: run.write_config({"seed": 4})),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); make room there") as caught:
+                write()
+        assert "\n" not in str(caught.value)
+    assert (run.read_metrics(), run.read_config()["seed"], run.load_tensors("posterior")["a"].item()) == ({"a": 1}, 3, 0.0)
+    assert not [entry for entry in run.path.iterdir() if entry.name.endswith(".tmp")]
 
 
 def test_another_run_is_refused_with_the_remedies(run):
@@ -79,7 +128,8 @@ def test_overwrite_deletes_the_run(run):
     (run.path / DIAGNOSTICS).mkdir()
     (run.path / DIAGNOSTICS / "shrinkage.csv").write_text("task\n")
     (run.path / ".metrics.json.tmp").write_text("left by a killed run")
-    RunFolder.create(run.path, overwrite=True)
+    with RunFolder.create(run.path, overwrite=True):
+        pass
     assert list(run.path.iterdir()) == []
 
 
@@ -88,8 +138,8 @@ def test_resume_keeps_the_run_and_drops_a_half_line(run):
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert run.read_log() == [{"step": 1}]
-    resumed = RunFolder.create(run.path, resume=True)
-    resumed.log({"step": 2})
+    with RunFolder.create(run.path, resume=True) as resumed:
+        resumed.log({"step": 2})
     assert resumed.read_log() == [{"step": 1}, {"step": 2}]
 
 

@@ -74,9 +74,9 @@ def metrics(tau="inf", **changes):
 
 
 def run_folder(path, content):
-    run = RunFolder.create(path)
-    run.write_config({"tau": 1.0})
-    run.write_metrics(content)
+    with RunFolder.create(path) as run:
+        run.write_config({"tau": 1.0})
+        run.write_metrics(content)
     return run
 
 
@@ -292,7 +292,7 @@ def test_a_write_that_fails_leaves_the_old_table(table, tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="no space"):
         write_sweep(table.head(3), tmp_path / "sweep")
     assert (tmp_path / "sweep.csv").read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.csv", "sweep.parquet"]

@@ -157,15 +157,14 @@ def test_a_fit_taken_up_again_is_the_one_that_was_not_broken_off(prior, memory, 
         if report["epoch"] == 3:
             raise Stop
 
-    file = tmp_path / "last.safetensors"
     with pytest.raises(Stop):
-        fit(bora(prior), data, checkpoint=file, on_epoch=stop, **options)
-    again = fit(bora(prior), data, checkpoint=file, **(options | {"task_subsampling": None}))  # the checkpoint knows
+        fit(bora(prior), data, checkpoints=tmp_path, on_epoch=stop, **options)
+    again = fit(bora(prior), data, checkpoints=tmp_path, **(options | {"task_subsampling": None}))  # the checkpoint knows
     assert [e["validation_perplexity"] for e in again.history] == [e["validation_perplexity"] for e in whole.history]
     for name, value in whole.sites().items():
         torch.testing.assert_close(again.sites()[name], value, rtol=0, atol=0)
     with pytest.raises(InputError, match="task_subsampling"):
-        fit(bora(prior), data, checkpoint=file, **(options | {"task_subsampling": False}))
+        fit(bora(prior), data, checkpoints=tmp_path, **(options | {"task_subsampling": False}))
 
 
 @pytest.mark.parametrize("prior", PRIORS, ids=NAMES)

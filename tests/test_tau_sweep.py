@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from bora_pyro import InputError
+from bora_pyro.checkpoint import Checkpoints
 from bora_pyro.config import MapFitConfig
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.sweep import read_sweep, runs
@@ -236,10 +237,8 @@ def test_unfinished_and_damaged_runs_are_made_again(shop):
 
 
 def checkpoint(folder):
-    import torch
-
-    RunFolder(folder).save_tensors("checkpoints/last", {"x": torch.zeros(1)}, {"progress": "{}"})
-    return folder / "checkpoints" / "last.safetensors"
+    Checkpoints(folder / "checkpoints").save(1, {}, {})
+    return folder / "checkpoints" / "step-00000001.safetensors"
 
 
 def test_an_unfinished_run_goes_on_from_its_checkpoint(shop):

@@ -56,7 +56,7 @@ def main(what, folder):
         elif what.startswith("fit"):
             _, epochs, prior = what.split()
             model = tiny_bora(targets=["q_proj"], tasks=len(COUNTS), prior=PRIORS[prior]())
-            options = {"epochs": int(epochs), "token_budget": 12, "patience": 0, "checkpoint": folder / "last.safetensors"}
+            options = {"epochs": int(epochs), "token_budget": 12, "patience": 0, "checkpoints": folder / "checkpoints"}
             fitted = fit(model, tiny_data(COUNTS), processes=team, **options)
             result = {"history": fitted.history, "best": fitted.best_epoch}
             if not team.rank:

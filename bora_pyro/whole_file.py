@@ -1,0 +1,56 @@
+"""Files that are replaced in one piece: whoever reads them, and whenever a machine dies, finds the old one or the new one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from bora_pyro.errors import InputError
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file, see it onto the disk, then put it in the file's place in one step.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_file(Path(folder) / "a.txt", lambda temporary: temporary.write_text("whole"))
+        ...     [entry.name for entry in Path(folder).iterdir()], (Path(folder) / "a.txt").read_text()
+        (['a.txt'], 'whole')
+
+    Args:
+        file: what is replaced; its folder is made if need be.
+        write: writes the content to the path that it is given.
+
+    Raises:
+        InputError: the disk is full, or the file cannot be written for another reason; the old one is as it was.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, file)
+        sync(file.parent)
+    except OSError as error:
+        raise unwritable(file, error) from error
+    finally:
+        with suppress(OSError):  # a disk that takes nothing, not even this; the error above says so
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or a folder's list of names, onto the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def unwritable(file: Path, error: OSError) -> InputError:
+    """What to tell of a file that could not be written."""
+    return InputError(f"{file} cannot be written ({error.strerror or error}); make room there, or make it writable, and go on")
