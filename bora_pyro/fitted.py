@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer.autoguide import AutoGuide
@@ -13,10 +13,15 @@ from torch import Tensor
 
 from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.task_draw import looked_at
+from bora_pyro.data.tasks import TaskData
 from bora_pyro.evaluate import Scores, evaluate
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.processes import Processes
 from bora_pyro.task_rows import task_sites
+
+if TYPE_CHECKING:
+    from bora_pyro.routing import TaskProbabilities
+    from bora_pyro.side_by_side import Written
 
 # Tasks whose adapters are made at one time.
 _CHUNK = 64
@@ -26,6 +31,15 @@ _CHUNK = 64
 class Fitted:
     """A fitted model: the guide at its best state, and how it came there.
 
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+        >>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2)), data, epochs=1)
+        >>> theta, mean = fitted.weights()
+        >>> theta["q_proj.lora_B"].shape, mean["q_proj.lora_B"].shape, fitted.documents
+        (torch.Size([2, 4, 256, 2]), torch.Size([4, 256, 2]), [5, 5])
+
     Attributes:
         model, guide: what was fitted.
         tasks: names of the tasks; the position is the task's index d.
@@ -34,6 +48,7 @@ class Fitted:
         best_epoch: the epoch whose state was kept; 0 is the start.
         validation_perplexity: of the state that was kept; None where there is no validation document.
         seconds: time in training steps and validation.
+        documents: N_d, the training documents of each task, where they are known.
     """
 
     model: BoRA
@@ -43,6 +58,7 @@ class Fitted:
     best_epoch: int = 0
     validation_perplexity: float | None = None
     seconds: float = 0.0
+    documents: list[int] = field(default_factory=list)
 
     def sites(self) -> dict[str, Tensor]:
         """The guide's central value of every sample site: for MAP the estimate itself."""
@@ -126,6 +142,24 @@ class Fitted:
             f"base_{name}_bits_per_character": base.bits_per_character(),
             "tasks": [self._of_task(d, base, adapted, name, documents[d]) for d in range(len(self.tasks))],
         }
+
+    def adapt(self, data: TaskData | Mapping[str, Sequence[str]], **options: Any) -> Fitted:
+        """New tasks from few documents each, under this fit's Θ and τ: :func:`bora_pyro.adapt`."""
+        from bora_pyro.adapt import adapt  # which returns what this module defines
+
+        return adapt(self, data, **options)
+
+    def infer_task(self, texts: str | Sequence[str] | TokenSplit, **options: Any) -> TaskProbabilities:
+        """Which task is each text of: :func:`bora_pyro.infer_task`."""
+        from bora_pyro.routing import infer_task
+
+        return infer_task(self, texts, **options)
+
+    def generate(self, prompts: str | Sequence[str], tasks: Sequence[str], **options: Any) -> list[Written]:
+        """Prompts continued by several tasks side by side: :func:`bora_pyro.generate_side_by_side`."""
+        from bora_pyro.side_by_side import generate_side_by_side
+
+        return generate_side_by_side(self, prompts, tasks, **options)
 
     def help_evaluate(self, split: TokenSplit, processes: Processes) -> None:
         """Pass through the base as often as another process does, which evaluates a split with this one's part of the base."""

@@ -34,19 +34,27 @@ Weights = dict[str, Tensor]
 class BoRA:
     """The joint density of documents and adapters, p(Θ) Π_d p(θ_d | Θ) Π_n p(w_{d,n} | θ_d), as a Pyro model.
 
+        >>> import bora_pyro as bp
+        >>> from pyro import poutine
+        >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+        >>> split = bp.data.TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[0, 1], num_tasks=2)
+        >>> trace = poutine.trace(model).get_trace(split.batches()[0])
+        >>> [name for name, node in trace.nodes.items() if node["type"] == "sample" and "q_proj" in name]
+        ['prior_mean.q_proj.lora_A', 'theta.q_proj.lora_A_decentered', 'theta.q_proj.lora_A', ...]
+
     It is a plain callable for Pyro (``SVI``, ``poutine.trace``, ``Predictive``, ``pyro.render_model``). The language model
     is no child of a ``torch.nn.Module`` here, so that none of its parameters becomes a site.
 
     Args:
         backbone: the frozen language model.
-        num_tasks: D, two or more.
+        num_tasks: D, two or more; one is enough where the prior shares nothing between tasks (``Given``).
         adapter: which latents change a layer; default ``LoRA()``.
         prior: how tasks share; default ``HierarchicalNormal()``.
         likelihood: what is observed; default ``CausalLM()``.
         seed: of the adapters' common start.
 
     Raises:
-        InputError: fewer than two tasks.
+        InputError: too few tasks.
     """
 
     def __init__(
@@ -59,12 +67,12 @@ class BoRA:
         likelihood: Likelihood | None = None,
         seed: int = 0,
     ) -> None:
-        if num_tasks < 2:
+        self.backbone, self.num_tasks = backbone, num_tasks
+        self.adapter, self.prior, self.likelihood = adapter or LoRA(), prior or HierarchicalNormal(), likelihood or CausalLM()
+        if num_tasks < self.prior.least_tasks:
             raise InputError(
                 f"{num_tasks} task given; BoRA shares between tasks and needs 2 or more (for one task use peft's LoRA)"
             )
-        self.backbone, self.num_tasks = backbone, num_tasks
-        self.adapter, self.prior, self.likelihood = adapter or LoRA(), prior or HierarchicalNormal(), likelihood or CausalLM()
         generator = torch.Generator().manual_seed(seed)
         self.starts: Weights = {}
         self.fixed: Weights = {}

@@ -23,20 +23,22 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoDelta, AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from bora_pyro.adapt_config import AdaptConfig
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES
-from bora_pyro.map_run import build_run
+from bora_pyro.map_run import GIVEN, build_run
 from bora_pyro.model import BoRA
 from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
-from bora_pyro.priors import RandomPrecision, with_shared
+from bora_pyro.priors import Given, RandomPrecision, with_shared
+from bora_pyro.priors.given import MEAN
 from bora_pyro.run_folder import CONFIG, FIT, METRICS, RunFolder
 
 # What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, what a prior has learned, and the
@@ -59,6 +61,7 @@ class SavedRun:
         metrics: what ``metrics.json`` holds.
         posterior_config: the options of the posterior fit, None for a MAP fit; ``config`` is then that of the MAP fit around
             which it was made.
+        adapted: its tasks were adapted from another fit, of which ``config`` is; Θ and τ are that one's.
     """
 
     folder: RunFolder
@@ -67,6 +70,7 @@ class SavedRun:
     data: TaskData
     metrics: dict[str, Any]
     posterior_config: PosteriorFitConfig | None = None
+    adapted: bool = False
 
     def posterior(self, *, seed: int = 0) -> Posterior:
         """The run's posterior, to draw and to predict from.
@@ -74,7 +78,7 @@ class SavedRun:
         Raises:
             InputError: the run is a point estimate.
         """
-        if self.posterior_config is None:
+        if isinstance(self.fitted.guide, AutoDelta):
             raise InputError(
                 f"the run in {self.folder.path} is a point estimate and has no posterior; fit one around it with "
                 f"scripts/posterior_fit.py {self.folder.path}"
@@ -99,17 +103,19 @@ def load_run(path: str | Path, *, device: str = "auto") -> SavedRun:
     """
     folder = RunFolder.open(path)
     metrics = _read_metrics(folder)
-    config, posterior = _read_config(folder)
+    tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
+    given = metadata.get("prior") == GIVEN
+    config, posterior = _read_config(folder) if not given else (_read_adaptation(folder), None)
     # a device that is named holds all of the model
     device_map = config.device_map if device == "auto" else None
     config = dataclasses.replace(config, device=device, device_map=device_map, threads=None)
-    tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
     if metadata.get("guide") not in GUIDES:
         raise InputError(
             f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; known are {', '.join(GUIDES)}"
             f"{nearest(str(metadata.get('guide')), GUIDES)}"
         )
-    model, data = build_run(config, quiet=True, split_record=folder.read_split())
+    prior = _given(tensors) if given else None
+    model, data = build_run(config, quiet=True, split_record=folder.read_split(), prior=prior)
     if posterior is not None:
         model.prior.every = 0
         if posterior.tau != FIXED:
@@ -123,8 +129,9 @@ def load_run(path: str | Path, *, device: str = "auto") -> SavedRun:
         best_epoch=metrics.get("best_epoch", 0),
         validation_perplexity=metrics.get("validation_perplexity"),
         seconds=metrics.get("fit_seconds", 0.0),
+        documents=data.train.documents_per_task,
     )
-    return SavedRun(folder, config, fitted, data, metrics, posterior)
+    return SavedRun(folder, config, fitted, data, metrics, posterior, adapted=given)
 
 
 def _read_metrics(folder: RunFolder) -> dict[str, Any]:
@@ -144,6 +151,32 @@ def _read_config(folder: RunFolder) -> tuple[MapFitConfig, PosteriorFitConfig | 
         return parse_config(MapFitConfig, ["--config", str(fit)]), posterior
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
+
+
+def _read_adaptation(folder: RunFolder) -> MapFitConfig:
+    """The configuration of the fit that tasks were adapted from, with the documents of the new tasks."""
+    try:
+        config = parse_config(MapFitConfig, ["--config", str(folder.path / FIT)])
+        new = parse_config(AdaptConfig, ["--config", str(folder.path / CONFIG)])
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--config ")) from None
+    data: dict[str, Any] = {
+        name: getattr(new, name)
+        for name in ("data", "task_column", "text_column", "group_column", "split_column", "max_train_documents", "seed")
+    }
+    limits: dict[str, Any] = {
+        "max_tokens": new.max_tokens,
+        "token_budget": new.token_budget,
+        "num_tasks": None,
+        "max_eval_documents": None,
+    }
+    return dataclasses.replace(config, **data, **limits)
+
+
+def _given(tensors: dict[str, Tensor]) -> Given:
+    """The prior of new tasks, as their run folder has it."""
+    means = {name.removeprefix(MEAN): value for name, value in tensors.items() if name.startswith(MEAN)}
+    return Given(means, {name: tensors[f"{_LEARNED}{name}"] for name in means if f"{_LEARNED}{name}" in tensors})
 
 
 def _check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], metadata: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import few_documents_figure
 import fidelity_table
 import figure1
 import figure2
@@ -64,6 +65,8 @@ def jobs(config: DrawAllConfig) -> Iterator[tuple[str, Callable[[Any], str], Any
     )
     calibration, path = f"{results}/simulation_based_calibration.csv", f"{output}/simulation_based_calibration.png"
     yield path, calibration_figure.draw, calibration_figure.CalibrationFigureConfig(calibration=calibration, output=path)
+    new, path = f"{results}/few_documents.csv", f"{output}/few_documents.png"
+    yield path, few_documents_figure.draw, few_documents_figure.FewDocumentsFigureConfig(table=new, output=path)
     yield model, model_figure.draw, model_figure.ModelConfig(output=model)
 
 

@@ -12,6 +12,7 @@ of the hierarchy are priors of their own: :class:`Independent` (τ → 0) and :c
 from bora_pyro.priors.base import Flat, Prior, StandardNormal
 from bora_pyro.priors.by_latent import ByLatent, with_shared
 from bora_pyro.priors.from_tau import PENALTIES, prior_from_tau
+from bora_pyro.priors.given import Given
 from bora_pyro.priors.hierarchical import FORMS, HierarchicalNormal
 from bora_pyro.priors.learned import LearnedPrecision
 from bora_pyro.priors.limits import Independent, Pooled
@@ -19,7 +20,7 @@ from bora_pyro.priors.norm import HierarchicalNorm, SphericalLaplace
 from bora_pyro.priors.random_precision import HYPERPRIORS, RANDOM_PER, GammaPrecision, HalfCauchyPrecision, RandomPrecision
 
 __all__ = [
-    "FORMS", "HYPERPRIORS", "PENALTIES", "RANDOM_PER", "ByLatent", "Flat", "GammaPrecision", "HalfCauchyPrecision",
+    "FORMS", "HYPERPRIORS", "PENALTIES", "RANDOM_PER", "ByLatent", "Flat", "GammaPrecision", "Given", "HalfCauchyPrecision",
     "HierarchicalNorm", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled", "Prior", "RandomPrecision",
     "SphericalLaplace", "StandardNormal", "prior_from_tau", "with_shared",
 ]  # fmt: skip

@@ -21,6 +21,9 @@ from bora_pyro.errors import InputError
 class Prior(ABC):
     """A distribution over one latent tensor of all tasks."""
 
+    #: With fewer tasks than these there is nothing to share, and the model refuses.
+    least_tasks: int = 2
+
     @abstractmethod
     def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
         """Sample the latent ``name`` of every task, as Pyro sample sites.

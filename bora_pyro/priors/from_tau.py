@@ -18,6 +18,9 @@ PENALTIES: dict[str, Callable[[float, str], Prior]] = {"normal": HierarchicalNor
 def prior_from_tau(tau: float, form: str = "noncentered", *, penalty: str = "normal") -> Prior:
     """The prior of precision τ, limits included: 0 is :class:`Independent`, infinity is :class:`Pooled`.
 
+        >>> [prior_from_tau(tau) for tau in (0, 100, float("inf"))]
+        [Independent(), HierarchicalNormal(tau=100), Pooled()]
+
     Args:
         tau: τ, from 0 to infinity.
         form: ``noncentered`` or ``centered``.

@@ -37,6 +37,11 @@ def whitened_deviation(name: str, start: Tensor, tasks: pyro.plate, scale: float
 class HierarchicalNormal(Prior):
     """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1: the BoRA paper's equation 6.
 
+        >>> prior = HierarchicalNormal(tau=100)
+        >>> theta, mean = torch.tensor([[1.1], [0.9]]), torch.tensor([1.0])
+        >>> prior.sites("q_proj.lora_A", theta, mean)["theta.q_proj.lora_A_decentered"].tolist()  # √τ (θ_d − Θ)
+        [[1.0...], [-1.0...]]
+
     Args:
         tau: τ, the precision of a task's deviation from Θ, positive and finite. Large: tasks share much.
         form: ``noncentered`` samples the whitened deviation z_d = √τ (θ_d − Θ), so that every task's gradient reaches Θ;

@@ -12,7 +12,13 @@ from bora_pyro.priors.base import Prior, copies, flat
 
 
 class Independent(Prior):
-    """p(θ_d) ∝ 1 for every task on its own: the limit τ → 0. Θ is then the tasks' average."""
+    """p(θ_d) ∝ 1 for every task on its own: the limit τ → 0. Θ is then the tasks' average.
+
+    >>> import torch
+    >>> theta = torch.tensor([[1.0], [3.0]])
+    >>> Independent().mean("q_proj.lora_A", {"theta.q_proj.lora_A": theta}, theta)
+    tensor([2.])
+    """
 
     def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
         with tasks:
@@ -35,7 +41,12 @@ class Independent(Prior):
 
 
 class Pooled(Prior):
-    """θ_d = Θ with p(Θ) ∝ 1, one adapter for all tasks: the limit τ → ∞."""
+    """θ_d = Θ with p(Θ) ∝ 1, one adapter for all tasks: the limit τ → ∞.
+
+    >>> import torch
+    >>> Pooled().precision("q_proj.lora_A", torch.zeros(1))
+    tensor(inf)
+    """
 
     def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
         prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim()))

@@ -1,0 +1,72 @@
+"""New tasks under a finished fit, from run folder to run folder: what ``scripts/adapt.py`` does.
+
+>>> from bora_pyro.adapt_config import AdaptConfig
+>>> config = AdaptConfig(run="runs/demo", data="new.csv", output_dir="runs/new")
+>>> metrics = run_adapt(config)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bora_pyro.adapt import adapt, load_new_tasks
+from bora_pyro.adapt_config import AdaptConfig
+from bora_pyro.errors import InputError
+from bora_pyro.map_run import GIVEN, metrics_of, write_adapters, write_posterior
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.saved_run import SavedRun, load_run
+
+
+def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Read the fit, infer the new tasks' deviations, and leave a run folder of the new tasks alone.
+
+    ``config.yaml`` holds the options of the adaptation, ``fit.yaml`` those of the fit, and the posterior Θ and τ, so that
+    ``load_run`` needs neither the fit's folder nor its documents. The run that it began from is left alone.
+
+    Args:
+        config: the checked configuration.
+        quiet: show no notes.
+
+    Returns:
+        What ``metrics.json`` holds; test perplexities where ``split_column`` says that there are test documents.
+
+    Raises:
+        InputError: something in the configuration, the run or the data cannot be used; nothing is written then.
+    """
+    if Path(config.output_dir).resolve() == Path(config.run).resolve():
+        raise InputError(f"output_dir {config.output_dir} is the run itself; give another folder for the new tasks")
+    RunFolder.check(config.output_dir, overwrite=config.overwrite)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run = load_run(config.run, device=config.device)
+    config = _resolved(config, run)
+    data = load_new_tasks(
+        config.data, run.fitted, task_column=config.task_column, text_column=config.text_column,
+        group_column=config.group_column, split_column=config.split_column, max_tokens=config.max_tokens or 2,
+        max_train_documents=config.max_train_documents, seed=config.seed,
+    )  # fmt: skip
+    if not quiet:
+        for note in data.notes:
+            print(f"note: {note}", file=sys.stderr)
+    options = {name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "scale", "seed")}
+    fitted = adapt(run.fitted, data, token_budget=config.token_budget or 1, **options)
+    metrics = metrics_of(dataclasses.replace(run.config, learning_rate=config.learning_rate, seed=config.seed), fitted, data)
+    with RunFolder.create(config.output_dir, overwrite=config.overwrite) as folder:
+        folder.write_config(dataclasses.asdict(config) | {"overwrite": False})
+        folder.write_fit(dataclasses.asdict(run.config))
+        folder.write_split(data.split_record)
+        write_adapters(folder, fitted, run.config.base_model)
+        write_posterior(folder, fitted, config.guide, prior=GIVEN)
+        folder.write_metrics(metrics | {"guide": config.guide})
+    return metrics
+
+
+def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
+    return dataclasses.replace(
+        config, max_tokens=config.max_tokens or run.config.max_tokens, token_budget=config.token_budget or run.config.token_budget
+    )

@@ -1,0 +1,62 @@
+"""Some of the tasks of a data set, and some of their training documents.
+
+>>> from bora_pyro.data import TaskData, TokenSplit
+>>> split = TokenSplit.from_documents([[0, 5], [0, 6], [0, 7]], task=[0, 1, 1], num_tasks=2)
+>>> some = subset(TaskData(["ada", "bob"], split, split, split), ["bob"], max_train_documents=1)
+>>> some.tasks, len(some.train), [some.test.document(n).tolist() for n in range(2)]
+(['bob'], 1, [[0, 6], [0, 7]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.split import task_generator
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.errors import InputError, nearest
+
+
+def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | None = None, seed: int = 0) -> TaskData:
+    """The data of some tasks, in the order of their names.
+
+    Args:
+        data: of all tasks.
+        tasks: names.
+        max_train_documents: at most so many training documents of each, drawn by the seed; those of a smaller number are among
+            those of a larger one.
+        seed: of the draw.
+
+    Raises:
+        InputError: no such task.
+    """
+    for task in tasks:
+        if task not in data.tasks:
+            raise InputError(f"task {task!r} is not in the data, which has {len(data.tasks)}{nearest(task, data.tasks)}")
+    names = sorted(set(tasks))
+    place = torch.full((len(data.tasks),), -1)
+    place[[data.tasks.index(name) for name in names]] = torch.arange(len(names))
+
+    def part(split: TokenSplit, limit: int | None = None) -> TokenSplit:
+        kept = (place[split.task] >= 0).nonzero()[:, 0]
+        if limit is not None:
+            kept = torch.cat([_some(kept[place[split.task[kept]] == d], limit, names[d], seed) for d in range(len(names))])
+        kept = kept.sort().values
+        return TokenSplit(
+            torch.cat([split.document(n) for n in kept.tolist()]) if len(kept) else split.tokens[:0],
+            split.lengths[kept],
+            task=place[split.task[kept]],
+            characters=split.characters[kept],
+            num_tasks=len(names),
+            pad_token_id=split.pad_token_id,
+        )
+
+    return TaskData(names, part(data.train, max_train_documents), part(data.validation), part(data.test))
+
+
+def _some(documents: Tensor, limit: int, task: str, seed: int) -> Tensor:
+    order = task_generator(seed, task, "subset").permutation(len(documents))
+    return documents[torch.from_numpy(order)[:limit]]

@@ -1,0 +1,90 @@
+"""A hierarchy whose mean and precision are known: the prior of a task that was not there when they were learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyro
+import torch
+from torch import Tensor
+
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.priors.base import Prior, StandardNormal, copies, flat
+
+#: Before the names of Θ in the state of the prior.
+MEAN = "tau.mean."
+
+
+class Given(Prior):
+    """θ_d ~ Normal(Θ, I/τ) with Θ and τ given: equation 6 of the BoRA paper seen by one task more.
+
+        >>> prior = Given({"q_proj.lora_A": torch.zeros(2, 4, 8)}, {"q_proj.lora_A": torch.tensor(100.0)})
+        >>> prior
+        Given(1 latents, tau=100)
+
+    Tasks are independent under it, so one alone is enough. Where τ is 0 it says nothing (p(θ_d) ∝ 1, begun at Θ), where τ is
+    infinite θ_d is Θ itself and there is nothing to infer.
+
+    Args:
+        means: Θ by latent, (layers, *shape).
+        precisions: τ by latent, a number or what broadcasts against (layers, *shape).
+
+    Raises:
+        InputError: the two have other names, or a τ is negative or not a number, or neither 0 nor infinite throughout.
+    """
+
+    least_tasks = 1
+
+    def __init__(self, means: Mapping[str, Tensor], precisions: Mapping[str, Tensor]) -> None:
+        if means.keys() != precisions.keys():
+            name = min(means.keys() ^ precisions.keys())
+            raise InputError(
+                f"latent {name!r} has a mean or a precision, but not both{nearest(name, means.keys() & precisions.keys())}"
+            )
+        self.means = {name: value.detach() for name, value in means.items()}
+        self.tau = {name: torch.as_tensor(value).detach() for name, value in precisions.items()}
+        for name, tau in self.tau.items():
+            limits = (tau == 0) | tau.isinf()
+            if bool(tau.isnan().any() | (tau < 0).any() | (limits.any() & ~(tau == tau.flatten()[0]).all())):
+                raise InputError(
+                    f"the precision of {name!r} runs from {tau.min():g} to {tau.max():g}; give numbers above 0, or one limit"
+                )
+
+    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+        mean, tau = self.means[name].to(start), self.tau[name].to(start)
+        if bool(tau.isinf().all()):
+            return copies(mean, start, tasks)
+        with tasks:
+            if bool((tau == 0).all()):
+                return pyro.sample(f"theta.{name}", flat(copies(mean, start, tasks), start.dim()))
+            white = StandardNormal(torch.zeros_like(start), torch.ones_like(start)).to_event(start.dim())
+            deviation = pyro.sample(f"theta.{name}_decentered", white)
+            return pyro.deterministic(f"theta.{name}", mean + tau**-0.5 * deviation, event_dim=start.dim())
+
+    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+        return self.means[name].to(theta)
+
+    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        tau = self.tau[name].to(theta)
+        if bool(tau.isinf().all()):
+            return {}
+        if bool((tau == 0).all()):
+            return {f"theta.{name}": theta}
+        return {f"theta.{name}_decentered": tau**0.5 * (theta - self.means[name].to(theta))}
+
+    def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
+        return self.tau[name].to(start)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"tau.{name}": value for name, value in self.tau.items()} | {
+            f"{MEAN}{name}": value for name, value in self.means.items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name in self.means:
+            self.tau[name] = state.get(f"tau.{name}", self.tau[name])
+            self.means[name] = state.get(f"{MEAN}{name}", self.means[name])
+
+    def __repr__(self) -> str:
+        tau = torch.stack([value.float().log().mean() for value in self.tau.values()]).mean().exp() if self.tau else 0.0
+        return f"Given({len(self.means)} latents, tau={float(tau):g})"

@@ -1,0 +1,248 @@
+"""How many documents does a new task need? Test perplexity against their number, tasks left out of the fit.
+
+    python scripts/few_documents.py --output results/few_documents.csv
+
+In each seed some tasks are left out, BoRA (learned τ) and one pooled adapter are fitted to the others, and the left-out tasks
+come with 0, 5, 10, ... training documents each:
+
+- ``bora``: Θ and τ of the fit stay, only the new deviations are inferred (``bora_pyro.adapt``).
+- ``scratch``: LoRA from its start, without a prior.
+- ``pooled``: the pooled adapter as it is; documents do not change it.
+- ``pooled_tuned``: the pooled adapter, trained further on the new documents without a prior.
+
+Learning rate and number of steps of each arm and number of documents are chosen with the first seed by the validation documents
+of its left-out tasks, then held for the other seeds; the test documents are only reported. What the output has is not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+
+from bora_pyro.adapt import adapt, fit_deviations
+from bora_pyro.command_line import option, parse_config
+from bora_pyro.config import MapFitConfig
+from bora_pyro.data.subset import subset
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.evaluate import evaluate
+from bora_pyro.fit import fit
+from bora_pyro.fitted import Fitted
+from bora_pyro.map_run import build_run
+from bora_pyro.model import BoRA
+from bora_pyro.priors import Given, LearnedPrecision, Pooled, with_shared
+from bora_pyro.whole_file import replace_file
+
+ARMS = ("bora", "scratch", "pooled", "pooled_tuned")
+KEYS = ["seed", "arm", "documents", "split", "learning_rate", "steps", "task"]
+#: More than any task has.
+ALL = 10**9
+
+
+@dataclass(kw_only=True)
+class FewDocumentsConfig:
+    """Test perplexity of new tasks against their number of documents."""
+
+    fit_config: str = option("results/documentation.yaml", "YAML of the options of the fit to the other tasks")
+    data: str | None = option(None, "the documents (default: what fit_config names)")
+    documents: list[str] = option(["0", "5", "10", "20", "50", "all"], "numbers of documents (default: 0 5 10 20 50 all)")
+    arms: list[str] = option([*ARMS], f"which arms (default: {' '.join(ARMS)})")
+    left_out: int = option(5, "how many tasks are left out")
+    least_documents: int = option(50, "training documents that a task must have to be left out")
+    others_documents: int = option(64, "training documents of each of the other tasks, at most")
+    seeds: int = option(3, "how many seeds, from 0")
+    learning_rate: float = option(0.03, "learning rate of the fits to the other tasks")
+    learning_rates: list[str] = option(["0.003", "0.01", "0.03"], "learning rates to choose from (default: 0.003 0.01 0.03)")
+    steps: list[str] = option(["15", "40", "100"], "numbers of steps to choose from (default: 15 40 100)")
+    threads: int = option(2, "CPU threads")
+    output: str = option("results/few_documents.csv", "the table, a row a task and run")
+
+    def validate(self) -> None:
+        """Check the values."""
+        for name in ("left_out", "least_documents", "others_documents", "seeds", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a whole number from 1 up")
+        for name in self.arms:
+            if name not in ARMS:
+                raise InputError(f"arm {name!r} is not known; known: {', '.join(ARMS)}{nearest(name, ARMS)}")
+        for name in self.documents:
+            if name != "all" and not name.isdigit():
+                raise InputError(f"documents {name!r} is no number; give whole numbers from 0 up, or all")
+        for option_, kind in (("learning_rates", float), ("steps", int)):
+            for text in getattr(self, option_):
+                try:
+                    usable = 0 < kind(text) < math.inf
+                except ValueError:
+                    usable = False
+                if not usable:
+                    raise InputError(f"{option_} has {text!r}; give numbers above 0")
+        if not Path(self.fit_config).is_file():
+            raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
+
+
+@dataclass
+class Setting:
+    """What one seed gives: the fits to the other tasks, and the data of those left out."""
+
+    bora: Fitted
+    pooled: Fitted
+    new: TaskData
+
+
+class Curve:
+    """The rows of the table, and the runs that fill it."""
+
+    table: Any
+
+    def __init__(self, config: FewDocumentsConfig) -> None:
+        self.config, self.output = config, Path(config.output)
+        self.table = pd.read_csv(self.output) if self.output.exists() else pd.DataFrame(columns=KEYS)
+        if missing := [name for name in KEYS if name not in self.table]:
+            raise InputError(f"output {self.output} has no column {missing[0]!r}; give another file for the table")
+
+    def run_all(self) -> None:
+        """Every seed, the first with the choices."""
+        for seed in range(self.config.seeds):
+            wanted = [(arm, number) for arm in self.config.arms for number in self.config.documents]
+            if all(len(self.rows(seed, arm, number, "test")) for arm, number in wanted):
+                continue
+            setting = self.setting(seed)
+            for arm, number in wanted:
+                if len(self.rows(seed, arm, number, "test")):
+                    continue
+                rate, steps = self.choice(setting, arm, number) if self.tuned(arm, number) else (0.0, 0)
+                self.run(setting, seed, arm, number, rate, steps, "test")
+
+    def tuned(self, arm: str, number: str) -> bool:
+        """Whether an arm does anything with the documents."""
+        return arm != "pooled" and number != "0"
+
+    def rows(self, seed: int, arm: str, number: str, split: str) -> Any:
+        """What the table has of them."""
+        table = self.table
+        found = (table["seed"] == seed) & (table["arm"] == arm) & (table["documents"].astype(str) == number)
+        return table[found & (table["split"] == split)]
+
+    def choice(self, setting: Setting, arm: str, number: str) -> tuple[float, int]:
+        """Learning rate and steps, by the validation documents of the first seed, whose setting it then is."""
+        for rate in map(float, self.config.learning_rates):
+            for steps in map(int, self.config.steps):
+                have = self.rows(0, arm, number, "validation")
+                if not len(have[(have["learning_rate"] == rate) & (have["steps"] == steps)]):
+                    self.run(setting, 0, arm, number, rate, steps, "validation")
+        have = self.rows(0, arm, number, "validation").groupby(["learning_rate", "steps"])[["log_likelihood", "tokens"]].sum()
+        rate, steps = (have["log_likelihood"] / have["tokens"]).idxmax()
+        return float(rate), int(steps)
+
+    def setting(self, seed: int) -> Setting:
+        """Fit to the tasks that are not left out."""
+        config = self.config
+        words = ["--config", config.fit_config, "--seed", str(seed), *(["--data", config.data] if config.data else [])]
+        chosen = parse_config(MapFitConfig, words)
+        whole = dataclasses.replace(chosen, max_train_documents=None, max_eval_documents=None, threads=config.threads)
+        model, data = build_run(whole, quiet=True)
+        counts = [data.train.documents_per_task, data.validation.documents_per_task, data.test.documents_per_task]
+        enough = [t for d, t in enumerate(data.tasks) if counts[0][d] >= config.least_documents and counts[1][d] and counts[2][d]]
+        if len(enough) < config.left_out or len(data.tasks) < config.left_out + 2:
+            raise InputError(
+                f"{len(enough)} tasks have {config.least_documents} training documents or more and all three splits; give a "
+                f"smaller --left_out (now {config.left_out}) or --least_documents"
+            )
+        left_out = sorted(np.random.default_rng(seed).permutation(enough)[: config.left_out].tolist())
+        others = [task for task in data.tasks if task not in left_out]
+        print(f"seed {seed}: left out {', '.join(left_out)}", file=sys.stderr)
+        old = subset(data, others, max_train_documents=config.others_documents, seed=seed)
+        new = subset(data, left_out, seed=seed)
+        fits = []
+        for prior in (LearnedPrecision(), Pooled()):
+            shared = with_shared(prior, model.adapter.shared)
+            of_old = BoRA(model.backbone, len(others), adapter=model.adapter, prior=shared, seed=seed)
+            start = time.perf_counter()
+            fits.append(
+                fit(
+                    of_old, old, epochs=chosen.epochs, learning_rate=config.learning_rate, token_budget=chosen.token_budget,
+                    patience=chosen.patience, seed=seed,
+                )
+            )  # fmt: skip
+            found = fits[-1].validation_perplexity
+            print(f"seed {seed}: {prior}: {found:.2f} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        bora, pooled = fits
+        return Setting(bora, pooled, new)
+
+    def run(self, setting: Setting, seed: int, arm: str, number: str, rate: float, steps: int, split: str) -> None:
+        """One run, and its rows."""
+        documents = ALL if number == "all" else int(number)
+        some = subset(setting.new, setting.new.tasks, max_train_documents=documents, seed=seed)
+        # validation documents choose rate and steps, not an epoch: a new task would have none to spare
+        data = dataclasses.replace(some, validation=subset(some, some.tasks, max_train_documents=0).train)
+        start = time.perf_counter()
+        fitted = self.fitted(setting, arm, data, rate, steps, seed)
+        seconds = time.perf_counter() - start
+        part = some.test if split == "test" else some.validation
+        (scores,) = evaluate(fitted.model, part, fitted.weights()[0])
+        rows = []
+        for d, task in enumerate(some.tasks):
+            of_task = scores.task == d
+            values = [seed, arm, number, split, rate, steps, task]
+            of_run = {"train_documents": some.train.documents_per_task[d], "seconds": round(seconds, 2)}
+            score = {"tokens": int(scores.tokens[of_task].sum()), "perplexity": scores.perplexity(d)}
+            score["log_likelihood"] = float(scores.log_likelihood[of_task].sum())
+            rows.append(dict(zip(KEYS, values, strict=True)) | of_run | score)
+        self.table = pd.concat([self.table, pd.DataFrame(rows)], ignore_index=True) if len(self.table) else pd.DataFrame(rows)
+        replace_file(self.output, lambda file: self.table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n"))
+        how = f"{number} documents, rate {rate:g}, {steps} steps"
+        print(f"seed {seed}: {arm}, {how}: {split} {scores.perplexity():.2f} in {seconds:.1f} s", file=sys.stderr)
+
+    def fitted(self, setting: Setting, arm: str, data: TaskData, rate: float, steps: int, seed: int) -> Fitted:
+        """The new tasks as an arm has them."""
+        options: dict[str, Any] = {"steps": max(steps, 1), "learning_rate": rate or 0.01, "seed": seed}
+        options["token_budget"] = 2048
+        if arm == "bora":
+            return adapt(setting.bora, data, **options)
+        model = setting.pooled.model
+        mean = model.starts if arm == "scratch" else setting.pooled.weights()[1]
+        if arm == "pooled":
+            data = dataclasses.replace(data, train=data.validation)  # none
+        flat = Given(mean, {name: torch.tensor(0.0) for name in mean})
+        return fit_deviations(BoRA(model.backbone, len(data.tasks), adapter=model.adapter, prior=flat), data, **options)
+
+
+def summary(table: Any) -> Any:
+    """Test perplexity by arm and number of documents: mean and standard deviation over seeds, and the time of an adaptation."""
+    test = table[table["split"] == "test"].assign(documents=table["documents"].astype(str))
+    sums = test.groupby(["arm", "documents", "seed"])[["log_likelihood", "tokens"]].sum()
+    perplexity = np.exp(-sums["log_likelihood"] / sums["tokens"]).rename("perplexity")
+    seconds = test.groupby(["arm", "documents", "seed"])["seconds"].first()
+    found = pd.concat([perplexity, seconds], axis=1).groupby(["arm", "documents"])
+    return found.agg(
+        mean=("perplexity", "mean"), sd=("perplexity", "std"), seeds=("perplexity", "size"), seconds=("seconds", "median")
+    )
+
+
+def main(argv: list[str]) -> int:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = parse_config(FewDocumentsConfig, argv, prog="few_documents.py")
+        torch.set_num_threads(config.threads)
+        curve = Curve(config)
+        curve.run_all()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summary(curve.table).round(2).to_string())
+    print(f"table: {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

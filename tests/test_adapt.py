@@ -1,0 +1,247 @@
+"""A new task under a known prior: closed forms, the limits, and the run folder that comes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from pyro import poutine
+from safetensors.torch import load_file
+
+from bora_pyro import (
+    Backbone,
+    BoRA,
+    HierarchicalNormal,
+    Independent,
+    InputError,
+    LearnedPrecision,
+    LoRA,
+    Pooled,
+    adapt,
+    fit,
+    load_tasks,
+)
+from bora_pyro.adapt import ALLOWED, given_model
+from bora_pyro.adapters import SharedPlusTaskLoRA
+from bora_pyro.config import MapFitConfig, parse_config
+from bora_pyro.map_run import run_map_fit
+from bora_pyro.priors import Given, RandomPrecision, with_shared
+from bora_pyro.saved_run import load_run
+from tests.linear_gaussian import COUNTS, SHAPE, LinearGaussian
+from tests.tiny import random_weights, tiny_bora, tiny_data
+from tests.tiny_base import documents, line, quick_fit, script_main, write_table
+
+TAU = 3.0
+
+
+def joint(model, sites):
+    return poutine.trace(poutine.condition(model, data=sites)).get_trace().log_prob_sum()
+
+
+@pytest.mark.parametrize("tau", [TAU, "by layer", 0.0])
+def test_the_maximum_is_between_the_prior_and_the_documents(tau):
+    """θ_d = (τ Θ + h_d ȳ_d)/(τ + h_d): there the joint density has no slope."""
+    mean = torch.linspace(-1, 1, math.prod(SHAPE), dtype=torch.float64).view(SHAPE)
+    precision = (
+        torch.tensor([[[2.0]], [[9.0]]], dtype=torch.float64) if tau == "by layer" else torch.tensor(tau, dtype=torch.float64)
+    )
+    model = LinearGaussian(Given({"q.x": mean}, {"q.x": precision}), counts=COUNTS)
+    h, y = model.curvature(), model.task_means()
+    theta = (precision * mean + h * y) / (precision + h)
+    sites = {name: value.requires_grad_() for name, value in model.sites_given({"q.x": theta}, {"q.x": mean}).items()}
+    back, of_all = model.weights_given({name: value.detach() for name, value in sites.items()})
+    torch.testing.assert_close(back["q.x"], theta)
+    torch.testing.assert_close(of_all["q.x"], mean)
+    for slope in torch.autograd.grad(joint(model, sites), [*sites.values()]):
+        torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-8, rtol=0)
+
+
+def test_the_density_is_the_hierarchy_s_with_its_mean_held():
+    """log p(θ | Θ) in the whitened form of both; Θ itself is flat."""
+    model = tiny_bora(targets=["q_proj"], prior=HierarchicalNormal(TAU))
+    theta = random_weights(model)
+    mean = {name: value.mean(0) for name, value in theta.items()}
+    given = tiny_bora(targets=["q_proj"], prior=Given(mean, {name: torch.tensor(TAU) for name in mean}))
+    one, other = model.sites_given(theta, mean), given.sites_given(theta, mean)
+    assert {name: value for name, value in one.items() if not name.startswith("prior_mean.")}.keys() == other.keys()
+    log_densities = [joint(m.weights, sites) for m, sites in ((model, one), (given, other))]
+    torch.testing.assert_close(*log_densities)
+
+
+def test_what_can_be_no_prior_is_refused():
+    mean = {"a": torch.zeros(2, 1)}
+    for precisions, words in (
+        ({}, "latent 'a' has a mean or a precision, but not both"),
+        ({"a": torch.tensor(-1.0)}, "runs from -1 to -1"),
+        ({"a": torch.tensor(math.nan)}, "give numbers above 0"),
+        ({"a": torch.tensor([[0.0], [1.0]])}, "runs from 0 to 1"),
+        ({"a": torch.tensor([[1.0], [math.inf]])}, "runs from 1 to inf"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            Given(mean, precisions)
+        assert "\n" not in str(caught.value)
+
+
+PRIORS = {
+    "normal": lambda: HierarchicalNormal(30.0),
+    "centered": lambda: HierarchicalNormal(30.0, form="centered"),
+    "learned": lambda: LearnedPrecision(start=30.0, every=2),
+    "learned by task": lambda: LearnedPrecision("task", start=30.0, every=2),
+    "learned by layer": lambda: LearnedPrecision("layer", start=30.0, every=2),
+    "random": lambda: RandomPrecision("gamma"),
+    "independent": Independent,
+    "shared and task": lambda: with_shared(HierarchicalNormal(30.0), SharedPlusTaskLoRA.shared),
+}
+
+
+@pytest.fixture(scope="module")
+def fits():
+    found = {}
+
+    def of(name):
+        if name not in found:
+            adapter = SharedPlusTaskLoRA(rank=2) if name == "shared and task" else LoRA(rank=2)
+            model = tiny_bora(targets=["q_proj", "fc1"], adapter=adapter, prior=PRIORS[name]())
+            found[name] = fit(model, tiny_data(), epochs=3, token_budget=24, patience=0, learning_rate=0.05)
+        return found[name]
+
+    return of
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_new_task_is_theta_until_there_are_documents(fits, prior):
+    fitted = fits(prior)
+    before = {name: value.clone() for name, value in fitted.sites().items()}
+    data = tiny_data((2, 0))
+    new = adapt(fitted, data, steps=6, learning_rate=0.1)
+    (theta, mean), (_, of_fit) = new.weights(), fitted.weights()
+    for name, value in of_fit.items():
+        torch.testing.assert_close(mean[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(theta[name][1], value, rtol=1e-6, atol=1e-7)  # the one without documents
+    assert new.deviation_norms()[0] > 1e-3
+    assert new.documents == [2, 0]
+    assert fitted.tau() == pytest.approx(new.tau(), rel=1e-5)
+    for name, value in fitted.sites().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_it_learns_more_the_weaker_the_prior(fits):
+    data = tiny_data((4, 3))
+    norms = []
+    for tau in (1e-2, 1.0, 1e2, 1e8):
+        model = tiny_bora(targets=["q_proj", "fc1"], adapter=LoRA(rank=2), prior=HierarchicalNormal(tau))
+        old = fit(model, tiny_data(), epochs=1, learning_rate=1e-6)
+        norms.append(float(adapt(old, data, steps=40, learning_rate=0.1).deviation_norms().min()))
+    assert norms == sorted(norms, reverse=True)
+    assert norms[-1] < 1e-3 < norms[0]
+
+
+@pytest.mark.parametrize("guide", ALLOWED)
+def test_any_guide_of_the_deviations(fits, guide):
+    new = adapt(fits("normal"), tiny_data((3, 2)), guide=guide, steps=4)
+    assert all(value.isfinite().all() for value in new.weights()[0].values())
+    assert new.deviation_norms().min() > 0
+
+
+def test_what_cannot_be_adapted(fits):
+    pooled = fit(tiny_bora(prior=Pooled()), tiny_data(), epochs=1)
+    with pytest.raises(InputError, match=r"tau of the fit is inf, one adapter for all tasks"):
+        adapt(pooled, tiny_data((2, 1)))
+    with pytest.raises(InputError, match="guide is 'laplase'; allowed: map, normal"):
+        adapt(fits("normal"), tiny_data((2, 1)), guide="laplase")
+    with pytest.raises(InputError, match="steps is 0"):
+        adapt(fits("normal"), tiny_data((2, 1)), steps=0)
+    with pytest.raises(InputError, match="no tokenizer"):
+        adapt(fits("normal"), {"new": ["text"]})
+
+
+def test_texts_by_name(tmp_path):
+    options = quick_fit(tmp_path)
+    backbone = Backbone.from_pretrained(options["base_model"], targets=["v_proj"])
+    data = load_tasks(documents(), backbone.tokenizer, max_tokens=32)
+    fitted = fit(BoRA(backbone, 3, adapter=LoRA(rank=2)), data, epochs=1)
+    new = fitted.adapt({"b": ["red green", "blue"], "a": []}, steps=3)
+    assert (new.tasks, new.documents) == (["a", "b"], [0, 2])
+    for texts, words in (
+        ({}, "there is no new task"),
+        ({"a": "one text"}, "has a single text; give a list"),
+        ({"a": ["", "red"]}, "2 texts given, of which 1 have a token"),
+    ):
+        with pytest.raises(InputError, match=words):
+            fitted.adapt(texts)
+    assert given_model(fitted, 1).num_tasks == 1
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return quick_fit(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run_map_fit(parse_config(MapFitConfig, line(inputs | {"output_dir": folder, "learning_rate": 0.03})), quiet=True)
+    return folder
+
+
+@pytest.mark.parametrize("guide", ["map", "normal"])
+def test_from_run_folder_to_run_folder(finished, tmp_path, capsys, guide):
+    run = shutil.copytree(finished, tmp_path / "run")
+    table = documents(("Cleo",), number=8, seed=5).assign(task="Dora", split=["train"] * 5 + ["test"] * 3)
+    data = write_table(tmp_path / "new.csv", table)
+    chosen = line({"data": data, "split_column": "split", "guide": guide, "steps": 5, "output_dir": tmp_path / "new"})
+    assert script_main("adapt")([str(run), *chosen]) == 0
+    assert "Dora" in capsys.readouterr().out
+    shutil.rmtree(run)  # the new run stands alone
+    found = load_run(tmp_path / "new")
+    assert (found.adapted, found.fitted.tasks, found.fitted.documents) == (True, ["Dora"], [5])
+    metrics = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert metrics["tasks"]["dora"]["test_documents"] == 3
+    assert found.fitted.evaluate(found.data.test)["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-6)
+    old = load_run(finished)
+    for name, value in old.fitted.weights()[1].items():
+        torch.testing.assert_close(found.fitted.weights()[1][name], value, rtol=0, atol=0)
+    written = load_file(tmp_path / "new" / "adapters" / "dora" / "adapter_model.safetensors")
+    theta, slot = found.fitted.weights()[0], found.fitted.model.backbone.slots[0]
+    torch.testing.assert_close(
+        written[f"base_model.model.{slot.paths[0]}.lora_A.weight"], theta[f"{slot.name}.lora_A"][0, 0], rtol=0, atol=0
+    )
+    if guide == "normal":
+        assert found.posterior().deviation_scales().shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": ""}, "data is empty|no data is given"),
+        ({"steps": 0}, "steps is 0"),
+        ({"guide": "laplace"}, "guide is 'laplace'; allowed: map, normal"),
+        ({"output_dir": "RUN"}, "is the run itself"),
+        ({"text_column": "txt"}, "no column 'txt'"),
+        ({"stepz": 3}, "unknown option 'stepz'; did you mean 'steps'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(finished, tmp_path, capsys, change, words):
+    data = write_table(tmp_path / "new.csv", documents(("Cleo",), number=3))
+    options = {"data": data, "output_dir": tmp_path / "new"} | change
+    options = {key: str(finished) if value == "RUN" else value for key, value in options.items()}
+    assert script_main("adapt")([str(finished), *line(options)]) == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert re.search(words, error), error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_table_of_one_new_task_and_a_limit_of_documents(finished, tmp_path):
+    table = pd.concat([documents(("Cleo",), number=6), documents(("Ada",), number=2)])
+    data = write_table(tmp_path / "new.csv", table)
+    chosen = line({"data": data, "max_train_documents": 3, "steps": 2, "output_dir": tmp_path / "new"})
+    assert script_main("adapt")([str(finished), *chosen]) == 0
+    assert load_run(tmp_path / "new").fitted.documents == [2, 3]
