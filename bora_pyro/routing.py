@@ -1,0 +1,227 @@
+"""Which task is a text of? p(d | text) ∝ p(d) p(text | θ_d), exact under the model.
+
+>>> import bora_pyro as bp
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+>>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+>>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=1)), data, epochs=4)
+>>> found = infer_task(fitted, ["ada prefers nothing", "bob prefers it"])
+>>> found.best, found.probabilities.sum(1).tolist()
+(['ada', 'bob'], [1.0, 1.0])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bora_pyro.adapt import given_model
+from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.tokenise import encoder
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.fitted import Fitted
+from bora_pyro.likelihoods import NextTokens
+from bora_pyro.model import BoRA, Weights
+
+UNKNOWN = "unknown"
+PRIORS = ("documents", "flat")
+
+
+@dataclass(frozen=True)
+class TaskProbabilities:
+    """p(d | text) of some texts.
+
+    Attributes:
+        tasks: names of the candidates; ``unknown`` is the last where it was asked for.
+        log_likelihood: (texts, candidates) float64, log p(text | θ_d) in nats.
+        log_prior: (candidates,) float64, log p(d).
+        tokens: (texts,) predicted tokens of each.
+        temperature: T; likelihoods count as their 1/T-th power.
+    """
+
+    tasks: list[str]
+    log_likelihood: Tensor
+    log_prior: Tensor
+    tokens: Tensor
+    temperature: float = 1.0
+
+    @property
+    def log_prob(self) -> Tensor:
+        """(texts, candidates) log p(d | text)."""
+        return (self.log_likelihood / self.temperature + self.log_prior).log_softmax(1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(texts, candidates) p(d | text)."""
+        return self.log_prob.exp()
+
+    @property
+    def best(self) -> list[str]:
+        """The most probable task of each text."""
+        return [self.tasks[d] for d in self.log_prob.argmax(1).tolist()]
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """(texts,) log p(text) = log Σ_d p(d) p(text | θ_d), in nats: the prediction of a text whose task nobody has said.
+
+        Token by token it is the average of the tasks' predictions, weighted by p(d | the tokens before).
+        """
+        return (self.log_likelihood + self.log_prior).logsumexp(1)
+
+    def at(self, temperature: float) -> TaskProbabilities:
+        """The same with another temperature."""
+        if not 0 < temperature < math.inf:
+            raise InputError(f"temperature is {temperature}; give a finite number above 0")
+        return replace(self, temperature=temperature)
+
+    def calibrated(self, task: Tensor) -> TaskProbabilities:
+        """At the temperature under which these texts' own tasks, (texts,) indices, have the highest probability.
+
+        Tokens of one text are not the independent pieces of evidence that the model takes them for, so that p(d | text) at T = 1
+        is surer than it is right. Give it documents that no adapter has seen, then use the temperature that it finds.
+        """
+        grid = torch.logspace(-1, 3, 401, dtype=torch.float64)
+        return self.at(float(min(grid, key=lambda t: -self.at(float(t)).log_prob.gather(1, task[:, None]).mean())))
+
+    def table(self, *, most: int = 3) -> pd.DataFrame:
+        """The most probable tasks of each text with their probabilities, a row a text."""
+        values, index = self.probabilities.topk(min(most, len(self.tasks)), dim=1)
+        columns = {}
+        for place in range(values.shape[1]):
+            columns[f"task {place + 1}"] = [self.tasks[d] for d in index[:, place].tolist()]
+            columns[f"p {place + 1}"] = values[:, place].tolist()
+        return pd.DataFrame(columns)
+
+
+def infer_task(
+    fitted: Fitted,
+    texts: str | Sequence[str] | TokenSplit,
+    *,
+    prior: str | Mapping[str, float] = "documents",
+    unknown: float = 0.0,
+    temperature: float = 1.0,
+    draws: int = 8,
+    max_tokens: int | None = None,
+    token_budget: int = 8192,
+    seed: int = 0,
+) -> TaskProbabilities:
+    """p(d | text) ∝ p(d) p(text | θ_d), with θ at the guide's centre.
+
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+        >>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2)), data, epochs=1)
+        >>> found = infer_task(fitted, "a tree", prior={"ada": 3, "bob": 1}, unknown=0.5)
+        >>> found.tasks, [round(p, 3) for p in found.log_prior.exp().tolist()]
+        (['ada', 'bob', 'unknown'], [0.375, 0.125, 0.5])
+
+    A text is read once for all candidates: the rows of a forward pass are pairs of a text and a task.
+
+    Args:
+        fitted: a fit.
+        texts: texts, or tokenised documents, whose tasks are not looked at.
+        prior: p(d): ``documents``, in proportion to the tasks' training documents; ``flat``; or a number by name of the task, 0
+            where it is left out, scaled to sum to 1.
+        unknown: probability beforehand that a text is of none of these tasks, from 0 (not considered) to below 1. Its
+            likelihood is the prior predictive, ∫ p(text | θ) Normal(θ; Θ, I/τ) dθ, an average over ``draws`` of it.
+        temperature: see :meth:`TaskProbabilities.calibrated`.
+        draws: of the prior predictive.
+        max_tokens: longer texts are cut; default: what the base reads.
+        token_budget: tokens of a forward pass, padding included.
+        seed: of the draws.
+
+    Raises:
+        InputError: no text, an unknown prior or task, a probability out of range, a base without tokenizer.
+    """
+    if not 0 <= unknown < 1:
+        raise InputError(f"unknown is {unknown}; give the probability of a text of no task, from 0 to below 1")
+    if unknown and draws < 1:
+        raise InputError(f"draws is {draws}; give a whole number from 1 up")
+    split = texts if isinstance(texts, TokenSplit) else _split(fitted, texts, max_tokens)
+    if not len(split):
+        raise InputError("there is no text; give one or more")
+    log_prior = _log_prior(fitted, prior)
+    names, weights = list(fitted.tasks), fitted.weights_of()
+    parts = []
+    for index in torch.arange(len(names)).split(_chunk(split, token_budget)):
+        parts.append(log_likelihoods(fitted.model, split, weights(index)[0], token_budget=token_budget))
+    log_likelihood = torch.cat(parts, 1)
+    if unknown:
+        model = given_model(fitted, draws)
+        if not all(bool((model.prior.precision(name, start) > 0).all()) for name, start in model.starts.items()):
+            raise InputError("tau is 0, so that tasks are independent and say nothing of an unknown one; leave unknown out")
+        with torch.no_grad(), poutine.seed(rng_seed=seed):
+            theta = model.weights()
+        of_draws = log_likelihoods(model, split, theta, token_budget=token_budget)
+        log_likelihood = torch.cat([log_likelihood, of_draws.logsumexp(1, keepdim=True) - math.log(draws)], 1)
+        log_prior = torch.cat([log_prior + math.log1p(-unknown), torch.tensor([math.log(unknown)], dtype=torch.float64)])
+        names.append(UNKNOWN)
+    tokens = split.lengths - 1
+    return TaskProbabilities(names, log_likelihood, log_prior, tokens).at(temperature)
+
+
+@torch.inference_mode()
+def log_likelihoods(model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: int = 8192) -> Tensor:
+    """log p(document | θ) of each document under each adapter: (documents, adapters) float64, in nats.
+
+    Args:
+        model: the BoRA model.
+        split: the documents.
+        theta: (adapters, layers, *shape) by name.
+        token_budget: tokens of a forward pass, whose rows are pairs of a document and an adapter.
+    """
+    adapters = len(next(iter(theta.values())))
+    result = torch.empty((len(split), adapters), dtype=torch.float64)
+    device = model.backbone.device
+    for batch in split.batches(token_budget=max(1, token_budget // adapters)):
+        rows = len(batch.index)
+        input_ids, labels = (value.repeat_interleave(adapters, 0).to(device) for value in (batch.input_ids, batch.labels))
+        adapter = torch.arange(adapters, device=device).repeat(rows)
+        found = NextTokens(model.backbone.unprojected(input_ids, model.change(theta, adapter))).log_prob(labels)
+        result[batch.index] = found.double().cpu().view(rows, adapters)
+    return result
+
+
+def _chunk(split: TokenSplit, token_budget: int) -> int:
+    """Tasks that one text is read for in a pass."""
+    return max(1, min(64, token_budget // int(split.lengths.max())))
+
+
+def _split(fitted: Fitted, texts: str | Sequence[str], max_tokens: int | None) -> TokenSplit:
+    backbone = fitted.model.backbone
+    if backbone.tokenizer is None:
+        raise InputError("the base has no tokenizer to read texts with; give Backbone one")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    columns = encoder(backbone.tokenizer, max_tokens or backbone.context or 10**9)({"text": texts, "task": [""] * len(texts)})
+    if len(columns["input_ids"]) < len(texts):
+        raise InputError(f"{len(texts)} texts given, of which {len(columns['input_ids'])} have a token; leave empty texts out")
+    return TokenSplit.from_documents(columns["input_ids"], task=[0] * len(texts), num_tasks=len(fitted.tasks))
+
+
+def _log_prior(fitted: Fitted, prior: str | Mapping[str, float]) -> Tensor:
+    """(D,) float64."""
+    if isinstance(prior, Mapping):
+        for name, value in prior.items():
+            if name not in fitted.tasks:
+                raise InputError(f"task {name!r} is not in this fit, which has {len(fitted.tasks)}{nearest(name, fitted.tasks)}")
+            if not 0 <= value < math.inf:
+                raise InputError(f"the prior of task {name!r} is {value}; give a finite number from 0 up")
+        numbers = torch.tensor([float(prior.get(name, 0.0)) for name in fitted.tasks], dtype=torch.float64)
+    elif prior == "documents":
+        if not fitted.documents:
+            raise InputError("the fit does not know its numbers of documents; give prior='flat', or a number by task")
+        numbers = torch.tensor(fitted.documents, dtype=torch.float64)
+    elif prior == "flat":
+        numbers = torch.ones(len(fitted.tasks), dtype=torch.float64)
+    else:
+        raise InputError(f"prior is {prior!r}; allowed: {', '.join(PRIORS)}, or a number by task{nearest(str(prior), PRIORS)}")
+    if not numbers.sum() > 0:
+        raise InputError("the prior gives every task 0; give at least one a number above 0")
+    return (numbers / numbers.sum()).log()

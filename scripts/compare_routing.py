@@ -1,0 +1,185 @@
+"""Which task is a text of: the model's own answer beside a bag-of-words classifier, on held-out documents.
+
+    python scripts/compare_routing.py runs/demo --output results/routing.csv
+
+- ``bora``: p(d | text) ∝ p(d) p(text | θ_d), ``infer_task``; at T = 1, and at the temperature that validation documents choose.
+- ``bag of words``: scikit-learn's logistic regression on TF-IDF of words and pairs of words, trained on the training documents
+  of the run, its regularisation chosen by the validation documents. It sees the same texts, cut where the run cuts them.
+
+Accuracy, mean log-probability of the right task, and calibration error (ECE, 10 bins) of the test documents; then their
+perplexity under their own task's adapter, the most probable task's, all tasks' averaged by p(d | tokens before), Θ, and the base.
+Of each document the first ``--lengths`` tokens are asked about. Needs scikit-learn (pip install 'bora_pyro[routing]').
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from torch import Tensor
+
+from bora_pyro.command_line import option, parse_config
+from bora_pyro.data import TokenSplit
+from bora_pyro.errors import InputError
+from bora_pyro.evaluate import evaluate
+from bora_pyro.routing import TaskProbabilities, infer_task
+from bora_pyro.saved_run import SavedRun, load_run
+from bora_pyro.whole_file import replace_file
+
+#: Inverse strengths of the classifier's penalty to choose from.
+STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
+
+
+@dataclass(kw_only=True)
+class RoutingConfig:
+    """Compare the model's task inference with a bag-of-words classifier."""
+
+    run: str = option("", "folder of a finished fit, its output_dir", positional=True)
+    lengths: list[str] = option(["16", "32", "64", "all"], "first tokens of each document to ask about (default: 16 32 64 all)")
+    prior: str = option(
+        "flat", "p(d): flat, or documents, in proportion to the training documents", choices=("flat", "documents")
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    output: str = option("results/routing.csv", "the table, a row a method and length")
+
+    def validate(self) -> None:
+        """Check the values."""
+        if not self.run.strip():
+            raise InputError("no run is given; name the folder of a fit, as in compare_routing.py runs/map_fit")
+        for text in self.lengths:
+            if text != "all" and not (text.isdigit() and int(text) >= 2):
+                raise InputError(f"lengths has {text!r}; give whole numbers from 2 up, or all")
+
+
+def beginnings(split: TokenSplit, tokens: int) -> TokenSplit:
+    """The first so many tokens of each document."""
+    documents = [split.document(n)[:tokens].tolist() for n in range(len(split))]
+    return TokenSplit.from_documents(
+        documents, task=split.task.tolist(), num_tasks=split.num_tasks, pad_token_id=split.pad_token_id
+    )
+
+
+def ece(log_prob: Tensor, task: Tensor, *, bins: int = 10) -> float:
+    """Expected calibration error of the most probable task: mean over texts of |confidence − accuracy| of their bin."""
+    confidence, best = log_prob.exp().max(1)
+    right = (best == task).double()
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = [(confidence[place == k].mean() - right[place == k].mean()).abs() * (place == k).sum() for k in place.unique()]
+    return float(sum(gaps)) / len(task)
+
+
+def scores(method: str, length: str, log_prob: Tensor, task: Tensor, **more: Any) -> dict[str, Any]:
+    """A row of the table."""
+    right = (log_prob.argmax(1) == task).double()
+    return {
+        "method": method, "tokens": length, "documents": len(task), "accuracy": float(right.mean()),
+        "standard_error": float(right.std() / math.sqrt(len(task))),
+        "log_probability": float(log_prob.gather(1, task[:, None]).mean()), "ece": ece(log_prob, task),
+    } | more  # fmt: skip
+
+
+def bag_of_words(run: SavedRun, tokens: int, prior: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """log p(d | text) of the test documents by a classifier of words, and what was chosen.
+
+    Args:
+        run: whose documents it learns from.
+        tokens: of each held-out document it sees the first so many; it is trained on whole ones and on such beginnings.
+        prior: (D,) log p(d) that replaces the training frequencies, as the model's does.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise InputError(
+            "compare_routing.py needs scikit-learn, which is not installed; pip install 'bora_pyro[routing]'"
+        ) from None
+    tokenizer = run.fitted.model.backbone.tokenizer
+    assert tokenizer is not None
+    decode = tokenizer.batch_decode
+
+    def texts(split: TokenSplit, most: int) -> list[str]:
+        return list(decode([split.document(n)[:most].tolist() for n in range(len(split))], skip_special_tokens=True))
+
+    train = texts(run.data.train, sys.maxsize) + texts(run.data.train, tokens)
+    of_train = run.data.train.task.repeat(2).numpy()
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    x, validation, test = (
+        words.fit_transform(train),
+        *(words.transform(texts(split, tokens)) for split in (run.data.validation, run.data.test)),
+    )
+    frequency = torch.from_numpy(np.bincount(of_train, minlength=len(run.data.tasks)) / len(of_train)).log()
+
+    def log_prob(model: Any, rows: Any) -> Tensor:
+        found = torch.full((rows.shape[0], len(frequency)), -torch.inf, dtype=torch.float64)
+        found[:, model.classes_] = torch.from_numpy(model.predict_log_proba(rows))
+        return (found - frequency + prior).nan_to_num(nan=-torch.inf).log_softmax(1)
+
+    fits = {strength: LogisticRegression(C=strength, max_iter=2000).fit(x, of_train) for strength in STRENGTHS}
+    task = run.data.validation.task[:, None]
+    best = max(STRENGTHS, key=lambda strength: float(log_prob(fits[strength], validation).gather(1, task).clamp(min=-50).mean()))
+    return log_prob(fits[best], test).clamp(min=-50).log_softmax(1), {"chosen": best}
+
+
+def compare(run: SavedRun, config: RoutingConfig) -> pd.DataFrame:
+    """A row a method and length."""
+    fitted, rows = run.fitted, []
+    for length in config.lengths:
+        tokens = sys.maxsize if length == "all" else int(length)
+        validation, test = beginnings(run.data.validation, tokens), beginnings(run.data.test, tokens)
+        found = infer_task(fitted, test, prior=config.prior)
+        chosen = infer_task(fitted, validation, prior=config.prior).calibrated(validation.task).temperature
+        rows.append(scores("bora", length, found.log_prob, test.task))
+        rows.append(scores("bora, T by validation", length, found.at(chosen).log_prob, test.task, chosen=chosen))
+        log_prob, how = bag_of_words(run, tokens, found.log_prior)
+        rows.append(scores("bag of words", length, log_prob, test.task, **how))
+    return pd.DataFrame(rows)
+
+
+def perplexities(run: SavedRun, found: TaskProbabilities) -> dict[str, float]:
+    """Perplexity of the whole test documents by who reads them."""
+    fitted, test = run.fitted, run.data.test
+    theta, mean = fitted.weights()
+    of_mean = {name: value[None].expand_as(theta[name]) for name, value in mean.items()}
+    base, of_theta = evaluate(fitted.model, test, None, of_mean)
+    every, total = found.log_likelihood, int(test.num_tokens)
+    sums = {
+        "the right task": every.gather(1, test.task[:, None]).sum(),
+        "the most probable task": every.gather(1, found.log_prob.argmax(1, keepdim=True)).sum(),
+        "all, averaged by p(d | tokens before)": found.log_evidence.sum(),
+        "Θ": of_theta.log_likelihood.sum(),
+        "the base": base.log_likelihood.sum(),
+    }
+    return {name: math.exp(-float(value) / total) for name, value in sums.items()}
+
+
+def main(argv: list[str]) -> int:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = parse_config(RoutingConfig, argv, prog="compare_routing.py")
+        run = load_run(config.run, device=config.device)
+        if not len(run.data.test) or not len(run.data.validation):
+            raise InputError(f"the run in {config.run} has no validation or no test documents; give one that has both")
+        table = compare(run, config)
+        # p(d) beforehand, tasks whose text it is being unknown: averaged over the tasks as they come
+        averaged = perplexities(run, infer_task(run.fitted, run.data.test, prior=config.prior))
+        replace_file(Path(config.output), lambda file: table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n"))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table.round(3).to_string(index=False))
+    print("test perplexity, read by:")
+    for name, value in averaged.items():
+        print(f"  {name}: {value:.2f}")
+    print(f"table: {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Which task of a finished run is a text of?
+
+    python scripts/infer_task.py runs/demo --text "Returns the shortest path between two nodes." --unknown 0.1
+
+Every option: ``python scripts/infer_task.py --help``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+from bora_pyro.command_line import option, parse_config
+from bora_pyro.errors import InputError
+from bora_pyro.routing import PRIORS, infer_task
+from bora_pyro.saved_run import load_run
+
+
+@dataclass(kw_only=True)
+class InferTaskConfig:
+    """Say which tasks of a finished run some texts are of, and how sure that is."""
+
+    run: str = option("", "folder of a finished fit, its output_dir", positional=True)
+    text: list[str] = option([], "a text; may be repeated (default: the lines of --file)", whole=True)
+    file: str | None = option(None, "a file with a text a line")
+    prior: str = option("documents", "p(d) beforehand: in proportion to the training documents, or flat", choices=PRIORS)
+    unknown: float = option(0.0, "probability beforehand that a text is of none of the tasks")
+    temperature: float = option(1.0, "likelihoods count as their 1/T-th power: above 1 it is less sure")
+    most: int = option(3, "how many tasks to print of each text")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+
+    def validate(self) -> None:
+        """Raise ``InputError`` where a run or a text is missing."""
+        if not self.run.strip():
+            raise InputError("no run is given; name the folder of a fit, as in infer_task.py runs/map_fit --text 'It was'")
+        if bool(self.text) == (self.file is not None):
+            raise InputError("give texts by --text, or a file with a text a line by --file")
+        if self.most < 1:
+            raise InputError(f"most is {self.most}; give a whole number from 1 up")
+
+
+def _texts(config: InferTaskConfig) -> list[str]:
+    if config.file is None:
+        return config.text
+    try:
+        lines = Path(config.file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"file {config.file!r} cannot be read ({error}); give a text file in UTF-8") from None
+    return [line for line in lines if line.strip()]
+
+
+def main(argv: list[str]) -> int:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = parse_config(InferTaskConfig, argv, prog="infer_task.py")
+        texts = _texts(config)
+        fitted = load_run(config.run, device=config.device).fitted
+        found = infer_task(fitted, texts, prior=config.prior, unknown=config.unknown, temperature=config.temperature)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = found.table(most=config.most)
+    table["text"] = [" ".join(text.split())[:60] for text in texts]
+    print(table.round(4).to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,130 @@
+"""p(d | text): Bayes' rule itself, document by document and token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bora_pyro import HierarchicalNormal, Independent, InputError, LoRA, evaluate, fit, infer_task
+from bora_pyro.data import TokenSplit
+from bora_pyro.routing import UNKNOWN, TaskProbabilities, log_likelihoods
+from tests.tiny import tiny_bora, tiny_data, tiny_split
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    model = tiny_bora(targets=["q_proj", "fc1"], prior=HierarchicalNormal(5.0), adapter=LoRA(rank=2))
+    return fit(model, tiny_data(), epochs=4, token_budget=24, learning_rate=0.1, patience=0)
+
+
+def of_task(split, d):
+    return TokenSplit(
+        split.tokens, split.lengths, task=torch.full_like(split.task, d), characters=split.characters, num_tasks=split.num_tasks
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 24, 10_000])
+def test_one_pass_for_all_tasks_is_a_pass_for_each(fitted, budget):
+    split = tiny_split((3, 2, 4), seed=7)
+    theta, _ = fitted.weights()
+    found = log_likelihoods(fitted.model, split, theta, token_budget=budget)
+    for d in range(3):
+        (scores,) = evaluate(fitted.model, of_task(split, d), theta)
+        torch.testing.assert_close(found[:, d], scores.log_likelihood, rtol=1e-5, atol=1e-5)
+
+
+def test_bayes_rule(fitted):
+    split = tiny_split((3, 2, 4), seed=7)
+    found = infer_task(fitted, split)
+    prior = torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64) / 8  # the training documents
+    expected = prior * found.log_likelihood.exp()
+    expected /= expected.sum(1, keepdim=True)
+    torch.testing.assert_close(found.probabilities, expected)
+    torch.testing.assert_close(found.log_evidence, (prior * found.log_likelihood.exp()).sum(1).log())
+    assert found.best == [fitted.tasks[d] for d in expected.argmax(1).tolist()]
+    flat = infer_task(fitted, split, prior="flat")
+    torch.testing.assert_close(flat.log_prior, torch.full((3,), -math.log(3), dtype=torch.float64))
+    one = infer_task(fitted, split, prior={"task 1": 2.0})
+    torch.testing.assert_close(one.probabilities, torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64).expand(9, 3))
+
+
+def test_the_evidence_of_a_text_is_the_average_of_the_tasks_token_by_token(fitted):
+    """Each next token under Σ_d p(d | tokens before) p(token | tokens before, θ_d): the product is p(text)."""
+    tokens = tiny_split((1, 0, 0), seed=3).document(0)
+    theta, _ = fitted.weights()
+    with torch.no_grad():
+        change = fitted.model.change(theta, torch.arange(3))
+        log_p = fitted.model.backbone.logits(tokens.expand(3, -1), change).double().log_softmax(-1)
+    weights, total = infer_task(fitted, tiny_split((1, 0, 0), seed=3)).log_prior, 0.0
+    for place, token in enumerate(tokens[1:].tolist()):
+        of_tasks = log_p[:, place, token]
+        step = (weights + of_tasks).logsumexp(0)
+        total, weights = total + float(step), weights + of_tasks - step
+    found = infer_task(fitted, tiny_split((1, 0, 0), seed=3))
+    assert total == pytest.approx(float(found.log_evidence[0]), rel=1e-5)
+    torch.testing.assert_close(weights, found.log_prob[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_task_has_the_prior_predictive(fitted):
+    split = tiny_split((2, 1, 1), seed=9)
+    known, found = infer_task(fitted, split), infer_task(fitted, split, unknown=0.25, draws=5, seed=1)
+    assert found.tasks == [*fitted.tasks, UNKNOWN]
+    torch.testing.assert_close(found.log_prior.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert float(found.log_prior[-1].exp()) == pytest.approx(0.25)
+    torch.testing.assert_close(found.log_likelihood[:, :3], known.log_likelihood)
+    again, other = (infer_task(fitted, split, unknown=0.25, draws=5, seed=seed) for seed in (1, 2))
+    torch.testing.assert_close(again.log_likelihood, found.log_likelihood, rtol=0, atol=0)
+    assert not torch.equal(other.log_likelihood[:, 3], found.log_likelihood[:, 3])
+    # a prior without width: every draw is Θ
+    narrow = fit(tiny_bora(prior=HierarchicalNormal(1e12)), tiny_data(), epochs=1, learning_rate=0.05)
+    _, mean = narrow.weights()
+    of_mean = log_likelihoods(narrow.model, split, {name: value[None] for name, value in mean.items()})
+    found = infer_task(narrow, split, unknown=0.5, draws=3)
+    torch.testing.assert_close(found.log_likelihood[:, -1:], of_mean, rtol=1e-4, atol=1e-4)
+
+
+def test_the_temperature_that_calibrates():
+    """Likelihoods that count every word ten times are right at T = 10."""
+    generator = torch.Generator().manual_seed(0)
+    log_likelihood = torch.randn((4000, 3), generator=generator, dtype=torch.float64)
+    task = torch.distributions.Categorical(logits=log_likelihood)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = task.sample()
+    flat = torch.full((3,), -math.log(3), dtype=torch.float64)
+    found = TaskProbabilities(["a", "b", "c"], 10 * log_likelihood, flat, torch.ones(4000))
+    assert found.calibrated(drawn).temperature == pytest.approx(10, rel=0.15)
+    torch.testing.assert_close(found.at(10.0).log_prob, log_likelihood.log_softmax(1))
+    table = found.table(most=2)
+    assert list(table.columns) == ["task 1", "p 1", "task 2", "p 2"]
+    assert (table["p 1"] >= table["p 2"]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prior": "flatt"}, "prior is 'flatt'; allowed: documents, flat.*did you mean 'flat'"),
+        ({"prior": {"task 9": 1.0}}, "task 'task 9' is not in this fit"),
+        ({"prior": {"task 1": -1.0}}, "give a finite number from 0 up"),
+        ({"prior": {}}, "the prior gives every task 0"),
+        ({"unknown": 1.0}, "unknown is 1.0"),
+        ({"unknown": 0.1, "draws": 0}, "draws is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_bad_input(fitted, options, words):
+    with pytest.raises(InputError, match=words) as caught:
+        infer_task(fitted, tiny_split(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_has_no_answer(fitted):
+    with pytest.raises(InputError, match="no tokenizer"):
+        fitted.infer_task(["a text"])
+    with pytest.raises(InputError, match="there is no text"):
+        infer_task(fitted, tiny_split((0, 0, 0)))
+    independent = fit(tiny_bora(prior=Independent()), tiny_data(), epochs=1)
+    with pytest.raises(InputError, match="tau is 0, so that tasks are independent"):
+        infer_task(independent, tiny_split(), unknown=0.5)
