@@ -50,6 +50,14 @@ Change = Callable[[Slot, int, Tensor, Tensor], Tensor]
 class Backbone:
     """A frozen causal language model whose linear layers can be changed row by row.
 
+        >>> from transformers import OPTConfig, OPTForCausalLM
+        >>> sizes = {"hidden_size": 8, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "word_embed_proj_dim": 8}
+        >>> backbone = Backbone(OPTForCausalLM(OPTConfig(vocab_size=16, max_position_embeddings=8, **sizes)), targets="fc2")
+        >>> ids = torch.tensor([[2, 5, 6]])
+        >>> doubled = backbone.logits(ids, lambda slot, layer, x, output: 2 * output)
+        >>> doubled.shape, torch.equal(doubled, backbone.logits(ids)), [slot.name for slot in backbone.slots]
+        (torch.Size([1, 3, 16]), False, ['fc2'])
+
     Args:
         model: any ``AutoModelForCausalLM``; its parameters stop requiring gradients and it goes to evaluation mode.
         tokenizer: the tokenizer that belongs to it, where texts are to be read.
@@ -167,7 +175,7 @@ class Backbone:
         """
         with ExitStack() as stack:
             if change is not None:
-                self._enter(stack, change, input_ids.shape)
+                self._enter(stack, change, len(input_ids))
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     def unprojected(self, input_ids: Tensor, change: Change | None = None) -> Tensor | UnprojectedLogits:
@@ -179,7 +187,7 @@ class Backbone:
             return self.logits(input_ids, change)
         with ExitStack() as stack:
             if change is not None:
-                self._enter(stack, change, input_ids.shape)
+                self._enter(stack, change, len(input_ids))
             states = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return UnprojectedLogits(states, self.model.get_output_embeddings())
 
@@ -206,23 +214,33 @@ class Backbone:
             # exactly: a soft cap changes small logits by very little
             return states is not None and torch.equal(head(states), self.model(input_ids=two, use_cache=False).logits)
 
-    def _enter(self, stack: ExitStack, change: Change, shape: torch.Size) -> None:
+    @contextmanager
+    def changed(self, change: Change, rows: int) -> Iterator[PreTrainedModel]:
+        """The model itself, with ``change`` made to the output of every target layer of each of so many rows meanwhile.
+
+        For what runs the model as transformers does, its ``generate`` with its cache among it. Gradient checkpointing is for
+        training and is not in force here.
+        """
+        with self._changed([path for slot in self.slots for path in slot.paths], change, rows):
+            yield self.model
+
+    def _enter(self, stack: ExitStack, change: Change, rows: int) -> None:
         """Put the changes on the layers until ``stack`` closes."""
         if not self.gradient_checkpointing:
-            stack.enter_context(self._changed([path for slot in self.slots for path in slot.paths], change, shape))
+            stack.enter_context(self.changed(change, rows))
             return
         inside = {path for paths in self._blocks.values() for path in paths}
         outside = [path for slot in self.slots for path in slot.paths if path not in inside]
-        stack.enter_context(self._changed(outside, change, shape))
+        stack.enter_context(self._changed(outside, change, rows))
         for block, paths in self._blocks.items():
-            stack.enter_context(self._checkpointed(self._modules[block], paths, change, shape))
+            stack.enter_context(self._checkpointed(self._modules[block], paths, change, rows))
 
     @contextmanager
-    def _changed(self, paths: Sequence[str], change: Change, shape: torch.Size) -> Iterator[None]:
+    def _changed(self, paths: Sequence[str], change: Change, rows: int) -> Iterator[None]:
         """Forward hooks that make ``change`` to the outputs of the modules at ``paths``."""
         wanted = set(paths)
         handles = [
-            self._modules[path].register_forward_hook(_hook(change, slot, layer, shape))
+            self._modules[path].register_forward_hook(_hook(change, slot, layer, rows))
             for slot in self.slots
             for layer, path in enumerate(slot.paths)
             if path in wanted
@@ -234,13 +252,13 @@ class Backbone:
                 handle.remove()
 
     @contextmanager
-    def _checkpointed(self, block: nn.Module, paths: Sequence[str], change: Change, shape: torch.Size) -> Iterator[None]:
+    def _checkpointed(self, block: nn.Module, paths: Sequence[str], change: Change, rows: int) -> Iterator[None]:
         """Recompute ``block`` in the backward pass, with the same changes on its layers as in the forward pass."""
         original = block.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             # the backward pass runs this again when the outer hooks are long gone: the block brings its own
-            with self._changed(paths, change, shape):
+            with self._changed(paths, change, rows):
                 return original(*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -312,12 +330,10 @@ def _require(option: str, value: object, packages: Sequence[str], *, extra: str)
             raise InputError(f"{option} {value!r} needs {package}, which is not installed; pip install 'bora_pyro[{extra}]'")
 
 
-def _hook(change: Change, slot: Slot, layer: int, shape: torch.Size) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    rows, tokens = shape
-
+def _hook(change: Change, slot: Slot, layer: int, rows: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # OPT flattens (rows, tokens) before its feed-forward layers; accelerate moves an input inside the layer, unseen here
-        x = args[0].to(output.device).reshape(rows, tokens, -1)
-        return change(slot, layer, x, output.reshape(rows, tokens, -1)).reshape(output.shape)
+        x = args[0].to(output.device).reshape(rows, -1, args[0].shape[-1])
+        return change(slot, layer, x, output.reshape(rows, -1, output.shape[-1])).reshape(output.shape)
 
     return hook

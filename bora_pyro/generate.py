@@ -85,11 +85,14 @@ def generate(
         InputError: no draw; a prompt that is empty or fills all that the base can read; a task, a number of tokens or a
             temperature out of range; a base without tokenizer.
     """
-    _check(model, task_index, max_new_tokens, temperature)
+    if not 0 <= task_index < model.num_tasks:
+        nearest = min(max(task_index, 0), model.num_tasks - 1)
+        raise InputError(f"task_index is {task_index}; give 0 to {model.num_tasks - 1}, nearest: {nearest}")
+    check_generation(max_new_tokens, temperature)
     tokenizer = model.backbone.tokenizer
     if tokenizer is None:
         raise InputError("the base has no tokenizer to read and write texts with; give Backbone one")
-    tokens = _prompt_tokens(model.backbone, tokenizer, prompt)
+    tokens = prompt_tokens(model.backbone, tokenizer, prompt)
     room = max_new_tokens if model.backbone.context is None else min(max_new_tokens, model.backbone.context - len(tokens))
     generator = torch.Generator().manual_seed(seed)
     written, log_probs, epistemic = [], [], []
@@ -155,7 +158,7 @@ def _drawn(log_p: Tensor, temperature: float, generator: torch.Generator) -> int
     return int(torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator))
 
 
-def _prompt_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int] | Tensor) -> Tensor:
+def prompt_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int] | Tensor) -> Tensor:
     """(tokens,) int64: a text as its document begins, token ids as they are."""
     if isinstance(prompt, str):
         [ids] = encoder(tokenizer, 10**9)({"text": [prompt], "task": [""]})["input_ids"] or [[]]
@@ -178,10 +181,8 @@ def _prompt_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, promp
     return tokens
 
 
-def _check(model: BoRA, task_index: int, max_new_tokens: int, temperature: float) -> None:
-    if not 0 <= task_index < model.num_tasks:
-        nearest = min(max(task_index, 0), model.num_tasks - 1)
-        raise InputError(f"task_index is {task_index}; give 0 to {model.num_tasks - 1}, nearest: {nearest}")
+def check_generation(max_new_tokens: int, temperature: float) -> None:
+    """Raise ``InputError`` where a text would have no token, or a temperature is none."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; give a whole number from 1 up")
     if not 0 <= temperature < math.inf:

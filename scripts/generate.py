@@ -1,0 +1,120 @@
+"""Continue a prompt by several tasks' adapters, side by side.
+
+    python scripts/generate.py runs/demo --prompt "Returns the" --task drawing --task utils --task base
+
+Every option: ``python scripts/generate.py --help``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import transformers
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bora_pyro.command_line import option, parse_config
+from bora_pyro.errors import InputError
+from bora_pyro.saved_run import load_run
+from bora_pyro.side_by_side import BASE, GLOBAL_MEAN, Written, generate_side_by_side
+
+#: A column narrower than this is no pleasure to read: tasks then stand below each other.
+LEAST_WIDTH = 28
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """Continue prompts by several tasks of a finished run, in one batch."""
+
+    run: str = option("", "folder of a finished fit, its output_dir", positional=True)
+    prompt: list[str] = option([], "beginning of a text; may be repeated (no default: one is needed)", whole=True)
+    task: list[str] = option(
+        [],
+        f"who continues it; may be repeated: names of tasks, {BASE} (no adapter), {GLOBAL_MEAN} (default: these two and the "
+        "first two tasks)",
+        whole=True,
+    )
+    samples: int = option(1, "continuations of each prompt by each task")
+    max_new_tokens: int = option(40, "tokens of a continuation, at most")
+    temperature: float = option(0.0, "0 takes the most probable token; above 0 tokens are drawn")
+    top_p: float = option(1.0, "draw among the most probable tokens that have so much probability together")
+    seed: int = option(0, "seed of the draws")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    json: bool = option(False, "print a line of JSON a text instead of a table")
+
+    def validate(self) -> None:
+        """Raise ``InputError`` where a run or a prompt is missing."""
+        if not self.run.strip():
+            raise InputError("no run is given; name the folder of a fit, as in generate.py runs/map_fit --prompt 'It was'")
+        if not self.prompt:
+            raise InputError("no prompt is given; give the beginning of a text, as in --prompt 'It was'")
+
+
+def side_by_side(written: list[Written], width: int) -> Table:
+    """A column a task where they fit, else a row a task; a block of rows a prompt."""
+    tasks = list(dict.fromkeys(text.task for text in written))
+    if width // max(len(tasks), 1) >= LEAST_WIDTH:
+        table = Table(box=box.SIMPLE_HEAD, expand=True)
+        for task in tasks:
+            table.add_column(Text(task), ratio=1)
+        for start in range(0, len(written), len(tasks) * (samples := _samples(written))):
+            block = written[start : start + len(tasks) * samples]
+            for sample in range(samples):
+                table.add_row(*(_shown(text) for text in block if text.sample == sample))
+            table.add_section()
+        return table
+    table = Table(box=box.SIMPLE_HEAD, show_lines=False)
+    table.add_column("task", max_width=max(12, width // 4), overflow="fold")
+    table.add_column("text", overflow="fold")
+    for number, text in enumerate(written):
+        if number and text.prompt != written[number - 1].prompt:
+            table.add_section()
+        table.add_row(Text(text.task), _shown(text))
+    return table
+
+
+def _samples(written: list[Written]) -> int:
+    return 1 + max(text.sample for text in written)
+
+
+def _shown(text: Written) -> Text:
+    return Text.assemble((text.prompt, "dim"), text.text)
+
+
+def main(argv: list[str]) -> int:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = parse_config(GenerateConfig, argv, prog="generate.py")
+        fitted = load_run(config.run, device=config.device).fitted
+        tasks = config.task or [*fitted.tasks[:2], GLOBAL_MEAN, BASE]
+        written = generate_side_by_side(
+            fitted, config.prompt, tasks, samples=config.samples, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+        )  # fmt: skip
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if config.json:
+        for text in written:
+            perplexity = math.exp(-float(text.log_prob.mean())) if len(text.tokens) else None
+            record = {
+                "prompt": text.prompt,
+                "task": text.task,
+                "sample": text.sample,
+                "text": text.text,
+                "perplexity": perplexity,
+            }
+            print(json.dumps(record, ensure_ascii=False))
+        return 0
+    console = Console()
+    console.print(side_by_side(written, console.width))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
