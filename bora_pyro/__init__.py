@@ -9,6 +9,7 @@
 ['base_test_bits_per_character', 'base_test_perplexity']
 """
 
+from bora_pyro.adapt import adapt
 from bora_pyro.adapters import Adapter, FrozenALoRA, LoRA
 from bora_pyro.backbone import Backbone
 from bora_pyro.data import TaskData, load_tasks, table, talk_of_norway
@@ -21,12 +22,14 @@ from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
 from bora_pyro.posterior import Posterior
-from bora_pyro.priors import HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
+from bora_pyro.priors import Given, HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
+from bora_pyro.routing import infer_task
+from bora_pyro.side_by_side import generate_side_by_side
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapter", "Backbone", "BoRA", "CausalLM", "Fitted", "FrozenALoRA", "HierarchicalNormal", "Independent", "InputError",
-    "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "evaluate", "fit",
-    "laplace_guide", "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "prior_from_tau", "save_peft", "table",
-    "talk_of_norway",
+    "Adapter", "Backbone", "BoRA", "CausalLM", "Fitted", "FrozenALoRA", "Given", "HierarchicalNormal", "Independent",
+    "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt",
+    "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_tasks", "low_rank_guide", "map_guide",
+    "normal_guide", "prior_from_tau", "save_peft", "table", "talk_of_norway",
 ]  # fmt: skip

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Input that cannot be used. Its message is one line; the command-line tools print it and exit with code 2."""
+    """Input that cannot be used. Its message is one line; the command-line tools print it and exit with code 2.
+
+    >>> import bora_pyro as bp
+    >>> try:
+    ...     bp.prior_from_tau(-1)
+    ... except bp.InputError as error:
+    ...     print(error)
+    tau -1 is not allowed; it is a number from 0 (independent tasks) to inf (one shared adapter), nearest: 0
+    """
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -69,6 +69,15 @@ def evaluate(
 ) -> list[Scores]:
     """Score a split under several sets of adapters in one pass over it.
 
+        >>> import bora_pyro as bp
+        >>> from bora_pyro.data import TokenSplit
+        >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+        >>> theta = {name: start.expand(2, *start.shape) for name, start in model.starts.items()}  # adapters that change nothing
+        >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[0, 1], num_tasks=2)
+        >>> base, adapted = evaluate(model, split, None, theta)
+        >>> base.perplexity() == adapted.perplexity(), base.tokens.tolist()
+        (True, [2, 1])
+
     Args:
         model: the BoRA model.
         split: the documents.

@@ -80,6 +80,15 @@ class NextTokens(TorchDistribution):
 class CausalLM:
     """Every token of every document is observed: Π_d Π_n Π_i LLM(w_{i+1} | w_{1:i}; θ_d) (the BoRA paper's equation 5).
 
+        >>> import bora_pyro as bp
+        >>> from pyro import poutine
+        >>> from bora_pyro.data import TokenSplit
+        >>> batch = TokenSplit.from_documents([[0, 1, 1], [0, 1]], task=[0, 1], num_tasks=2).batches()[0]
+        >>> logits = torch.zeros(2, 3, 2)  # two tokens, equally probable: three predictions in all
+        >>> trace = poutine.trace(CausalLM()).get_trace(logits, batch)
+        >>> round(float(trace.log_prob_sum() / torch.tensor(0.5).log()), 4)
+        3.0
+
     Args:
         unit: ``tokens``, the paper's likelihood; ``documents`` counts each document once whatever its length (its mean
             log-likelihood a token), as the released code does.

@@ -26,6 +26,13 @@ from bora_pyro.model import BoRA, Weights
 def save_peft(folder: Path, model: BoRA, weights: Weights) -> None:
     """Write one adapter.
 
+        >>> import tempfile, bora_pyro as bp
+        >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(Path(folder) / "start", model, model.starts)
+        ...     sorted(file.name for file in (Path(folder) / "start").iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+
     Args:
         folder: made if need be.
         model: the model that the weights belong to.

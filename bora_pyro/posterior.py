@@ -33,6 +33,16 @@ from bora_pyro.predictive import Draws, TokenPredictions, predictive
 class Posterior:
     """Draws from a fitted guide, each known by its number: the same number gives the same draw, so none need be kept.
 
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2))
+        >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+        >>> posterior = Posterior(bp.fit(model, data, guide=bp.normal_guide(model), epochs=1))
+        >>> first, again, other = (posterior.draw(k)["q_proj.lora_A"] for k in (0, 0, 1))
+        >>> bool((first == again).all()), bool((first == other).all())
+        (True, False)
+
     Args:
         fitted: a fit whose guide has a spread.
         seed: of the draws.

@@ -44,6 +44,16 @@ def uniform_fan_in(shape: tuple[int, ...], generator: Generator) -> Tensor:
 class Adapter(ABC):
     """Latent tensors that change a linear layer.
 
+        >>> class Shift(Adapter):  # a number added to each output
+        ...     def latents(self, slot):
+        ...         return {"shift": TensorSpec((slot.out_features,), zeros)}
+        ...
+        ...     def output(self, x, tensors):
+        ...         return tensors["shift"][:, None].to(x.dtype)
+        >>> tensors = {"shift": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}  # of two rows
+        >>> Shift().add(torch.zeros(2, 1, 2), torch.ones(2, 1, 5), tensors).tolist()
+        [[[1.0, 2.0]], [[3.0, 4.0]]]
+
     Every adapter adds nothing at its start, has a gradient there that is not zero everywhere, and declares exactly the
     tensors that are learned.
 

@@ -46,6 +46,10 @@ _PAPER_VALIDATION = 0.25
 def talk_of_norway(path: str | Path, selection: str = "paper") -> datasets.Dataset:
     """The speeches of one selection, with its split.
 
+        >>> talk_of_norway("ton.csv", "papr")
+        Traceback (most recent call last):
+        bora_pyro.errors.InputError: ...did you mean 'paper'?
+
     Args:
         path: ton.csv (or .csv.gz), with columns ``rep_name``, ``text`` and ``time`` at least.
         selection: ``paper``: speakers with more than 100 speeches, the last 33 % of each by date to the test.

@@ -43,6 +43,10 @@ from bora_pyro.errors import InputError
 class TaskData:
     """D tasks, split and tokenised.
 
+        >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[0, 1], num_tasks=2)
+        >>> TaskData(["ada", "bob"], train=split, validation=split, test=split).num_tasks
+        2
+
     Attributes:
         tasks: sorted names; a name's position is its task index d.
         train: tokens of the training documents.
@@ -89,6 +93,13 @@ def load_tasks(
     split_record: Mapping[str, Any] | None = None,
 ) -> TaskData:
     """Read, split and tokenise.
+
+        >>> from transformers import AutoTokenizer
+        >>> from bora_pyro.backbone import BUILTIN_BASES
+        >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
+        >>> rows = {"task": ["ada", "bob"] * 5, "text": [f"document {n}" for n in range(10)]}
+        >>> load_tasks(datasets.Dataset.from_dict(rows), tokenizer, max_tokens=16)
+        TaskData(2 tasks: 'ada', 'bob'; documents: 6 train, 2 validation, 2 test)
 
     Args:
         source: see `read_table`, as for the five options that follow.

@@ -140,6 +140,14 @@ def laplace_guide(
 ) -> LaplaceGuide:
     """Laplace's approximation with h the diagonal of the empirical Fisher information, Σ_n (∇ log p(w_n | θ̂_d))².
 
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> data, model = bp.load_tasks(bp.table(table), backbone.tokenizer), bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1))
+        >>> point = bp.fit(model, data, epochs=1)
+        >>> bool(laplace_guide(model, point.sites(), data=data).kept("curvature", "q_proj.lora_B").max() > 0)
+        True
+
     One pass over the training documents with a gradient each; nothing is fitted afterwards.
 
     Args:

@@ -138,5 +138,11 @@ def low_rank_guide(
     scale: float = 0.1,
     temperature: float = 1.0,
 ) -> LowRankGuide:
-    """:class:`LowRankGuide` of rank 2 as a :class:`~bora_pyro.guides.GuideBuilder`."""
+    """:class:`LowRankGuide` of rank 2 as a :class:`~bora_pyro.guides.GuideBuilder`.
+
+    >>> import bora_pyro as bp
+    >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+    >>> type(low_rank_guide(model)).__name__
+    'LowRankGuide'
+    """
     return LowRankGuide(model, sites, scale=scale)

@@ -22,6 +22,14 @@ def map_guide(
 ) -> AutoDelta:
     """Maximum a posteriori: a point mass at every site (``pyro.infer.autoguide.AutoDelta``).
 
+        >>> import bora_pyro as bp, pyro
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+        >>> split = bp.data.TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[0, 1], num_tasks=2)
+        >>> svi = SVI(model, map_guide(model), pyro.optim.AdamW({"lr": 1e-2, "weight_decay": 0.0}), Trace_ELBO())
+        >>> svi.step(split.batches()[0]) > 0
+        True
+
     Args:
         model: the BoRA model.
         sites: where the sites begin, as ``model.sites_given(theta, mean)`` gives them; they are copied. Default: where the

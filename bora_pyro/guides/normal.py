@@ -44,5 +44,13 @@ def normal_guide(
     scale: float = 0.1,
     temperature: float = 1.0,
 ) -> NormalGuide:
-    """The mean-field Normal as a :class:`~bora_pyro.guides.GuideBuilder`; it needs no data, and the ELBO has the temperature."""
+    """The mean-field Normal as a :class:`~bora_pyro.guides.GuideBuilder`; it needs no data, and the ELBO has the temperature.
+
+    >>> import bora_pyro as bp
+    >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+    >>> split = bp.data.TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[0, 1], num_tasks=2)
+    >>> draw = normal_guide(model, scale=0.1)(split.batches()[0])
+    >>> draw["theta.q_proj.lora_A_decentered"].shape
+    torch.Size([2, 4, 1, 256])
+    """
     return NormalGuide(model, sites, scale=scale)

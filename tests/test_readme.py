@@ -1,0 +1,147 @@
+"""What the README and the help pages say: commands that are taken, commands and snippets that run, links that lead somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bora_pyro
+from bora_pyro.config import MapFitConfig, parse_config
+from bora_pyro.map_run import run_map_fit
+from bora_pyro.posterior_config import PosteriorFitConfig
+from bora_pyro.posterior_run import run_posterior_fit
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: What needs the user's own files or a hub, or takes more than a minute: that these are taken is checked, and no more.
+ELSEWHERE = ("speeches.csv", "facebook/", "us_presidents.csv.gz", "torchrun", "USER/")
+LONG = (
+    "map_fit.py", "tau_sweep.py", "simulate_tau.py", "compare_", "benchmark", "check_memory.py", "few_documents.py", "pretrain",
+    "fuzz.py",
+)  # fmt: skip
+
+
+def blocks(language):
+    """(page, block) of every fenced block of a language."""
+    for page in PAGES:
+        for block in re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+            yield page, block
+
+
+def commands():
+    """(page, command) of every line of every block of bash, comments left out and continued lines joined."""
+    for page, block in blocks("bash"):
+        for text in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(text, comments=True):
+                yield page.name, words
+
+
+COMMANDS = [*commands()]
+
+
+def script(words):
+    """The script of a command and its arguments; None where it is none of ours."""
+    place = next((n for n, word in enumerate(words) if word.startswith("scripts/")), None)
+    return None if place is None else (words[place], words[place + 1 :])
+
+
+def main_of(name):
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = sys.modules[Path(name).stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words)[:80] for _, words in COMMANDS])
+def test_every_command_is_taken(page, words, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        return
+    if (found := script(words)) is None:
+        assert words[0] in ("pip", ".venv/bin/python", ".venv/bin/pip", "tensorboard"), f"{page}: {words}"
+        return
+    name, arguments = found
+    with pytest.raises(SystemExit) as ended:
+        main_of(name)([*arguments, *([] if "--help" in arguments else ["--print_config"])])
+    assert ended.value.code == 0, capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder with a small ``runs/demo`` of all tasks, as ``make demo`` leaves a large one, and a posterior around it."""
+    folder = tmp_path_factory.mktemp("readme")
+    with contextlib.chdir(folder):
+        fit = {
+            "max_tokens": "32",
+            "max_train_documents": "3",
+            "max_eval_documents": "2",
+            "epochs": "2",
+            "rank": "2",
+            "device": "cpu",
+        }
+        words = [word for key, value in fit.items() for word in (f"--{key}", value)]
+        run_map_fit(parse_config(MapFitConfig, [*words, "--output_dir", "runs/demo"]), quiet=True)
+        config = PosteriorFitConfig(run="runs/demo", epochs=1, output_dir="runs/demo-posterior", draws=2)
+        run_posterior_fit(config, quiet=True)
+        table = ["task,text", *(f'poems,"The rose is red, line {n}."' for n in range(6))]
+        Path("new.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+    return folder
+
+
+RUN = [
+    words
+    for _, words in COMMANDS
+    if (found := script(words)) and "--help" not in words
+    and not any(text in " ".join(words) for text in ELSEWHERE) and not any(Path(found[0]).name.startswith(text) for text in LONG)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", RUN, ids=[" ".join(words)[:80] for words in RUN])
+def test_a_command_runs_word_by_word(demo, words, monkeypatch, capsys, tmp_path):
+    work = Path(shutil.copytree(demo, tmp_path / "work"))
+    monkeypatch.chdir(work)
+    name, arguments = script(words)
+    for place, word in enumerate(arguments[:-1]):
+        if word == "--output_dir":  # that the fixture may have made already
+            shutil.rmtree(work / arguments[place + 1], ignore_errors=True)
+    assert main_of(name)(arguments) == 0, capsys.readouterr().err
+
+
+def test_the_snippets_run_one_after_another(demo, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(demo, tmp_path / "work"))
+    number = 0
+    for page in PAGES:
+        space: dict[str, object] = {}
+        for owner, block in blocks("python"):
+            if owner != page or any(text in block for text in ELSEWHERE):
+                continue
+            with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
+                exec(compile(block, f"{page.name}, snippet {number}", "exec"), space)
+            number += 1
+    assert number >= 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:results|docs|paper_figures|scripts|tests)/[\w./*-]+)`", text):
+        assert list(ROOT.glob(name)), name
+
+
+@pytest.mark.parametrize("name", bora_pyro.__all__)
+def test_every_public_name_has_a_snippet(name):
+    assert ">>>" in (inspect.getdoc(getattr(bora_pyro, name)) or "")
