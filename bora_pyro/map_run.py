@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -242,7 +243,7 @@ def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool, split_r
 
 def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **options: Any) -> Fitted:
     """Fit with a progress bar, a line of ``metrics.jsonl`` an epoch, and checkpoints; ``options`` are those of ``fit``."""
-    bar = Progress(0, enabled=not quiet)
+    bar = Progress(0, epochs=options.get("epochs"), enabled=not quiet)
 
     def show(report: dict[str, Any]) -> None:
         bar.total_steps = int(report["total"])
@@ -252,6 +253,7 @@ def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **o
             tokens_per_second=report["training_tokens_per_second"],
             epoch=int(report["epoch"]),
             validation_perplexity=report.get("validation_perplexity"),
+            tau=_newest_tau(model, report),
         )
 
     def record(report: dict[str, Any]) -> None:
@@ -265,6 +267,16 @@ def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **o
             return fit(model, data, checkpoints=folder.checkpoints, stop=stop, on_step=show, on_epoch=record, **options)
         except FitStopped as stopped:
             raise RunStopped(f"{stopped}; go on with --resume true", stop.exit_code) from None
+
+
+def _newest_tau(model: BoRA, report: Mapping[str, Any]) -> float | None:
+    """The learned τ that was newest at a step, its geometric mean as ``Fitted.tau`` has it; None where none is learned."""
+    if not (path := report.get("tau_path")):
+        return None
+    sizes = {name: model.starts[name].numel() for name in path[-1]["tau"]}
+    taus = {name: value if isinstance(value, list) else [value] for name, value in path[-1]["tau"].items()}
+    logs = (sizes[name] * sum(map(math.log, values)) / len(values) for name, values in taus.items())
+    return math.exp(sum(logs) / sum(sizes.values()))
 
 
 def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:

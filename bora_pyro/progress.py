@@ -11,24 +11,35 @@
     <BLANKLINE>
       all tasks          40           9        31.50        20.25           –
 
-Progress goes to stderr, so that a program's result can be piped; a terminal gets a bar, a log file plain lines.
+Progress goes to stderr, so that a program's result can be piped; a terminal gets a bar with the newest numbers beneath it, a
+log file (and a terminal that cannot move its cursor) plain lines.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
 from rich import box
 from rich import progress as rich_progress
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 _MISSING = "–"
+
+
+class _Bar(rich_progress.Progress):
+    """A bar, the steps and the time left in one line, the newest numbers in another: both fit into 80 columns."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.numbers)
 
 
 class Progress:
@@ -40,6 +51,7 @@ class Progress:
 
     Args:
         total_steps: optimiser steps of the whole fit; the attribute may be set later, once it is known.
+        epochs: epochs of the whole fit; None leaves them out.
         enabled: False shows nothing.
         start: steps that were done before, for a resumed fit; None takes the first update as the first step of this fit.
         file: where to show it; stderr where None.
@@ -51,6 +63,7 @@ class Progress:
         self,
         total_steps: int,
         *,
+        epochs: int | None = None,
         enabled: bool = True,
         start: int | None = None,
         file: TextIO | None = None,
@@ -58,16 +71,21 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total_steps, self.start, self.interval, self.clock = total_steps, start, interval, clock
+        self._epochs = "" if epochs is None else f"/{epochs}"
         self._console = Console(file=file or sys.stderr, highlight=False)
-        self._plain = enabled and not self._console.is_terminal
-        self._bar: rich_progress.Progress | None = None
-        if enabled and self._console.is_terminal:
-            self._bar = rich_progress.Progress(
+        draws = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._plain = enabled and not draws
+        self._bar: _Bar | None = None
+        if enabled and draws:
+            self._bar = _Bar(
                 rich_progress.TextColumn("{task.description}"),
                 rich_progress.BarColumn(bar_width=None),
                 rich_progress.MofNCompleteColumn(),
+                rich_progress.TextColumn("steps,"),
                 rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("left"),
                 console=self._console,
+                expand=True,
             )
             self._task = self._bar.add_task("starting", total=total_steps, completed=start or 0)
         self._seen: dict[str, float | int] = {}  # the newest value of each quantity
@@ -91,6 +109,7 @@ class Progress:
         tokens_per_second: float | None = None,
         epoch: int | None = None,
         validation_perplexity: float | None = None,
+        tau: float | None = None,
     ) -> None:
         """Show that ``step`` steps are done; quantities that are left out keep their last value.
 
@@ -100,26 +119,32 @@ class Progress:
             tokens_per_second: training speed.
             epoch: the epoch that runs, from 1.
             validation_perplexity: given once an epoch, at its end; a line of its own records it.
+            tau: precision of the prior, where the fit learns it.
         """
         given = {"epoch": epoch, "loss": loss, "tokens_per_second": tokens_per_second, "perplexity": validation_perplexity}
+        given["tau"] = None if tau is None else float(f"{tau:.3g}")
         self.start = step - 1 if self.start is None else self.start
         self._seen |= {key: value for key, value in given.items() if value is not None}
         if self._bar is not None:
-            self._bar.update(self._task, total=self.total_steps, completed=step, description=self._describe())
+            self._bar.numbers = self._describe(without="epoch")
+            named = self._describe(only="epoch") or "fitting"
+            self._bar.update(self._task, total=self.total_steps, completed=step, description=named)
             if validation_perplexity is not None:
                 self._bar.console.print(self._line(step), markup=False)
         elif self._plain and (validation_perplexity is not None or self.clock() - self._last >= self.interval):
             self._last = self.clock()
             self._console.print(self._line(step), markup=False, soft_wrap=True)
 
-    def _describe(self) -> str:
+    def _describe(self, *, only: str = "", without: str = "") -> str:
         formats = {
-            "epoch": "epoch {}",
+            "epoch": f"epoch {{}}{self._epochs}",
             "loss": "loss {:.4f}",
             "tokens_per_second": "{:,.0f} tokens/s",
             "perplexity": "validation perplexity {:.2f}",
+            "tau": "τ {:g}",
         }
-        return "  ".join(text.format(self._seen[key]) for key, text in formats.items() if key in self._seen)
+        shown = [key for key in formats if key in self._seen and key != without and only in ("", key)]
+        return "  ".join(formats[key].format(self._seen[key]) for key in shown)
 
     def _line(self, step: int) -> str:
         elapsed = self.clock() - self._begin

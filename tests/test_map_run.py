@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -321,9 +322,10 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
     memory, *progress = done.stderr.splitlines()
     assert memory.startswith("memory: about ")
     assert [text.split("  ")[:2] for text in progress] == [
-        [f"step {step}/{2 * step if epoch == 1 else step}", f"epoch {epoch}"]
+        [f"step {step}/{2 * step if epoch == 1 else step}", f"epoch {epoch}/2"]
         for epoch, step in enumerate((entry["step"] for entry in RunFolder.open(folder).read_log()), start=1)
     ]
+    assert all(re.search(r"  \d[\d,]* tokens/s  validation perplexity [\d.]+  (τ [\d.]+  )?\d+:\d\d", text) for text in progress)
     lines = done.stdout.splitlines()
     assert lines[-1] == f"run folder: {folder}"
     metrics = RunFolder.open(folder).read_metrics()

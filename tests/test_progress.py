@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
@@ -56,6 +57,19 @@ def test_plain_lines_come_every_few_seconds_and_at_an_epochs_end():
     ]
 
 
+def test_a_line_says_of_how_many_epochs_and_the_learned_tau():
+    file, clock = io.StringIO(), Clock()
+    with Progress(20, epochs=6, start=0, file=file, clock=clock) as progress:
+        clock.now += 8
+        progress.update(10, loss=3.5, epoch=1, validation_perplexity=20.125, tau=168.44)
+        clock.now += 8
+        progress.update(20, epoch=2, tau=31622.8)
+    assert file.getvalue().splitlines() == [
+        "step 10/20  epoch 1/6  loss 3.5000  validation perplexity 20.12  τ 168  0:08, about 0:08 left",
+        "step 20/20  epoch 2/6  loss 3.5000  validation perplexity 20.12  τ 31600  0:16",
+    ]
+
+
 def test_a_resumed_fit_guesses_its_end_from_its_own_steps():
     file, clock = io.StringIO(), Clock()
     with Progress(0, file=file, clock=clock) as progress:
@@ -92,6 +106,29 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         progress.update(2, loss=1.0, epoch=1, validation_perplexity=2.5)
     assert "2/4" in file.getvalue()
     assert "validation perplexity 2.50" in file.getvalue()
+
+
+def test_a_bar_and_its_numbers_fit_into_80_columns(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = Terminal()
+    with Progress(1000, epochs=60, file=file) as progress:
+        progress.update(900, loss=3.5, tokens_per_second=12345.6, epoch=55, validation_perplexity=120.125, tau=12345.6)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").split("\n")
+    assert max(map(len, shown)) <= 80
+    bar = [line for line in shown if " 900/1000 " in line][-1]
+    assert bar.startswith("epoch 55/60 ")
+    assert bar.rstrip().endswith(" left")
+    assert "loss 3.5000  12,346 tokens/s  validation perplexity 120.12  τ 12300" in [line.rstrip() for line in shown]
+
+
+def test_a_terminal_without_a_cursor_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    file = Terminal()
+    with Progress(4, file=file) as progress:
+        progress.update(2, validation_perplexity=2.5)
+    assert file.getvalue() == "step 2/4  validation perplexity 2.50  0:00, about 0:00 left\n"
 
 
 def test_table_has_a_row_a_task_and_one_for_all():
