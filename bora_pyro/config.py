@@ -17,6 +17,7 @@ from bora_pyro.backbone import DEVICE_MAPS, QUANTIZATIONS
 from bora_pyro.command_line import check_choices, option, parse_config, to_yaml
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.priors.learned import BOUNDS, PER
+from bora_pyro.trackers import TRACKERS, check_trackers
 
 __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
 
@@ -144,6 +145,9 @@ class MapFitConfig:
         10.0, "minutes after which a checkpoint is written within an epoch too; inf: at its end alone", group=RUN
     )
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", group=RUN)
+    trackers: list[str] | None = option(
+        None, f"where else the numbers go while the fit runs: {', '.join(TRACKERS)} (default: nowhere)", group=RUN
+    )
     output_dir: str = option("runs/map_fit", "the run's folder", group=RUN)
     overwrite: bool = option(False, "replace the run that output_dir holds", group=RUN)
     resume: bool | str = option(
@@ -196,6 +200,7 @@ class MapFitConfig:
             raise InputError(f"tau_start is {self.tau_start}; a learned tau stays between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
             raise InputError(f"device is {self.device!r}; allowed: auto, cpu, cuda, cuda:N, mps, xpu")
+        check_trackers(self.trackers)
         self._validate_together()
 
     def _validate_together(self) -> None:

@@ -35,6 +35,8 @@ from bora_pyro.progress import Progress
 from bora_pyro.run_folder import RunFolder, task_slugs
 from bora_pyro.sharded_base import shard_base
 from bora_pyro.signals import StopSignals
+from bora_pyro.trackers import Tracking, check_packages, track
+from bora_pyro.versions import versions
 
 #: Options of a configuration that ``fit`` takes by the same name.
 FIT_OPTIONS = (
@@ -72,6 +74,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume))
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
+    check_packages(config.trackers)
     if config.resume:
         _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
     device, quiet = find_device(config.device), quiet or not is_first()
@@ -91,15 +94,19 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
         if not quiet:
             print(f"memory: {memory}", file=sys.stderr)
         rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
-        with team.first(lambda: _create_folder(config, data)) or RunFolder(Path(config.output_dir)) as folder:
-            options = {name: getattr(config, name) for name in FIT_OPTIONS}
-            fitted = fit_into(folder, model, data, quiet=quiet, learning_rate=rate, processes=team, **options)
+        with (
+            team.first(lambda: _create_folder(config, data)) or RunFolder(Path(config.output_dir)) as folder,
+            start_tracking(config, folder, quiet=quiet) as tracking,
+        ):
+            options = {name: getattr(config, name) for name in FIT_OPTIONS} | {"learning_rate": rate, "processes": team}
+            fitted = fit_into(folder, model, data, quiet=quiet, tracking=tracking, **options)
             if team.rank:
                 fitted.help_evaluate(data.test, team)
                 return {}
             write_adapters(folder, fitted, config.base_model)
             write_posterior(folder, fitted, "map")
             metrics = metrics_of(config, fitted, data, processes=team) | {"predicted_memory_bytes": memory.total}
+            tracking.conclude(metrics, fitted.history)
             folder.write_metrics(metrics)
     return metrics
 
@@ -241,9 +248,17 @@ def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool, split_r
     return data
 
 
-def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **options: Any) -> Fitted:
+def start_tracking(config: Any, folder: RunFolder, *, quiet: bool) -> Tracking:
+    """The trackers that a configuration names, in the first process; none in the others."""
+    names = config.trackers if is_first() else None
+    return track(names, folder.path, folder.read_config() if names else {}, resume=config.resume, quiet=quiet)
+
+
+def fit_into(
+    folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, tracking: Tracking | None = None, **options: Any
+) -> Fitted:
     """Fit with a progress bar, a line of ``metrics.jsonl`` an epoch, and checkpoints; ``options`` are those of ``fit``."""
-    bar = Progress(0, epochs=options.get("epochs"), enabled=not quiet)
+    bar, tracking = Progress(0, epochs=options.get("epochs"), enabled=not quiet), tracking or Tracking()
 
     def show(report: dict[str, Any]) -> None:
         bar.total_steps = int(report["total"])
@@ -256,15 +271,20 @@ def fit_into(folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, **o
             tau=_newest_tau(model, report),
         )
 
+    def step(report: dict[str, Any]) -> None:
+        tracking.step(report)
+        show(report)
+
     def record(report: dict[str, Any]) -> None:
         if is_first():
             folder.cut_log(int(report["epoch"]) - 1)
             folder.log(report)
+        tracking.epoch(report)
         show(report)
 
     with bar, StopSignals(quiet=quiet or not is_first()) as stop:
         try:
-            return fit(model, data, checkpoints=folder.checkpoints, stop=stop, on_step=show, on_epoch=record, **options)
+            return fit(model, data, checkpoints=folder.checkpoints, stop=stop, on_step=step, on_epoch=record, **options)
         except FitStopped as stopped:
             raise RunStopped(f"{stopped}; go on with --resume true", stop.exit_code) from None
 
@@ -331,6 +351,7 @@ def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData, *, processe
         "test_documents": data.test.num_documents,
         "seed": config.seed,
         "notes": data.notes,
+        "versions": versions(),
         "tasks": tasks,
     }
 

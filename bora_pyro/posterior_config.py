@@ -15,6 +15,7 @@ from bora_pyro.config import AUTO
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.guides import GUIDES
 from bora_pyro.priors.random_precision import HYPERPRIORS
+from bora_pyro.trackers import TRACKERS, check_trackers
 
 __all__ = ["PosteriorFitConfig", "parse_config"]
 
@@ -74,6 +75,9 @@ class PosteriorFitConfig:
         10.0, "minutes after which a checkpoint is written within an epoch too; inf: at its end alone", group=RUN
     )
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", group=RUN)
+    trackers: list[str] | None = option(
+        None, f"where else the numbers go while the fit runs: {', '.join(TRACKERS)} (default: nowhere)", group=RUN
+    )
     output_dir: str = option("runs/posterior_fit", "the new run's folder", group=RUN)
     overwrite: bool = option(False, "replace the run that output_dir holds", group=RUN)
     resume: bool | str = option(
@@ -129,5 +133,6 @@ class PosteriorFitConfig:
             raise InputError(f"warmup is {self.warmup}; give a fraction of the steps, from 0 to 1")
         if self.tau != FIXED and self.guide.startswith("laplace"):
             raise InputError(f"guide {self.guide} holds tau where it is; give --tau fixed, or --guide normal")
+        check_trackers(self.trackers)
         if self.overwrite and self.resume:
             raise InputError("overwrite and resume are both true; overwrite starts anew, resume goes on: give one of them")

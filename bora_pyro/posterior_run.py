@@ -19,12 +19,22 @@ from bora_pyro.calibration import calibration
 from bora_pyro.errors import InputError
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES
-from bora_pyro.map_run import FIT_OPTIONS, GLOBAL_MEAN, fit_into, metrics_of, resumes, write_adapters, write_posterior
+from bora_pyro.map_run import (
+    FIT_OPTIONS,
+    GLOBAL_MEAN,
+    fit_into,
+    metrics_of,
+    resumes,
+    start_tracking,
+    write_adapters,
+    write_posterior,
+)
 from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
 from bora_pyro.predictive import predictive
 from bora_pyro.run_folder import FIT, RunFolder, task_slugs
 from bora_pyro.saved_run import SavedRun, load_run, sampled_tau
+from bora_pyro.trackers import Tracking, check_packages
 
 
 def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -47,6 +57,7 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
         raise InputError(f"output_dir {config.output_dir} is the run itself; give another folder for the posterior")
     config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume))
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
+    check_packages(config.trackers)
     if config.resume:
         _check_same_posterior(config, RunFolder.open(config.output_dir))
     if config.threads is not None:
@@ -57,20 +68,26 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
         folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
         folder.write_fit(run.folder.read_config())
         folder.write_split(run.folder.read_split())
-        fitted = _fit(config, run, guide, folder, quiet=quiet)
-        if fitted.history and fitted.best_epoch == 0:
-            run.data.notes.append(
-                "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not "
-                "fitted; use a smaller "
-                f"--learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g}) or --scale"
-            )
-            if not quiet:
-                print(f"note: {run.data.notes[-1]}", file=sys.stderr)
-        write_adapters(folder, fitted, run.config.base_model)
-        write_posterior(folder, fitted, config.guide)
-        metrics = _metrics(config, run, fitted)
+        with start_tracking(config, folder, quiet=quiet) as tracking:
+            fitted = _fit(config, run, guide, folder, tracking, quiet=quiet)
+            metrics = _finish(config, run, fitted, folder, quiet=quiet)
+            tracking.conclude(metrics, fitted.history)
         folder.write_metrics(metrics)
     return metrics
+
+
+def _finish(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, folder: RunFolder, *, quiet: bool) -> dict[str, Any]:
+    """Write the adapters and the posterior; returns what ``metrics.json`` will hold."""
+    if fitted.history and fitted.best_epoch == 0:
+        run.data.notes.append(
+            "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted; "
+            f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g}) or --scale"
+        )
+        if not quiet:
+            print(f"note: {run.data.notes[-1]}", file=sys.stderr)
+    write_adapters(folder, fitted, run.config.base_model)
+    write_posterior(folder, fitted, config.guide)
+    return _metrics(config, run, fitted)
 
 
 def _check_same_posterior(config: PosteriorFitConfig, folder: RunFolder) -> None:
@@ -110,14 +127,16 @@ def _usual_scale(tau: float) -> float:
     return min(0.5, 0.045 * tau**0.5) if 0 < tau < float("inf") else 0.5
 
 
-def _fit(config: PosteriorFitConfig, run: SavedRun, guide: AutoGuide, folder: RunFolder, *, quiet: bool) -> Fitted:
+def _fit(
+    config: PosteriorFitConfig, run: SavedRun, guide: AutoGuide, folder: RunFolder, tracking: Tracking, *, quiet: bool
+) -> Fitted:
     if not [*guide.parameters()]:
         return Fitted(run.fitted.model, guide, run.data.tasks, validation_perplexity=run.fitted.validation_perplexity)
     options = {name: getattr(config, name) for name in FIT_OPTIONS}
     if config.token_budget is None:
         options["token_budget"] = run.config.token_budget
     options |= {"learning_rate": config.learning_rate, "temperature": config.temperature, "guide": guide}
-    return fit_into(folder, run.fitted.model, run.data, quiet=quiet, **options)
+    return fit_into(folder, run.fitted.model, run.data, quiet=quiet, tracking=tracking, **options)
 
 
 def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted) -> dict[str, Any]:

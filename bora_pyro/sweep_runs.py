@@ -33,7 +33,7 @@ SEARCHES = ("climb", "grid")
 # Options that leave the result of a fit alone.
 _HOW = {
     "output_dir", "overwrite", "resume", "threads", "device", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "trackers",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import DIAGNOSTICS, RunFolder, task_slugs
+from bora_pyro.run_folder import DIAGNOSTICS, TRACKED, RunFolder, task_slugs
 
 
 @pytest.fixture
@@ -127,6 +127,9 @@ def test_overwrite_deletes_the_run(run):
     (run.adapters / "ada").mkdir()
     (run.path / DIAGNOSTICS).mkdir()
     (run.path / DIAGNOSTICS / "shrinkage.csv").write_text("task\n")
+    for name in TRACKED:
+        (run.path / name).mkdir()
+        (run.path / name / "events").write_text("")
     (run.path / ".metrics.json.tmp").write_text("left by a killed run")
     with RunFolder.create(run.path, overwrite=True):
         pass
