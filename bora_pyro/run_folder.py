@@ -12,7 +12,8 @@
 
 A run folder holds ``config.yaml`` (resolved), ``split.json`` (which documents are where), ``metrics.jsonl`` (a line a
 record), ``metrics.json`` (the result, written last), tensors as safetensors, ``checkpoints/``, ``adapters/<task>/`` and,
-once ``scripts/diagnose.py`` has looked at it, ``diagnostics/``; of a fit that was tracked also ``tensorboard/`` and ``wandb/``.
+once ``scripts/diagnose.py`` and ``scripts/report.py`` have looked at it, ``diagnostics/`` and ``report.html``; of a fit that
+was tracked also ``tensorboard/`` and ``wandb/``.
 Nothing in it is pickled, and every file but the log is replaced in one piece, so that a killed run leaves no half file.
 """
 
@@ -42,7 +43,7 @@ from bora_pyro.safetensors_file import write_safetensors
 from bora_pyro.whole_file import replace_file, unwritable
 
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
-CHECKPOINTS, ADAPTERS, DIAGNOSTICS = "checkpoints", "adapters", "diagnostics"
+CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
 #: The folders in which trackers keep their files.
 TRACKED = ("tensorboard", "wandb")
 #: Held by the process that is at work in the folder.
@@ -289,7 +290,7 @@ class RunFolder:
         """The entries that no run wrote: all of them where ``config.yaml`` is not ours."""
         if not self._is_ours():
             return [name for name in names if not _is_temporary(name)]
-        ours = (CONFIG, FIT, LOG, METRICS, SPLIT, CHECKPOINTS, ADAPTERS, DIAGNOSTICS, *TRACKED)
+        ours = (CONFIG, FIT, LOG, METRICS, SPLIT, CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT, *TRACKED)
         return [n for n in names if not (n in ours or n.endswith(".safetensors") or _is_temporary(n))]
 
     def _clear(self, names: list[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import DIAGNOSTICS, TRACKED, RunFolder, task_slugs
+from bora_pyro.run_folder import DIAGNOSTICS, REPORT, TRACKED, RunFolder, task_slugs
 
 
 @pytest.fixture
@@ -127,6 +127,7 @@ def test_overwrite_deletes_the_run(run):
     (run.adapters / "ada").mkdir()
     (run.path / DIAGNOSTICS).mkdir()
     (run.path / DIAGNOSTICS / "shrinkage.csv").write_text("task\n")
+    (run.path / REPORT).write_text("<!doctype html>")
     for name in TRACKED:
         (run.path / name).mkdir()
         (run.path / name / "events").write_text("")

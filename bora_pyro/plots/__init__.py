@@ -15,6 +15,7 @@ from bora_pyro.plots.calibration import reliability_diagram, risk_coverage_curve
 from bora_pyro.plots.few_documents import few_documents_curve
 from bora_pyro.plots.geometry import task_dendrogram, task_pca
 from bora_pyro.plots.labels import place_labels
+from bora_pyro.plots.learning import learning_curves
 from bora_pyro.plots.posterior import rank_histogram, scale_scatter
 from bora_pyro.plots.shrinkage import (
     deviation_by_documents,
@@ -28,7 +29,7 @@ from bora_pyro.plots.sweeps import compare_forest, form_curves, task_gain, tau_c
 
 __all__ = [
     "STYLE", "compare_forest", "deviation_by_documents", "deviation_heatmap", "few_documents_curve", "form_curves",
-    "place_labels", "pooling_factors", "rank_histogram", "reliability_diagram", "risk_coverage_curves", "scale_scatter",
-    "scores_by_origin", "shrinkage_forest", "shrinkage_ridge", "style", "task_dendrogram", "task_gain", "task_pca", "tau_curve",
-    "tau_path", "token_uncertainty",
+    "learning_curves", "place_labels", "pooling_factors", "rank_histogram", "reliability_diagram", "risk_coverage_curves",
+    "scale_scatter", "scores_by_origin", "shrinkage_forest", "shrinkage_ridge", "style", "task_dendrogram", "task_gain",
+    "task_pca", "tau_curve", "tau_path", "token_uncertainty",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.plots.labels import legend_above
@@ -243,6 +244,9 @@ def tau_path(records: Sequence[Mapping[str, Any]], ax: Axes) -> Axes:
             marker=MARKERS[which % len(MARKERS)], markevery=max(1, len(steps) // 6), markersize=4,
         )  # fmt: skip
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_xlabel("step")
     ax.set_ylabel("learned precision τ")
     legend_above(ax, ncols=2)

@@ -1,0 +1,311 @@
+"""The page of one finished run.
+
+>>> page = run_page("runs/demo", adapters=False)  # doctest: +SKIP
+>>> [number.label for number in page.numbers][:2]  # doctest: +SKIP
+['test perplexity', 'validation perplexity']
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bora_pyro.config import MapFitConfig
+from bora_pyro.errors import InputError
+from bora_pyro.posterior_config import PosteriorFitConfig
+from bora_pyro.report.blocks import (
+    Cell,
+    Column,
+    Folded,
+    Lines,
+    Number,
+    Page,
+    Picture,
+    Pictures,
+    Samples,
+    Section,
+    Table,
+    duration_text,
+    number_text,
+    option_text,
+    short_number,
+)
+from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinkage_pictures
+from bora_pyro.report.samples import written_samples
+from bora_pyro.run_folder import FIT, RunFolder
+from bora_pyro.versions import versions
+
+_FITTED_HERE = ("output_dir", "overwrite", "resume")  # options that say where, not what
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a page of a run shows beside its numbers.
+
+    Attributes:
+        adapters: whether to read the adapters, for which the base model and the documents must be where they were: pictures of
+            the shrinkage, effective parameters, samples.
+        draws: of a posterior, for the pictures; None for a MAP fit.
+        samples: how many tasks continue the prompt; 0: no samples.
+        prompt: what they continue; None: the beginning of a test document.
+        max_new_tokens: the longest continuation.
+        temperature: 0 takes the most probable token each time.
+        device: where the model runs.
+    """
+
+    adapters: bool = True
+    draws: int = 20
+    samples: int = 3
+    prompt: str | None = None
+    max_new_tokens: int = 40
+    temperature: float = 0.7
+    device: str = "auto"
+
+
+def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
+    """Make the page of a run.
+
+    Args:
+        path: its folder.
+        options: what to show; default: everything.
+
+    Raises:
+        InputError: no run, an unfinished or a damaged one; with ``adapters`` also a base or documents that are gone.
+    """
+    options = options or RunOptions()
+    folder = RunFolder.open(path)
+    metrics, config, history = folder.read_metrics(), folder.read_config(), folder.read_log()
+    of_fit = folder.read_config(FIT) if (folder.path / FIT).is_file() else config
+    tasks = metrics.get("tasks")
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) and "name" in task for task in tasks.values()):
+        raise InputError(f"metrics.json of {folder.path} has no tasks by name; run the fit again with --resume true")
+    notes = [str(note) for note in metrics.get("notes") or ()]
+    pictures: list[Picture] = []
+    effective, samples = None, None
+    if options.adapters:
+        pictures, effective, samples = _of_adapters(folder, options, notes)
+    curves = [*learning_pictures(history, unit=of_fit.get("likelihood_unit", "tokens"), best_epoch=metrics.get("best_epoch"))]
+    sections = [
+        Section("results", "Results", [_results(tasks, metrics, effective)], _verdict(tasks)),
+        Section("shrinkage", "Shrinkage", [Pictures(pictures)] if pictures else []),
+        Section("learning", "Learning", [*([Pictures(curves)] if curves else []), *_tables_of_learning(history, metrics)]),
+        Section("samples", "Samples", [samples] if samples else [], _about_samples(options)),
+        Section("configuration", "Configuration", [*_configuration(folder)]),
+        Section("notes", "Notes", [Lines(notes)] if notes else []),
+    ]
+    stored = metrics.get("versions")
+    return Page(
+        "posterior" if of_fit is not config else "run",
+        folder.path.resolve().name,
+        _subtitle(tasks, of_fit, config, metrics),
+        [*_numbers(tasks, metrics, config)],
+        sections,
+        versions=stored or versions(),
+        versions_of="the fit" if stored else "this page (the run has not kept its own)",
+    )
+
+
+def _of_adapters(
+    folder: RunFolder, options: RunOptions, notes: list[str]
+) -> tuple[list[Picture], dict[str, float] | None, Samples | None]:
+    """Pictures of the shrinkage, effective parameters by task, samples: all that needs the adapters themselves."""
+    # they bring ArviZ and the base's libraries: a page of numbers alone does without
+    from bora_pyro.deviations import task_gram
+    from bora_pyro.diagnostics import shrinkage
+    from bora_pyro.saved_run import load_run
+
+    try:
+        run = load_run(folder.path, device=options.device)
+    except InputError as error:
+        raise InputError(f"{error}; or leave out what needs the adapters: --adapters false") from None
+    draws = None if run.posterior_config is None else options.draws
+    container = shrinkage(run.fitted, run.data, draws=draws)
+    pictures: list[Picture] = []
+    gram = task_gram(run.fitted).numpy()
+    if gram.any():
+        pictures = [*shrinkage_pictures(run.data.tasks, container, gram)]
+        if len(run.data.tasks) > MANY_TASKS:
+            notes.append(f"of more than {MANY_TASKS} tasks there are no pictures with a row each")
+    else:
+        notes.append("one ΔW serves all tasks, so there are no deviations to draw")
+    group = container["posterior" if draws is None else "constant_data"]
+    effective = dict(zip(run.data.tasks, np.asarray(group["effective_parameters"], float).reshape(-1).tolist(), strict=True))
+    samples = None
+    if options.samples:
+        samples = written_samples(
+            run,
+            number=options.samples,
+            prompt=options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+        )
+    return pictures, effective, samples
+
+
+def _subtitle(tasks: Mapping[str, Any], of_fit: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    parts = [f"{len(tasks):,} task{'s' * (len(tasks) != 1)} of {of_fit.get('data')}", f"base {of_fit.get('base_model')}"]
+    parts.append(f"{of_fit.get('adapter')}, rank {of_fit.get('rank')}")
+    if of_fit is not config:
+        parts.append(f"{metrics.get('guide')} posterior around {Path(str(config.get('run'))).name}")
+    return " · ".join(parts)
+
+
+def _numbers(tasks: Mapping[str, Any], metrics: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[Number]:
+    adapted, base = metrics.get("test_perplexity"), metrics.get("base_test_perplexity")
+    if adapted is not None:
+        note = f"base {number_text(base)}, {number_text(100 * (adapted / base - 1), 0, sign=True)}\u00a0%" if base else ""
+        yield Number(
+            "test perplexity" if "guide" not in metrics else "test perplexity, posterior mean", number_text(adapted), note
+        )
+    if metrics.get("mixture_test_perplexity") is not None:
+        note = f"MAP {number_text(metrics['map_test_perplexity'])}" if metrics.get("map_test_perplexity") else ""
+        label = f"mixture of {metrics.get('draws')} draws"
+        yield Number(label, number_text(metrics["mixture_test_perplexity"]), note)
+    for name, label in (("mean", "calibration error, mean"), ("mixture", "calibration error, mixture")):
+        if isinstance(metrics.get(name), dict) and metrics[name].get("ece") is not None:
+            yield Number(label, number_text(metrics[name]["ece"], 3), "expected (ECE); 0 is calibrated")
+    if metrics.get("validation_perplexity") is not None:
+        note = f"after epoch {metrics.get('best_epoch')} of {metrics.get('epochs')}"
+        yield Number("validation perplexity", number_text(metrics["validation_perplexity"]), note)
+    if metrics.get("test_bits_per_character") is not None:
+        bits = metrics.get("base_test_bits_per_character")
+        yield Number(
+            "test bits a character",
+            number_text(metrics["test_bits_per_character"], 3),
+            f"base {number_text(bits, 3)}" if bits else "",
+        )
+    if metrics.get("tau") is not None:
+        yield Number("precision τ", short_number(float(metrics["tau"])), _about_tau(metrics))
+    documents = f"{metrics.get('train_documents', 0):,} training, {metrics.get('test_documents', 0):,} test documents"
+    yield Number("tasks", f"{len(tasks):,}", documents)
+    if metrics.get("fit_seconds") is not None:
+        speed = metrics.get("training_tokens_per_second")
+        yield Number("fit", duration_text(metrics["fit_seconds"]), f"{speed:,.0f} tokens/s" if speed else "")
+    if metrics.get("peak_memory_bytes"):
+        predicted = metrics.get("predicted_memory_bytes")
+        note = f"predicted {predicted / 2**30:.2f} GiB" if predicted else ""
+        yield Number("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB", note)
+
+
+def _about_tau(metrics: Mapping[str, Any]) -> str:
+    if "tau_by_group" in metrics:
+        return "learned; geometric mean"
+    tau = float(metrics["tau"])
+    return "independent tasks" if tau == 0 else "one adapter for all" if math.isinf(tau) else "given"
+
+
+def _verdict(tasks: Mapping[str, Any]) -> str:
+    """In a sentence, what the adapters did for the tasks."""
+    pairs = [(t.get("base_test_perplexity"), t.get("test_perplexity"), t["name"]) for t in tasks.values()]
+    changes = sorted((adapted / base - 1, name) for base, adapted, name in pairs if base and adapted)
+    if not changes:
+        return ""
+    better = sum(change < 0 for change, _ in changes)
+    text = f"The adapters predict the test documents better than the base in {better} of {len(changes)} tasks"
+    if len(changes) > 1:
+        first, last = changes[0], changes[-1]
+        text += f", from {number_text(100 * first[0], 0, sign=True)}\u00a0% perplexity ({first[1]})"
+        text += f" to {number_text(100 * last[0], 0, sign=True)}\u00a0% ({last[1]})"
+    return f"{text}."
+
+
+def _results(tasks: Mapping[str, Any], metrics: Mapping[str, Any], effective: Mapping[str, float] | None) -> Table:
+    columns: list[tuple[Column, str]] = [
+        (Column("training documents", 0), "train_documents"),
+        (Column("test documents", 0), "test_documents"),
+        (Column("base perplexity", 2), "base_test_perplexity"),
+        (Column("adapted perplexity", 2), "test_perplexity"),
+        (Column("change,\u00a0%", 1, sign=True), "change"),
+        (Column("mixture perplexity", 2), "mixture_test_perplexity"),
+        (Column("epistemic, nats", 4), "epistemic"),
+        (Column("distance ‖θ_d\u00a0−\u00a0Θ‖", 2), "deviation_norm"),
+        (Column("effective parameters\u00a0γ", 0 if max((effective or {"": 0.0}).values()) >= 100 else 1), "effective"),
+    ]
+    rows = []
+    for task in tasks.values():
+        own = {"change": _change(task), "effective": None if effective is None else effective.get(task["name"])}
+        rows.append({**task, **own})
+    shown = [(column, key) for column, key in columns if any(row.get(key) is not None for row in rows)]
+    total = {key: sum(row.get(key) or 0 for row in rows) for key in ("train_documents", "test_documents")}
+    total |= {key: metrics.get(key) for _, key in columns if key.endswith("perplexity")} | {"change": _change(metrics)}
+    caption = "Test documents by task, without and with its adapter"
+    caption += "; γ: how many of the adapter's numbers the task's own data determine" if effective else ""
+    return Table(
+        caption,
+        [Column("task"), *(column for column, _ in shown)],
+        [[str(row["name"]), *(row.get(key) for _, key in shown)] for row in rows],
+        total=["all tasks", *(total.get(key) for _, key in shown)],
+    )
+
+
+def _change(scores: Mapping[str, Any]) -> float | None:
+    adapted, base = scores.get("test_perplexity"), scores.get("base_test_perplexity")
+    return 100 * (adapted / base - 1) if adapted is not None and base else None
+
+
+def _tables_of_learning(history: list[dict[str, Any]], metrics: Mapping[str, Any]) -> Iterator[Any]:
+    groups = metrics.get("tau_by_group")
+    if groups:
+        rows = []
+        for group, value in groups.items():
+            values = [item for item in (value if isinstance(value, list) else [value]) if item]
+            tau = math.exp(sum(map(math.log, values)) / len(values)) if values else None
+            text = None if tau is None else Cell(short_number(tau), tau)
+            deviation = None if tau is None else Cell(f"{tau**-0.5:.3g}", tau**-0.5)
+            rows.append([group, text, deviation])
+        columns = [Column("group"), Column("precision τ", number=True), Column("standard deviation 1/√τ", number=True)]
+        yield Table("The learned prior: how far a task's entry may lie from Θ, by kind of layer and factor", columns, rows)
+    if history:
+        yield Folded(
+            f"The {len(history)} epochs in numbers",
+            Table(
+                "Epochs: the loss in nats a training observation, the validation perplexity after it",
+                [
+                    Column("epoch", 0), Column("step", 0), Column("loss", 4), Column("validation perplexity", 2),
+                    Column("learning rate", number=True), Column("tokens/s", 0), Column("seconds so far", 1),
+                ],
+                [
+                    [
+                        record.get("epoch"), record.get("step"), record.get("loss"), record.get("validation_perplexity"),
+                        Cell(f"{record['learning_rate']:.3g}", record["learning_rate"]) if record.get("learning_rate") else None,
+                        record.get("training_tokens_per_second"), record.get("seconds"),
+                    ]
+                    for record in history
+                ],
+            ),
+        )  # fmt: skip
+
+
+def _about_samples(options: RunOptions) -> str:
+    how = (
+        "the most probable token each time"
+        if options.temperature == 0
+        else f"tokens drawn at temperature {options.temperature:g}"
+    )
+    return f"One beginning, continued by the base alone, by the mean of all tasks, and by some tasks' adapters: {how}."
+
+
+def _configuration(folder: RunFolder) -> Iterator[Any]:
+    """The options that are not the defaults, and all of them folded away."""
+    posterior = (folder.path / FIT).is_file()
+    for name, cls, what in (
+        ("config.yaml", PosteriorFitConfig if posterior else MapFitConfig, "posterior" if posterior else "fit"),
+        *((((FIT, MapFitConfig, "MAP fit that it began from"),)) if posterior else ()),
+    ):
+        config = folder.read_config(name)
+        defaults = dataclasses.asdict(cls())
+        changed = {key: value for key, value in config.items() if key not in _FITTED_HERE and value != defaults.get(key)}
+        columns = [Column("option"), Column("value")]
+        rows = [[key, option_text(value)] for key, value in changed.items()]
+        if rows:
+            yield Table(f"Options of the {what} that are not the defaults", columns, rows, sortable=False)
+        else:
+            yield Lines([f"All options of the {what} are the defaults."])
+        everything = [[key, option_text(value)] for key, value in config.items()]
+        yield Folded(f"All options of the {what}", Table(f"{name}, resolved", columns, everything, sortable=False))

@@ -1,0 +1,114 @@
+"""The pictures of one run: what the prior did to each task, how the fit learned, where τ went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from bora_pyro import plots
+from bora_pyro.report.blocks import Picture
+from bora_pyro.report.pictures import WIDTH, draw_picture, name_labels
+
+#: Of more tasks than these no picture has a row each.
+MANY_TASKS = 80
+_POINTS = 400  # of a path of τ
+
+
+def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray) -> Iterator[Picture]:
+    """How far the tasks lie from Θ, where, and how they lie to one another.
+
+    Args:
+        tasks: their names.
+        container: what :func:`bora_pyro.diagnostics.shrinkage` gives.
+        gram: (D, D), of ΔW_d − ΔW_Θ (:func:`bora_pyro.deviations.task_gram`).
+    """
+    names = list(name_labels(tasks).values())
+    groups = {
+        group: container[group].to_dataset() if hasattr(container[group], "to_dataset") else container[group]
+        for group in ("posterior", "constant_data")
+    }
+    groups = {group: data.assign_coords(task=names) if "task" in data.dims else data for group, data in groups.items()}
+    by_task = 1.0 + 0.19 * len(names)  # inches
+    if len(names) <= MANY_TASKS:
+        yield draw_picture(
+            "forest",
+            "Distance from the global mean",
+            "How far each task's adapter has moved from the one that all tasks share, Θ; the number of training documents in "
+            "parentheses. At the left end a task is like all others.",
+            partial(_call, plots.shrinkage_forest, groups),
+            height=by_task,
+        )
+        yield draw_picture(
+            "documents",
+            "Distance against data",
+            "Each task's distance from Θ against its training documents. Under one prior, tasks with more data can afford to "
+            "stray farther.",
+            partial(_call, plots.deviation_by_documents, groups),
+        )
+        yield draw_picture(
+            "heatmap",
+            "Where the tasks deviate",
+            "Root mean square deviation of an adapter's entries from Θ, by layer and task: brighter is farther.",
+            partial(_call, plots.deviation_heatmap, groups),
+            width=max(WIDTH, 1.6 + 0.14 * len(names)),
+            height=3.8,
+        )
+    yield draw_picture(
+        "pooling",
+        "How strongly each part is pooled",
+        "Gelman and Pardoe's pooling factor by layer, kind of layer and factor: at 1 the tasks share that part wholly, at 0 each "
+        "has its own.",
+        partial(_call, plots.pooling_factors, groups),
+    )
+    if 2 <= len(names) <= MANY_TASKS:
+        yield draw_picture(
+            "pca",
+            "Tasks by what their adapters do",
+            "Principal components of the changes of the weights, ΔW less that of Θ: tasks that lie together are adapted alike. "
+            "A name that finds no room is left out.",
+            lambda ax: plots.task_pca(gram, names, ax),
+            height=3.8,
+        )
+        yield draw_picture(
+            "tree",
+            "Which tasks are near one another",
+            "Average linkage of the distances between the tasks' ΔW: the farther left two tasks meet, the less they share.",
+            lambda ax: plots.task_dendrogram(gram, names, ax),
+            height=by_task,
+        )
+
+
+def learning_pictures(history: Sequence[Mapping[str, Any]], *, unit: str, best_epoch: int | None) -> Iterator[Picture]:
+    """Perplexity and τ while the fit ran.
+
+    Args:
+        history: the records of ``metrics.jsonl``.
+        unit: the observation of the likelihood.
+        best_epoch: the epoch whose state was kept.
+    """
+    if any(record.get("validation_perplexity") is not None or (unit == "tokens" and record.get("loss")) for record in history):
+        yield draw_picture(
+            "learning",
+            "Learning curves",
+            "Perplexity of the training documents while an epoch ran, and of the validation documents after it; the state of the "
+            "ringed epoch was kept.",
+            lambda ax: plots.learning_curves(history, ax, unit=unit, best_epoch=best_epoch),
+        )
+    path = [point for record in history for point in record.get("tau_path") or ()]
+    if path:
+        every = -(-len(path) // _POINTS)
+        yield draw_picture(
+            "tau",
+            "Path of the learned precision",
+            "τ of each kind of layer and factor while it was learned: where it is large the tasks share that part, where it is "
+            "small they differ in it. A prior with standard deviation σ has τ = 1/σ².",
+            lambda ax: plots.tau_path([*path[:-1:every], path[-1]], ax),
+        )
+
+
+def _call(draw: Any, groups: Mapping[str, Any], ax: Axes) -> Any:
+    return draw(groups, ax)

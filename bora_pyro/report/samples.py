@@ -1,0 +1,44 @@
+"""Texts that the base, the mean of all tasks and some tasks' adapters write from one beginning."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bora_pyro.report.blocks import Samples
+from bora_pyro.saved_run import SavedRun
+from bora_pyro.side_by_side import BASE, GLOBAL_MEAN, generate_side_by_side
+
+_BEGINNING = 8  # tokens of a document, its start included, that are a prompt where none is given
+_NOTES = {BASE: "no adapter", GLOBAL_MEAN: "Θ, the mean of all tasks"}
+
+
+def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_tokens: int, temperature: float) -> Samples:
+    """Continue one text with several adapters, all of a posterior's centre where the run has one.
+
+    Args:
+        run: the finished run.
+        number: how many tasks write: the ones with most and fewest training documents, and others evenly between.
+        prompt: the beginning; None: that of the first test document.
+        max_new_tokens: the longest continuation.
+        temperature: as for :func:`bora_pyro.side_by_side.generate_side_by_side`.
+
+    Raises:
+        InputError: a prompt that cannot be continued.
+    """
+    if prompt is None:
+        documents, tokenizer = run.data.test if run.data.test.num_tokens else run.data.train, run.fitted.model.backbone.tokenizer
+        assert tokenizer is not None  # the documents were read with it
+        document = documents.document(0)
+        prompt = str(tokenizer.decode(document[: max(2, min(_BEGINNING, len(document) - 1))], skip_special_tokens=True))
+    counts = dict(zip(run.data.tasks, run.data.train.documents_per_task, strict=True))
+    order = sorted(counts, key=lambda task: -counts[task])
+    chosen = [order[n] for n in np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)]
+    notes = _NOTES | {task: f"{counts[task]:,} training document{'s' * (counts[task] != 1)}" for task in chosen}
+    texts = generate_side_by_side(
+        run.fitted,
+        prompt,
+        list(dict.fromkeys([BASE, GLOBAL_MEAN, *chosen])),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+    return Samples(prompt, [(text.task, notes[text.task], text.text) for text in texts])
