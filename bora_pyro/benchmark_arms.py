@@ -80,14 +80,15 @@ class Work:
 
     def features(self) -> list[dict[str, Any]]:
         """The documents as PEFT's examples have them: one mapping each, unpadded."""
-        documents = [self.split.document(n).tolist() for n in range(len(self.split))]
+        numbers = range(len(self.split))
+        documents = [(n, self.split.document(n).tolist(), self.split.labels(n).tolist()) for n in numbers]
         return [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, "document": n} for n, ids in enumerate(documents)
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "document": n} for n, ids, labels in documents
         ]
 
     def predicted(self, documents: Tensor) -> int:
-        """Tokens of some documents that are predicted: all but the first of each."""
-        return int(self.split.lengths[documents].sum()) - len(documents)
+        """Tokens of some documents that are predicted."""
+        return int(self.split.predicted[documents].sum())
 
     def peft_model(self, *adapters: str) -> Any:
         """PEFT's model on the base."""

@@ -13,16 +13,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.batches import IGNORED, TokenSplit
-from bora_pyro.data.tokenise import encoder
+from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.encode import encoder
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.likelihoods import NextTokens
+from bora_pyro.evaluate import evaluate
 from bora_pyro.model import BoRA, Weights
 
 NORMALISE = ("tokens", "none")
@@ -149,17 +149,17 @@ def choose(
     rows, prompts = _tokens(tokenizer, model.backbone.context, questions)
     options = torch.tensor([len(question.options) for question in questions])
     of_row = task.repeat_interleave(options).tolist()
-    split = TokenSplit.from_documents(rows, task=of_row, num_tasks=len(tasks), pad_token_id=tokenizer.pad_token_id or 0)
-    prompt_tokens = torch.tensor(prompts)
+    pad = tokenizer.pad_token_id or 0
+    split = TokenSplit.from_documents(rows, task=of_row, num_tasks=len(tasks), pad_token_id=pad, read=prompts)
     drawn = draws() if callable(draws) else draws
-    scores = [_log_likelihood(model, split, prompt_tokens, weights, token_budget) for weights in drawn]
+    scores = [evaluate(model, split, weights, token_budget=token_budget)[0].log_likelihood for weights in drawn]
     if not scores:
         raise InputError("0 draws given; an answer needs 1 or more")
     present = torch.arange(int(options.max())) < options[:, None]  # (questions, options)
     log_likelihood = torch.full((len(scores), *present.shape), -math.inf, dtype=torch.float64)
     log_likelihood[:, present] = torch.stack(scores)
     option_tokens = torch.ones(present.shape, dtype=torch.float64)
-    option_tokens[present] = (split.lengths - prompt_tokens).double()
+    option_tokens[present] = split.predicted.double()
     logits = log_likelihood / option_tokens if normalise == "tokens" else log_likelihood
     label = torch.tensor([question.correct for question in questions])
     return _mixture(logits.log_softmax(-1), log_likelihood, task, label)
@@ -183,16 +183,6 @@ def _mixture(log_p: Tensor, log_likelihood: Tensor, task: Tensor, label: Tensor)
         aleatoric=torch.special.entr(log_p.exp()).sum(-1).mean(0),
         log_likelihood=log_likelihood,
     )
-
-
-def _log_likelihood(model: BoRA, split: TokenSplit, prompts: Tensor, weights: Weights | None, token_budget: int) -> Tensor:
-    """(rows,) log-likelihood of what follows the first ``prompts`` tokens of each row, in nats."""
-    result = torch.zeros(len(split), dtype=torch.float64)
-    for batch in split.batches(token_budget=token_budget):
-        in_prompt = torch.arange(batch.labels.shape[1]) < prompts[batch.index][:, None]
-        on_device = replace(batch, labels=batch.labels.masked_fill(in_prompt, IGNORED)).to(model.backbone.device)
-        result[batch.index] = NextTokens(model.unprojected(on_device, weights)).log_prob(on_device.labels).double().cpu()
-    return result
 
 
 def _task_indices(model: BoRA, questions: Sequence[Question], tasks: Sequence[str]) -> Tensor:

@@ -32,7 +32,8 @@ T = TypeVar("T")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NONE = ("none", "null")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list of names"}
-_METAVARS = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", list: "NAME"}
+_EXPECTED |= {tuple: "a text, or several"}
+_METAVARS = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", list: "NAME", tuple: "TEXT"}
 _CONTROLS = ("config", "print_config", "help")
 
 
@@ -128,10 +129,13 @@ def to_yaml(config: Any) -> str:
 
 
 def _kinds(cls: type) -> dict[str, tuple[type, bool]]:
-    """Name -> (plain type, whether None is allowed); ``list[str]`` counts as list."""
-    kinds = {}
+    """Name -> (plain type, whether None is allowed); ``list[str]`` counts as list, ``str | list[str]`` as tuple."""
+    kinds: dict[str, tuple[type, bool]] = {}
     for name, hint in get_type_hints(cls).items():
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if str in parts and list[str] in parts:
+            kinds[name] = (tuple, type(None) in parts)
+            continue
         # of `float | str` the number, of `bool | str` the truth: the texts that it may be are its `words`
         hint = next(part for part in parts if part is not type(None))
         kinds[name] = (get_origin(hint) or hint, type(None) in parts)
@@ -164,6 +168,11 @@ def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, 
         return None
     if word in words:
         return word
+    if kind is tuple:  # one text, or several as they are given
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
+            raise refusal
+        return str(items[0]) if len(items) == 1 else [str(item) for item in items]
     if kind is list:
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
@@ -259,7 +268,8 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         # A bare switch (--overwrite) means true; a list takes all words up to the next option.
-        arity: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind, {})
+        several: dict[str, Any] = {"nargs": "+"}
+        arity = {bool: {"nargs": "?", "const": "true"}, list: several, tuple: several}.get(kind, {})
         help_text = about.get("help", "")
         if "default:" not in help_text and not about.get("positional"):
             help_text += f" (default: {_shown(field.default)})"

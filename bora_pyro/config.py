@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from bora_pyro.backbone import DEVICE_MAPS, QUANTIZATIONS
 from bora_pyro.command_line import check_choices, option, parse_config, to_yaml
+from bora_pyro.data.encode import LONG_DOCUMENTS
+from bora_pyro.data.rows import Columns
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.priors.learned import BOUNDS, PER
 from bora_pyro.trackers import TRACKERS, check_trackers
@@ -37,8 +39,22 @@ class MapFitConfig:
         "the documents: a .csv, .csv.gz, .jsonl or .parquet file, a saved datasets folder, a hub id, or builtin:documentation",
         group=DATA,
     )
-    task_column: str = option("task", "column that names a document's task", group=DATA)
-    text_column: str = option("text", "column that holds a document's text", group=DATA)
+    task_column: str | list[str] = option(
+        "task", "column that names a document's task, or several, whose names are joined by ' / '", group=DATA
+    )
+    text_column: str | list[str] = option(
+        "text", "column that holds a document's text, or several, whose texts are joined by a blank line", group=DATA
+    )
+    prompt_column: str | None = option(
+        None, "column with a prompt, read before the completion and not predicted (default: no prompts)", group=DATA
+    )
+    completion_column: str | None = option(
+        None, "column with the text that follows the prompt and is predicted (default: text_column)", group=DATA
+    )
+    messages_column: str | None = option(
+        None, "column with a chat, a list of {role, content}; the assistant's turns are predicted (default: no chats)", group=DATA
+    )
+    chat_template: str | None = option(None, "a .jinja file that writes chats (default: the tokenizer's own)", group=DATA)
     group_column: str | None = option(
         None, "documents that agree here stay on one side of the split (default: doc_id where the table has it)", group=DATA
     )
@@ -50,6 +66,12 @@ class MapFitConfig:
     )
     num_tasks: int | None = option(None, "use only so many tasks (default: all)", group=DATA)
     max_tokens: int = option(256, "tokens of a document that are read, its end mark included", group=DATA)
+    long_documents: str = option(
+        "cut",
+        "what becomes of documents of more tokens: cut, or split into pieces, each behind the document's prompt",
+        group=DATA,
+        choices=LONG_DOCUMENTS,
+    )
     max_train_documents: int | None = option(None, "at most so many training documents of a task (default: all)", group=DATA)
     max_eval_documents: int | None = option(
         None, "at most so many validation and so many test documents of a task (default: all)", group=DATA
@@ -169,10 +191,12 @@ class MapFitConfig:
             InputError: one line with the value and what is allowed.
         """
         check_choices(self)
-        for name in ("data", "task_column", "text_column", "group_column", "split_column", "base_model", "adapter", "output_dir"):
+        for name in _NAMES:
             value = getattr(self, name)
-            if value is not None and not value.strip():
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if any(not text.strip() for text in values):
                 raise InputError(f"{name} is empty; give a name, or leave it out for its default")
+        Columns.given(**{name: getattr(self, name) for name in _NAMES if name.endswith("_column")})
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -226,6 +250,11 @@ class MapFitConfig:
             raise InputError("overwrite and resume are both true; overwrite starts anew, resume goes on: give one of them")
 
 
+# Options that are names, and cannot be empty.
+_NAMES = (
+    "data", "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template",
+    "group_column", "split_column", "base_model", "adapter", "output_dir",
+)  # fmt: skip
 # The least value of each whole number.
 _LEAST = {
     "num_tasks": 1,

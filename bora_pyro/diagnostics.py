@@ -286,7 +286,7 @@ def _constant(fitted: Fitted, data: TaskData, split: str) -> xr.Dataset:
             "train_documents": ("task", data.train.documents_per_task),
             "test_documents": ("task", data.test.documents_per_task),
             "document_task": ("document", np.array([fitted.tasks[d] for d in documents.task.tolist()], dtype=np.str_)),
-            "document_tokens": ("document", (documents.lengths - 1).numpy()),
+            "document_tokens": ("document", documents.predicted.numpy()),
             "document_checksum": ("document", _checksums(documents)),
             "parameters": sum(start.numel() for start in fitted.model.starts.values()),
         },
@@ -308,7 +308,10 @@ def _draw(draws: int | None, array: xr.DataArray) -> xr.DataArray:
 
 def _checksums(split: TokenSplit) -> np.ndarray:
     """A number for each document that is another one for another document, as far as 32 bits go."""
-    return np.array([zlib.crc32(split.document(n).numpy().tobytes()) for n in range(len(split))], dtype=np.int64)
+    sums = (zlib.crc32(split.document(n).numpy().tobytes()) for n in range(len(split)))
+    if split.observed is not None:  # equal tokens of which others are predicted make another document
+        sums = (zlib.crc32(split.labels(n).numpy().tobytes(), one) for n, one in enumerate(sums))
+    return np.fromiter(sums, dtype=np.int64, count=len(split))
 
 
 def _same_documents(containers: Mapping[str, Any]) -> int:

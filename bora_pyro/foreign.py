@@ -45,14 +45,7 @@ def sample_texts(split: TokenSplit, number: int, *, seed: int = 0) -> TokenSplit
     """
     if number < 1:
         raise InputError(f"number of texts is {number}; give a whole number from 1 up")
-    kept = np.sort(np.random.default_rng(seed).permutation(len(split))[:number]).tolist()
-    return TokenSplit.from_documents(
-        [split.document(n).tolist() for n in kept],
-        task=split.task[kept].tolist(),
-        characters=split.characters[kept].tolist(),
-        num_tasks=split.num_tasks,
-        pad_token_id=split.pad_token_id,
-    )
+    return split.subset(torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(split))[:number])))
 
 
 def best_task(model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: int = 8192) -> Tensor:
@@ -141,4 +134,6 @@ def _of_tasks(split: TokenSplit, task: Tensor) -> TokenSplit:
         characters=split.characters,
         num_tasks=split.num_tasks,
         pad_token_id=split.pad_token_id,
+        observed=split.observed,
+        offsets=split.offsets,
     )

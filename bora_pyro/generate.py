@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.backbone import Backbone
-from bora_pyro.data.tokenise import encoder
+from bora_pyro.data.encode import encoder
 from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA
 from bora_pyro.predictive import Draws

@@ -202,7 +202,7 @@ class Loop:
             if batch is None:
                 self.model.backbone.idle(backward=True)
                 continue
-            tokens = int(batch.attention_mask.sum()) - len(batch.task)
+            tokens = int(batch.predicted.sum())
             loss = self.backward(batch.to(self.device), validate=validate)
             # of the log-likelihood what the batch itself has: the scale to all documents taken off again
             sums[:2] += torch.stack([loss, self.elbo.log_likelihood / batch.scale]).to(sums.dtype)

@@ -43,6 +43,12 @@ FIT_OPTIONS = (
     "epochs", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed", "checkpoint_every",
     "checkpoint_minutes", "keep_checkpoints", "task_subsampling", "task_memory",
 )  # fmt: skip
+#: Options of a configuration that ``load_tasks`` takes by the same name.
+DATA_OPTIONS = (
+    "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template", "group_column",
+    "split_column", "num_tasks", "long_documents", "max_train_documents", "max_eval_documents", "seed",
+    "small_tasks",
+)  # fmt: skip
 #: The adapter folder that holds Θ.
 GLOBAL_MEAN = "global-mean"
 #: Among the metadata of a posterior: Θ and τ are another fit's.
@@ -229,17 +235,9 @@ def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool, split_r
     data = load_tasks(
         config.data,
         backbone.tokenizer,
-        task_column=config.task_column,
-        text_column=config.text_column,
-        group_column=config.group_column,
-        split_column=config.split_column,
-        num_tasks=config.num_tasks,
         max_tokens=max_tokens,
-        max_train_documents=config.max_train_documents,
-        max_eval_documents=config.max_eval_documents,
-        seed=config.seed,
-        small_tasks=config.small_tasks,
         split_record=split_record,
+        **{name: getattr(config, name) for name in DATA_OPTIONS},
     )
     data.notes[:0] = notes
     if not quiet:

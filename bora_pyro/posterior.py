@@ -22,7 +22,7 @@ from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
 from bora_pyro.data.batches import TokenSplit
-from bora_pyro.data.tokenise import encoder
+from bora_pyro.data.encode import encoder
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.generate import Generated, generate

@@ -214,9 +214,7 @@ def read_foreign(config: CalibrateConfig, run: SavedRun) -> TokenSplit:
         raise InputError(f"every text of {config.foreign} is a document of the run; give texts that belong to none of its tasks")
     if left_out := len(split) - len(kept):
         print(f"note: {left_out} of the foreign texts are documents of the run and were left out", file=sys.stderr)
-    documents = [split.document(n).tolist() for n in kept]
-    split = TokenSplit.from_documents(documents, task=[0] * len(kept), num_tasks=len(tasks), pad_token_id=split.pad_token_id)
-    return sample_texts(split, config.foreign_documents, seed=config.seed)
+    return sample_texts(split.subset(torch.tensor(kept)), config.foreign_documents, seed=config.seed)
 
 
 def write_foreign(folder: Path, own: pd.DataFrame, foreign: pd.DataFrame, tasks: list[str]) -> None:

@@ -282,7 +282,7 @@ class Comparison:
 
     def scale_correlation(self, posterior: Posterior, run: SavedRun) -> float:
         """Rank correlation of a task's posterior scale with its number of training tokens."""
-        tokens = torch.zeros(len(run.data.tasks)).index_add_(0, run.data.train.task, run.data.train.lengths.float() - 1)
+        tokens = torch.zeros(len(run.data.tasks)).index_add_(0, run.data.train.task, run.data.train.predicted.float())
         scales = posterior.deviation_scales(draws=max(2, self.config.draws))
         if bool((scales == scales[0]).all()) or bool((tokens == tokens[0]).all()):
             return math.nan  # a constant has no ranks

@@ -5,11 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 START, END, UNKNOWN = 0, 1, 2
 WORDS = ["red", "green", "blue", "one", "two", "three"]
 PRESIDENTS = Path(__file__).parents[2] / "shared" / "data" / "us_presidents.csv.gz"
+
+CHAT = [
+    {"role": "user", "content": "red"},
+    {"role": "assistant", "content": "green blue"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+)
 
 
 def word_tokenizer(*, bos: bool = True, eos: bool = True, template: str | None = None) -> PreTrainedTokenizerFast:
@@ -31,3 +41,27 @@ def table_rows(tasks: str = "abc", *, groups: int = 5, documents: int = 2) -> li
         for g in range(groups)
         for n in range(documents)
     ]
+
+
+class SlowWords(PreTrainedTokenizer):
+    """A tokenizer in Python, which knows no offsets."""
+
+    def __init__(self):
+        self.words = ["<s>", "</s>", "?", *WORDS]
+        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="?")
+
+    @property
+    def vocab_size(self):
+        return len(self.words)
+
+    def get_vocab(self):
+        return {word: n for n, word in enumerate(self.words)}
+
+    def _tokenize(self, text, **kwargs):
+        return text.split()
+
+    def _convert_token_to_id(self, token):
+        return self.words.index(token) if token in self.words else UNKNOWN
+
+    def _convert_id_to_token(self, index):
+        return self.words[index]

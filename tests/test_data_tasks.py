@@ -6,12 +6,11 @@ import warnings
 
 import datasets
 import pytest
-from transformers import PreTrainedTokenizer
 
 from bora_pyro.data import load_tasks, table
 from bora_pyro.data.tokenise import tokenise
 from bora_pyro.errors import InputError
-from tests.data_fixtures import END, START, UNKNOWN, WORDS, table_rows, word_tokenizer
+from tests.data_fixtures import END, START, UNKNOWN, WORDS, SlowWords, table_rows, word_tokenizer
 
 RED, GREEN, BLUE = 3, 4, 5
 
@@ -52,30 +51,6 @@ def test_long_documents_are_cut_and_have_no_end(template):
     assert result.num_cut == 2
     # The whole text where it is whole; up to the last token that is kept where it is cut.
     assert result.split.characters.tolist() == [len("red green blue"), len("red green"), len("  red   green blue")]
-
-
-class SlowWords(PreTrainedTokenizer):
-    """A tokenizer in Python, which knows no offsets."""
-
-    def __init__(self):
-        self.words = ["<s>", "</s>", "?", *WORDS]
-        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="?")
-
-    @property
-    def vocab_size(self):
-        return len(self.words)
-
-    def get_vocab(self):
-        return {word: n for n, word in enumerate(self.words)}
-
-    def _tokenize(self, text, **kwargs):
-        return text.split()
-
-    def _convert_token_to_id(self, token):
-        return self.words.index(token) if token in self.words else UNKNOWN
-
-    def _convert_id_to_token(self, index):
-        return self.words[index]
 
 
 def test_tokenizer_without_offsets_counts_decoded_characters():

@@ -1,4 +1,4 @@
-"""The data axis: what is a task? Tables of documents become tasks, and tasks become token batches."""
+"""The data axis: what is a task, and what is a document? Tables of documents become tasks, and tasks become token batches."""
 
 from bora_pyro.data.batches import Batch, TokenSplit
 from bora_pyro.data.split import split_by_group

@@ -6,6 +6,11 @@ TokenSplit(2 documents, 3 predicted tokens, 2 tasks)
 >>> [batch] = split.batches(token_budget=8)
 >>> batch.labels.tolist(), batch.task.tolist(), batch.scale
 ([[-100, 7, -100], [-100, 5, 6]], [0, 1], 1.0)
+
+A document may have tokens that are only read and never predicted: its start always, and a prompt, or what others say in a chat.
+
+>>> TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2, read=[2, 1])
+TokenSplit(2 documents, 2 predicted tokens, 2 tasks)
 """
 
 from __future__ import annotations
@@ -36,8 +41,8 @@ class Batch:
     Attributes:
         input_ids: (rows, tokens) int64.
         attention_mask: (rows, tokens) int64, 1 at tokens and 0 at padding.
-        labels: (rows, tokens) int64, `input_ids` with -100 at padding and at position 0, which nothing predicts. Not shifted:
-            the logits at position i predict the label at i + 1.
+        labels: (rows, tokens) int64, `input_ids` with -100 at padding, at tokens that are only read, and at position 0, which
+            nothing predicts. Not shifted: the logits at position i predict the label at i + 1.
         task: (rows,) int64, index of the task.
         index: (rows,) int64, position of the document in its split.
         scale: number of batches in the epoch; scale times the log-likelihood of the batch is an unbiased estimate of the
@@ -59,6 +64,11 @@ class Batch:
     def row(self) -> Tensor:
         """(rows,) int64: where each document's task stands among ``tasks``, and so in the weights of the batch."""
         return self.task if self.tasks is None else self.tasks.positions(self.task)
+
+    @property
+    def predicted(self) -> Tensor:
+        """(rows,) int64: how many tokens of each document are predicted."""
+        return (self.labels[:, 1:] != IGNORED).sum(-1)
 
     def parts(self, tokens: int) -> list[Batch]:
         """The batch in as many parts as keep each within so many tokens, padding included; their losses add up to its own.
@@ -96,21 +106,36 @@ class TokenSplit:
     """The tokens of one split: every document in one flat tensor, with offsets.
 
     Args:
-        tokens: (all tokens,) the documents one after another.
+        tokens: (all tokens,) the documents one after another, in memory or in a memory-mapped file.
         lengths: (documents,) tokens of each; at least 2, for the first is never predicted.
         task: (documents,) index of the task of each.
-        characters: (documents,) characters that the tokens of each stand for.
+        characters: (documents,) characters that the predicted tokens of each stand for.
         num_tasks: number of tasks, with or without documents in this split.
         pad_token_id: what fills the rows of a batch; the masks make its value irrelevant.
+        observed: (all tokens,) bool, the tokens that are predicted; the others are only read. None: all but the first of each
+            document.
+        offsets: (documents,) where each begins in ``tokens``, of which there may be more; None: one after another.
+
+    Attributes:
+        predicted: (documents,) int64, how many tokens of each are predicted.
 
     Raises:
-        InputError: a document has fewer than two tokens, or sizes disagree.
+        InputError: a document has fewer than two tokens or none to predict, or sizes disagree.
     """
 
     def __init__(
-        self, tokens: Tensor, lengths: Tensor, *, task: Tensor, characters: Tensor, num_tasks: int, pad_token_id: int = 0
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        *,
+        task: Tensor,
+        characters: Tensor,
+        num_tasks: int,
+        pad_token_id: int = 0,
+        observed: Tensor | None = None,
+        offsets: Tensor | None = None,
     ) -> None:
-        if not len(lengths) == len(task) == len(characters) or int(lengths.sum()) != len(tokens):
+        if not len(lengths) == len(task) == len(characters) or (offsets is None and int(lengths.sum()) != len(tokens)):
             raise InputError(
                 f"lengths ({len(lengths)}, sum {int(lengths.sum())}), task ({len(task)}), characters ({len(characters)}) and "
                 f"tokens ({len(tokens)}) disagree; give one length, task and character count a document"
@@ -125,11 +150,22 @@ class TokenSplit:
             )
         self.tokens = tokens.to(torch.int32)  # half the memory; every vocabulary fits
         self.lengths = lengths.to(torch.int64)
-        self.offsets = self.lengths.cumsum(0) - self.lengths
+        self.offsets = self.lengths.cumsum(0) - self.lengths if offsets is None else offsets.to(torch.int64)
+        self.observed = observed
         self.task = task.to(torch.int64)
         self.characters = characters.to(torch.int64)
         self.num_tasks = num_tasks
         self.pad_token_id = pad_token_id
+        if len(self.offsets) != len(lengths) or (len(lengths) and int((self.offsets + self.lengths).max()) > len(tokens)):
+            raise InputError(f"offsets ({len(self.offsets)}) and lengths ({len(lengths)}) leave the {len(tokens)} tokens")
+        if observed is not None and (len(observed) != len(tokens) or bool(observed[self.offsets].any())):
+            raise InputError(
+                f"observed has {len(observed)} entries for {len(tokens)} tokens, or says that the first of a document is "
+                "predicted; give a bool a token, False for the first"
+            )
+        self.predicted = _predicted(observed, self.offsets, self.lengths)
+        if len(lengths) and int(self.predicted.min()) < 1:
+            raise InputError(f"document {int(self.predicted.argmin())} has no token to predict; leave it out")
 
     @classmethod
     def from_documents(
@@ -140,16 +176,45 @@ class TokenSplit:
         num_tasks: int,
         characters: Sequence[int] | None = None,
         pad_token_id: int = 0,
+        read: Sequence[int] | None = None,
     ) -> TokenSplit:
-        """A split from lists of token ids; without `characters` a token counts as one."""
+        """A split from lists of token ids.
+
+        Args:
+            documents: token ids of each.
+            task: index of the task of each.
+            num_tasks: number of tasks.
+            characters: that the predicted tokens of each stand for; default: a token counts as one.
+            pad_token_id: what fills the rows of a batch.
+            read: how many leading tokens of each are only read; default: 1, the start.
+        """
         lengths = torch.tensor([len(document) for document in documents], dtype=torch.int64)
+        observed = None
+        if read is not None:
+            tokens_read = zip(lengths.tolist(), read, strict=True)
+            observed = torch.tensor([n >= k for length, k in tokens_read for n in range(length)], dtype=torch.bool)
+        of_prompt = torch.ones_like(lengths) if read is None else torch.tensor(read, dtype=torch.int64)
         return cls(
             torch.tensor(list(chain.from_iterable(documents)), dtype=torch.int64),
             lengths,
             task=torch.tensor(task, dtype=torch.int64),
-            characters=lengths - 1 if characters is None else torch.tensor(characters, dtype=torch.int64),
+            characters=lengths - of_prompt if characters is None else torch.tensor(characters, dtype=torch.int64),
             num_tasks=num_tasks,
             pad_token_id=pad_token_id,
+            observed=observed,
+        )
+
+    def subset(self, documents: Tensor) -> TokenSplit:
+        """The documents at some positions (n,), in that order, on the same tokens."""
+        return TokenSplit(
+            self.tokens,
+            self.lengths[documents],
+            task=self.task[documents],
+            characters=self.characters[documents],
+            num_tasks=self.num_tasks,
+            pad_token_id=self.pad_token_id,
+            observed=self.observed,
+            offsets=self.offsets[documents],
         )
 
     @property
@@ -159,8 +224,8 @@ class TokenSplit:
 
     @property
     def num_tokens(self) -> int:
-        """Number of predicted tokens: all but the first of each document."""
-        return int(self.lengths.sum()) - self.num_documents
+        """Number of predicted tokens: all but the first of each document and those that are only read."""
+        return int(self.predicted.sum())
 
     @property
     def documents_per_task(self) -> list[int]:
@@ -169,7 +234,7 @@ class TokenSplit:
 
     @property
     def tokens_per_task(self) -> Tensor:
-        """(D,) int64: the tokens of each task's documents."""
+        """(D,) int64: the tokens of each task's documents, predicted or only read: what the work at them grows with."""
         return torch.zeros(self.num_tasks, dtype=torch.int64).index_add_(0, self.task, self.lengths)
 
     def __len__(self) -> int:
@@ -182,6 +247,12 @@ class TokenSplit:
         """(tokens,) int64, the token ids of one document."""
         start = int(self.offsets[index])
         return self.tokens[start : start + int(self.lengths[index])].to(torch.int64)
+
+    def labels(self, index: int) -> Tensor:
+        """(tokens,) int64, the token ids of one document, -100 where they are not predicted."""
+        start, ids = int(self.offsets[index]), self.document(index)
+        read = torch.arange(len(ids)) == 0 if self.observed is None else ~self.observed[start : start + len(ids)]
+        return ids.masked_fill(read, IGNORED)
 
     def batches(self, *, token_budget: int = 4096, seed: int | None = None, documents: Tensor | None = None) -> Batches:
         """One epoch: every document in exactly one batch, each batch of at most `token_budget` tokens with its padding.
@@ -261,7 +332,8 @@ class Batches(Sequence[Batch]):
         # Padding reads a document's last token, so that no index leaves the tensor, and is then overwritten.
         where = split.offsets[index][:, None] + columns.minimum(lengths[:, None] - 1)
         input_ids = split.tokens[where].to(torch.int64).masked_fill(~mask, split.pad_token_id)
-        labels = input_ids.masked_fill(~mask | (columns == 0), IGNORED)
+        read = columns == 0 if split.observed is None else ~split.observed[where]
+        labels = input_ids.masked_fill(~mask | read, IGNORED)
         return Batch(
             input_ids=input_ids,
             attention_mask=mask.to(torch.int64),
@@ -270,6 +342,18 @@ class Batches(Sequence[Batch]):
             index=index,
             scale=float(len(self)),
         )
+
+
+def _predicted(observed: Tensor | None, offsets: Tensor, lengths: Tensor) -> Tensor:
+    """(documents,) how many tokens of each are observed."""
+    if observed is None or not len(lengths):
+        return lengths - 1
+    # each place once: the same document may be there several times
+    places, which = torch.stack([offsets, offsets + lengths], 1).unique(dim=0, return_inverse=True)
+    bounds = places.flatten().numpy()
+    # numpy adds up from each bound to the next, and from the last to the end, where none may stand
+    bounds = bounds[:-1] if bounds[-1] == len(observed) else bounds
+    return torch.from_numpy(np.add.reduceat(observed.numpy(), bounds, dtype=np.int64)[::2])[which]
 
 
 def _pack(lengths: np.ndarray, order: np.ndarray, token_budget: int) -> list[np.ndarray]:

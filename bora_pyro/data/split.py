@@ -21,6 +21,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from bora_pyro.data.encode import content_columns
 from bora_pyro.data.files import SPLITS
 from bora_pyro.errors import InputError, nearest
 
@@ -174,9 +175,9 @@ def split_notes(parts: Mapping[str, datasets.Dataset], record: Mapping[str, Any]
         # Three groups reach every split, so a task that lacks one has too few, unless the fractions or the user say otherwise.
         few = "" if any(len(record["tasks"][task]) >= len(SPLITS) for task in tasks) else " (too few groups to split)"
         notes.append(f"{noun}{few}: {_listed(tasks)}")
-    sides: Counter[str] = Counter()
+    sides: Counter[tuple[str, ...]] = Counter()
     for part in parts.values():
-        sides.update(set(part["text"][:]))
+        sides.update(set(zip(*(part[column][:] for column in content_columns(part.column_names)), strict=True)))
     if shared := sum(count > 1 for count in sides.values()):
         notes.append(f"{_plural(shared, 'text')} {'stands' if shared == 1 else 'stand'} in more than one split (kept)")
     return notes

@@ -1,4 +1,4 @@
-"""Tables of documents: whatever the source, the columns ``task``, ``text`` and ``group``.
+"""Tables of documents: whatever the source, the columns ``task``, ``text`` (or a prompt with it, or a chat) and ``group``.
 
 >>> import pandas as pd
 >>> speeches = pd.DataFrame({"speaker": ["Ada", "Bo", "Bo"], "speech": ["Hello.", "Hi.", " "]})
@@ -12,16 +12,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-import numpy as np
 import pandas as pd
 
 from bora_pyro.data.documentation import documentation_rows
-from bora_pyro.data.files import SPLITS, TABLE_ENDINGS, join_splits, one_line, read_file, read_folder, table_ending
+from bora_pyro.data.files import TABLE_ENDINGS, join_splits, one_line, read_file, read_folder, table_ending
+from bora_pyro.data.rows import Columns, RowReader
 from bora_pyro.errors import InputError, nearest
 
 Source: TypeAlias = str | Path | pd.DataFrame | datasets.Dataset | datasets.DatasetDict
@@ -34,10 +34,13 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def read_table(
     source: Source,
     *,
-    task_column: str = "task",
-    text_column: str = "text",
+    task_column: str | Sequence[str] = "task",
+    text_column: str | Sequence[str] = "text",
     group_column: str | None = None,
     split_column: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    messages_column: str | None = None,
     hub_split: str | None = "train",
 ) -> tuple[datasets.Dataset, list[str]]:
     """Read documents and the task that each belongs to.
@@ -49,64 +52,53 @@ def read_table(
             a folder that holds data files, or a hub id (both are read by ``datasets.load_dataset``);
             ``builtin:documentation``;
             a ``pandas.DataFrame``, ``datasets.Dataset`` or ``datasets.DatasetDict`` in memory.
-        task_column: column with the name of the task; numbers become text.
-        text_column: column with the text of the document.
+        task_column: column with the name of the task; numbers become text. Of several columns the names are joined by `` / ``,
+            as in ``Norway / Ada``.
+        text_column: column with the text of the document. The texts of several columns are joined by a blank line; empty ones
+            are left out.
         group_column: column with what must not be separated by a split (the speech that a piece comes from). None means
             ``doc_id`` where the table has it, else that each document stands for itself.
         split_column: column with a ready split, ``train``, ``validation`` or ``test``; None reads no split.
+        prompt_column: column with a prompt, which is read before the completion and not predicted.
+        completion_column: column with the text behind the prompt; nothing comes between them.
+        messages_column: column with a chat, a list of messages with ``role`` and ``content``, or that as JSON text, of which the
+            assistant's are predicted.
         hub_split: the split to read of a hub id or a folder of data files; None puts all splits together. The rows then
             have a column ``split``, which ``split_column="split"`` keeps.
 
     Returns:
         The table, with text columns ``task``, ``text``, ``group`` (and ``split`` where `split_column` is given), in the order
-        of the source, and notes: a line on each kind of document that was dropped.
+        of the source, and notes: a line on each kind of document that was dropped. With prompts there is a column ``prompt``,
+        and the text is the completion; chats are JSON texts in a column ``messages``, which then replaces ``text``.
 
     Raises:
-        InputError: the source is missing, unreadable or empty; a column is missing; a cell is not text.
+        InputError: the source is missing, unreadable or empty; a column is missing; a cell is not text; two tasks of several
+            columns would have one name.
     """
+    columns = Columns.given(
+        task_column=task_column,
+        text_column=text_column,
+        group_column=group_column,
+        split_column=split_column,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        messages_column=messages_column,
+    )
     table, label = _load(source, hub_split)
     names = list(table.columns) if isinstance(table, pd.DataFrame) else table.column_names
     if len(table) == 0:
         raise InputError(f"{label} has no rows; give one document a row")
-    if group_column is None and "doc_id" in names:
-        group_column = "doc_id"
-    for option, column in (("task", task_column), ("text", text_column), ("group", group_column), ("split", split_column)):
-        if column is not None and column not in names:
-            raise InputError(
-                f"{label} has no column {column!r} ({option}_column); its columns are {', '.join(map(str, names))}"
-                f"{nearest(column, map(str, names))}"
-            )
-
-    tasks = _cells(table, task_column)
-    texts = _cells(table, text_column)
-    groups = _cells(table, group_column) if group_column is not None else [None] * len(texts)
-    splits = _cells(table, split_column) if split_column is not None else None
-    columns: dict[str, list[str]] = {"task": [], "text": [], "group": []}
-    if splits is not None:
-        columns["split"] = []
-    no_task = empty_text = 0
-    for row, (task, text, group) in enumerate(zip(tasks, texts, groups, strict=True), start=1):
-        where = f"{label}, row {row}"
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"{where}: column {text_column!r} is a {type(text).__name__} ({text!r:.40}), not text")
-        name = _name(task, f"{where}: column {task_column!r}")
-        if text is None or not text.strip():
-            empty_text += 1
-            continue
-        if not name:
-            no_task += 1
-            continue
-        columns["task"].append(name)
-        columns["text"].append(text)
-        columns["group"].append(_name(group, f"{where}: column {group_column!r}") or f"row {row}")
-        if splits is not None:
-            columns["split"].append(_split_name(splits[row - 1], f"{where}: column {split_column!r}"))
-
-    notes = [_dropped(count, what) for count, what in ((empty_text, "empty text"), (no_task, "no task")) if count]
-    if not columns["text"]:
-        raise InputError(f"{label} has no document with a task and a text: {'; '.join(notes)}")
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
-    return datasets.Dataset.from_dict(columns, features=features), notes
+    reader = RowReader(columns, names, label)
+    cells = {column: _cells(table, column) for column in reader.needed}
+    kept: dict[str, list[str]] = {name: [] for name in reader.form}
+    for number, values in enumerate(zip(*cells.values(), strict=True), start=1):
+        row = reader.read(number, dict(zip(cells, values, strict=True)))
+        if row is not None:
+            for name, column in kept.items():
+                column.append(row[name])
+    reader.check_any(len(kept["task"]))
+    features = datasets.Features({name: datasets.Value("string") for name in kept})
+    return datasets.Dataset.from_dict(kept, features=features), reader.notes()
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
@@ -139,10 +131,15 @@ def _load(source: Source, hub_split: str | None) -> tuple[_Table, str]:
         return read_folder(path, split=hub_split), f"folder {name!r}"
     if path.exists():
         return read_file(path), f"file {name!r}"
-    if isinstance(source, Path) or table_ending(path) or not _HUB_ID.fullmatch(name):
+    if isinstance(source, Path) or not is_hub_id(name):
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"file {name!r} does not exist; check the path{nearest(path.name, siblings)}")
     return _load_hub(name, hub_split), f"hub data set {name!r}"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text has the form of a hub id, and not that of a file."""
+    return not table_ending(name) and _HUB_ID.fullmatch(name) is not None
 
 
 def _load_hub(name: str, split: str | None) -> datasets.Dataset:
@@ -163,24 +160,3 @@ def _cells(table: _Table, column: str) -> list[Any]:
         cells = table[column].astype(object)
         return cells.where(cells.notna(), None).tolist()
     return list(table.select_columns([column]).with_format(None)[:][column])
-
-
-def _name(cell: Any, where: str) -> str:
-    """A cell as the name of a task or a group: a number 3 or 3.0 is '3', a missing cell is ''."""
-    if isinstance(cell, np.generic):
-        cell = cell.item()
-    if cell is None or (isinstance(cell, float) and np.isnan(cell)):
-        return ""
-    if isinstance(cell, list | dict | bytes | np.ndarray):
-        raise InputError(f"{where} is a {type(cell).__name__} ({cell!r:.40}), not a name; give text or a number")
-    return str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell).strip()
-
-
-def _split_name(cell: Any, where: str) -> str:
-    if cell not in SPLITS:
-        raise InputError(f"{where} is {cell!r:.40}; a split is {', '.join(SPLITS)}{nearest(str(cell), SPLITS)}")
-    return str(cell)
-
-
-def _dropped(count: int, what: str) -> str:
-    return f"{count} document{'s' if count > 1 else ''} with {what} {'were' if count > 1 else 'was'} dropped"

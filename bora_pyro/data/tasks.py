@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.chat import load_chat_template
 from bora_pyro.data.files import SPLITS
 from bora_pyro.data.split import (
     apply_split,
@@ -35,7 +37,7 @@ from bora_pyro.data.split import (
     task_generator,
 )
 from bora_pyro.data.tables import Source, read_table
-from bora_pyro.data.tokenise import tokenise
+from bora_pyro.data.tokenise import Tokenised, tokenise
 from bora_pyro.errors import InputError
 
 
@@ -78,13 +80,18 @@ def load_tasks(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    task_column: str = "task",
-    text_column: str = "text",
+    task_column: str | Sequence[str] = "task",
+    text_column: str | Sequence[str] = "text",
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    messages_column: str | None = None,
+    chat_template: str | Path | None = None,
     group_column: str | None = None,
     split_column: str | None = None,
     hub_split: str | None = "train",
     num_tasks: int | None = None,
     max_tokens: int = 256,
+    long_documents: str = "cut",
     max_train_documents: int | None = None,
     max_eval_documents: int | None = None,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
@@ -100,17 +107,28 @@ def load_tasks(
         >>> rows = {"task": ["ada", "bob"] * 5, "text": [f"document {n}" for n in range(10)]}
         >>> load_tasks(datasets.Dataset.from_dict(rows), tokenizer, max_tokens=16)
         TaskData(2 tasks: 'ada', 'bob'; documents: 6 train, 2 validation, 2 test)
+        >>> rows = {"task": ["ada", "bob"] * 3, "question": ["Is it?"] * 6, "answer": [" Yes.", " No."] * 3}
+        >>> columns = {"prompt_column": "question", "completion_column": "answer"}
+        >>> data = load_tasks(datasets.Dataset.from_dict(rows), tokenizer, **columns)
+        >>> tokenizer.decode([label for label in data.train.labels(0).tolist() if label >= 0])
+        ' Yes.</s>'
 
     Args:
-        source: see `read_table`, as for the five options that follow.
+        source: see `read_table`, as for the columns and `hub_split`.
         tokenizer: the tokenizer of the base model.
-        task_column: column with the name of the task.
-        text_column: column with the text.
+        task_column: column with the name of the task, or several, whose names are joined by `` / ``.
+        text_column: column with the text, or several, whose texts are joined by a blank line.
+        prompt_column: column with a prompt, which is only read.
+        completion_column: column with the text that follows the prompt and is predicted.
+        messages_column: column with a chat, of which the assistant's turns are predicted.
+        chat_template: how chats are written, a .jinja file or a template as text; default: the tokenizer's own.
         group_column: column with what a split must not separate.
         split_column: column with a ready split; then `fractions` and `small_tasks` do nothing.
         hub_split: split to read of a hub id; None reads all.
         num_tasks: take the first n tasks by sorted name; None takes all.
-        max_tokens: longest document in tokens, with its start and end; longer ones are cut.
+        max_tokens: longest document in tokens, with its start and end.
+        long_documents: ``cut`` leaves out what is beyond `max_tokens`; ``split`` makes consecutive pieces of a document, which
+            stay on one side of the split, have its prompt each, and count as a document each (`bora_pyro.data.encode.encoder`).
         max_train_documents: keep at most so many training documents a task, drawn by the seed. The documents of a smaller
             number are among those of a larger one, and validation and test stay whole: made for learning curves.
         max_eval_documents: the same for validation and for test documents.
@@ -126,18 +144,26 @@ def load_tasks(
     for option, value in (("max_train_documents", max_train_documents), ("max_eval_documents", max_eval_documents)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}; give 1 or more, or None for all")
-    table, notes = read_table(
-        source,
-        task_column=task_column,
-        text_column=text_column,
-        group_column=group_column,
-        split_column=split_column,
-        hub_split=hub_split,
-    )
+    columns: dict[str, Any] = {
+        "task_column": task_column,
+        "text_column": text_column,
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+        "messages_column": messages_column,
+        "group_column": group_column,
+        "split_column": split_column,
+    }
+    form: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "long_documents": long_documents,
+        "chat_template": load_chat_template(chat_template),
+    }
+    table, notes = read_table(source, **columns, hub_split=hub_split)
+    names = set(table["task"][:])
     if split_record is not None:
         record: dict[str, Any] = _first_tasks_of_record(split_record, num_tasks)
         parts = apply_split(table, record)
-        left_out = set(table["task"][:]) - set(record["tasks"])
+        left_out = names - set(record["tasks"])
         if left_out and num_tasks is None:
             noun = "1 task" if len(left_out) == 1 else f"{len(left_out)} tasks"
             were = "was" if len(left_out) == 1 else "were"
@@ -163,12 +189,9 @@ def load_tasks(
     for name in SPLITS:
         limit = max_train_documents if name == "train" else max_eval_documents
         part = parts[name] if limit is None else _at_most(parts[name], limit, seed=seed, split=name)
-        done[name] = tokenise(part, tokenizer, task_index=task_index, max_tokens=max_tokens)
-    if num_dropped := sum(part.num_dropped for part in done.values()):
-        notes.append(f"{num_dropped} documents without a token of text were dropped")
-    if num_cut := sum(part.num_cut for part in done.values()):
-        total = sum(len(part.split) for part in done.values())
-        notes.append(f"{num_cut} of {total} documents are longer than {max_tokens} tokens and were cut")
+        done[name] = tokenise(part, tokenizer, task_index=task_index, **form)
+    what = "of text" if prompt_column is None and messages_column is None else f"to predict within {max_tokens}"
+    notes += _token_notes([*done.values()], what, max_tokens)
     if not len(done["train"].split):
         raise InputError("no training document is left; give texts that the tokenizer knows, and a split that trains")
     return TaskData(
@@ -179,6 +202,19 @@ def load_tasks(
         split_record=record,
         notes=notes,
     )
+
+
+def _token_notes(done: Sequence[Tokenised], what: str, max_tokens: int) -> list[str]:
+    """Notes on what became of documents when they were tokenised."""
+    notes, total = [], sum(part.num_documents for part in done)
+    if num_dropped := sum(part.num_dropped for part in done):
+        notes.append(f"{num_dropped} documents without a token {what} were dropped")
+    if num_cut := sum(part.num_cut for part in done):
+        notes.append(f"{num_cut} of {total} documents are longer than {max_tokens} tokens and were cut")
+    if num_split := sum(part.num_split for part in done):
+        pieces = sum(len(part.split) for part in done) - total + num_split
+        notes.append(f"{num_split} of {total} documents are longer than {max_tokens} tokens and were split into {pieces} pieces")
+    return notes
 
 
 def _first_tasks(table: datasets.Dataset, num_tasks: int | None) -> datasets.Dataset:

@@ -1,8 +1,7 @@
-"""From texts to the tokens that a causal language model predicts.
+"""From a table of documents to the tokens of a split, which are kept for the next run.
 
-Every document becomes ``start, text..., end``: the start (bos, or eos where the tokenizer has no bos) makes the first token of
-the text a predicted one, the end (eos) makes the model say where a document stops. A document that is too long is cut and
-has no end. The tokens are kept in the cache of ``datasets``, by the texts and the tokenizer that they come from.
+The tokens lie in the cache of ``datasets``, by the documents and the tokenizer that they come from; what they are is said in
+``encode.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,64 +20,87 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.chat import chat_template_of
+from bora_pyro.data.encode import content_columns, encoder
 from bora_pyro.errors import InputError
 
-# Changes with what `tokenise` makes of a text, so that no older cache is read.
-_FORM = 1
+# Changes with what `tokenise` makes of a document, so that no older cache is read.
+_FORM = 2
 
 
 class Tokenised(NamedTuple):
-    """The tokens of one split, and what became of its documents."""
+    """The tokens of one split, and what became of its documents.
+
+    Attributes:
+        split: the tokens; each piece of a document that was split is a document there.
+        num_documents: rows of the table of which there are tokens.
+        num_cut: those of them that were cut.
+        num_split: those of them that were split.
+        num_dropped: rows without a token to predict.
+    """
 
     split: TokenSplit
+    num_documents: int
     num_cut: int
+    num_split: int
     num_dropped: int
 
 
 def tokenise(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, task_index: Mapping[str, int], max_tokens: int = 256
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task_index: Mapping[str, int],
+    max_tokens: int = 256,
+    long_documents: str = "cut",
+    chat_template: str | None = None,
 ) -> Tokenised:
-    """Tokenise a table with columns ``task`` and ``text``.
+    """Tokenise a table of the form that ``read_table`` gives: ``task``, and ``text`` with or without ``prompt``, or ``messages``.
 
     Args:
         dataset: one document a row.
         tokenizer: any tokenizer with a bos or an eos token.
         task_index: position of each task.
-        max_tokens: longest document in tokens, with start and end; longer ones are cut.
+        max_tokens: longest document in tokens, with start and end.
+        long_documents: ``cut`` or ``split``: what becomes of longer ones, see `encoder`.
+        chat_template: a template for chats, in Jinja; default: the tokenizer's own.
 
     Returns:
-        The split, the number of documents that were cut, and the number that were dropped because no token of their text is
-        left. The characters of a document are those of its text up to its last token.
+        The split, and how many documents were cut, split, and dropped because no token of them is predicted. The characters of
+        a document are those of its predicted text up to its last token.
 
     Raises:
-        InputError: the tokenizer has neither bos nor eos, or `max_tokens` is below 2.
+        InputError: the tokenizer has neither bos nor eos, `max_tokens` is below 2, or a chat cannot be read.
     """
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 2:
-        raise InputError(f"max_tokens is {max_tokens!r}; give a whole number of 2 or more (a start and one predicted token)")
-    encode = encoder(tokenizer, max_tokens)
+    check_max_tokens(max_tokens)
+    encode = encoder(tokenizer, max_tokens, long_documents=long_documents, chat_template=chat_template)
+    masked = content_columns(dataset.column_names) != ["text"]
     features = datasets.Features(
         {
             "input_ids": datasets.List(datasets.Value("int32")),
             "task": datasets.Value("string"),
             "characters": datasets.Value("int64"),
             "cut": datasets.Value("bool"),
+            "row": datasets.Value("int64"),
+            **({"observed": datasets.List(datasets.Value("bool"))} if masked else {}),
         }
     )
     # A fingerprint of our own: datasets would hash the tokenizer, whose state changes with every call.
-    fingerprint = _fingerprint(dataset, tokenizer, max_tokens)
+    fingerprint = _fingerprint(dataset, tokenizer, [max_tokens, long_documents], chat_template)
     with _without_progress_bars():
         encoded = dataset.map(
             encode,
             batched=True,
+            with_indices=True,
             remove_columns=dataset.column_names,
             features=features,
             new_fingerprint=fingerprint,
             cache_file_name=_cache_file(fingerprint),
         )
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = pad_token_id(tokenizer)
     if not len(encoded):  # map gives an empty table no columns
         empty = TokenSplit.from_documents([], task=[], num_tasks=len(task_index), pad_token_id=pad)
-        return Tokenised(empty, num_cut=0, num_dropped=len(dataset))
+        return Tokenised(empty, num_documents=0, num_cut=0, num_split=0, num_dropped=len(dataset))
     columns = encoded.with_format("arrow")[:]
     documents = columns.column("input_ids").combine_chunks()
     split = TokenSplit(
@@ -88,84 +110,64 @@ def tokenise(
         characters=_tensor(columns.column("characters")),
         num_tasks=len(task_index),
         pad_token_id=pad,
+        observed=_tensor(columns.column("observed").combine_chunks().flatten()) if masked else None,
     )
-    return Tokenised(split, num_cut=sum(columns.column("cut").to_pylist()), num_dropped=len(dataset) - len(encoded))
+    pieces = np.unique(columns.column("row").to_numpy(), return_counts=True)[1]
+    return Tokenised(
+        split,
+        num_documents=len(pieces),
+        num_cut=sum(columns.column("cut").to_pylist()),
+        num_split=int((pieces > 1).sum()),
+        num_dropped=len(dataset) - len(pieces),
+    )
 
 
-def _fingerprint(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
-    """What the tokens depend on: the texts and their tasks, the tokenizer's rules, the longest document."""
+def check_max_tokens(max_tokens: int) -> None:
+    """Raise an InputError where so many tokens are not a start and a predicted one."""
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 2:
+        raise InputError(f"max_tokens is {max_tokens!r}; give a whole number of 2 or more (a start and one predicted token)")
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills the rows of a batch."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def _fingerprint(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, options: list[Any], chat_template: str | None
+) -> str:
+    """What the tokens depend on: the documents and their tasks, the tokenizer's rules, what becomes of long documents."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # of the last call
     else:
         rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    digest = hashlib.sha256(json.dumps([_FORM, max_tokens, tokenizer.bos_token_id, tokenizer.eos_token_id, rules]).encode())
-    for column in ("task", "text"):
+    content = content_columns(dataset.column_names)
+    template = [chat_template_of(tokenizer, chat_template), tokenizer.special_tokens_map] if "messages" in content else None
+    parts = [_FORM, *options, content, template, tokenizer.bos_token_id, tokenizer.eos_token_id, rules]
+    digest = hashlib.sha256(json.dumps(parts, default=str).encode())
+    for column in ("task", *content):
         for cell in dataset[column][:]:
             digest.update(f"{len(cell)} {cell}".encode(errors="surrogatepass"))
     return digest.hexdigest()[:32]
 
 
-def _cache_file(fingerprint: str) -> str | None:
-    """Where the tokens are kept for the next run, beside the other caches of ``datasets``; None where nothing can be kept."""
+def cache_folder() -> Path | None:
+    """Where tokens are kept, beside the other caches of ``datasets``; None where nothing can be written."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "bora_pyro"
-    if not datasets.is_caching_enabled():
-        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError:
         return None
-    return str(folder / f"{fingerprint}.arrow")
+    return folder
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Callable[[dict[str, list[str]]], dict[str, list[Any]]]:
-    """The function that makes ``input_ids`` and the other columns of rows of ``text`` and ``task``; empty texts are left out."""
-    end = tokenizer.eos_token_id
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
-    if start is None:
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so the first token of a text cannot be "
-            "predicted; set tokenizer.bos_token, or use the tokenizer of a causal language model"
-        )
-
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        # verbose=False: lengths over the model's limit are cut below, there is nothing to warn of.
-        encoding = tokenizer(
-            rows["text"],
-            add_special_tokens=True,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_offsets_mapping=tokenizer.is_fast,
-            verbose=False,
-        )
-        columns: dict[str, list[Any]] = {"input_ids": [], "task": [], "characters": [], "cut": []}
-        for row, text_ids in enumerate(encoding["input_ids"]):
-            text_ids = list(text_ids)
-            shift = 0 if text_ids[:1] == [start] else 1  # the start that is put in front has no offset
-            ids = [start] * shift + text_ids
-            if len(ids) - (len(ids) > 1 and ids[-1] == end) < 2:
-                continue
-            if end is not None and ids[-1] != end:
-                ids.append(end)
-            cut = len(ids) > max_tokens
-            characters = len(rows["text"][row])
-            if cut:
-                ids = ids[:max_tokens]
-                kept = max_tokens - shift
-                if tokenizer.is_fast:
-                    characters = max((stop for _, stop in encoding["offset_mapping"][row][:kept]), default=0)
-                else:
-                    characters = len(tokenizer.decode(text_ids[:kept], skip_special_tokens=True))
-            columns["input_ids"].append(ids)
-            columns["task"].append(rows["task"][row])
-            columns["characters"].append(characters)
-            columns["cut"].append(cut)
-        return columns
-
-    return encode
+def _cache_file(fingerprint: str) -> str | None:
+    """Where the tokens are kept for the next run; None where nothing can be kept."""
+    folder = cache_folder() if datasets.is_caching_enabled() else None
+    return None if folder is None else str(folder / f"{fingerprint}.arrow")
 
 
 def _tensor(column: Any) -> torch.Tensor:

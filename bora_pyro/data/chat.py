@@ -1,0 +1,153 @@
+"""Chats as the tokenizer's chat template writes them, and which of their tokens are the assistant's.
+
+A template that marks what the assistant says with ``{% generation %}`` is taken at its word. Of one that does not, a turn of the
+assistant is all that the template writes behind the request for one (``add_generation_prompt``), the end of the turn included.
+
+>>> from transformers import AutoTokenizer
+>>> from bora_pyro.backbone import BUILTIN_BASES
+>>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
+>>> template = (
+...     "{% for message in messages %}{{ message.role }}: {{ message.content }}\\n{% endfor %}"
+...     "{% if add_generation_prompt %}assistant:{% endif %}"
+... )
+>>> chat = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
+>>> [(ids, observed, _)] = read_chats(tokenizer, [chat], template)
+>>> tokenizer.decode([token for token, own in zip(ids, observed) if own])
+' Hello\\n'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from bora_pyro.data.files import one_line
+from bora_pyro.errors import InputError
+
+Messages = list[dict[str, Any]]
+#: The role whose turns are predicted.
+ASSISTANT = "assistant"
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TOKENS = {"return_offsets_mapping": True, "return_attention_mask": False, "verbose": False}
+
+
+def chat_messages(cell: Any, where: str) -> Messages:
+    """The messages in a cell of a table: a list of mappings with ``role`` and ``content``, or that as JSON text.
+
+    >>> chat_messages('[{"role": "user", "content": "Hi", "name": null}]', "row 1")
+    [{'role': 'user', 'content': 'Hi'}]
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where} is not JSON ({error.msg}); give a list of {{role, content}} as JSON text") from None
+    messages = cell.tolist() if isinstance(cell, np.ndarray) else cell  # parquet's lists, as pandas reads them
+    if not isinstance(messages, list):
+        raise InputError(f"{where} is a {type(messages).__name__} ({messages!r:.40}), not a list of {{role, content}}")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise InputError(f"{where} has the message {message!r:.60}; give each a role, a text, and a content")
+    # tables fill the keys that a message lacks with None
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def load_chat_template(given: str | Path | None) -> str | None:
+    """A template in Jinja, from its file or as it is.
+
+    Raises:
+        InputError: the file cannot be read, or there is no template in it.
+    """
+    if given is None or (isinstance(given, str) and ("{%" in given or "{{" in given)):
+        return given
+    try:
+        template = Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"chat_template {str(given)!r} cannot be read ({one_line(error)}); give a .jinja file") from None
+    if "{%" not in template and "{{" not in template:
+        raise InputError(f"chat_template {str(given)!r} is no template in Jinja: it has neither '{{{{' nor '{{%'")
+    return template
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """The template that writes the chats: the one that is given, or the tokenizer's own.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return str(tokenizer.get_chat_template(template))
+    except ValueError:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template to write chats with; give one with "
+            "--chat_template FILE.jinja, or use the tokenizer of a chat model"
+        ) from None
+
+
+def read_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[str], template: str | None = None
+) -> Iterator[tuple[list[int], list[bool], list[int]]]:
+    """Tokens of each chat, whether each is the assistant's, and up to which character of the chat's text it goes.
+
+    Args:
+        tokenizer: a fast one, which knows where in the text a token stands.
+        chats: JSON texts, lists of messages.
+        template: in Jinja; default: the tokenizer's own.
+
+    Raises:
+        InputError: no template, a tokenizer without offsets, or a chat that the template cannot write.
+    """
+    template = chat_template_of(tokenizer, template)
+    if not tokenizer.is_fast:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} does not know where its tokens stand; use a fast one for chats")
+    read = _by_marks if _MARKED.search(template) else _by_turns
+    for chat in chats:
+        try:
+            yield read(tokenizer, json.loads(chat), template)
+        except InputError as error:
+            raise InputError(f"chat {chat[:60]!r}: {error}") from None
+        except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
+            raise InputError(f"chat {chat[:60]!r}: the chat template cannot write it ({one_line(error)})") from None
+
+
+def _by_marks(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> tuple[list[int], list[bool], list[int]]:
+    encoding = tokenizer.apply_chat_template(
+        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_TOKENS
+    )
+    observed = [bool(own) for own in encoding["assistant_masks"]]
+    return list(encoding["input_ids"]), observed, [stop for _, stop in encoding["offset_mapping"]]
+
+
+def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> tuple[list[int], list[bool], list[int]]:
+    def written(part: Messages, *, ask: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(part, chat_template=template, tokenize=False, add_generation_prompt=ask))
+
+    text, turns = written(messages), []
+    for n, message in enumerate(messages):
+        if message["role"] != ASSISTANT:
+            continue
+        until = written(messages[: n + 1])
+        # the first turn follows no request that could be written: it begins where its words do
+        words = str(message.get("content", "")).strip()
+        before = written(messages[:n], ask=True) if n else until[: max(until.find(words), 0)]
+        if not (text.startswith(until) and until.startswith(before)):
+            raise InputError(
+                f"the chat template writes message {n + 1} differently when others follow and does not mark what the assistant "
+                "says; give one that marks it with {% generation %} ... {% endgeneration %}: --chat_template FILE.jinja"
+            )
+        turns.append((len(before), len(until)))
+    encoding = tokenizer(text, add_special_tokens=False, **_TOKENS)
+    offsets = encoding["offset_mapping"]
+    observed = [any(a < last and b > first for first, last in turns) and b > a for a, b in offsets]
+    return list(encoding["input_ids"]), observed, [stop for _, stop in offsets]

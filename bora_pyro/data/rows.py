@@ -1,0 +1,216 @@
+"""One row of a table at a time: what its columns say of a document, checked where it enters.
+
+>>> columns = Columns(task=("country", "speaker"), text=("title", "body"))
+>>> reader = RowReader(columns, ["country", "speaker", "title", "body"], "the table")
+>>> reader.read(1, {"country": "UK", "speaker": "Ada", "title": "On engines", "body": "They compute."})
+{'task': 'UK / Ada', 'text': 'On engines\\n\\nThey compute.', 'group': 'row 1'}
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bora_pyro.data.chat import chat_messages
+from bora_pyro.data.files import SPLITS
+from bora_pyro.errors import InputError, nearest
+
+#: What stands between the names of a task that several columns make.
+JOINED_NAMES = " / "
+#: What stands between the texts of a document that several columns make.
+JOINED_TEXTS = "\n\n"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table say what; those of ``read_table``."""
+
+    task: tuple[str, ...] = ("task",)
+    text: tuple[str, ...] = ("text",)
+    group: str | None = None
+    split: str | None = None
+    prompt: str | None = None
+    messages: str | None = None
+    text_option: str = "text_column"
+
+    @classmethod
+    def given(
+        cls,
+        *,
+        task_column: str | Sequence[str] = "task",
+        text_column: str | Sequence[str] = "text",
+        group_column: str | None = None,
+        split_column: str | None = None,
+        prompt_column: str | None = None,
+        completion_column: str | None = None,
+        messages_column: str | None = None,
+    ) -> Columns:
+        """The columns that options name.
+
+        Raises:
+            InputError: options that do not go together, or a list without a name.
+        """
+        task, text = _names("task_column", task_column), _names("text_column", text_column)
+        if (prompt_column is None) != (completion_column is None):
+            given, lacking = ("prompt", "completion") if completion_column is None else ("completion", "prompt")
+            raise InputError(
+                f"{given}_column is given without {lacking}_column; a prompt is read and its completion predicted: give both, or "
+                "text_column alone to predict all"
+            )
+        kinds = {"text_column": text != ("text",), "prompt_column": bool(prompt_column), "messages_column": bool(messages_column)}
+        if sum(kinds.values()) > 1:
+            raise InputError(
+                f"{' and '.join(name for name, there in kinds.items() if there)} are given; a document is a text, a prompt with "
+                "its completion, or a chat: give one of them"
+            )
+        option = "text_column" if completion_column is None else "completion_column"
+        text = text if completion_column is None else (completion_column,)
+        return cls(task, text, group_column, split_column, prompt_column, messages_column, option)
+
+    def by_option(self) -> list[tuple[str, str]]:
+        """Each column with the option that names it, in the order of the options."""
+        texts = [(self.text_option, name) for name in self.text] if self.messages is None else []
+        pairs = [("task_column", name) for name in self.task] + [("prompt_column", self.prompt), *texts]
+        pairs += [("messages_column", self.messages), ("group_column", self.group), ("split_column", self.split)]
+        return [(option, column) for option, column in pairs if column is not None]
+
+
+class RowReader:
+    """Makes rows of the form that the data axis works with, and counts those that it drops.
+
+    Args:
+        columns: which column says what.
+        names: the columns of the table; a column ``doc_id`` groups documents where no other is named.
+        label: how errors call the table.
+
+    Attributes:
+        columns: with the group that was found.
+        form: names of the columns of the rows: ``task``, the document (``text``, with ``prompt``, or ``messages``, a chat as JSON
+            text), ``group``, and ``split`` where there is one.
+
+    Raises:
+        InputError: the table lacks a column.
+    """
+
+    def __init__(self, columns: Columns, names: Sequence[Any], label: str) -> None:
+        if columns.group is None and "doc_id" in names:
+            columns = Columns(**{**vars(columns), "group": "doc_id"})
+        for option, column in columns.by_option():
+            if column not in names:
+                raise InputError(
+                    f"{label} has no column {column!r} ({option}); its columns are {', '.join(map(str, names))}"
+                    f"{nearest(column, map(str, names))}"
+                )
+        self.columns, self.label = columns, label
+        content = ["text"] if columns.prompt is None else ["prompt", "text"]
+        content = content if columns.messages is None else ["messages"]
+        self.form = ("task", *content, "group", *(["split"] if columns.split is not None else []))
+        self._dropped: Counter[str] = Counter()
+        self._parts: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns of the table that are read, each once."""
+        return list(dict.fromkeys(column for _, column in self.columns.by_option()))
+
+    def read(self, number: int, cells: Mapping[str, Any]) -> dict[str, str] | None:
+        """What row `number`, from 1, holds; None where it has no document or no task.
+
+        Raises:
+            InputError: a cell that is not of its kind, or two tasks with one name.
+        """
+        columns, where = self.columns, f"{self.label}, row {number}"
+        content = self._content(cells, where)
+        task = self._task(cells, where)
+        if content is None:
+            self._dropped["no messages" if columns.messages is not None else "empty text"] += 1
+            return None
+        if not task:
+            self._dropped["no task"] += 1
+            return None
+        group = "" if columns.group is None else _name(cells[columns.group], f"{where}: column {columns.group!r}")
+        row = {"task": task, **content, "group": group or f"row {number}"}
+        if columns.split is not None:
+            row["split"] = _split_name(cells[columns.split], f"{where}: column {columns.split!r}")
+        return row
+
+    def notes(self) -> list[str]:
+        """A line on each kind of document that was dropped."""
+        kinds = ("empty text", "no messages", "no task")
+        return [_were_dropped(self._dropped[kind], kind) for kind in kinds if self._dropped[kind]]
+
+    def check_any(self, number: int) -> None:
+        """Raise an InputError where no document is left."""
+        if not number:
+            raise InputError(f"{self.label} has no document with a task and a text: {'; '.join(self.notes())}")
+
+    def _content(self, cells: Mapping[str, Any], where: str) -> dict[str, str] | None:
+        columns = self.columns
+        if columns.messages is not None:
+            if not _is_there(cells[columns.messages]):
+                return None
+            messages = chat_messages(cells[columns.messages], f"{where}: column {columns.messages!r}")
+            return {"messages": json.dumps(messages, ensure_ascii=False, default=str)} if messages else None
+        texts = [_text(cells[column], f"{where}: column {column!r}") for column in columns.text]
+        texts = [text for text in texts if text.strip()]
+        if not texts:
+            return None
+        prompt = {} if columns.prompt is None else {"prompt": _text(cells[columns.prompt], f"{where}: column {columns.prompt!r}")}
+        return {**prompt, "text": JOINED_TEXTS.join(texts)}
+
+    def _task(self, cells: Mapping[str, Any], where: str) -> str:
+        parts = tuple(_name(cells[column], f"{where}: column {column!r}") for column in self.columns.task)
+        if not all(parts):
+            return ""
+        name = JOINED_NAMES.join(parts)
+        if self._parts.setdefault(name, parts) != parts:
+            one, other = (" and ".join(map(repr, each)) for each in (self._parts[name], parts))
+            raise InputError(
+                f"{where}: the task {name!r} would be that of {one} and that of {other} (task_column "
+                f"{' '.join(self.columns.task)}); write these names without {JOINED_NAMES!r}"
+            )
+        return name
+
+
+def _names(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"{option} is {list(names)}; give one column or several different ones")
+    return names
+
+
+def _is_there(cell: Any) -> bool:
+    missing = cell is None or (isinstance(cell, float) and np.isnan(cell))
+    return not missing and not (isinstance(cell, str) and not cell.strip())
+
+
+def _text(cell: Any, where: str) -> str:
+    if cell is not None and not isinstance(cell, str):
+        raise InputError(f"{where} is a {type(cell).__name__} ({cell!r:.40}), not text")
+    return cell or ""
+
+
+def _name(cell: Any, where: str) -> str:
+    """A cell as the name of a task or a group: a number 3 or 3.0 is '3', a missing cell is ''."""
+    if isinstance(cell, np.generic):
+        cell = cell.item()
+    if cell is None or (isinstance(cell, float) and np.isnan(cell)):
+        return ""
+    if isinstance(cell, list | dict | bytes | np.ndarray):
+        raise InputError(f"{where} is a {type(cell).__name__} ({cell!r:.40}), not a name; give text or a number")
+    return str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell).strip()
+
+
+def _split_name(cell: Any, where: str) -> str:
+    if cell not in SPLITS:
+        raise InputError(f"{where} is {cell!r:.40}; a split is {', '.join(SPLITS)}{nearest(str(cell), SPLITS)}")
+    return str(cell)
+
+
+def _were_dropped(count: int, what: str) -> str:
+    return f"{count} document{'s' if count > 1 else ''} with {what} {'were' if count > 1 else 'was'} dropped"
