@@ -126,6 +126,12 @@ class MapFitConfig:
         choices=("tokens", "documents"),
     )
 
+    task_weights: str | None = option(
+        None,
+        "a .csv, .yaml or .json file with a weight a task, the factor of its log-likelihood (default: 1 for all)",
+        group=PRIOR,
+    )
+
     epochs: int = option(6, "passes over the training documents, at most", group=FIT)
     learning_rate: float = option(1e-2, "AdamW's largest learning rate", group=FIT)
     scale_learning_rate_with_tau: bool = option(
@@ -253,7 +259,7 @@ class MapFitConfig:
 # Options that are names, and cannot be empty.
 _NAMES = (
     "data", "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template",
-    "group_column", "split_column", "base_model", "adapter", "output_dir",
+    "group_column", "split_column", "task_weights", "base_model", "adapter", "output_dir",
 )  # fmt: skip
 # The least value of each whole number.
 _LEAST = {

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import torch
 from pyro import poutine
+from torch import Tensor
 
 from bora_pyro.data.batches import Batch, TokenSplit
 from bora_pyro.errors import InputError
+from bora_pyro.likelihoods import task_weight
 from bora_pyro.model import BoRA, Weights
 
 
 def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
-    """∇ log p(w_n | θ_d) of each document with respect to its own task's weights, without the scale of the mini-batch.
+    """∇ log p(w_n | θ_d) of each document with respect to its own task's weights, without the scales of mini-batch and task.
 
     Args:
         model: the BoRA model.
@@ -39,8 +41,14 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
     return dict(zip(rows, torch.autograd.grad(log_likelihood, list(rows.values())), strict=True))
 
 
+def _weighted(model: BoRA, batch: Batch, values: Tensor) -> Tensor:
+    """What each document adds, (rows, ...), as often as its task's weight says."""
+    weight = task_weight(model.likelihood, batch.task)
+    return values * weight.view(-1, *[1] * (values.dim() - 1))
+
+
 def diagonal_fisher(model: BoRA, theta: Weights, split: TokenSplit, *, token_budget: int = 4096) -> Weights:
-    """The diagonal of the empirical Fisher information, Σ_n (∇ log p(w_n | θ_d))² over each task's documents.
+    """The diagonal of the empirical Fisher information, w_d Σ_n (∇ log p(w_n | θ_d))² over each task's documents, w_d its weight.
 
     Args:
         model: the BoRA model.
@@ -55,7 +63,7 @@ def diagonal_fisher(model: BoRA, theta: Weights, split: TokenSplit, *, token_bud
     for batch in split.batches(token_budget=token_budget):
         on_device = batch.to(model.backbone.device)
         for name, gradient in document_gradients(model, theta, on_device).items():
-            fisher[name].index_add_(0, on_device.task, gradient.square())
+            fisher[name].index_add_(0, on_device.task, _weighted(model, on_device, gradient.square()))
     return fisher
 
 
@@ -90,8 +98,8 @@ def kronecker_fisher(
         on_device = batch.to(model.backbone.device)
         for name, gradient in document_gradients(model, theta, on_device).items():
             g = gradient if gradient.shape[-2] <= gradient.shape[-1] else gradient.mT  # (documents, layers, r, n)
-            factors[f"{name}.short"].index_add_(0, on_device.task, g @ g.mT)
-            factors[f"{name}.long"].index_add_(0, on_device.task, g.square().sum(-2))
+            factors[f"{name}.short"].index_add_(0, on_device.task, _weighted(model, on_device, g @ g.mT))
+            factors[f"{name}.long"].index_add_(0, on_device.task, _weighted(model, on_device, g.square().sum(-2)))
     for name in theta:
         trace = factors[f"{name}.long"].sum(-1)[..., None, None]
         short = factors[f"{name}.short"] / (temperature * trace)

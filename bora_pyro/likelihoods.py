@@ -28,8 +28,14 @@ class Likelihood(Protocol):
     def __call__(self, logits: Tensor | UnprojectedLogits, batch: Batch) -> None:
         """Add the observed sites of ``batch`` to the model; logits: (rows, tokens, vocabulary), computed or not yet."""
 
-    def observations(self, documents: int, tokens: int) -> int:
+    def observations(self, documents: float, tokens: float) -> float:
         """How many observations so many documents with so many predicted tokens are: the unit of the reported loss."""
+
+
+def task_weight(likelihood: Likelihood, task: Tensor) -> Tensor:
+    """(rows,) float32, the factor of each document's log-likelihood, by its task; 1 where the likelihood weighs all alike."""
+    weights = getattr(likelihood, "task_weights", None)
+    return torch.ones(len(task), device=task.device) if weights is None else weights.to(task.device)[task]
 
 
 class NextTokens(TorchDistribution):
@@ -92,23 +98,31 @@ class CausalLM:
     Args:
         unit: ``tokens``, the paper's likelihood; ``documents`` counts each document once whatever its length (its mean
             log-likelihood a token), as the released code does.
+        task_weights: (D,) float32, above 0, the factor w_d of each task's log-likelihood, Π_d p(documents of d | θ_d)^w_d: as if
+            a task's documents were there w_d times; None: 1 for all. Perplexities are not weighted.
 
     Raises:
-        InputError: an unknown unit.
+        InputError: an unknown unit, or a weight that is no finite number above 0.
     """
 
-    def __init__(self, unit: str = "tokens") -> None:
+    def __init__(self, unit: str = "tokens", *, task_weights: Tensor | None = None) -> None:
         if unit not in UNITS:
             raise InputError(f"likelihood unit {unit!r} is not known; it is one of {', '.join(UNITS)}{nearest(unit, UNITS)}")
-        self.unit = unit
+        if task_weights is not None and not bool(((task_weights > 0) & task_weights.isfinite()).all()):
+            raise InputError(f"task_weights are {task_weights.tolist()!r:.80}; give finite numbers above 0")
+        self.unit, self.task_weights = unit, task_weights
 
     def __call__(self, logits: Tensor | UnprojectedLogits, batch: Batch) -> None:
         # batch.scale makes the sum over the batch an unbiased estimate of the sum over all documents
-        with pyro.plate("documents", len(batch.labels), dim=-1), poutine.scale(scale=batch.scale):
+        scale = batch.scale if self.task_weights is None else batch.scale * task_weight(self, batch.task)
+        with pyro.plate("documents", len(batch.labels), dim=-1), poutine.scale(scale=scale):
             pyro.sample("tokens", NextTokens(logits, per_token=self.unit == "documents"), obs=batch.labels)
 
-    def observations(self, documents: int, tokens: int) -> int:
+    def observations(self, documents: float, tokens: float) -> float:
         return tokens if self.unit == "tokens" else documents
 
     def __repr__(self) -> str:
-        return f"CausalLM(unit={self.unit!r})"
+        weights = ""
+        if self.task_weights is not None:
+            weights = f", task_weights={self.task_weights.min().item():g} to {self.task_weights.max().item():g}"
+        return f"CausalLM(unit={self.unit!r}{weights})"

@@ -29,6 +29,7 @@ from bora_pyro.evaluate import evaluate
 from bora_pyro.fit_state import AllTasks, DrawnTasks, FitState
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides.base import begins_at_sites
+from bora_pyro.likelihoods import task_weight
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.processes import Processes, add_up_gradient
 from bora_pyro.processes import shares as share_out
@@ -75,7 +76,7 @@ class Loop:
         self.token_budget, self.accumulate = token_budget, accumulate
         self.device = model.backbone.device
         self.elbo = TemperedELBO(temperature)
-        self.observations = model.likelihood.observations(data.train.num_documents, data.train.num_tokens)
+        self.observations = self._observations(data.train.task, data.train.predicted)
         self.processes = processes or Processes()
         if task_subsampling is None:
             task_subsampling = self.processes.size > 1 or model.num_tasks > MANY_TASKS
@@ -168,10 +169,10 @@ class Loop:
                     self.learn_prior((step + 1) // self.model.prior.every - 1)
                     report.setdefault("tau_path", []).append({"step": step + 1, "tau": self._tau()})
             totals = totals + sums[:4]
-            loss, log_likelihood, documents, tokens = totals.tolist()
+            loss, log_likelihood, observations, tokens = totals.tolist()
             report |= {
                 "step": step + 1,
-                "loss": -log_likelihood / self.model.likelihood.observations(int(documents), int(tokens)),
+                "loss": -log_likelihood / observations,
                 "objective": loss / (number + 1),
             }
             report |= {"learning_rate": rate, "training_tokens_per_second": tokens / (time.perf_counter() - start)}
@@ -192,7 +193,7 @@ class Loop:
         A loss that is not finite ends the fit at the best state so far.
 
         Returns:
-            (5,) float64: loss, log-likelihood, documents and predicted tokens of the step, and what was requested, in all
+            (5,) float64: loss, log-likelihood, observations and predicted tokens of the step, and what was requested, in all
             processes.
         """
         # on the device until the end: what is asked of it earlier would have to wait for it
@@ -202,11 +203,11 @@ class Loop:
             if batch is None:
                 self.model.backbone.idle(backward=True)
                 continue
-            tokens = int(batch.predicted.sum())
+            counts = [self._observations(batch.task, batch.predicted), int(batch.predicted.sum())]
             loss = self.backward(batch.to(self.device), validate=validate)
             # of the log-likelihood what the batch itself has: the scale to all documents taken off again
             sums[:2] += torch.stack([loss, self.elbo.log_likelihood / batch.scale]).to(sums.dtype)
-            sums[2:4] += torch.tensor([len(batch.task), tokens], dtype=sums.dtype).to(self.device, non_blocking=True)
+            sums[2:4] += torch.tensor(counts, dtype=sums.dtype).to(self.device, non_blocking=True)
         sums[4] = self.request()
         norm = add_up_gradient(self.processes, self.state.shared, self.state.own, sums)
         if not torch.stack([*sums, norm.to(sums)]).isfinite().all():
@@ -215,6 +216,11 @@ class Loop:
         torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
         self.state.step(rate)
         return sums.cpu()
+
+    def _observations(self, task: Tensor, predicted: Tensor) -> float:
+        """How many observations some documents are, of these tasks, with so many predicted tokens each; as their tasks weigh."""
+        weight = task_weight(self.model.likelihood, task).double()
+        return self.model.likelihood.observations(weight.sum().item(), (weight * predicted).sum().item())
 
     def backward(self, batch: Batch, *, validate: bool) -> Tensor:
         """Add a batch's gradient of −ELBO a training observation; returns its part of the loss."""

@@ -47,7 +47,7 @@ FIT_OPTIONS = (
 DATA_OPTIONS = (
     "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template", "group_column",
     "split_column", "num_tasks", "long_documents", "max_train_documents", "max_eval_documents", "seed",
-    "small_tasks",
+    "small_tasks", "task_weights",
 )  # fmt: skip
 #: The adapter folder that holds Θ.
 GLOBAL_MEAN = "global-mean"
@@ -176,7 +176,7 @@ def build_run(
         len(data.tasks),
         adapter=adapter,
         prior=prior or with_shared(_prior(config), adapter.shared),
-        likelihood=CausalLM(config.likelihood_unit),
+        likelihood=CausalLM(config.likelihood_unit, task_weights=data.task_weights),
         seed=config.seed,
     )
     return model, data

@@ -127,17 +127,19 @@ def test_chats_from_end_to_end(inputs, tmp_path):
 def test_all_of_it_together_and_a_posterior_around_it(inputs, tmp_path):
     options, folder = inputs
     rows = [row | {"country": "NO", "question": row["question"] * 2, "answer": row["answer"] * 6} for row in questions()]
-    corpus = folder / "corpus"
+    corpus, weights = folder / "corpus", folder / "weights.csv"
     corpus.mkdir()
     write_lines(corpus / "train.jsonl", rows)
+    weights.write_text("task,weight\nNO / Ada,2\n")
     more = {
         "data": corpus, "prompt_column": "question", "completion_column": "answer", "max_tokens": 20,
-        "long_documents": "split", "tau": "learned", "task_subsampling": "true",
+        "long_documents": "split", "task_weights": weights, "tau": "learned", "task_subsampling": "true",
     }  # fmt: skip
     words = [*line({**options, **more, "output_dir": tmp_path / "run"}), "--task_column", "country", "task"]
     assert script_main()(words) == 0
     run = load_run(tmp_path / "run")
     assert run.data.tasks == ["NO / Ada", "NO / Børge B.", "NO / Cleo"]
+    assert run.fitted.model.likelihood.task_weights.tolist() == [2.0, 1.0, 1.0]
     assert run.metrics["test_documents"] == len(run.data.test) > 6
     assert run.fitted.evaluate(run.data.test)["test_perplexity"] == pytest.approx(run.metrics["test_perplexity"], rel=1e-6)
     assert any("were split into" in note for note in run.metrics["notes"])

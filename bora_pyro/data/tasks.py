@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.batches import TokenSplit
@@ -37,6 +38,7 @@ from bora_pyro.data.split import (
     task_generator,
 )
 from bora_pyro.data.tables import Source, read_table
+from bora_pyro.data.task_weights import task_weights as weights_of
 from bora_pyro.data.tokenise import Tokenised, tokenise
 from bora_pyro.errors import InputError
 
@@ -56,6 +58,7 @@ class TaskData:
         test: tokens of the test documents.
         split_record: where each group of each task went, JSON-able; `load_tasks` takes it again.
         notes: one line on each thing that a user should know: what was dropped or cut, and which tasks are not in every split.
+        task_weights: (D,) factors of the tasks' log-likelihoods, for ``CausalLM(task_weights=...)``; None: all count alike.
     """
 
     tasks: list[str]
@@ -64,6 +67,7 @@ class TaskData:
     test: TokenSplit
     split_record: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    task_weights: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -98,6 +102,7 @@ def load_tasks(
     seed: int = 0,
     small_tasks: str = "error",
     split_record: Mapping[str, Any] | None = None,
+    task_weights: Mapping[str, float] | str | Path | None = None,
 ) -> TaskData:
     """Read, split and tokenise.
 
@@ -137,6 +142,8 @@ def load_tasks(
         small_tasks: ``error`` or ``drop``: tasks with fewer than three documents.
         split_record: split as this record of an earlier run says, whatever `split_column`, `fractions` and `small_tasks` say;
             tasks that it does not have are left out.
+        task_weights: a factor of the log-likelihood of each task, by name, or a file of them (`bora_pyro.data.task_weights`);
+            1 where none is given.
 
     Raises:
         InputError: the data or an argument cannot be used; the message says which and what to do.
@@ -201,6 +208,7 @@ def load_tasks(
         test=done["test"].split,
         split_record=record,
         notes=notes,
+        task_weights=None if task_weights is None else weights_of(task_weights, tasks, known=names),
     )
 
 
