@@ -72,6 +72,9 @@ class MapFitConfig:
         group=DATA,
         choices=LONG_DOCUMENTS,
     )
+    streaming: bool = option(
+        False, "read a hub id or a folder of data files row by row, and keep its tokens in a file instead of memory", group=DATA
+    )
     max_train_documents: int | None = option(None, "at most so many training documents of a task (default: all)", group=DATA)
     max_eval_documents: int | None = option(
         None, "at most so many validation and so many test documents of a task (default: all)", group=DATA

@@ -46,7 +46,7 @@ FIT_OPTIONS = (
 #: Options of a configuration that ``load_tasks`` takes by the same name.
 DATA_OPTIONS = (
     "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template", "group_column",
-    "split_column", "num_tasks", "long_documents", "max_train_documents", "max_eval_documents", "seed",
+    "split_column", "streaming", "num_tasks", "long_documents", "max_train_documents", "max_eval_documents", "seed",
     "small_tasks", "task_weights",
 )  # fmt: skip
 #: The adapter folder that holds Θ.

@@ -132,7 +132,7 @@ def test_all_of_it_together_and_a_posterior_around_it(inputs, tmp_path):
     write_lines(corpus / "train.jsonl", rows)
     weights.write_text("task,weight\nNO / Ada,2\n")
     more = {
-        "data": corpus, "prompt_column": "question", "completion_column": "answer", "max_tokens": 20,
+        "data": corpus, "prompt_column": "question", "completion_column": "answer", "streaming": "true", "max_tokens": 20,
         "long_documents": "split", "task_weights": weights, "tau": "learned", "task_subsampling": "true",
     }  # fmt: skip
     words = [*line({**options, **more, "output_dir": tmp_path / "run"}), "--task_column", "country", "task"]

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.chat import load_chat_template
 from bora_pyro.data.files import SPLITS
+from bora_pyro.data.rows import Columns
 from bora_pyro.data.split import (
     apply_split,
     check_task_count,
@@ -37,6 +38,7 @@ from bora_pyro.data.split import (
     split_notes,
     task_generator,
 )
+from bora_pyro.data.streaming import TokenFile, stream_documents
 from bora_pyro.data.tables import Source, read_table
 from bora_pyro.data.task_weights import task_weights as weights_of
 from bora_pyro.data.tokenise import Tokenised, tokenise
@@ -93,6 +95,7 @@ def load_tasks(
     group_column: str | None = None,
     split_column: str | None = None,
     hub_split: str | None = "train",
+    streaming: bool = False,
     num_tasks: int | None = None,
     max_tokens: int = 256,
     long_documents: str = "cut",
@@ -130,6 +133,7 @@ def load_tasks(
         group_column: column with what a split must not separate.
         split_column: column with a ready split; then `fractions` and `small_tasks` do nothing.
         hub_split: split to read of a hub id; None reads all.
+        streaming: read a hub id or a folder row by row, and keep the tokens in a file: for corpora larger than memory.
         num_tasks: take the first n tasks by sorted name; None takes all.
         max_tokens: longest document in tokens, with its start and end.
         long_documents: ``cut`` leaves out what is beyond `max_tokens`; ``split`` makes consecutive pieces of a document, which
@@ -160,12 +164,16 @@ def load_tasks(
         "group_column": group_column,
         "split_column": split_column,
     }
+    tokens: TokenFile | None = None
     form: dict[str, Any] = {
         "max_tokens": max_tokens,
         "long_documents": long_documents,
         "chat_template": load_chat_template(chat_template),
     }
-    table, notes = read_table(source, **columns, hub_split=hub_split)
+    if streaming:
+        table, tokens, notes = stream_documents(source, tokenizer, Columns.given(**columns), hub_split=hub_split, **form)
+    else:
+        table, notes = read_table(source, **columns, hub_split=hub_split)
     names = set(table["task"][:])
     if split_record is not None:
         record: dict[str, Any] = _first_tasks_of_record(split_record, num_tasks)
@@ -196,7 +204,9 @@ def load_tasks(
     for name in SPLITS:
         limit = max_train_documents if name == "train" else max_eval_documents
         part = parts[name] if limit is None else _at_most(parts[name], limit, seed=seed, split=name)
-        done[name] = tokenise(part, tokenizer, task_index=task_index, **form)
+        done[name] = (
+            tokenise(part, tokenizer, task_index=task_index, **form) if tokens is None else tokens.of(part, tokenizer, task_index)
+        )
     what = "of text" if prompt_column is None and messages_column is None else f"to predict within {max_tokens}"
     notes += _token_notes([*done.values()], what, max_tokens)
     if not len(done["train"].split):
