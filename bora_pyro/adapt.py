@@ -20,13 +20,14 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.encode import encoder
 from bora_pyro.data.tables import Source, read_table
 from bora_pyro.data.tasks import TaskData, load_tasks
-from bora_pyro.data.tokenise import encoder
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import fit
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES
+from bora_pyro.likelihoods import without_task_weights
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
 
@@ -131,7 +132,7 @@ def fit_deviations(
 
 
 def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
-    """The model of new tasks: backbone, adapter and likelihood of a fit, and its Θ and τ as the prior.
+    """The model of new tasks: backbone, adapter and likelihood of a fit, and its Θ and τ as the prior; they have no weights.
 
     Raises:
         InputError: τ of the fit is infinite, so that a new task has nothing of its own.
@@ -145,7 +146,8 @@ def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
             "tau of the fit is inf, one adapter for all tasks, and a new task has that one too (adapters/global-mean); "
             "fit with --tau learned, or a number, to adapt"
         )
-    new = BoRA(model.backbone, num_tasks, adapter=model.adapter, prior=Given(mean, precisions), likelihood=model.likelihood)
+    likelihood = without_task_weights(model.likelihood)
+    new = BoRA(model.backbone, num_tasks, adapter=model.adapter, prior=Given(mean, precisions), likelihood=likelihood)
     new.fixed = model.fixed
     return new
 
@@ -186,8 +188,11 @@ def load_new_tasks(
     source: Source,
     fitted: Fitted,
     *,
-    task_column: str = "task",
-    text_column: str = "text",
+    task_column: str | Sequence[str] = "task",
+    text_column: str | Sequence[str] = "text",
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    messages_column: str | None = None,
     group_column: str | None = None,
     split_column: str | None = None,
     **options: Any,
@@ -199,6 +204,9 @@ def load_new_tasks(
         fitted: the fit that they are adapted from, whose tokenizer reads them.
         task_column: column with the name of the task.
         text_column: column with the text.
+        prompt_column: column with a prompt, which is only read.
+        completion_column: column with the text that follows the prompt.
+        messages_column: column with a chat.
         group_column: column with what belongs together.
         split_column: column with a ready split.
         options: further ones of ``load_tasks``: ``max_tokens``, ``max_train_documents``, ...
@@ -211,6 +219,9 @@ def load_new_tasks(
     columns: dict[str, Any] = {
         "task_column": task_column,
         "text_column": text_column,
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+        "messages_column": messages_column,
         "group_column": group_column,
         "split_column": split_column,
     }

@@ -19,6 +19,13 @@ __all__ = ["AdaptConfig", "parse_config"]
 DATA, ADAPTATION, RUN = "data", "adaptation", "run"
 
 
+#: The options that say what the new tasks' documents are, by the names that they have in a fit's configuration.
+NEW_DOCUMENTS = (
+    "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template", "group_column",
+    "split_column", "max_train_documents", "seed",
+)  # fmt: skip
+
+
 @dataclass(kw_only=True)
 class AdaptConfig:
     """Adapt a finished fit to new tasks with few documents each: its Theta and tau stay, only the new deviations are inferred."""
@@ -26,8 +33,12 @@ class AdaptConfig:
     run: str = option("", "folder of the fit, its output_dir", positional=True)
 
     data: str = option("", "the new tasks' documents, as map_fit.py takes them", group=DATA)
-    task_column: str = option("task", "column that names a document's task", group=DATA)
-    text_column: str = option("text", "column that holds a document's text", group=DATA)
+    task_column: str | list[str] = option("task", "column that names a document's task, or several", group=DATA)
+    text_column: str | list[str] = option("text", "column that holds a document's text, or several", group=DATA)
+    prompt_column: str | None = option(None, "column with a prompt, read and not predicted (default: no prompts)", group=DATA)
+    completion_column: str | None = option(None, "column with the text behind the prompt (default: text_column)", group=DATA)
+    messages_column: str | None = option(None, "column with a chat (default: no chats)", group=DATA)
+    chat_template: str | None = option(None, "a .jinja file that writes chats (default: as in the fit)", group=DATA)
     group_column: str | None = option(
         None, "documents that agree here are one (default: doc_id where the table has it)", group=DATA
     )

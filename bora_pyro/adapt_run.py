@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bora_pyro.adapt import adapt, load_new_tasks
-from bora_pyro.adapt_config import AdaptConfig
+from bora_pyro.adapt_config import NEW_DOCUMENTS, AdaptConfig
 from bora_pyro.errors import InputError
 from bora_pyro.map_run import GIVEN, metrics_of, write_adapters, write_posterior
 from bora_pyro.run_folder import RunFolder
@@ -46,9 +46,8 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
     run = load_run(config.run, device=config.device)
     config = _resolved(config, run)
     data = load_new_tasks(
-        config.data, run.fitted, task_column=config.task_column, text_column=config.text_column,
-        group_column=config.group_column, split_column=config.split_column, max_tokens=config.max_tokens or 2,
-        max_train_documents=config.max_train_documents, seed=config.seed,
+        config.data, run.fitted, max_tokens=config.max_tokens or 2, long_documents=run.config.long_documents,
+        **{name: getattr(config, name) for name in NEW_DOCUMENTS},
     )  # fmt: skip
     if not quiet:
         for note in data.notes:
@@ -67,6 +66,5 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
-    return dataclasses.replace(
-        config, max_tokens=config.max_tokens or run.config.max_tokens, token_budget=config.token_budget or run.config.token_budget
-    )
+    names = ("max_tokens", "token_budget", "chat_template")
+    return dataclasses.replace(config, **{name: getattr(config, name) or getattr(run.config, name) for name in names})

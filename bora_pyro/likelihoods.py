@@ -6,6 +6,7 @@ CausalLM(unit='tokens')
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar, Protocol
 
 import pyro
@@ -36,6 +37,14 @@ def task_weight(likelihood: Likelihood, task: Tensor) -> Tensor:
     """(rows,) float32, the factor of each document's log-likelihood, by its task; 1 where the likelihood weighs all alike."""
     weights = getattr(likelihood, "task_weights", None)
     return torch.ones(len(task), device=task.device) if weights is None else weights.to(task.device)[task]
+
+
+def without_task_weights(likelihood: Likelihood) -> Likelihood:
+    """The same likelihood for other tasks, all of which count alike."""
+    likelihood = copy.copy(likelihood)
+    if hasattr(likelihood, "task_weights"):
+        likelihood.task_weights = None
+    return likelihood
 
 
 class NextTokens(TorchDistribution):

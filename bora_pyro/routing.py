@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bora_pyro.adapt import given_model
 from bora_pyro.data.batches import TokenSplit
-from bora_pyro.data.tokenise import encoder
+from bora_pyro.data.encode import encoder
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import NextTokens
@@ -163,8 +163,7 @@ def infer_task(
         log_likelihood = torch.cat([log_likelihood, of_draws.logsumexp(1, keepdim=True) - math.log(draws)], 1)
         log_prior = torch.cat([log_prior + math.log1p(-unknown), torch.tensor([math.log(unknown)], dtype=torch.float64)])
         names.append(UNKNOWN)
-    tokens = split.lengths - 1
-    return TaskProbabilities(names, log_likelihood, log_prior, tokens).at(temperature)
+    return TaskProbabilities(names, log_likelihood, log_prior, split.predicted).at(temperature)
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from bora_pyro.adapt_config import AdaptConfig
+from bora_pyro.adapt_config import NEW_DOCUMENTS, AdaptConfig
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError, nearest
@@ -160,15 +160,14 @@ def _read_adaptation(folder: RunFolder) -> MapFitConfig:
         new = parse_config(AdaptConfig, ["--config", str(folder.path / CONFIG)])
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
-    data: dict[str, Any] = {
-        name: getattr(new, name)
-        for name in ("data", "task_column", "text_column", "group_column", "split_column", "max_train_documents", "seed")
-    }
+    data: dict[str, Any] = {name: getattr(new, name) for name in ("data", *NEW_DOCUMENTS)}
     limits: dict[str, Any] = {
         "max_tokens": new.max_tokens,
         "token_budget": new.token_budget,
         "num_tasks": None,
         "max_eval_documents": None,
+        "streaming": False,
+        "task_weights": None,
     }
     return dataclasses.replace(config, **data, **limits)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bora_pyro import infer_task
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
 from tests.tiny_base import WORDS, line, quick_fit, save_base, script_main
@@ -143,9 +144,30 @@ def test_all_of_it_together_and_a_posterior_around_it(inputs, tmp_path):
     assert run.metrics["test_documents"] == len(run.data.test) > 6
     assert run.fitted.evaluate(run.data.test)["test_perplexity"] == pytest.approx(run.metrics["test_perplexity"], rel=1e-6)
     assert any("were split into" in note for note in run.metrics["notes"])
+    chosen = infer_task(run.fitted, run.data.test)
+    assert chosen.tokens.tolist() == run.data.test.predicted.tolist()
+    own = chosen.log_likelihood.gather(1, run.data.test.task[:, None]).sum()
+    assert math.exp(-float(own) / run.data.test.num_tokens) == pytest.approx(run.metrics["test_perplexity"], rel=1e-5)
     posterior = script_main("posterior_fit")
     words = [str(tmp_path / "run"), *line({"output_dir": tmp_path / "posterior", "epochs": 1, "draws": 2})]
     assert posterior(words) == 0
     metrics = load_run(tmp_path / "posterior").metrics
     assert metrics["test_documents"] == run.metrics["test_documents"]
     assert metrics["mixture"]["tokens"] == run.data.test.num_tokens
+
+
+def test_a_new_task_has_documents_of_the_same_form(inputs, tmp_path):
+    options, folder = inputs
+    rows, weights = questions(), folder / "weights.yaml"
+    weights.write_text("Cleo: 3\n")
+    columns = {"prompt_column": "question", "completion_column": "answer"}
+    data = write_lines(folder / "old.jsonl", rows)
+    fitted({**options, **columns, "data": data, "long_documents": "split", "task_weights": weights}, tmp_path / "run")
+    new = write_lines(folder / "new.jsonl", [row | {"task": "Dora", "answer": row["answer"] * 6} for row in rows[:4]])
+    words = line({"data": new, "output_dir": tmp_path / "new", "steps": 4, "max_tokens": 20, **columns})
+    assert script_main("adapt")([str(tmp_path / "run"), *words]) == 0
+    run = load_run(tmp_path / "new")
+    assert run.data.tasks == ["Dora"]
+    assert run.metrics["train_documents"] == len(run.data.train) > 4  # in pieces
+    assert (run.data.train.labels(0) == -100).sum() > 1
+    assert run.fitted.model.likelihood.task_weights is None
