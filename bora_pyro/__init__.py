@@ -21,6 +21,7 @@ from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_gu
 from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
+from bora_pyro.peft_import import load_peft, read_peft
 from bora_pyro.posterior import Posterior
 from bora_pyro.priors import Given, HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
 from bora_pyro.routing import infer_task
@@ -30,6 +31,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Backbone", "BoRA", "CausalLM", "Fitted", "FrozenALoRA", "Given", "HierarchicalNormal", "Independent",
     "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt",
-    "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_tasks", "low_rank_guide", "map_guide",
-    "normal_guide", "prior_from_tau", "save_peft", "table", "talk_of_norway",
+    "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide",
+    "map_guide", "normal_guide", "prior_from_tau", "read_peft", "save_peft", "table", "talk_of_norway",
 ]  # fmt: skip

@@ -6,12 +6,14 @@ What is written here loads with ``peft.PeftModel.from_pretrained(base, folder)``
     model = PeftModel.from_pretrained(base, "runs/speeches/adapters/abraham-lincoln")
 
 Only keys that every PEFT version knows are written, so that servers with an older one read them too.
+:mod:`bora_pyro.peft_import` reads such folders back.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,15 @@ from bora_pyro.backbone import Backbone
 from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA, Weights
 
+#: LoRA's matrices by the path of the layer: ``lora_A`` (r, in) and ``lora_B`` (out, r).
+Factors = dict[str, dict[str, Tensor]]
 
-def save_peft(folder: Path, model: BoRA, weights: Weights) -> None:
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+#: What stands before a layer's path in the names of the tensors.
+PREFIX = "base_model.model."
+
+
+def save_peft(folder: Path, model: BoRA, weights: Weights, *, base_model: str | None = None) -> None:
     """Write one adapter.
 
         >>> import tempfile, bora_pyro as bp
@@ -37,36 +46,63 @@ def save_peft(folder: Path, model: BoRA, weights: Weights) -> None:
         folder: made if need be.
         model: the model that the weights belong to.
         weights: one task's (or Θ's) latents by name, (layers, *shape) each.
+        base_model: what the folder calls the base; default: the name that it was loaded by.
 
     Raises:
         InputError: the adapter has no LoRA form.
     """
-    state: dict[str, Tensor] = {}
-    rank, alpha, written = getattr(model.adapter, "rank", None), getattr(model.adapter, "alpha", None), None
+    rank, alpha = getattr(model.adapter, "rank", None), getattr(model.adapter, "alpha", None)
+    factors: Factors = {}
     for slot in model.backbone.slots:
         for layer, path in enumerate(slot.paths):
             latents = {name: weights[f"{slot.name}.{name}"][layer] for name in model.adapter.latents(slot)}
-            factors = model.adapter.lora(latents | model.fixed_of(slot, layer))
-            written = factors["lora_A"].shape[0]
-            for name, value in factors.items():
-                state[f"base_model.model.{path}.{name}.weight"] = value.detach().float().cpu().contiguous()
-    if written is None or rank is None or alpha is None:
+            factors[path] = model.adapter.lora(latents | model.fixed_of(slot, layer))
+    if not factors or rank is None or alpha is None:
         raise InputError(f"{model.adapter} cannot be written as a PEFT folder: it has no rank and alpha")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     # PEFT scales by lora_alpha/r, where r is the rank that is written: that of two pairs is twice the adapter's
-    config = _config(model.backbone, written, alpha * (written / rank))
+    written = rank_of(factors)
+    write_peft(folder, model.backbone, factors, alpha=alpha * (written / rank), base_model=base_model)
+
+
+def write_peft(
+    folder: Path, backbone: Backbone, factors: Mapping[str, Mapping[str, Tensor]], *, alpha: float, base_model: str | None = None
+) -> None:
+    """Write the LoRA matrices of one adapter.
+
+    Args:
+        folder: made if need be.
+        backbone: the base; its slots are the layers that are adapted.
+        factors: the matrices of each of those layers, all of one rank r.
+        alpha: α; a layer changes by (α/r) B A.
+        base_model: as for :func:`save_peft`.
+
+    Raises:
+        InputError: some targets are ``Conv1D`` and others ``Linear``.
+    """
+    config = _config(backbone, rank_of(factors), alpha, base_model)
+    state = {
+        f"{PREFIX}{path}.{name}.weight": value.detach().float().cpu().contiguous()
+        for path, of_layer in factors.items()
+        for name, value in of_layer.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / TENSORS, metadata={"format": "pt"})
     temporary = folder / "adapter_config.tmp"
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "adapter_config.json")
+    os.replace(temporary, folder / CONFIG)
 
 
-def _config(backbone: Backbone, rank: int, alpha: float) -> dict[str, Any]:
+def rank_of(factors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """r of the matrices, which all have one."""
+    return next(iter(factors.values()))["lora_A"].shape[-2]
+
+
+def _config(backbone: Backbone, rank: int, alpha: float, base_model: str | None) -> dict[str, Any]:
     transposed = {slot.fan_in_fan_out for slot in backbone.slots}
     if len(transposed) > 1:
         raise InputError("a PEFT folder cannot mix Conv1D and Linear targets; fit them as two models")
     return {
-        "base_model_name_or_path": backbone.model.config.name_or_path,
+        "base_model_name_or_path": backbone.model.config.name_or_path if base_model is None else base_model,
         "bias": "none",
         "fan_in_fan_out": transposed.pop(),
         "inference_mode": True,

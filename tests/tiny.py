@@ -107,7 +107,7 @@ def peft_model(model, weights, targets=None):
         fan_in_fan_out=backbone.slots[0].fan_in_fan_out,
         lora_dropout=0.0,
     )
-    with _peft_warnings():
+    with peft_warnings():
         peft = get_peft_model(copy.deepcopy(backbone.model), config).eval()
     layers = dict(peft.base_model.model.named_modules())
     found = {path for path, module in layers.items() if hasattr(module, "lora_A")}
@@ -122,12 +122,13 @@ def peft_model(model, weights, targets=None):
 
 def loaded_peft(base, folder):
     """PEFT's own reading of a folder, on a copy of `base`."""
-    with _peft_warnings():
+    with peft_warnings():
         return PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
 
 
 @contextmanager
-def _peft_warnings():
+def peft_warnings():
+    """No warning of PEFT's own making is an error within."""
     # PEFT reads an attribute that transformers has renamed: theirs to settle
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -101,3 +101,15 @@ class Adapter(ABC):
             InputError: this adapter's change is no product of two low-rank matrices.
         """
         raise InputError(f"{self} cannot be written as LoRA matrices")
+
+    def from_lora(self, factors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The latents of one layer whose LoRA form is these matrices: ``lora`` undone.
+
+        Args:
+            factors: ``lora_A`` (r, in) and ``lora_B`` (out, r).
+            fixed: the adapter's fixed tensors of the layer.
+
+        Raises:
+            InputError: no latents of this adapter have this form.
+        """
+        raise InputError(f"LoRA matrices cannot be read as {self}")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from bora_pyro.adapters.base import TensorSpec
 from bora_pyro.adapters.lora import LoRA
+from bora_pyro.errors import InputError
 from bora_pyro.slots import Slot
 
 
@@ -26,3 +31,8 @@ class FrozenALoRA(LoRA):
 
     def fixed(self, slot: Slot) -> dict[str, TensorSpec]:
         return {"lora_A": super().latents(slot)["lora_A"]}
+
+    def from_lora(self, factors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not torch.equal(factors["lora_A"], fixed["lora_A"].to(factors["lora_A"])):
+            raise InputError(f"the A of these matrices is not the frozen one of {self}; read them as plain LoRA")
+        return {"lora_B": factors["lora_B"]}

@@ -98,3 +98,6 @@ class LoRA(Adapter):
 
     def lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"lora_A": tensors["lora_A"], "lora_B": tensors["lora_B"]}
+
+    def from_lora(self, factors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"lora_A": factors["lora_A"], "lora_B": factors["lora_B"]}

@@ -51,5 +51,9 @@ class SharedPlusTaskLoRA(LoRA):
             "lora_B": torch.cat([tensors["shared_B"], tensors["lora_B"]], dim=-1),
         }
 
+    def from_lora(self, factors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        a, b, r = factors["lora_A"], factors["lora_B"], self.rank
+        return {"shared_A": a[:r], "shared_B": b[:, :r], "lora_A": a[r:], "lora_B": b[:, r:]}
+
     def _factors(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return super()._factors(x, self.lora(tensors))
