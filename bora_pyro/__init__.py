@@ -22,6 +22,7 @@ from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA
 from bora_pyro.peft_format import save_peft
 from bora_pyro.peft_import import load_peft, read_peft
+from bora_pyro.pooling import pool
 from bora_pyro.posterior import Posterior
 from bora_pyro.priors import Given, HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
 from bora_pyro.routing import infer_task
@@ -32,5 +33,5 @@ __all__ = [
     "Adapter", "Backbone", "BoRA", "CausalLM", "Fitted", "FrozenALoRA", "Given", "HierarchicalNormal", "Independent",
     "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt",
     "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide",
-    "map_guide", "normal_guide", "prior_from_tau", "read_peft", "save_peft", "table", "talk_of_norway",
+    "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "table", "talk_of_norway",
 ]  # fmt: skip

@@ -1,0 +1,123 @@
+"""Pool independently trained LoRA adapters: estimate the Θ and τ that they imply, and shrink each towards Θ without retraining.
+
+    python scripts/pool_adapters.py adapters --base_model facebook/opt-350m --documents documents.csv --output_dir pooled
+
+``adapters`` holds a PEFT folder a task. How far each is shrunk is estimated from numbers of documents (``--documents``, a table
+with the columns task and documents) or from a known noise (``--noise``), or given (``--shrinkage``). The adapters need not have
+had a common start: they are brought into one frame first, which changes no layer. It writes ``<task>/``, ``global-mean/`` (Θ),
+``groups.csv`` (τ by kind of layer), ``tasks.csv`` (shrinkage, distances, what the cut to a low rank has lost) and
+``pooling.json``. Every option: ``python scripts/pool_adapters.py --help``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+import torch
+import transformers
+
+from bora_pyro.backbone import Backbone
+from bora_pyro.command_line import check_choices, option, parse_config
+from bora_pyro.deviations import SPACES
+from bora_pyro.errors import InputError
+from bora_pyro.partial_pooling import Estimator, FixedShrinkage, JamesStein, MarginalLikelihood
+from bora_pyro.pooling import FULL, Pooled, pool
+from bora_pyro.pooling_run import POOLING, group_table, read_adapters, read_documents, task_table, write_pooled
+from bora_pyro.whole_folder import check_place
+
+
+@dataclass(kw_only=True)
+class PoolConfig:
+    """Pool independently trained LoRA adapters of one base under one hierarchy."""
+
+    folder: str = option("", "folder with a PEFT folder for each task", positional=True)
+    base_model: str = option("builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano")
+    trust_remote_code: bool = option(False, "let a hub model run its own code on this machine")
+    same_base: bool = option(True, "refuse adapters that name another base than base_model")
+    tasks: list[str] | None = option(None, "names of folders (default: all but global-mean and draws)")
+    documents: str | None = option(None, "table with the columns task and documents: estimate tau and the noise by them")
+    noise: float | None = option(None, "standard deviation of the noise in an entry: shrink by James and Stein's estimate")
+    shrinkage: float | None = option(None, "the share of the way to Theta, 0 to 1, for every task")
+    space: str = option(
+        "delta_w", "shrink the change of a layer, in a common frame, or the weights A and B, of a common start", choices=SPACES
+    )
+    rank: int | str | None = option(
+        None,
+        "rank of the result, or full to cut nothing (default: the largest of the adapters)",
+        expects="a whole number or full",
+        words=(FULL,),
+    )
+    output_dir: str = option("", "the folder to make")
+    overwrite: bool = option(False, "replace an earlier result")
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)")
+
+    def validate(self) -> None:
+        """Check the values."""
+        if not self.folder.strip():
+            raise InputError(
+                "no folder is given; name the folder of the adapters, as in pool_adapters.py adapters --output_dir pooled"
+            )
+        if not self.output_dir.strip():
+            raise InputError("no output_dir is given; name the folder to make, as in --output_dir pooled")
+        check_choices(self)
+        if sum(value is not None for value in (self.documents, self.noise, self.shrinkage)) != 1:
+            raise InputError(
+                "give one of --documents, --noise and --shrinkage: adapters alone do not tell noise from the tasks' differences"
+            )
+        if isinstance(self.rank, int) and self.rank < 1:
+            raise InputError(f"rank is {self.rank}; give a whole number from 1 up, or {FULL}")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads is {self.threads}; give a whole number from 1 up")
+
+
+def run(config: PoolConfig) -> Pooled:
+    """Read, pool and write."""
+    check_place(config.output_dir, record=POOLING, overwrite=config.overwrite)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    adapters = read_adapters(config.folder, config.tasks)
+    documents = None if config.documents is None else read_documents(config.documents, list(adapters))
+    estimator: Estimator
+    if documents is not None:
+        estimator = MarginalLikelihood(documents)
+    elif config.noise is not None:
+        estimator = JamesStein(config.noise)
+    else:
+        estimator = FixedShrinkage(config.shrinkage or 0.0)
+    targets = next(iter(adapters.values())).targets
+    backbone = Backbone.from_pretrained(config.base_model, targets=targets, trust_remote_code=config.trust_remote_code)
+    backbone.model.config.name_or_path = config.base_model
+    pooled = pool(adapters, backbone, estimator, space=config.space, rank=config.rank, same_base=config.same_base)
+    options = asdict(config) | {"estimator": repr(estimator)}
+    write_pooled(config.output_dir, pooled, options=options, documents=documents, overwrite=config.overwrite)
+    _report(pooled, documents)
+    return pooled
+
+
+def _report(pooled: Pooled, documents: list[float] | None) -> None:
+    with pd.option_context("display.width", 160, "display.max_columns", 20):
+        print("by group:")
+        print(group_table(pooled).to_string(index=False, float_format="{:.4g}".format))
+        print("\nby task:")
+        shown = ["task", "documents", "rank", "distance", "distance_shrunk", "relative_error"]
+        table = task_table(pooled, documents)
+        print(table[[name for name in shown if name in table]].to_string(index=False, float_format="{:.4g}".format))
+
+
+def main(argv: list[str]) -> int:
+    """Pool, and say where the result is."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = parse_config(PoolConfig, argv, prog="pool_adapters.py")
+        run(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"pooled adapters: {config.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

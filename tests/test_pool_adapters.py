@@ -1,0 +1,99 @@
+"""The script: what it writes from a run's own adapters, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from bora_pyro.config import MapFitConfig, parse_config
+from bora_pyro.map_run import run_map_fit
+from bora_pyro.peft_import import read_peft
+from bora_pyro.run_folder import RunFolder
+from tests.tiny_base import line, quick_fit, script_main
+
+main = script_main("pool_adapters")
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """Folder of the adapters of independent tasks, and their base."""
+    folder = tmp_path_factory.mktemp("fit")
+    options = quick_fit(folder) | {"tau": 0, "learning_rate": 0.03, "output_dir": folder / "run"}
+    run_map_fit(parse_config(MapFitConfig, line(options)), quiet=True)
+    numbers = {slug: row["train_documents"] for slug, row in RunFolder.open(folder / "run").read_metrics()["tasks"].items()}
+    table = pd.DataFrame({"task": list(numbers), "documents": [3, 30, 300]})
+    table.to_csv(folder / "documents.csv", index=False)
+    return folder
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def arguments(fitted, out, *more):
+    base = ["--base_model", str(fitted / "base"), "--output_dir", str(out), "--threads", "1"]
+    return [str(fitted / "run" / "adapters"), *base, *more]
+
+
+@pytest.mark.parametrize(
+    "how", [["--documents", "documents.csv"], ["--noise", "0.001"], ["--shrinkage", "0.5", "--space", "weights"]]
+)
+def test_a_runs_adapters_are_pooled(fitted, tmp_path, capsys, how):
+    how = [str(fitted / word) if word.endswith(".csv") else word for word in how]
+    assert main(arguments(fitted, tmp_path / "out", *how)) == 0
+    tasks = ["ada", "borge-b", "cleo"]
+    assert names(tmp_path / "out") == sorted([*tasks, "global-mean", "groups.csv", "pooling.json", "tasks.csv"])
+    stored = json.loads((tmp_path / "out" / "pooling.json").read_text())
+    groups = pd.read_csv(tmp_path / "out" / "groups.csv")
+    assert groups["group"].tolist() == list(stored["groups"])
+    for task in tasks:
+        adapter, before = read_peft(tmp_path / "out" / task), read_peft(fitted / "run" / "adapters" / task)
+        assert (adapter.rank, adapter.scaling, adapter.base_model) == (2, 1.0, before.base_model)
+        assert list(adapter.factors) == list(before.factors)
+    out, _ = capsys.readouterr()
+    assert out.startswith("by group:\n")
+    assert out.endswith(f"pooled adapters: {tmp_path / 'out'}\n")
+    assert main(arguments(fitted, tmp_path / "out", *how)) == 2
+    assert "holds an earlier result; give --overwrite true" in capsys.readouterr().err
+    assert main(arguments(fitted, tmp_path / "out", *how, "--overwrite", "true")) == 0
+
+
+def test_the_whole_rank_and_another_base_name(fitted, tmp_path, capsys):
+    moved = shutil.copytree(fitted / "base", tmp_path / "base")
+    words = [str(fitted / "run" / "adapters"), "--base_model", str(moved), "--output_dir", str(tmp_path / "out")]
+    assert main([*words, "--shrinkage", "0.5"]) == 2
+    assert "is an adapter of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--shrinkage", "0.5", "--same_base", "false", "--rank", "full", "--tasks", "ada", "cleo"]) == 0
+    assert 2 < read_peft(tmp_path / "out" / "ada").rank <= 4
+    assert names(tmp_path / "out") == ["ada", "cleo", "global-mean", "groups.csv", "pooling.json", "tasks.csv"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda words: words[1:], "no folder is given; name the folder of the adapters"),
+        (lambda words: ["gone", *words[1:], "--noise", "1"], "gone is no folder; give one in which each adapter"),
+        (lambda words: words, "give one of --documents, --noise and --shrinkage: "),
+        (lambda words: [*words, "--noise", "1", "--shrinkage", "1"], "give one of --documents, --noise and --shrinkage: "),
+        (lambda words: [*words, "--shrinkage", "2"], "shrinkage 2.0 is not allowed; it is a share from 0 to 1, nearest: 1"),
+        (lambda words: [*words, "--noise", "0"], "noise 0.0 is not allowed"),
+        (lambda words: [*words, "--noise", "1", "--rank", "0"], "rank is 0; give a whole number from 1 up, or full"),
+        (lambda words: [*words, "--noise", "1", "--rank", "all"], "--rank: 'all' cannot be used; give a whole number or full"),
+        (lambda words: [*words, "--noise", "1", "--space", "delta"], "space is 'delta'; allowed: delta_w, weights"),
+        (lambda words: [*words, "--noise", "1", "--tasks", "adda"], "* has no adapter 'adda', of 4; did you mean 'ada'?"),
+        (lambda words: [*words, "--documents", "gone.csv"], "*gone.csv*"),
+        (lambda words: [*words, "--noise", "1", "--base_model", "x"], "--base_model is given twice; give it once"),
+        (lambda words: [*words[:3], *words[5:], "--noise", "1"], "no output_dir is given; name the folder to make"),
+    ],
+)  # fmt: skip
+def test_bad_lines(fitted, tmp_path, capsys, change, message):
+    assert main(change(arguments(fitted, tmp_path / "out"))) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert all(part in error for part in message.split("*"))
+    assert not (tmp_path / "out").exists()
