@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import types
+import json
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar
 
-import yaml
-
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.config_schema import json_schema, option_types
+from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.yaml_file import Quoted, YamlError, dump_mapping, read_mapping
 
 T = TypeVar("T")
 
@@ -34,7 +36,9 @@ _NONE = ("none", "null")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list of names"}
 _EXPECTED |= {tuple: "a text, or several"}
 _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", list: "NAME", tuple: "TEXT"}
-_CONTROLS = ("config", "print_config", "help")
+_CONTROLS = ("config", "print_config", "print_schema", "help")
+# How YAML writes the numbers that no digits write.
+_YAML_NUMBERS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 
 
 def option(
@@ -80,18 +84,19 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None) 
     Args:
         cls: a dataclass whose fields are made by ``option``; its ``validate()`` is called where it has one.
         argv: the arguments without the program's name: ``--key value``, ``--key=value``, ``--config FILE.yaml``,
-            ``--print_config`` (prints the resolved YAML, exits with 0) and ``--help``.
+            ``--print_config`` (prints the resolved YAML with every option's help, exits with 0), ``--print_schema`` (prints
+            the JSON schema of the YAML, exits with 0) and ``--help``.
         prog: the program's name in ``--help``.
 
     Raises:
         InputError: an unknown, repeated or unusable option, or a file that cannot be used.
-        SystemExit: with code 0, after ``--help`` and ``--print_config``.
+        SystemExit: with code 0, after ``--help``, ``--print_schema`` and ``--print_config``.
     """
-    kinds = _kinds(cls)
+    kinds = option_types(cls)
     line, unknown = _parser(cls, kinds, prog).parse_known_args(list(argv))
     for token in unknown:
         if not token.startswith("-"):
-            raise InputError(f"unexpected {token!r}: every value follows its option, as in --key value")
+            raise InputError(f"unexpected {shown(token)}: every value follows its option, as in --key value")
         name = token.partition("=")[0].lstrip("-")
         if name in _positional(cls):
             raise InputError(f"--{name} is no option: give its value alone, as in {prog or 'PROGRAM'} {name.upper()}")
@@ -105,7 +110,7 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None) 
     if hasattr(config, "validate"):
         config.validate()
     if print_config:
-        print(to_yaml(config), end="")
+        print(to_yaml(config, comments=True), end="")
         raise SystemExit(0)
     return config
 
@@ -118,28 +123,27 @@ def check_choices(config: Any) -> None:
             raise InputError(f"{field.name} is {value!r}; allowed: {', '.join(choices)}{nearest(str(value), choices)}")
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: Any, *, comments: bool = False) -> str:
     """The configuration as YAML; ``--config`` reads it back to an equal one.
 
-    >>> from bora_pyro.config import MapFitConfig
-    >>> print(to_yaml(MapFitConfig(tau=float("inf"))).splitlines()[0])
-    data: builtin:documentation
+        >>> from bora_pyro.config import MapFitConfig
+        >>> print(to_yaml(MapFitConfig(tau=float("inf"))).splitlines()[0])
+        data: builtin:documentation
+
+    Args:
+        config: the configuration.
+        comments: put each option's help above it.
     """
-    return str(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
-
-
-def _kinds(cls: type) -> dict[str, tuple[type, bool]]:
-    """Name -> (plain type, whether None is allowed); ``list[str]`` counts as list, ``str | list[str]`` as tuple."""
-    kinds: dict[str, tuple[type, bool]] = {}
-    for name, hint in get_type_hints(cls).items():
-        parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        if str in parts and list[str] in parts:
-            kinds[name] = (tuple, type(None) in parts)
-            continue
-        # of `float | str` the number, of `bool | str` the truth: the texts that it may be are its `words`
-        hint = next(part for part in parts if part is not type(None))
-        kinds[name] = (get_origin(hint) or hint, type(None) in parts)
-    return kinds
+    values = dataclasses.asdict(config)
+    if not comments:
+        return dump_mapping(values)
+    parts = []
+    for field in dataclasses.fields(config):
+        about = field.metadata
+        help_text = about.get("help", "") + (f" [{', '.join(about['choices'])}]" if about.get("choices") else "")
+        parts += [f"# {line}\n" for line in textwrap.wrap(help_text, 118)]
+        parts.append(dump_mapping({field.name: values[field.name]}))
+    return "".join(parts)
 
 
 def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[type, bool, str, tuple[str, ...], bool]:
@@ -156,24 +160,30 @@ def _positional(cls: type) -> list[str]:
 
 
 def _unknown(name: str, valid: Sequence[str], where: str) -> InputError:
-    return InputError(f"{where}unknown option {name!r}{nearest(name, valid) or '; --help lists them all'}")
+    return InputError(f"{where}unknown option {shown(name)}{nearest(name, valid) or '; --help lists them all'}")
 
 
 def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, words: tuple[str, ...], whole: bool) -> Any:
-    """One value, as a text of the command line or as YAML gives it, to the field's type."""
-    refusal = InputError(f"{where}: {value!r} cannot be used; give {expected}")
+    """One value to the field's type: a text, or the list of a line's words, or a YAML file's None, tuple or mapping."""
+    given = list(value) if isinstance(value, tuple) else value
+    refusal = InputError(f"{where}: {shown(given)} cannot be used; give {expected}")
     alone = value[0] if isinstance(value, list) and len(value) == 1 else value  # a list's words come as a list
     word = alone.strip().lower() if isinstance(alone, str) else None
-    if optional and (value is None or word in _NONE):
+    if optional and (value is None or (word in _NONE and not isinstance(value, Quoted))):
         return None
     if word in words:
         return word
     if kind is tuple:  # one text, or several as they are given
-        items = value if isinstance(value, list) else [value]
+        items = list(value) if isinstance(value, list | tuple) else [value]
         if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
             raise refusal
         return str(items[0]) if len(items) == 1 else [str(item) for item in items]
     if kind is list:
+        if isinstance(value, tuple):  # YAML says where an item ends
+            names = [str(item) for item in value if isinstance(item, str) and item.strip()]
+            if not names or len(names) < len(value):
+                raise refusal
+            return names
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
             raise refusal
@@ -181,50 +191,37 @@ def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, 
         if not names:
             raise refusal
         return names
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and word in _BOOLEANS:
-            return _BOOLEANS[word]
+    if not isinstance(value, str) or (kind is bool and word not in _BOOLEANS):
         raise refusal
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or (kind is int and isinstance(value, float)):
-        raise refusal  # YAML's `rank: true` is no number, and its lists, mappings and dates are no text
+    if kind is bool:
+        return _BOOLEANS[str(word)]
+    if kind is float and word in _YAML_NUMBERS:
+        return _YAML_NUMBERS[str(word)]
     try:
-        return kind(value)
+        converted = kind(value)
     except (ValueError, OverflowError):
         raise refusal from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that a repeated key is an error and not silently the last one's value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep=deep)
+    if kind is float and math.isinf(converted) and "inf" not in str(word):  # 1e999
+        raise refusal
+    return converted
 
 
 def _from_yaml(cls: type, file: Path, kinds: dict[str, tuple[type, bool]]) -> dict[str, Any]:
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        # as texts: each is converted as on the line, by the type of its option, whatever YAML would make of it
+        content = read_mapping(file, as_text=True)
     except OSError as error:
         raise InputError(f"--config {file}: {error.strerror or error}; give a YAML file that can be read") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"--config {file}{line}: {' '.join(str(error.problem).split())}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, a date such as 2020-13-45
-        raise InputError(f"--config {file}: not usable as YAML ({' '.join(str(error).split())})") from None
-    if content is None:  # an empty file, or comments only
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(f"--config {file}: holds a {type(content).__name__}; give a mapping, one `key: value` a line")
+    except YamlError as error:
+        line = f", line {error.line}" if error.line else ""
+        raise InputError(f"--config {file}{line}: {error}") from None
+    except ValueError as error:  # a NUL byte in the file's name
+        raise InputError(f"--config {shown(str(file))}: {error}; give a YAML file that can be read") from None
     values = {}
     for name, value in content.items():
         if name not in kinds:
             raise _unknown(str(name), tuple(kinds), f"--config {file}: ")
+        value = tuple(value) if isinstance(value, list) else value
         values[name] = _convert(value, f"--config {file}: {name}", *_field(cls, name, kinds))
     return values
 
@@ -246,7 +243,15 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _shown(value: Any) -> str:
+class _PrintSchema(argparse.Action):
+    """Print the JSON schema of the configuration and exit, whatever else stands on the line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        print(json.dumps(json_schema(self.const), indent=2, ensure_ascii=False))
+        raise SystemExit(0)
+
+
+def _default(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -260,7 +265,12 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
     parser.add_argument("--config", action=_Once, metavar="FILE.yaml", help="read options from a file; those on the line win")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved options as YAML and exit")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved options as YAML, with their help, and exit"
+    )
+    parser.add_argument(
+        "--print_schema", action=_PrintSchema, nargs=0, const=cls, help="print the JSON schema of FILE.yaml and exit"
+    )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         about, kind = field.metadata, kinds[field.name][0]
@@ -272,7 +282,7 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         arity = {bool: {"nargs": "?", "const": "true"}, list: several, tuple: several}.get(kind, {})
         help_text = about.get("help", "")
         if "default:" not in help_text and not about.get("positional"):
-            help_text += f" (default: {_shown(field.default)})"
+            help_text += f" (default: {_default(field.default)})"
         metavar = "|".join(about.get("choices", ()) or (_METAVARS[kind], *about.get("words", ())))
         name = f"--{field.name}"
         if about.get("positional"):

@@ -17,7 +17,7 @@ from bora_pyro.backbone import DEVICE_MAPS, QUANTIZATIONS
 from bora_pyro.command_line import check_choices, option, parse_config, to_yaml
 from bora_pyro.data.encode import LONG_DOCUMENTS
 from bora_pyro.data.rows import Columns
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.priors.learned import BOUNDS, PER
 from bora_pyro.trackers import TRACKERS, check_trackers
 
@@ -81,7 +81,7 @@ class MapFitConfig:
     )
 
     base_model: str = option("builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano", group=MODEL)
-    trust_remote_code: bool = option(False, "let a hub model run its own code on this machine", group=MODEL)
+    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine", group=MODEL)
     quantization: str | None = option(
         None,
         "store the base's linear layers in 4 or 8 bits; needs bitsandbytes (default: in --precision)",
@@ -210,6 +210,8 @@ class MapFitConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; give a whole number from {least} up")
+            if value is not None and value > (most := _MOST.get(name, 2**31 - 1)) and name != "seed":
+                raise InputError(f"{name} is {shown(value)}; give a whole number of at most {most}")
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}; give a whole number below 2**32")
         for name in ("alpha", "learning_rate"):
@@ -228,6 +230,10 @@ class MapFitConfig:
             raise InputError(
                 f"tau is {self.tau}; give learned, a number above 0, or 0 (independent tasks), or inf (one shared adapter)"
                 f"{nearest(str(self.tau), (LEARNED,))}"
+            )
+        if isinstance(self.tau, float | int) and 0 < self.tau < math.inf and not _TAU[0] <= self.tau <= _TAU[1]:
+            raise InputError(
+                f"tau is {self.tau:g}; give a number between {_TAU[0]:g} and {_TAU[1]:g}, or 0, or inf, which it is nearly"
             )
         if not BOUNDS[0] <= self.tau_start <= BOUNDS[1]:
             raise InputError(f"tau_start is {self.tau_start}; a learned tau stays between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
@@ -264,6 +270,10 @@ _NAMES = (
     "data", "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template",
     "group_column", "split_column", "task_weights", "base_model", "adapter", "output_dir",
 )  # fmt: skip
+# Between these both τ and its standard deviation have a place in float32.
+_TAU = (1e-30, 1e30)
+# The largest value of a whole number, where memory for it would be asked for at once; of any other it is 2^31 - 1.
+_MOST = {"rank": 2**16}
 # The least value of each whole number.
 _LEAST = {
     "num_tasks": 1,

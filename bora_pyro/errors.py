@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Input that cannot be used. Its message is one line; the command-line tools print it and exit with code 2.
+    r"""Input that cannot be used. Its message is one line; the command-line tools print it and exit with code 2.
+
+    What was given may stand in the message: line ends, control characters and lone surrogates in it are shown as Python writes
+    them, so that no input can break the line or speak to the terminal.
 
     >>> import bora_pyro as bp
     >>> try:
@@ -15,7 +18,12 @@ class InputError(ValueError):
     ... except bp.InputError as error:
     ...     print(error)
     tau -1 is not allowed; it is a number from 0 (independent tasks) to inf (one shared adapter), nearest: 0
+    >>> print(InputError("no file 'a\nb\x1b[2J'"))
+    no file 'a\nb\x1b[2J'
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -28,3 +36,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     lower = {option.lower(): option for option in valid}
     match = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
     return f"; did you mean {lower[match[0]]!r}?" if match else ""
+
+
+def shown(value: object, *, characters: int = 60) -> str:
+    """A value as Python writes it, cut to a length that a line can hold.
+
+    >>> shown("x" * 100, characters=8)
+    "'xxxxxxx..."
+    """
+    text = repr(value)
+    return text if len(text) <= characters + 3 else f"{text[:characters]}..."

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bora_pyro.command_line import check_choices, option, parse_config
 from bora_pyro.config import AUTO
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.guides import GUIDES
 from bora_pyro.priors.random_precision import HYPERPRIORS
 from bora_pyro.trackers import TRACKERS, check_trackers
@@ -66,6 +66,7 @@ class PosteriorFitConfig:
     seed: int = option(0, "seed of the order of the documents and of the draws; the split is the run's", group=OPTIMISATION)
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
+    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine", group=RUN)
     task_memory: float = option(
         4.0, "GiB for what belongs to tasks where they are drawn; beyond it they lie in memory-mapped files", group=RUN
     )
@@ -119,6 +120,8 @@ class PosteriorFitConfig:
         ):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; give a whole number from {least} up")
+            if getattr(self, name) >= 2**31:
+                raise InputError(f"{name} is {shown(getattr(self, name))}; give a whole number below 2**31")
         for name in ("token_budget", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

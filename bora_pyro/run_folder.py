@@ -32,15 +32,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bora_pyro.errors import InputError
-from bora_pyro.safetensors_file import write_safetensors
+from bora_pyro.inside import check_links
+from bora_pyro.safetensors_file import DAMAGE, write_safetensors
 from bora_pyro.whole_file import replace_file, unwritable
+from bora_pyro.yaml_file import YamlError, dump_mapping, read_mapping
 
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
@@ -50,6 +51,8 @@ TRACKED = ("tensorboard", "wandb")
 LOCK = ".lock"
 # The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
 _HEADER = "# bora_pyro run: the resolved configuration"
+# What Windows takes for a device and no folder, in every folder.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 # Letters that Unicode does not decompose into an ASCII letter and an accent.
 _FOLDS = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"})
 
@@ -138,13 +141,14 @@ class RunFolder:
         """Find the run in an existing folder.
 
         Raises:
-            InputError: there is no such folder, or no run in it.
+            InputError: there is no such folder, no run in it, or a link in it that leads out of it.
         """
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"run folder {path} does not exist; give the --output_dir of a fit")
         if not (path / CONFIG).is_file():
             raise InputError(f"{path} is no run folder: it has no {CONFIG}; give the --output_dir of a fit")
+        check_links(path, "run folder")
         run = cls(path)
         run.read_config()
         return run
@@ -161,26 +165,24 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.yaml``, which makes the folder a run."""
-        text = f"{_HEADER}\n{yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}"
+        text = f"{_HEADER}\n{dump_mapping(config)}"
         replace_file(self.path / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self.checkpoints.mkdir(exist_ok=True)
         self.adapters.mkdir(exist_ok=True)
 
     def write_fit(self, config: Mapping[str, Any]) -> None:
         """Write ``fit.yaml``: the configuration of the fit around which a posterior was fitted."""
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        text = dump_mapping(config)
         replace_file(self.path / FIT, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def read_config(self, name: str = CONFIG) -> dict[str, Any]:
         """The mapping in ``config.yaml``, or in another YAML file of the run."""
         file = self.path / name
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{file} cannot be read ({' '.join(str(error).split())}); fit again") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{file} holds no mapping; fit again")
-        return content
+            return read_mapping(file)
+        except (OSError, YamlError) as error:
+            line = f"line {error.line}: " if isinstance(error, YamlError) and error.line else ""
+            raise InputError(f"{file} cannot be read ({line}{error}); fit again") from None
 
     def write_split(self, split: Mapping[str, Any]) -> None:
         """Write ``split.json``: which documents were trained on, validated on and tested on."""
@@ -208,12 +210,18 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         """The records of ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
         file = self.path / LOG
-        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        try:
+            text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        except OSError as error:
+            raise InputError(f"{file} cannot be read ({error}); fit again") from None
         lines = text.split("\n")[:-1]  # what follows the last line's end is empty, or half a line
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
+            records = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is damaged ({error}); fit again") from None
+        if strange := [number for number, record in enumerate(records, start=1) if not isinstance(record, dict)]:
+            raise InputError(f"{file} is damaged (line {strange[0]} holds no mapping); fit again")
+        return records
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json``, which makes the run a finished one; NaN and infinity are written as null."""
@@ -234,7 +242,7 @@ class RunFolder:
         file = self._tensor_file(name)
         try:
             return dict(load_file(file))
-        except (OSError, SafetensorError) as error:
+        except DAMAGE as error:
             raise _unreadable(file, error) from None
 
     def load_metadata(self, name: str) -> dict[str, str]:
@@ -243,7 +251,7 @@ class RunFolder:
         try:
             with safe_open(file, framework="pt") as opened:
                 return dict(opened.metadata() or {})
-        except (OSError, SafetensorError) as error:
+        except DAMAGE as error:
             raise _unreadable(file, error) from None
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -254,7 +262,7 @@ class RunFolder:
         file = self.path / name
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file} cannot be read ({error}); run the fit again with --resume true") from None
         if not isinstance(content, dict):
             raise InputError(f"{file} holds no mapping; run the fit again with --resume true")
@@ -268,6 +276,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output_dir {self.path} is a file; give another --output_dir")
         names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        if resume:
+            check_links(self.path, "output_dir")
         if resume and CONFIG not in names:
             raise InputError(f"output_dir {self.path} holds no run to resume; check the path, or leave --resume out to start one")
         foreign = self._foreign(names)
@@ -315,6 +325,9 @@ class RunFolder:
 def task_slugs(names: Iterable[str], *, reserved: Iterable[str] = ()) -> dict[str, str]:
     """Folder names for tasks: safe on every file system, different for different tasks, readable.
 
+    Only a-z, 0-9 and single hyphens, at most 80 of them: nothing that leads to another folder, that differs from another name by
+    case alone, or that Windows keeps for a device.
+
         >>> task_slugs(["Abid Q. Raja", "Børge Brende", "abid q raja", "東京"])
         {'Abid Q. Raja': 'abid-q-raja', 'Børge Brende': 'borge-brende', 'abid q raja': 'abid-q-raja-2', '東京': 'task'}
 
@@ -323,17 +336,19 @@ def task_slugs(names: Iterable[str], *, reserved: Iterable[str] = ()) -> dict[st
         reserved: slugs that no task may get.
     """
     slugs: dict[str, str] = {}
-    used = set(reserved)
+    used = {*reserved, *_DEVICES}
+    last: dict[str, int] = {}  # the number that a slug was given last: thousands of names may share one
     for name in names:
         if name in slugs:
             continue
         folded = unicodedata.normalize("NFKD", name.casefold().translate(_FOLDS))
         letters = "".join(letter for letter in folded if not unicodedata.combining(letter))
         base = re.sub(r"[^a-z0-9]+", "-", letters.lower()).strip("-")[:80].strip("-") or "task"
-        slug, number = base, 1
+        slug, number = base, last.get(base, 1)
         while slug in used:
             number += 1
             slug = f"{base[: 80 - len(f'-{number}')].rstrip('-')}-{number}"
+        last[base] = number
         used.add(slug)
         slugs[name] = slug
     return slugs

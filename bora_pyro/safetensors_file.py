@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bora_pyro.row_tensor import RowTensor
@@ -26,6 +27,20 @@ _DTYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+
+#: What reading a damaged or hostile safetensors file raises: safetensors' own errors, and torch's where the header lies.
+DAMAGE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, OverflowError)
+
+
+def not_a_number(value: Tensor) -> str | None:
+    """Why a stored tensor cannot be one of a fit, where its values tell: NaN, infinity, or a type that no fit writes.
+
+    >>> not_a_number(torch.tensor([1.0, float("nan")])), not_a_number(torch.zeros(2))
+    ('values that are not finite', None)
+    """
+    if value.dtype not in _DTYPES:
+        return f"the type {str(value.dtype).removeprefix('torch.')}"
+    return None if not value.is_floating_point() or bool(value.isfinite().all()) else "values that are not finite"
 
 
 #: The name of the digest among a file's metadata.

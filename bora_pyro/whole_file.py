@@ -29,6 +29,7 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # what a killed run left, or a link to somewhere else
         write(temporary)
         sync(temporary)
         os.replace(temporary, file)

@@ -68,7 +68,27 @@ def test_values_of_the_line(argv, name, value):
         ("targets: [fc1, fc2]", "targets", ["fc1", "fc2"]),
         ("targets: fc1, fc2", "targets", ["fc1", "fc2"]),
         ("text_column: 2020", "text_column", "2020"),
+        ("targets: ['a,b', ' c']", "targets", ["a,b", " c"]),
+        ("group_column: 'none'", "group_column", "none"),
+        ("group_column: ~", "group_column", None),
+        ("alpha:", "alpha", None),
+        ("gradient_clip: .inf", "gradient_clip", math.inf),
         ("# nothing\n", "rank", 8),
+        ("", "rank", 8),
+        ("\ufeffrank: 4", "rank", 4),
+        # what YAML 1.1 makes something else of: true, 90, a date, 8, 1.1, a text
+        ("text_column: no", "text_column", "no"),
+        ("text_column: On", "text_column", "On"),
+        ("text_column: 1:30", "text_column", "1:30"),
+        ("text_column: 2020-01-01", "text_column", "2020-01-01"),
+        ("data: 2020-13-45", "data", "2020-13-45"),
+        ("text_column: 1.10", "text_column", "1.10"),
+        ("text_column: =", "text_column", "="),
+        ("seed: 010", "seed", 10),
+        ("learning_rate: 2e-2", "learning_rate", 0.02),
+        ("overwrite: on", "overwrite", True),
+        ("overwrite: 'no'", "overwrite", False),
+        ("targets: [no, 3]", "targets", ["no", "3"]),
     ],
 )
 def test_values_of_a_file(tmp_path, text, name, value):
@@ -126,20 +146,46 @@ def test_bad_lines(argv, message):
         ("rnak: 3", ": unknown option 'rnak'; did you mean 'rank'?"),
         ("config: other.yaml", ": unknown option 'config'; --help lists them all"),
         ("1: 2", ": unknown option '1'; --help lists them all"),
-        ("rank: true", ": rank: True cannot be used; give a whole number"),
-        ("rank: 3.0", ": rank: 3.0 cannot be used; give a whole number"),
+        ("rank: true", ": rank: 'true' cannot be used; give a whole number"),
+        ("rank: 3.0", ": rank: '3.0' cannot be used; give a whole number"),
+        ("rank: 0x10", ": rank: '0x10' cannot be used; give a whole number"),
         ("rank: null", ": rank: None cannot be used; give a whole number"),
-        ("text_column: no", ": text_column: False cannot be used; give a text, or several"),
+        ("overwrite: y", ": overwrite: 'y' cannot be used; give true or false"),
+        ("overwrite: 1", ": overwrite: '1' cannot be used; give true or false"),
+        ("text_column:", ": text_column: None cannot be used; give a text, or several"),
+        ("text_column: {a: b}", ": text_column: {'a': 'b'} cannot be used; give a text, or several"),
         ("group_column: [a]", ": group_column: ['a'] cannot be used; give a text or none"),
-        ("targets: [1]", ": targets: [1] cannot be used; give a list of names or none"),
-        ("rank: 3\nrank: 4", ", line 2: 'rank' is given twice"),
+        ("targets: [[a]]", ": targets: [['a']] cannot be used; give a list of names or none"),
+        ("targets: [a, '']", ": targets: ['a', ''] cannot be used; give a list of names or none"),
+        ("targets: []", ": targets: [] cannot be used; give a list of names or none"),
+        ("rank: 3\n# rank: 5\nrank: 4", ", line 3: 'rank' is given twice, first in line 1"),
+        ("data: {a: 1,\n  a: 2}", ", line 2: 'a' is given twice, first in line 1"),
+        ("rank: 3\n\tepochs: 4", ", line 2: a tab stands where YAML takes spaces"),
+        ("data: &a x\ntask_column: *a", ", line 1: the anchor 'a' is not followed; write the value where it is meant"),
+        ("task_column: *a", ", line 1: the anchor 'a' is not followed"),
+        ("<<: {rank: 4}", ", line 1: '<<' merges nothing here; write the options out"),
+        ("rank: 4\n'<<': 3", ", line 2: '<<' merges nothing here"),
+        ("? [a]\n: 3", ", line 1: a list or a mapping stands where a key must"),
+        ("null: 3", ": the key None is no text; give names as keys"),
+        ("rank: !!int 4", ", line 1: the tag '!!int' is not followed; write the value alone"),
+        ("rank: !mine 4", ", line 1: the tag '!mine' is not followed; write the value alone"),
+        ("%TAG ! tag:me,2000:\n---\nrank: !x 4", ", line 3: the tag 'tag:me,2000:x' is not followed"),
+        ("targets: " + "[" * 40 + "]" * 40, ", line 1: lists and mappings stand more than 16 deep in one another"),
+        ("rank: 4\n---\nrank: 4", ", line 2: but found another document"),
+        ("data: '\x00'", ": unacceptable character #x0000"),
+        ('data: "\\UFFFFFFFF"', ": "),
+        ("# " + "x" * 2**17, ": it is larger than 128 KiB"),
         ("rank: 3\n  epochs: 4", ", line 2: mapping values are not allowed here"),
         ("rank: [3\n", ", line 2: expected ',' or ']', but got '<stream end>'"),
         ("- rank\n", ": holds a list; give a mapping, one `key: value` a line"),
-        ("rank\n", ": holds a str; give a mapping, one `key: value` a line"),
-        ("rank: !!python/object/apply:os.getcwd []", ", line 1: could not determine a constructor for the tag"),
-        ("data: 2020-13-45", ": not usable as YAML (month must be in 1..12"),
-        (f"tau: 1{'0' * 400}", ": tau: 1000"),
+        ("rank\n", ": holds a text; give a mapping, one `key: value` a line"),
+        (
+            "rank: !!python/object/apply:os.getcwd []",
+            ", line 1: the tag '!!python/object/apply:os.getcwd' is not followed; write the value alone",
+        ),
+        (f"tau: 1{'0' * 400}", ": tau: '1000"),
+        ("tau: 1e999", ": tau: '1e999' cannot be used"),
+        (f"seed: 1{'0' * 5000}", ": seed: '1000"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
@@ -157,8 +203,10 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="Is a directory"):
         parse("--config", str(tmp_path))
     (tmp_path / "latin.yaml").write_bytes(b"data: \xff\xfe")
-    with pytest.raises(InputError, match="not usable as YAML"):
+    with pytest.raises(InputError, match="byte 0xff at position 6 is not UTF-8"):
         parse("--config", str(tmp_path / "latin.yaml"))
+    with pytest.raises(InputError, match="null byte"):
+        parse("--config", "a\0b")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +220,9 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"seed": -1}, "seed is -1; give a whole number from 0 up"),
         ({"seed": 2**32}, "seed is 4294967296; give a whole number below 2**32"),
         ({"threads": 0}, "threads is 0; give a whole number from 1 up"),
+        ({"epochs": 2**31}, "epochs is 2147483648; give a whole number of at most 2147483647"),
+        ({"rank": 10**5}, "rank is 100000; give a whole number of at most 65536"),
+        ({"tau": 1e-40}, "tau is 1e-40; give a number between 1e-30 and 1e+30, or 0, or inf, which it is nearly"),
         ({"alpha": 0.0}, "alpha is 0.0; give a finite number above 0"),
         ({"alpha": math.nan}, "alpha is nan; give a finite number above 0"),
         ({"learning_rate": math.inf}, "learning_rate is inf; give a finite number above 0"),
@@ -222,7 +273,10 @@ def test_print_config_prints_yaml_that_reads_back(tmp_path, capsys):
         parse(*argv, "--print_config")
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert printed == to_yaml(parse(*argv))
+    options = [text for text in printed.splitlines(keepends=True) if not text.startswith("#")]
+    assert "".join(options) == to_yaml(parse(*argv))
+    help_of_rank = MapFitConfig.__dataclass_fields__["rank"].metadata["help"]
+    assert f"# {help_of_rank}\nrank: 8\n" in printed
     file = tmp_path / "config.yaml"
     file.write_text(printed, encoding="utf-8")
     assert parse("--config", str(file)) == parse(*argv)

@@ -1,0 +1,41 @@
+"""A folder is read as one thing: no link in it is followed to somewhere else.
+
+>>> import tempfile
+>>> folder = Path(tempfile.mkdtemp())
+>>> (folder / "data.csv").symlink_to("/etc/passwd")
+>>> check_links(folder, "folder")
+Traceback (most recent call last):
+bora_pyro.errors.InputError: folder ... has a link 'data.csv' that leads out of it; put a copy in its place
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bora_pyro.errors import InputError
+
+
+def check_links(folder: Path, what: str) -> None:
+    """Refuse a folder with a link, at any depth, to something that is not in it.
+
+    A folder of the hub's cache (``.../snapshots/<revision>``) consists of links into the ``blobs`` beside it: those are its own.
+
+    Args:
+        folder: the folder; it may be a link itself, for whoever names it means what it leads to.
+        what: how the error calls it.
+
+    Raises:
+        InputError: there is such a link.
+    """
+    root = Path(os.path.realpath(folder))
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    for above, folders, files in os.walk(folder):
+        for name in sorted((*folders, *files)):
+            entry = os.path.join(above, name)
+            if os.path.islink(entry) and not Path(os.path.realpath(entry)).is_relative_to(root):
+                raise InputError(
+                    f"{what} {str(folder)!r} has a link {os.path.relpath(entry, folder)!r} that leads out of it; "
+                    "put a copy in its place"
+                )
