@@ -117,10 +117,11 @@ class Backbone:
             device_map: ``auto`` or another of ``DEVICE_MAPS`` spreads the layers over the devices; a mapping from module paths
                 to devices does so by hand. It needs accelerate.
             gradient_checkpointing: as for :class:`Backbone`.
-            trust_remote_code: let a hub model run its own code.
+            trust_remote_code: let a model that brings code of its own run it.
 
         Raises:
-            InputError: there is no such model, quantisation or placement, or a package is missing that they need.
+            InputError: there is no such model, quantisation or placement, or a package is missing that they need; the model
+                brings code that it was not allowed to run; its weights are not safetensors.
         """
         placement = _placement(quantization, device_map, precision, device)
         source = BUILTIN_BASES.get(str(name), name)
@@ -128,10 +129,16 @@ class Backbone:
             raise InputError(f"no embedded base {name!r}; there is {', '.join(BUILTIN_BASES)}{nearest(str(name), BUILTIN_BASES)}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            # weights that are pickled could run code as they are read
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=precision, trust_remote_code=trust_remote_code, **placement
+                source, dtype=precision, trust_remote_code=trust_remote_code, use_safetensors=True, **placement
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file raises what its reader pleases
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"base model {str(name)!r} brings code of its own, which is not run: read it, and if you trust it give "
+                    "--trust_remote_code true; or use another base"
+                ) from error
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"base model {str(name)!r} cannot be loaded: give builtin:nano, a folder saved with save_pretrained, "

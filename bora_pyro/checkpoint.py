@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 from bora_pyro.row_tensor import RowTensor
-from bora_pyro.safetensors_file import is_intact, write_safetensors
+from bora_pyro.safetensors_file import DAMAGE, is_intact, not_a_number, write_safetensors
 from bora_pyro.whole_file import replace_file
 
 _NAME = "step-{}.safetensors"
@@ -94,16 +94,18 @@ class Checkpoint:
         path: the file.
 
     Raises:
-        InputError: it is missing, cut short or not a checkpoint.
+        InputError: it is missing, cut short or not a checkpoint; or, once they are read, its numbers are not finite.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._errors():
+        with self.errors():
             if not is_intact(path):
                 raise ValueError("it is cut short, or its bytes are not those that were written")
             self._file = safe_open(path, framework="pt").__enter__()
             self.progress: dict[str, Any] = json.loads((self._file.metadata() or {})["progress"])
+            if not isinstance(self.progress, dict):
+                raise ValueError("its progress is no mapping")
             self._names: dict[str, list[str]] = {}
             keys = self._file.keys()
             for key in keys:
@@ -111,28 +113,44 @@ class Checkpoint:
                 self._names.setdefault(group, []).append(name)
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
+        """Whatever the file's content makes go wrong within is an ``InputError`` that names the file."""
         try:
             yield
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except InputError:
+            raise
+        except (*DAMAGE, KeyError, IndexError, RecursionError) as error:
             what = f"checkpoint {str(self.path)!r} cannot be read ({error}); start afresh with --overwrite true"
             raise InputError(what) from error
 
+    def check_progress(self, kinds: Mapping[str, tuple[type, ...]]) -> None:
+        """Refuse a checkpoint whose progress lacks a name, or has a value of another type under it."""
+        with self.errors():
+            for name, kind in kinds.items():
+                if not isinstance(self.progress[name], kind) or isinstance(self.progress[name], bool):
+                    raise ValueError(f"its {name} is {shown(self.progress[name])}")
+
     def group(self, group: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
         """The tensors of a group by name; an unknown group has none."""
-        with self._errors():
-            return {name: self._file.get_tensor(f"{group}/{name}") for name in self._names.get(group, ()) if name not in without}
+        with self.errors():
+            names = [name for name in self._names.get(group, ()) if name not in without]
+            return {name: self._finite(group, name, self._file.get_tensor(f"{group}/{name}")) for name in names}
 
     def shapes(self, group: str) -> dict[str, torch.Size]:
         """The shapes of a group's tensors, none of which is read."""
-        with self._errors():
+        with self.errors():
             return {name: torch.Size(self._file.get_slice(f"{group}/{name}").get_shape()) for name in self._names.get(group, ())}
 
     def rows(self, group: str, name: str, index: Tensor) -> Tensor:
         """The rows ``index`` (n,), rising, of one tensor: (n, *shape)."""
-        with self._errors():
+        with self.errors():
             first, last = int(index[0]), int(index[-1]) + 1
-            return self._file.get_slice(f"{group}/{name}")[first:last][index - first]
+            return self._finite(group, name, self._file.get_slice(f"{group}/{name}")[first:last][index - first])
+
+    def _finite(self, group: str, name: str, value: Tensor) -> Tensor:
+        if problem := not_a_number(value):
+            raise ValueError(f"{group}/{name} has {problem}")
+        return value
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -152,9 +170,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` gave."""
+    """Put back what :func:`optimizer_tensors` gave.
+
+    Raises:
+        ValueError: the tensors are not of AdamW's for these parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        index, key = name.split(".", 1)
+        index, _, key = name.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise ValueError(f"optimizer/{name} is of no parameter")
         state.setdefault(int(index), {})[key] = value
+    for number, entry in state.items():
+        shape = parameters[number].shape
+        expected = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
+        if {key: value.shape for key, value in entry.items()} != expected:
+            raise ValueError(f"optimizer/{number} is of another parameter")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

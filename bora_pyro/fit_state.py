@@ -128,6 +128,7 @@ class AllTasks:
         shapes = {name: value.shape for name, value in self.parameters.items()}
         parameters, best = checkpoint.group("parameters"), checkpoint.group("best")
         _check(checkpoint, [shapes, shapes], [_shapes(parameters), _shapes(best)])
+        _check_prior(checkpoint, self.model, parameters, best)
         self._put(parameters)
         load_optimizer_tensors(self.optimizer, checkpoint.group("optimizer"))
         self.best = best
@@ -234,8 +235,9 @@ class DrawnTasks:
                     store.write(index, checkpoint.rows(group, name, index))
                 store.forget()
         self.rows.load(self.rows.own[:1])
-        self._put(checkpoint.group("parameters", without=[*of_rows]))
-        self.best = checkpoint.group("best", without=[*of_rows])
+        parameters, self.best = (checkpoint.group(group, without=[*of_rows]) for group in ("parameters", "best"))
+        _check_prior(checkpoint, self.model, parameters, self.best)
+        self._put(parameters)
         self.rows.count.zero_()
         self.rows.count[self.rows.own] = checkpoint.group("count")["steps"][self.rows.own]
         if self.rows.sums is not None:
@@ -286,7 +288,20 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
 def _check(checkpoint: Checkpoint, expected: list[dict[str, torch.Size]], found: list[dict[str, torch.Size]]) -> None:
     found = [{name: shape for name, shape in group.items() if not name.startswith(PRIOR)} for group in found]
     if found != expected:
-        raise InputError(
-            f"checkpoint {str(checkpoint.path)!r} is of another model (other tasks, rank, targets or prior); "
-            "give the options of the run that it belongs to, or start afresh with --overwrite true"
-        )
+        raise _other_model(checkpoint)
+
+
+def _check_prior(checkpoint: Checkpoint, model: BoRA, *states: dict[str, Tensor]) -> None:
+    own = {name: value.shape for name, value in _prior_state(model).items()}
+    for state in states:
+        for name, value in state.items():
+            # sums that no step has made yet have no shape
+            if name.startswith(PRIOR) and value.shape != own.get(name, None if name.startswith(f"{PRIOR}tau.") else value.shape):
+                raise _other_model(checkpoint)
+
+
+def _other_model(checkpoint: Checkpoint) -> InputError:
+    return InputError(
+        f"checkpoint {str(checkpoint.path)!r} is of another model (other tasks, rank, targets or prior); "
+        "give the options of the run that it belongs to, or start afresh with --overwrite true"
+    )

@@ -44,8 +44,13 @@ class NonFiniteLossError(InputError):
         self.fitted = fitted
 
 
-# What a checkpoint keeps of a `Fitted`, beside the guide's state.
-_RECORD = ("history", "best_epoch", "validation_perplexity", "seconds")
+# What a checkpoint keeps of a `Fitted`, beside the guide's state, and of what types it is.
+_RECORD = {
+    "history": (list,),
+    "best_epoch": (int,),
+    "validation_perplexity": (float, int, type(None)),
+    "seconds": (float, int),
+}
 
 
 class Loop:
@@ -326,7 +331,9 @@ class Loop:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        self.state.load(checkpoint, self.processes)
+        checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | _RECORD)
+        with checkpoint.errors():
+            self.state.load(checkpoint, self.processes)
         self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
         for name in _RECORD:
             setattr(self.fitted, name, checkpoint.progress[name])

@@ -62,7 +62,7 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
         _check_same_posterior(config, RunFolder.open(config.output_dir))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = load_run(config.run, device=config.device)
+    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
     guide = _guide(config, run)
     with RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume)) as folder:
         folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})

@@ -40,6 +40,7 @@ from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
 from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.priors.given import MEAN
 from bora_pyro.run_folder import CONFIG, FIT, METRICS, RunFolder
+from bora_pyro.safetensors_file import not_a_number
 
 # What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, what a prior has learned, and the
 # tensors of a guide that is more than a point.
@@ -91,15 +92,18 @@ class SavedRun:
         return list(self.metrics["tasks"].values())
 
 
-def load_run(path: str | Path, *, device: str = "auto") -> SavedRun:
+def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> SavedRun:
     """Read a finished run back.
 
     Args:
         path: the run folder, a fit's ``output_dir``.
         device: where the model goes; the fit may have been on another one.
+        trust_remote_code: let a base model that brings code of its own run it; that the fit was allowed to says nothing here,
+            for a run folder may come from anybody.
 
     Raises:
-        InputError: no run, an unfinished one, or a damaged one; a base model or documents that are gone or have changed.
+        InputError: no run, an unfinished one, or a damaged one; a base model or documents that are gone or have changed, or a
+            base model with code that is not to run.
     """
     folder = RunFolder.open(path)
     metrics = _read_metrics(folder)
@@ -108,7 +112,7 @@ def load_run(path: str | Path, *, device: str = "auto") -> SavedRun:
     config, posterior = _read_config(folder) if not given else (_read_adaptation(folder), None)
     # a device that is named holds all of the model
     device_map = config.device_map if device == "auto" else None
-    config = dataclasses.replace(config, device=device, device_map=device_map, threads=None)
+    config = dataclasses.replace(config, device=device, device_map=device_map, threads=None, trust_remote_code=trust_remote_code)
     if metadata.get("guide") not in GUIDES:
         raise InputError(
             f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; known are {', '.join(GUIDES)}"
@@ -189,7 +193,7 @@ def _check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], meta
             )
     try:
         tasks = json.loads(metadata["tasks"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         tasks = None
     if tasks != data.tasks:
         raise InputError(f"the posterior in {folder.path} is of other tasks than its split.json; run the fit again")
@@ -197,7 +201,7 @@ def _check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], meta
     if [row.get("name") if isinstance(row, dict) else None for row in rows] != data.tasks:
         raise InputError(f"{folder.path / METRICS} is of other tasks than split.json; run the fit again with --resume true")
     for row in rows:
-        if missing := [name for name in _NEEDED_OF_TASK if name not in row]:
+        if missing := [name for name in _NEEDED_OF_TASK if not isinstance(row.get(name, ""), float | int | None)]:
             raise InputError(
                 f"{folder.path / METRICS} has no {missing[0]!r} of task {row['name']!r}; run the fit again with --resume true"
             )
@@ -272,3 +276,5 @@ def _check_shapes(folder: RunFolder, expected: dict[str, Tensor], found: dict[st
     for name, value in expected.items():
         if found[name].shape != value.shape:
             raise InputError(f"{what} has {name!r} of shape {tuple(found[name].shape)}, expected {tuple(value.shape)}; {remedy}")
+        if problem := not_a_number(found[name]):
+            raise InputError(f"{what} has {name!r} with {problem}; {remedy}")

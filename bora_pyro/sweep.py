@@ -266,10 +266,11 @@ def _value(cell: Any, name: str) -> Any:
     try:
         if kind is float:
             return math.nan if missing else float(cell)
-        if missing or (kind is int and float(cell) != int(float(cell))):
+        if missing or (kind is int and (float(cell) != int(float(cell)) or abs(int(float(cell))) >= 2**63)):
             raise ValueError
         if name in ("tau", "learning_rate"):
             return number_text(cell)
+        str(cell).encode()  # half a surrogate pair is no text
         return int(float(cell)) if kind is int else str(cell)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(repr(cell)) from None

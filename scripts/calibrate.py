@@ -75,6 +75,7 @@ class CalibrateConfig:
     token_budget: int = option(4096, "tokens of a batch; probabilities take token_budget x vocabulary numbers")
     seed: int = option(0, "of the draws, and of the texts that are compared with foreign ones")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
 
     def validate(self) -> None:
@@ -131,7 +132,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = load_run(config.run, device=config.device)
+    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
     predictor, tasks = Predictor(run, config), run.data.tasks
     if not len(run.data.test):
         raise InputError(f"the run in {run.folder.path} has no test documents; split the data so that some tasks have some")

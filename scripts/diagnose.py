@@ -45,6 +45,7 @@ class DiagnoseConfig:
     draws: int | None = option(None, f"draws of each posterior (default: {DRAWS}; a MAP fit is a point and has none)")
     output: str | None = option(None, "where the results go (default: the folder diagnostics of the run)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
 
     def validate(self) -> None:
@@ -68,7 +69,7 @@ def diagnose(config: DiagnoseConfig) -> Path:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = load_run(config.run, device=config.device)
+    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
     _check_draws(run, config)
     # first, so that runs which cannot be compared are found before the long work, and before anything is written
     compared = _compared(run, config) if config.compare else {}
@@ -172,7 +173,7 @@ def _compared(run: SavedRun, config: DiagnoseConfig) -> dict[str, Any]:
         names = paths
     containers = {names[0]: held_out(run.fitted, run.data)}
     for name, path in zip(names[1:], paths[1:], strict=True):
-        other = load_run(path, device=config.device)
+        other = load_run(path, device=config.device, trust_remote_code=config.trust_remote_code)
         centre, draws = held_out(other.fitted, other.data), _draws(other, config)
         compare_priors({names[0]: containers[names[0]], name: centre})
         containers[name] = centre if draws is None else held_out(other.fitted, other.data, draws=draws)

@@ -110,6 +110,9 @@ def test_ready_split_of_data_files(tmp_path):
     assert read_table(tmp_path, hub_split=None, split_column="split")[0]["split"][:] == ["train", "train", "test"]
 
 
+# no compression, so that the text stands in it as it is
+PARQUET = pd.DataFrame({"task": ["a"], "text": ["café"]}).to_parquet(compression=None)
+
 BAD_FILES = [
     ("t.csv", b"task,text\na,caf\xe9\n", r"not UTF-8: byte 0xe9 at position 15; save the file as UTF-8"),
     ("t.jsonl", b'{"task": "a", "text": "\xe9"}', r"not UTF-8: byte 0xe9 at position 23; save the file as UTF-8"),
@@ -128,7 +131,16 @@ BAD_FILES = [
     ("t.jsonl", b"\n", r"has no rows"),
     ("t.jsonl", b'{"task": "a", "text": "b"}\n{"task": "a", "text": 7}', r"row 2: column 'text' is a int \(7\), not text"),
     ("t.jsonl", b'{"task": ["a"], "text": "b"}', r"row 1: column 'task' is a list .*give text or a number"),
+    ("t.jsonl", b'{"task": "a", "text": "\\ud800b"}', r"row 1: column 'text' has half a surrogate pair, '\\ud800'"),
+    ("t.jsonl", b'{"task": "\\udfff", "text": "b"}', r"row 1: column 'task' has half a surrogate pair"),
+    ("t.jsonl", b'{"task": "a", "text": "b", "\\ud800": 1}', r"a column's name has half a surrogate pair"),
+    ("t.jsonl", b"[" * 100_000, r"line 1: not JSON \(RecursionError"),
+    ("t.jsonl", b'{"task": 1' + b"0" * 5000 + b"}", r"line 1: not JSON \(ValueError: Exceeds the limit"),
+    ("t.csv", b"task,te\x1b[2Jxt\na,b\n", r"its columns are task, te\\x1b\[2Jxt"),
+    ("t.csv", ",".join(f"c{n}" for n in range(99)).encode() + b"\nb", r"c18, c19 and 79 more"),
     ("t.parquet", b"no parquet", r"is not a parquet file"),
+    ("t.parquet", PARQUET.replace(b"caf\xc3\xa9", b"caf\xc3\xc3"), r"is not a parquet file .*UTF8"),
+    ("t.parquet", PARQUET[:-20], r"is not a parquet file"),
     ("t.txt", b"", r"ending that is not known; use one of \.csv, \.csv\.gz,"),
     ("t.json", b"", r"ending that is not known; .*did you mean '\.jsonl'\?"),
 ]
@@ -142,6 +154,21 @@ def test_bad_file_gives_one_line(tmp_path, name, content, message):
         read_table(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_column_that_stands_twice():
+    frame = pd.DataFrame([["a", "b", "c"]], columns=["task", "text", "text"])
+    with pytest.raises(InputError, match=r"has column 'text' 2 times \(text_column\)"):
+        read_table(frame)
+
+
+@pytest.mark.parametrize("cell", [["train"], 1, None, {"train": 1}])
+def test_a_split_that_is_no_text(cell):
+    data = datasets.Dataset.from_list([{"task": "a", "text": "b", "split": cell}])
+    with pytest.raises(InputError, match=r"row 1: column 'split' is .*; a split is train, validation, test"):
+        read_table(data, split_column="split")
+    with pytest.raises(InputError, match=r"row 1: column 'split' is .*; a split is train, validation, test"):
+        read_table(data.to_pandas(), split_column="split")
 
 
 @pytest.mark.parametrize(

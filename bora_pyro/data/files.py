@@ -17,10 +17,14 @@ import json
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow.parquet
 
+from bora_pyro.data.bounds import check_cells, read_bounded
+from bora_pyro.data.folder_check import check_folder
 from bora_pyro.errors import InputError, nearest
 
 TABLE_ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -43,8 +47,11 @@ def read_file(path: Path) -> pd.DataFrame:
     Cells of .csv and .tsv are read as they are written: ``NA`` and ``1.0`` stay text, so a task may be called ``NA``.
 
     Raises:
-        InputError: the ending is unknown; the file is not UTF-8, not a gzip file, or malformed.
+        InputError: the ending is unknown; the file is not UTF-8, not a gzip file, or malformed; or it is larger, expanded, than
+            :mod:`bora_pyro.data.bounds` allows.
     """
+    if not path.is_file():
+        raise InputError(f"file {str(path)!r} is no regular file; give one of {', '.join(TABLE_ENDINGS)}")
     ending = table_ending(path)
     if ending is None:
         hint = nearest("".join(path.suffixes), TABLE_ENDINGS)
@@ -64,8 +71,9 @@ def read_folder(path: Path, *, split: str | None = "train") -> datasets.Dataset:
     or all of them where it is None.
 
     Raises:
-        InputError: the folder holds neither, or cannot be read.
+        InputError: the folder holds neither, or cannot be read; or something in it leads elsewhere, or is an archive.
     """
+    check_folder(path)
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return join_splits(datasets.load_from_disk(path))
@@ -99,6 +107,19 @@ def join_splits(data: datasets.Dataset | datasets.DatasetDict) -> datasets.Datas
     return datasets.concatenate_datasets(parts)
 
 
+def check_unicode(text: str, where: str) -> None:
+    r"""Refuse half a character: JSON's "\ud800" alone, which no tokenizer and no file of UTF-8 can hold.
+
+    >>> check_unicode("\ud83d", "row 1")
+    Traceback (most recent call last):
+    bora_pyro.errors.InputError: row 1 has half a surrogate pair, '\ud83d'; write the whole character
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} has half a surrogate pair, {text[error.start]!r}; write the whole character") from None
+
+
 def one_line(error: BaseException, *, characters: int = 200) -> str:
     """The kind of an error and the beginning of its message, on one line."""
     message = " ".join(str(error).split())
@@ -107,7 +128,8 @@ def one_line(error: BaseException, *, characters: int = 200) -> str:
 
 def _read_text(path: Path, *, compressed: bool) -> str:
     try:
-        raw = gzip.decompress(path.read_bytes()) if compressed else path.read_bytes()
+        with gzip.open(path) if compressed else path.open("rb") as file:
+            raw = read_bounded(file, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"file {str(path)!r} is not a whole gzip file ({one_line(error)}); compress it again with gzip"
@@ -123,6 +145,7 @@ def _read_text(path: Path, *, compressed: bool) -> str:
 
 
 def _parse_delimited(path: Path, text: str, *, separator: str) -> pd.DataFrame:
+    check_cells(path, text.count("\n") + 1, text.partition("\n")[0].count(separator) + 1)
     try:
         with warnings.catch_warnings():
             # A first row that is longer than the header is only a warning in pandas, and moves every cell by one column.
@@ -137,26 +160,38 @@ def _parse_delimited(path: Path, text: str, *, separator: str) -> pd.DataFrame:
 
 
 def _parse_json_lines(path: Path, text: str) -> pd.DataFrame:
-    rows = []
+    rows: list[dict[str, Any]] = []
+    columns: set[str] = set()
     # Not str.splitlines: a JSON string may hold U+2028 and its like unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"file {str(path)!r}, line {number}: not JSON ({error.msg}); write one JSON object a line") from None
+        except (ValueError, RecursionError) as error:  # RecursionError: lists a thousand deep
+            what = getattr(error, "msg", None) or one_line(error)
+            raise InputError(f"file {str(path)!r}, line {number}: not JSON ({what}); write one JSON object a line") from None
         if not isinstance(row, dict):
             kind = type(row).__name__
             raise InputError(
                 f"file {str(path)!r}, line {number}: a JSON {kind}; write one JSON object a line, with named columns"
             )
         rows.append(row)
+        columns.update(row)
+        check_cells(path, len(rows), len(columns))
+    for column in columns:
+        check_unicode(column, f"file {str(path)!r}, a column's name")
     return pd.DataFrame(rows, dtype=object)
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
-    except (ValueError, OSError) as error:  # Arrow's errors are of these kinds
+        about = pyarrow.parquet.read_metadata(path)
+        check_cells(path, about.num_rows, max(about.num_columns, 1))
+        table = pyarrow.parquet.read_table(path)
+        table.validate(full=True)  # also that its texts are UTF-8
+        return table.to_pandas()
+    except InputError:
+        raise
+    except Exception as error:  # Arrow has an error of its own for each thing that a damaged file can say
         raise InputError(f"file {str(path)!r} is not a parquet file ({one_line(error)}); write it again") from error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bora_pyro.data.chat import chat_messages
-from bora_pyro.data.files import SPLITS
+from bora_pyro.data.files import SPLITS, check_unicode
 from bora_pyro.errors import InputError, nearest
 
 #: What stands between the names of a task that several columns make.
@@ -101,10 +101,10 @@ class RowReader:
         if columns.group is None and "doc_id" in names:
             columns = Columns(**{**vars(columns), "group": "doc_id"})
         for option, column in columns.by_option():
-            if column not in names:
+            if (times := list(names).count(column)) != 1:
+                what = f"column {column!r} {times} times" if times else f"no column {column!r}"
                 raise InputError(
-                    f"{label} has no column {column!r} ({option}); its columns are {', '.join(map(str, names))}"
-                    f"{nearest(column, map(str, names))}"
+                    f"{label} has {what} ({option}); its columns are {_listed(names)}{nearest(column, map(str, names))}"
                 )
         self.columns, self.label = columns, label
         content = ["text"] if columns.prompt is None else ["prompt", "text"]
@@ -192,6 +192,7 @@ def _is_there(cell: Any) -> bool:
 def _text(cell: Any, where: str) -> str:
     if cell is not None and not isinstance(cell, str):
         raise InputError(f"{where} is a {type(cell).__name__} ({cell!r:.40}), not text")
+    check_unicode(cell or "", where)
     return cell or ""
 
 
@@ -203,11 +204,18 @@ def _name(cell: Any, where: str) -> str:
         return ""
     if isinstance(cell, list | dict | bytes | np.ndarray):
         raise InputError(f"{where} is a {type(cell).__name__} ({cell!r:.40}), not a name; give text or a number")
-    return str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell).strip()
+    name = str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell).strip()
+    check_unicode(name, where)
+    return name
+
+
+def _listed(names: Sequence[object], *, most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"{name!s:.60}" for name in names[:most]) + more
 
 
 def _split_name(cell: Any, where: str) -> str:
-    if cell not in SPLITS:
+    if not isinstance(cell, str) or cell not in SPLITS:
         raise InputError(f"{where} is {cell!r:.40}; a split is {', '.join(SPLITS)}{nearest(str(cell), SPLITS)}")
     return str(cell)
 

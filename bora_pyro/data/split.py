@@ -23,7 +23,7 @@ import numpy as np
 
 from bora_pyro.data.encode import content_columns
 from bora_pyro.data.files import SPLITS
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 
 MIN_DOCUMENTS = 3
 
@@ -99,8 +99,8 @@ def apply_split(dataset: datasets.Dataset, record: Mapping[str, Any]) -> dict[st
         if task not in tasks:
             continue
         split = tasks[task].get(group)
-        if split not in rows:
-            why = "is not in the split record" if split is None else f"is in split {split!r} of the split record"
+        if not isinstance(split, str) or split not in rows:
+            why = "is not in the split record" if split is None else f"is in split {shown(split)} of the split record"
             raise InputError(f"group {group!r} of task {task!r} {why}; use the table that was split, or split anew")
         rows[split].append(row)
         seen[task].add(group)
