@@ -103,15 +103,25 @@ def is_intact(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
+    written, found, _ = read_digest(path)
+    return written == found
+
+
+def read_digest(path: Path) -> tuple[str, str, int]:
+    """The digest that stands in a file, that of its bytes, and where it stands; what is no such file has two that differ.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     found = hashlib.sha256()
     with path.open("rb") as file:
         size = int.from_bytes(prefix := file.read(8), "little")
         if size > path.stat().st_size:
-            return False
+            return "", _UNKNOWN, 0
         header = file.read(size)
         place = header.find(mark := f'"{DIGEST}": "'.encode()) + len(mark)
         written = header[place : place + len(_UNKNOWN)]
         found.update(prefix + header[:place] + _UNKNOWN.encode() + header[place + len(_UNKNOWN) :])
         while part := file.read(2**20):
             found.update(part)
-    return written == found.hexdigest().encode()
+    return written.decode("latin-1"), found.hexdigest(), 8 + place
