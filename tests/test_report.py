@@ -11,6 +11,8 @@ import torch
 from matplotlib.figure import Figure
 
 from bora_pyro import plots
+from bora_pyro.adapt_config import AdaptConfig
+from bora_pyro.adapt_run import run_adapt
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.map_run import run_map_fit
 from bora_pyro.posterior_config import PosteriorFitConfig
@@ -180,6 +182,19 @@ def test_a_posterior_has_its_mixture_and_its_mean(folders):
     assert page.texts["h3"] == PICTURES
     assert "mixture of 2 draws" in html
     assert "normal posterior around" in html
+
+
+def test_new_tasks_under_a_fit(folders, tmp_path):
+    new = documents(("Dora",)).assign(part=["train"] * 8 + ["test"] * 2)
+    options = {"split_column": "part", "steps": 2, "threads": 1, "output_dir": str(tmp_path / "new")}
+    run_adapt(AdaptConfig(run=str(folders["learned"]), data=write_table(tmp_path / "new.csv", new), **options), quiet=True)
+    html = render(run_page(tmp_path / "new", RunOptions(samples=1, max_new_tokens=2)))
+    page, metrics = check(html), RunFolder.open(tmp_path / "new").read_metrics()
+    assert list(page.table("task")) == ["Dora", "all tasks"]
+    assert page.table("task")["Dora"]["adapted perplexity"] == number_text(metrics["test_perplexity"])
+    assert "new tasks under learned" in html
+    assert "Options of the adaptation that are not the defaults" in html
+    assert page.texts["strong"][-3:] == ["base", "global-mean", "Dora"]
 
 
 def test_numbers_alone_need_neither_base_nor_documents(folders, tmp_path, main, capsys):

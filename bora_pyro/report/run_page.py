@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from bora_pyro.adapt_config import AdaptConfig
 from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError
+from bora_pyro.map_run import GIVEN
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.report.blocks import (
     Cell,
@@ -38,10 +40,12 @@ from bora_pyro.report.blocks import (
 )
 from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
-from bora_pyro.run_folder import FIT, RunFolder
+from bora_pyro.run_folder import CONFIG, FIT, RunFolder
 from bora_pyro.versions import versions
 
 _FITTED_HERE = ("output_dir", "overwrite", "resume")  # options that say where, not what
+# What the page of a run calls it, and its configuration.
+_KINDS: dict[str, type] = {"run": MapFitConfig, "posterior": PosteriorFitConfig, "adaptation": AdaptConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,8 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     options = options or RunOptions()
     folder = RunFolder.open(path)
     metrics, config, history = folder.read_metrics(), folder.read_config(), folder.read_log()
-    of_fit = folder.read_config(FIT) if (folder.path / FIT).is_file() else config
+    kind = _kind(folder)
+    of_fit = config if kind == "run" else folder.read_config(FIT)
     tasks = metrics.get("tasks")
     if not isinstance(tasks, dict) or not all(isinstance(task, dict) and "name" in task for task in tasks.values()):
         raise InputError(f"metrics.json of {folder.path} has no tasks by name; run the fit again with --resume true")
@@ -96,15 +101,15 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
         Section("shrinkage", "Shrinkage", [Pictures(pictures)] if pictures else []),
         Section("learning", "Learning", [*([Pictures(curves)] if curves else []), *_tables_of_learning(history, metrics)]),
         Section("samples", "Samples", [samples] if samples else [], _about_samples(options)),
-        Section("configuration", "Configuration", [*_configuration(folder)]),
+        Section("configuration", "Configuration", [*_configuration(folder, kind)]),
         Section("notes", "Notes", [Lines(notes)] if notes else []),
     ]
     stored = metrics.get("versions")
     return Page(
-        "posterior" if of_fit is not config else "run",
+        kind,
         folder.path.resolve().name,
-        _subtitle(tasks, of_fit, config, metrics),
-        [*_numbers(tasks, metrics, config)],
+        _subtitle(kind, tasks, of_fit, config),
+        [*_numbers(kind, tasks, metrics)],
         sections,
         versions=stored or versions(),
         versions_of="the fit" if stored else "this page (the run has not kept its own)",
@@ -148,21 +153,28 @@ def _of_adapters(
     return pictures, effective, samples
 
 
-def _subtitle(tasks: Mapping[str, Any], of_fit: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    parts = [f"{len(tasks):,} task{'s' * (len(tasks) != 1)} of {of_fit.get('data')}", f"base {of_fit.get('base_model')}"]
+def _kind(folder: RunFolder) -> str:
+    """A fit, a posterior around one, or new tasks that were adapted under one."""
+    if not (folder.path / FIT).is_file():
+        return "run"
+    return "adaptation" if folder.load_metadata("posterior").get("prior") == GIVEN else "posterior"
+
+
+def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    data = config.get("data") if kind == "adaptation" else of_fit.get("data")
+    parts = [f"{len(tasks):,} task{'s' * (len(tasks) != 1)} of {data}", f"base {of_fit.get('base_model')}"]
     parts.append(f"{of_fit.get('adapter')}, rank {of_fit.get('rank')}")
-    if of_fit is not config:
-        parts.append(f"{metrics.get('guide')} posterior around {Path(str(config.get('run'))).name}")
+    if kind != "run":
+        origin = Path(str(config.get("run"))).name
+        parts.append(f"{config.get('guide')} posterior around {origin}" if kind == "posterior" else f"new tasks under {origin}")
     return " · ".join(parts)
 
 
-def _numbers(tasks: Mapping[str, Any], metrics: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[Number]:
+def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[Number]:
     adapted, base = metrics.get("test_perplexity"), metrics.get("base_test_perplexity")
     if adapted is not None:
         note = f"base {number_text(base)}, {number_text(100 * (adapted / base - 1), 0, sign=True)}\u00a0%" if base else ""
-        yield Number(
-            "test perplexity" if "guide" not in metrics else "test perplexity, posterior mean", number_text(adapted), note
-        )
+        yield Number("test perplexity" + ", posterior mean" * (kind == "posterior"), number_text(adapted), note)
     if metrics.get("mixture_test_perplexity") is not None:
         note = f"MAP {number_text(metrics['map_test_perplexity'])}" if metrics.get("map_test_perplexity") else ""
         label = f"mixture of {metrics.get('draws')} draws"
@@ -291,13 +303,12 @@ def _about_samples(options: RunOptions) -> str:
     return f"One beginning, continued by the base alone, by the mean of all tasks, and by some tasks' adapters: {how}."
 
 
-def _configuration(folder: RunFolder) -> Iterator[Any]:
+def _configuration(folder: RunFolder, kind: str) -> Iterator[Any]:
     """The options that are not the defaults, and all of them folded away."""
-    posterior = (folder.path / FIT).is_file()
-    for name, cls, what in (
-        ("config.yaml", PosteriorFitConfig if posterior else MapFitConfig, "posterior" if posterior else "fit"),
-        *((((FIT, MapFitConfig, "MAP fit that it began from"),)) if posterior else ()),
-    ):
+    files = [(CONFIG, _KINDS[kind], "fit" if kind == "run" else kind)]
+    if kind != "run":
+        files.append((FIT, MapFitConfig, "fit that it began from"))
+    for name, cls, what in files:
         config = folder.read_config(name)
         defaults = dataclasses.asdict(cls())
         changed = {key: value for key, value in config.items() if key not in _FITTED_HERE and value != defaults.get(key)}

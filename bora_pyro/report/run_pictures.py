@@ -57,13 +57,14 @@ def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray) -
             width=max(WIDTH, 1.6 + 0.14 * len(names)),
             height=3.8,
         )
-    yield draw_picture(
-        "pooling",
-        "How strongly each part is pooled",
-        "Gelman and Pardoe's pooling factor by layer, kind of layer and factor: at 1 the tasks share that part wholly, at 0 each "
-        "has its own.",
-        partial(_call, plots.pooling_factors, groups),
-    )
+    if any("pooling_factor" in data and np.isfinite(data["pooling_factor"]).any() for data in groups.values()):  # not of one task
+        yield draw_picture(
+            "pooling",
+            "How strongly each part is pooled",
+            "Gelman and Pardoe's pooling factor by layer, kind of layer and factor: at 1 the tasks share that part wholly, at 0 "
+            "each has its own.",
+            partial(_call, plots.pooling_factors, groups),
+        )
     if 2 <= len(names) <= MANY_TASKS:
         yield draw_picture(
             "pca",
