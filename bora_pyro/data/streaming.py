@@ -1,7 +1,8 @@
 """Corpora larger than memory: rows are read one after another, and their tokens go to a file that is mapped into memory.
 
 What is held of a document is its task, its group, a digest of it and a few numbers; of its text and its tokens no more than a
-batch at a time. The file lies beside the other tokens in the cache of ``datasets`` and is gone with the process.
+batch at a time, and of a data file what its reader takes at once: a row group of a parquet file here, and what Arrow reads ahead
+of one on a hub. The file of tokens lies beside the others in the cache of ``datasets`` and is gone with the process.
 
 >>> from transformers import AutoTokenizer
 >>> from bora_pyro.backbone import BUILTIN_BASES
@@ -205,12 +206,20 @@ def _open(source: Source, hub_split: str | None, label: str) -> Any:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return datasets.load_from_disk(path)
-        return datasets.load_dataset(str(path if path.is_dir() else source), split=hub_split, streaming=True)
+        data = datasets.load_dataset(str(path if path.is_dir() else source), split=hub_split, streaming=True)
+        # a row group at a time: Arrow would read a parquet file as far ahead as it can. Not from a hub, for each is a request.
+        return _resharded(data) if path.is_dir() else data
     except Exception as error:  # no network, no such id, no such split: all the same to the caller
         raise InputError(
             f"{label} could not be opened as a folder of data files or a hub data set ({one_line(error)}); check the path or the "
             f"id, and that it has a split {hub_split!r}"
         ) from error
+
+
+def _resharded(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _resharded(part) for name, part in data.items()}
+    return data.reshard() if hasattr(data, "reshard") else data  # datasets 4 has no such thing
 
 
 def _reading(data: Any, label: str) -> Iterator[Mapping[str, Any]]:
