@@ -1,13 +1,19 @@
 """Adapters that were trained elsewhere as a fitted model, for the diagnostics, scores and plots of a fit.
 
+>>> import tempfile
+>>> from pathlib import Path
 >>> import bora_pyro as bp
->>> from bora_pyro.deviations import task_gram
 >>> from bora_pyro.partial_pooling import FixedShrinkage
->>> from bora_pyro.pooling import pool
->>> pooled = pool(adapters, backbone, FixedShrinkage(0.5))  # doctest: +SKIP
->>> fitted = pooled_fit(pooled)  # doctest: +SKIP
->>> fitted.evaluate(data.test)["test_perplexity"], task_gram(fitted).shape  # doctest: +SKIP
-(21.7, torch.Size([22, 22]))
+>>> from bora_pyro.pooling_run import read_adapters
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> with tempfile.TemporaryDirectory() as folder:
+...     for seed, task in enumerate(["ada", "bo"]):  # each with a start of its own
+...         model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), seed=seed)
+...         bp.save_peft(Path(folder, task), model, {name: value + 0.01 for name, value in model.starts.items()})
+...     adapters = read_adapters(folder)
+>>> fitted = pooled_fit(bp.pool(adapters, backbone, FixedShrinkage(1.0)))
+>>> fitted.tasks, fitted.deviation_norms()  # Θ for all
+(['ada', 'bo'], tensor([0., 0.]))
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Pool independently trained LoRA adapters: estimate the Θ and τ that they imply, and shrink each towards Θ without retraining.
 
-    python scripts/pool_adapters.py adapters --base_model facebook/opt-350m --documents documents.csv --output_dir pooled
+    python scripts/pool_adapters.py adapters --base_model facebook/opt-350m --held_out later.csv --output_dir pooled
 
-``adapters`` holds a PEFT folder a task. How far each is shrunk is estimated from numbers of documents (``--documents``, a table
-with the columns task and documents) or from a known noise (``--noise``), or given (``--shrinkage``). The adapters need not have
-had a common start: they are brought into one frame first, which changes no layer. It writes ``<task>/``, ``global-mean/`` (Θ),
-``groups.csv`` (τ by kind of layer), ``tasks.csv`` (shrinkage, distances, what the cut to a low rank has lost) and
-``pooling.json``. Every option: ``python scripts/pool_adapters.py --help``.
+``adapters`` holds a PEFT folder a task. How far each is shrunk is found by held-out texts (``--held_out``), estimated from
+numbers of documents (``--documents``, a table with the columns task and documents) or from a known noise (``--noise``), or given
+(``--shrinkage``). The adapters need not have had a common start: they are brought into one frame first, which changes no layer.
+It writes ``<task>/``, ``global-mean/`` (Θ), ``groups.csv`` (τ by kind of layer), ``tasks.csv`` (shrinkage, distances, what the
+cut to a low rank has lost) and ``pooling.json``. Every option: ``python scripts/pool_adapters.py --help``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from bora_pyro.backbone import Backbone
 from bora_pyro.command_line import check_choices, option, parse_config
 from bora_pyro.deviations import SPACES
 from bora_pyro.errors import InputError
+from bora_pyro.held_out_shrinkage import HeldOut, held_out_shrinkage, read_held_out
 from bora_pyro.partial_pooling import Estimator, FixedShrinkage, JamesStein, MarginalLikelihood
+from bora_pyro.peft_import import PeftAdapter
 from bora_pyro.pooling import FULL, Pooled, pool
 from bora_pyro.pooling_run import POOLING, group_table, read_adapters, read_documents, task_table, write_pooled
 from bora_pyro.whole_folder import check_place
@@ -38,6 +40,12 @@ class PoolConfig:
     same_base: bool = option(True, "refuse adapters that name another base than base_model")
     tasks: list[str] | None = option(None, "names of folders (default: all but global-mean and draws)")
     documents: str | None = option(None, "table with the columns task and documents: estimate tau and the noise by them")
+    held_out: str | None = option(
+        None, "texts of the tasks that no adapter was trained on, a table: take the share at which they are predicted best"
+    )
+    task_column: str = option("task", "column of held_out with the name of the task, or of its folder")
+    text_column: str = option("text", "column of held_out with the text")
+    max_tokens: int = option(256, "tokens of a held-out text that are read")
     noise: float | None = option(None, "standard deviation of the noise in an entry: shrink by James and Stein's estimate")
     shrinkage: float | None = option(None, "the share of the way to Theta, 0 to 1, for every task")
     space: str = option(
@@ -62,9 +70,10 @@ class PoolConfig:
         if not self.output_dir.strip():
             raise InputError("no output_dir is given; name the folder to make, as in --output_dir pooled")
         check_choices(self)
-        if sum(value is not None for value in (self.documents, self.noise, self.shrinkage)) != 1:
+        if sum(value is not None for value in (self.documents, self.held_out, self.noise, self.shrinkage)) != 1:
             raise InputError(
-                "give one of --documents, --noise and --shrinkage: adapters alone do not tell noise from the tasks' differences"
+                "give one of --held_out, --documents, --noise and --shrinkage: adapters alone do not tell noise from the tasks' "
+                "differences"
             )
         if isinstance(self.rank, int) and self.rank < 1:
             raise InputError(f"rank is {self.rank}; give a whole number from 1 up, or {FULL}")
@@ -79,21 +88,44 @@ def run(config: PoolConfig) -> Pooled:
         torch.set_num_threads(config.threads)
     adapters = read_adapters(config.folder, config.tasks)
     documents = None if config.documents is None else read_documents(config.documents, list(adapters))
+    targets = next(iter(adapters.values())).targets
+    backbone = Backbone.from_pretrained(config.base_model, targets=targets, trust_remote_code=config.trust_remote_code)
+    backbone.model.config.name_or_path = config.base_model
+    options = asdict(config)
     estimator: Estimator
     if documents is not None:
         estimator = MarginalLikelihood(documents)
+    elif config.held_out is not None:
+        found = _held_out(config, adapters, backbone)
+        estimator = FixedShrinkage(found.share)
+        options["held_out_perplexities"] = {f"{share:g}": perplexity for share, perplexity in found.perplexities.items()}
     elif config.noise is not None:
         estimator = JamesStein(config.noise)
     else:
         estimator = FixedShrinkage(config.shrinkage or 0.0)
-    targets = next(iter(adapters.values())).targets
-    backbone = Backbone.from_pretrained(config.base_model, targets=targets, trust_remote_code=config.trust_remote_code)
-    backbone.model.config.name_or_path = config.base_model
     pooled = pool(adapters, backbone, estimator, space=config.space, rank=config.rank, same_base=config.same_base)
-    options = asdict(config) | {"estimator": repr(estimator)}
+    options["estimator"] = repr(estimator)
     write_pooled(config.output_dir, pooled, options=options, documents=documents, overwrite=config.overwrite)
     _report(pooled, documents)
     return pooled
+
+
+def _held_out(config: PoolConfig, adapters: dict[str, PeftAdapter], backbone: Backbone) -> HeldOut:
+    assert config.held_out is not None
+    documents = read_held_out(
+        config.held_out,
+        backbone,
+        list(adapters),
+        task_column=config.task_column,
+        text_column=config.text_column,
+        max_tokens=config.max_tokens,
+    )
+    found = held_out_shrinkage(adapters, backbone, documents, space=config.space, same_base=config.same_base)
+    print(f"perplexity of {len(documents)} held-out documents by share of the way to Θ:")
+    for share, perplexity in found.perplexities.items():
+        print(f"  {share:.1f}  {perplexity:.2f}{'  <- taken' if share == found.share else ''}")
+    print()
+    return found
 
 
 def _report(pooled: Pooled, documents: list[float] | None) -> None:

@@ -9,10 +9,14 @@ import pandas as pd
 import pytest
 
 from bora_pyro.config import MapFitConfig, parse_config
+from bora_pyro.errors import InputError
+from bora_pyro.evaluate import evaluate
+from bora_pyro.held_out_shrinkage import read_held_out
 from bora_pyro.map_run import run_map_fit
 from bora_pyro.peft_import import read_peft
 from bora_pyro.run_folder import RunFolder
-from tests.tiny_base import line, quick_fit, script_main
+from bora_pyro.saved_run import load_run
+from tests.tiny_base import documents, line, quick_fit, script_main, write_table
 
 main = script_main("pool_adapters")
 
@@ -25,7 +29,7 @@ def fitted(tmp_path_factory):
     run_map_fit(parse_config(MapFitConfig, line(options)), quiet=True)
     numbers = {slug: row["train_documents"] for slug, row in RunFolder.open(folder / "run").read_metrics()["tasks"].items()}
     table = pd.DataFrame({"task": list(numbers), "documents": [3, 30, 300]})
-    table.to_csv(folder / "documents.csv", index=False)
+    table.to_csv(folder / "numbers.csv", index=False)
     return folder
 
 
@@ -39,7 +43,7 @@ def arguments(fitted, out, *more):
 
 
 @pytest.mark.parametrize(
-    "how", [["--documents", "documents.csv"], ["--noise", "0.001"], ["--shrinkage", "0.5", "--space", "weights"]]
+    "how", [["--documents", "numbers.csv"], ["--noise", "0.001"], ["--shrinkage", "0.5", "--space", "weights"]]
 )
 def test_a_runs_adapters_are_pooled(fitted, tmp_path, capsys, how):
     how = [str(fitted / word) if word.endswith(".csv") else word for word in how]
@@ -61,6 +65,30 @@ def test_a_runs_adapters_are_pooled(fitted, tmp_path, capsys, how):
     assert main(arguments(fitted, tmp_path / "out", *how, "--overwrite", "true")) == 0
 
 
+def test_held_out_documents_choose_the_share(fitted, tmp_path, capsys):
+    texts = documents(number=4, seed=7)
+    texts["task"] = texts["task"].replace({"Ada": "ada"})  # the folder's name does as well as the task's
+    table = write_table(tmp_path / "later.csv", pd.concat([texts, documents(("Zoe",), number=1)]))
+    words = arguments(fitted, tmp_path / "out", "--held_out", table)
+    assert main(words) == 0
+    stored = json.loads((tmp_path / "out" / "pooling.json").read_text())["options"]
+    perplexities = {float(share): value for share, value in stored["held_out_perplexities"].items()}
+    assert list(perplexities) == pytest.approx([n / 10 for n in range(11)])
+    best = min(perplexities, key=perplexities.get)
+    assert stored["estimator"] == f"FixedShrinkage({best:g})"
+    assert f"  {best:.1f}  {perplexities[best]:.2f}  <- taken" in capsys.readouterr().out
+    # as they are, the adapters are the run's, and with the whole way gone they are Θ for all: both are known otherwise
+    run = load_run(fitted / "run", device="cpu")
+    model, tasks = run.fitted.model, ["ada", "borge-b", "cleo"]
+    split = read_held_out(table, model.backbone, tasks)
+    assert split.documents_per_task == [4, 4, 4]
+    theta, _ = run.fitted.weights()
+    [as_they_are] = evaluate(model, split, theta)
+    assert perplexities[0.0] == pytest.approx(as_they_are.perplexity(), rel=1e-5)
+    with pytest.raises(InputError, match="has no document of x, y"):
+        read_held_out(table, model.backbone, ["x", "y"])
+
+
 def test_the_whole_rank_and_another_base_name(fitted, tmp_path, capsys):
     moved = shutil.copytree(fitted / "base", tmp_path / "base")
     words = [str(fitted / "run" / "adapters"), "--base_model", str(moved), "--output_dir", str(tmp_path / "out")]
@@ -77,8 +105,8 @@ def test_the_whole_rank_and_another_base_name(fitted, tmp_path, capsys):
     [
         (lambda words: words[1:], "no folder is given; name the folder of the adapters"),
         (lambda words: ["gone", *words[1:], "--noise", "1"], "gone is no folder; give one in which each adapter"),
-        (lambda words: words, "give one of --documents, --noise and --shrinkage: "),
-        (lambda words: [*words, "--noise", "1", "--shrinkage", "1"], "give one of --documents, --noise and --shrinkage: "),
+        (lambda words: words, "give one of --held_out, --documents, --noise and --shrinkage: "),
+        (lambda words: [*words, "--noise", "1", "--shrinkage", "1"], "give one of --held_out, --documents, --noise and "),
         (lambda words: [*words, "--shrinkage", "2"], "shrinkage 2.0 is not allowed; it is a share from 0 to 1, nearest: 1"),
         (lambda words: [*words, "--noise", "0"], "noise 0.0 is not allowed"),
         (lambda words: [*words, "--noise", "1", "--rank", "0"], "rank is 0; give a whole number from 1 up, or full"),
