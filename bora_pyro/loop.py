@@ -333,6 +333,8 @@ class Loop:
         """Go on from a checkpoint."""
         checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | _RECORD)
         with checkpoint.errors():
+            if not all(isinstance(entry["training_tokens_per_second"], float | int) for entry in checkpoint.progress["history"]):
+                raise ValueError("its history has an epoch without a speed")
             self.state.load(checkpoint, self.processes)
         self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
         for name in _RECORD:

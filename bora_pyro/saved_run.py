@@ -30,7 +30,7 @@ from torch import Tensor
 from bora_pyro.adapt_config import NEW_DOCUMENTS, AdaptConfig
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TaskData
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES
 from bora_pyro.map_run import GIVEN, build_run
@@ -48,6 +48,7 @@ _FIXED, _LEARNED, _GUIDE = "fixed.", "tau.", "guide."
 # What metrics.json must have for a run to be read back.
 _NEEDED = ("test_perplexity", "train_documents", "test_documents", "tasks")
 _NEEDED_OF_TASK = ("test_perplexity", "base_test_perplexity")
+_NUMBERS = ("test_perplexity", "validation_perplexity", "best_epoch", "fit_seconds")
 
 
 @dataclass
@@ -142,6 +143,10 @@ def _read_metrics(folder: RunFolder) -> dict[str, Any]:
     metrics = folder.read_metrics()
     if missing := [name for name in _NEEDED if name not in metrics]:
         raise InputError(f"{folder.path / METRICS} has no {missing[0]!r}; run the fit again with --resume true")
+    if strange := [name for name in _NUMBERS if not isinstance(metrics.get(name), float | int | None)]:
+        raise InputError(
+            f"{folder.path / METRICS} has {shown(metrics[strange[0]])} for {strange[0]!r}; run the fit again with --resume true"
+        )
     return metrics
 
 

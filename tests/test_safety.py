@@ -479,6 +479,34 @@ def test_a_posterior_that_lies_is_named(finished, tmp_path, lie):
     assert str(run) in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [{"test_perplexity": "low"}, {"best_epoch": []}, {"validation_perplexity": {}}, {"tasks": 3}])
+def test_metrics_that_lie_are_named(finished, tmp_path, change):
+    run = copy_of(finished, tmp_path / "run")
+    RunFolder(run).write_metrics(RunFolder(run).read_metrics() | change)
+    with pytest.raises(InputError, match=r"metrics\.json .*; run the fit again with --resume true"):
+        load_run(run)
+
+
+SPLIT_LIES = [{"tasks": 3}, {"tasks": {"Ada": 3}}, {"tasks": {"Ada": {"row 1": ["train"]}}}, {"tasks": {}}]
+
+
+@pytest.mark.parametrize("change", SPLIT_LIES, ids=str)
+def test_a_split_that_lies_is_named(finished, tmp_path, change):
+    run = copy_of(finished, tmp_path / "run")
+    RunFolder(run).write_split(RunFolder(run).read_split() | change)
+    with pytest.raises(InputError) as caught:
+        load_run(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_a_thousand_deep_is_named(finished, tmp_path):
+    run = copy_of(finished, tmp_path / "run")
+    for name in ("metrics.jsonl", "split.json", "metrics.json"):  # the last is read first
+        (run / name).write_text("[" * 100_000 + "\n")
+        with pytest.raises(InputError, match=name.replace(".", r"\.")):
+            load_run(run)
+
+
 def first(groups, group):
     return next(iter(groups[group]))
 
@@ -507,6 +535,9 @@ CHECKPOINT_LIES = {
     "an epoch that is a text": change_progress(epoch="3"),
     "an epoch that is true": change_progress(epoch=True),
     "a history that is none": change_progress(history=3),
+    "a history of nothing": change_progress(history=[None]),
+    "a history of other things": change_progress(history=[{"epoch": 1}]),
+    "a best epoch that is a list": change_progress(best_epoch=[]),
     "no best epoch": lambda groups, progress: progress.pop("best_epoch"),
 }  # fmt: skip
 
