@@ -335,6 +335,14 @@ class Loop:
         with checkpoint.errors():
             if not all(isinstance(entry["training_tokens_per_second"], float | int) for entry in checkpoint.progress["history"]):
                 raise ValueError("its history has an epoch without a speed")
+            if (within := checkpoint.progress["within"]) and not (
+                isinstance(within["steps"], int)
+                and isinstance(within["seconds"], float)
+                and isinstance(within["report"], dict)
+                and len(within["totals"]) == 4
+                and all(isinstance(total, float) for total in within["totals"])
+            ):
+                raise ValueError("what it says of the epoch that has begun is not what a fit writes")
             self.state.load(checkpoint, self.processes)
         self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
         for name in _RECORD:
