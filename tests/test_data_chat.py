@@ -79,6 +79,45 @@ def test_both_ways_agree_with_transformers_own_mask():
         assert own == "green blue<|im_end|>\ntwo<|im_end|>\n"
 
 
+@pytest.mark.parametrize(
+    ("template", "own"),
+    [
+        # closed where nobody is asked to go on; the end counts as the last turn's
+        (
+            "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end]{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% else %}</s>{% endif %}",
+            " green blue [end] two [end]</s>",
+        ),
+        # a request that begins a thought, of which the turns have none
+        (
+            "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end]{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]\n(thinking){% endif %}",
+            " green blue [end] two [end]",
+        ),
+        # no request at all
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]"
+            "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+            " green blue</s> two</s>",
+        ),
+    ],
+)
+def test_requests_and_ends_of_other_templates(template, own):
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
+    [(ids, observed, _)] = read_chats(tokenizer, [json.dumps(CHAT)], template)
+    assert tokenizer.decode([token for token, is_own in zip(ids, observed, strict=True) if is_own]) == own
+
+
+def test_a_template_that_thinks_in_the_last_turn_alone_is_refused():
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {% if loop.last and m.role == 'assistant' %}(thinking) {% endif %}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
+    with pytest.raises(InputError, match="writes message 2 differently when others follow"):
+        list(read_chats(tokenizer, [json.dumps(CHAT)], template))
+
+
 def test_the_assistant_may_have_the_first_word():
     first = [{"role": "assistant", "content": "red"}, *CHAT[:2]]
     documents, _ = encode([first], template=PLAIN)
@@ -166,7 +205,7 @@ def test_lists_of_parquet_are_lists():
         ("{{ raise_exception('roles must alternate') }}", "the chat template cannot write it .*roles must alternate"),
         ("{% for %}", "the chat template cannot write it"),
         (
-            "{% for m in messages %}{{ loop.last }} {{ m.content }} {% endfor %}",
+            "{% for m in messages %}{{ 'red' if loop.last else 'blue' }} {{ m.content }} {% endfor %}",
             r"writes message 2 differently when others follow and does not mark .*: --chat_template FILE\.jinja",
         ),
     ],

@@ -1,7 +1,8 @@
 """Chats as the tokenizer's chat template writes them, and which of their tokens are the assistant's.
 
 A template that marks what the assistant says with ``{% generation %}`` is taken at its word. Of one that does not, a turn of the
-assistant is all that the template writes behind the request for one (``add_generation_prompt``), the end of the turn included.
+assistant is all that the template writes behind the request for one (``add_generation_prompt``), with the end of the turn, and of
+the chat where it is the last. One that writes a turn differently when others follow, as some do that think, is refused.
 
 >>> from transformers import AutoTokenizer
 >>> from bora_pyro.backbone import BUILTIN_BASES
@@ -130,24 +131,40 @@ def _by_marks(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: 
 
 
 def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> tuple[list[int], list[bool], list[int]]:
-    def written(part: Messages, *, ask: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(part, chat_template=template, tokenize=False, add_generation_prompt=ask))
+    def written(part: Messages, *, ask: bool = False) -> Any:
+        return tokenizer.apply_chat_template(
+            part, chat_template=template, add_generation_prompt=ask, return_dict=True, tokenizer_kwargs=_TOKENS
+        )
 
-    text, turns = written(messages), []
+    whole = written(messages)
+    ids, stops = list(whole["input_ids"]), [stop for _, stop in whole["offset_mapping"]]
+    observed = [False] * len(ids)
     for n, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        until = written(messages[: n + 1])
-        # the first turn follows no request that could be written: it begins where its words do
-        words = str(message.get("content", "")).strip()
-        before = written(messages[:n], ask=True) if n else until[: max(until.find(words), 0)]
-        if not (text.startswith(until) and until.startswith(before)):
+        if n:
+            asked = written(messages[:n], ask=True)["input_ids"]
+            first = _common(ids, asked)
+            # a request may hold more than the turn will, the beginning of a thought, but begins where the others end
+            differs = first < len(asked) and first < _common(written(messages[:n])["input_ids"], asked)
+        else:  # no request can be written: the turn begins where its words do
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+            begin = max(text.find(str(message.get("content", "")).strip()), 0)
+            first, differs = sum(stop <= begin for stop in stops), False
+        until = written(messages[: n + 1])["input_ids"]
+        last = _common(ids, until)
+        if last < len(until):  # the template may close a chat, or write a turn that others follow in another way
+            ended = _common(until, written(messages[: n + 1], ask=True)["input_ids"])
+            differs, last = differs or last < ended, ended
+        if differs:
             raise InputError(
                 f"the chat template writes message {n + 1} differently when others follow and does not mark what the assistant "
                 "says; give one that marks it with {% generation %} ... {% endgeneration %}: --chat_template FILE.jinja"
             )
-        turns.append((len(before), len(until)))
-    encoding = tokenizer(text, add_special_tokens=False, **_TOKENS)
-    offsets = encoding["offset_mapping"]
-    observed = [any(a < last and b > first for first, last in turns) and b > a for a, b in offsets]
-    return list(encoding["input_ids"]), observed, [stop for _, stop in offsets]
+        observed[first:last] = [True] * (last - first)
+    return ids, observed, stops
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
