@@ -405,5 +405,8 @@ def test_learning_curves_show_the_records():
     assert lines["training, mean of the epoch"].get_ydata() == pytest.approx(torch.tensor([2.875, 2.75, 2.625]).exp().tolist())
     assert list(lines["validation, after the epoch"].get_ydata()) == [19.0, 18.0, 17.0]
     assert [list(data) for data in lines["kept"].get_data()] == [[2], [18.0]]
+    one = plots.learning_curves(history[:1], Figure().subplots())
+    low, high = one.get_xlim()
+    assert [tick for tick in one.get_xticks() if low <= tick <= high] == [1.0]  # an epoch is a whole number
     documents_only = plots.learning_curves(history, Figure().subplots(), unit="documents")
     assert [drawn.get_gid() for drawn in documents_only.lines] == ["validation, after the epoch"]

@@ -60,8 +60,9 @@ def learning_curves(
             ax.plot(*zip(*kept, strict=True), linestyle="none", label=f"kept: epoch {best_epoch}", gid="kept", **ring)
     if max(values) > 10 * min(values):
         ax.set_yscale("log")
-    ax.margins(x=0.08)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    epochs = [epoch for points in curves.values() for epoch, _ in points]
+    ax.set_xlim(min(epochs) - 0.3, max(epochs) + 0.3)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("epoch")
     ax.set_ylabel("perplexity")
     legend_above(ax, ncols=2)

@@ -275,7 +275,7 @@ def _tables_of_learning(history: list[dict[str, Any]], metrics: Mapping[str, Any
         yield Table("The learned prior: how far a task's entry may lie from Θ, by kind of layer and factor", columns, rows)
     if history:
         yield Folded(
-            f"The {len(history)} epochs in numbers",
+            f"{len(history)} epoch{'s' * (len(history) != 1)} in numbers",
             Table(
                 "Epochs: the loss in nats a training observation, the validation perplexity after it",
                 [
