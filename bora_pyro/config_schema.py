@@ -58,7 +58,10 @@ def option_types(cls: type) -> dict[str, tuple[type, bool]]:
 
 def _property(field: dataclasses.Field[Any], kind: type, optional: bool) -> dict[str, Any]:
     about = field.metadata
-    several = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    several: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
+    if default != []:  # one that is to be given has no default but none
+        several["minItems"] = 1
     allowed: list[dict[str, Any]] = [several if kind in (list, tuple) else {"type": _TYPES[kind]}]
     words = [*(["inf"] if kind is float else []), *about.get("words", ())]
     if about.get("choices"):
@@ -69,7 +72,6 @@ def _property(field: dataclasses.Field[Any], kind: type, optional: bool) -> dict
         allowed.append({"enum": words})
     if optional:
         allowed.append({"type": "null"})
-    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     if isinstance(default, float) and math.isinf(default):
         default = "inf"
     types = allowed[0] if len(allowed) == 1 else {"anyOf": allowed}

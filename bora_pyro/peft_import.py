@@ -121,6 +121,13 @@ class PeftAdapter:
 def load_peft(folder: str | Path, model: BoRA | Backbone, *, same_base: bool = True) -> Weights:
     """The latents of one adapter, (layers, *shape) by name: ``save_peft`` undone, bit for bit.
 
+        >>> import tempfile, bora_pyro as bp
+        >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bp.save_peft(Path(folder), model, model.starts)
+        ...     load_peft(folder, model)["q_proj.lora_A"].shape
+        torch.Size([4, 1, 256])
+
     Args:
         folder: a PEFT folder.
         model: the model whose latents are wanted; of a backbone alone they are those of ``LoRA`` with the folder's own r and α.
@@ -155,6 +162,14 @@ def load_peft(folder: str | Path, model: BoRA | Backbone, *, same_base: bool = T
 
 def read_peft(folder: str | Path) -> PeftAdapter:
     """Read a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        >>> import tempfile, bora_pyro as bp
+        >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bp.save_peft(Path(folder), model, model.starts)
+        ...     found = read_peft(folder)
+        >>> found.rank, found.scaling, len(found.factors)
+        (2, 1.0, 8)
 
     Args:
         folder: a PEFT folder.

@@ -89,6 +89,19 @@ def pool(
 ) -> Pooled:
     """Estimate the hierarchy of a set of adapters, and shrink each towards Θ.
 
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import bora_pyro as bp
+        >>> from bora_pyro.partial_pooling import FixedShrinkage
+        >>> backbone, adapters = bp.Backbone.from_pretrained("builtin:nano"), {}
+        >>> for seed, task in enumerate(["ada", "bo"]):
+        ...     model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), seed=seed)
+        ...     with tempfile.TemporaryDirectory() as folder:
+        ...         bp.save_peft(Path(folder), model, {name: value + 0.01 for name, value in model.starts.items()})
+        ...         adapters[task] = bp.read_peft(folder)
+        >>> pool(adapters, backbone, FixedShrinkage(0.5)).tasks
+        ['ada', 'bo']
+
     Args:
         adapters: two or more, by name of the task.
         backbone: their base, whose target layers are theirs.

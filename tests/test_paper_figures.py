@@ -126,7 +126,7 @@ def test_all_are_drawn_from_the_tables_of_a_folder(script, results, tmp_path):
     config = draw_all.DrawAllConfig(results=str(results), output=str(tmp_path))
     jobs = list(draw_all.jobs(config))
     paths = [Path(path) for path, _, _ in jobs]
-    assert len(set(paths)) == len(paths) == 2 * (len(OF_A_SWEEP) + 1) + 5
+    assert len(set(paths)) == len(paths) == 2 * (len(OF_A_SWEEP) + 1) + 6
     for _, _, options in jobs:
         sources = [value for name, value in vars(options).items() if name in ("sweep", "gram", "forms", "fidelity")]
         assert all(Path(source).is_file() for source in sources)
@@ -140,7 +140,7 @@ def test_what_cannot_be_drawn_is_named_and_stops_nothing(script, tmp_path, capsy
     assert script("draw_all").main(["--results", str(tmp_path / "none"), "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out.split() == [str(tmp_path / "model.png")]
-    assert err.count("error: ") == err.count("\n") == 2 * (len(OF_A_SWEEP) + 1) + 4
+    assert err.count("error: ") == err.count("\n") == 2 * (len(OF_A_SWEEP) + 1) + 5
     assert "make it with compare_forms.py" in err
 
 

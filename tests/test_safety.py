@@ -288,7 +288,8 @@ def test_a_run_with_a_link_out_of_it_is_neither_read_nor_resumed(finished, input
             take(run)
     assert sorted((file, file.stat().st_mtime_ns) for file in [elsewhere, *elsewhere.rglob("*")]) == before
     # and to replace the run deletes the link alone
-    RunFolder.create(run, overwrite=True)
+    with RunFolder.create(run, overwrite=True):
+        pass
     assert elsewhere.exists()
     assert list(run.iterdir()) == []
 
@@ -545,19 +546,20 @@ CHECKPOINT_LIES = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """The groups and the progress of a checkpoint, saved anew by each test."""
-    file = tmp_path_factory.mktemp("checkpoint") / "last.safetensors"
-    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoint=file)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoints=folder)
+    [file] = folder.iterdir()
     return file
 
 
 @pytest.mark.parametrize("lie", CHECKPOINT_LIES)
 def test_a_checkpoint_that_lies_is_named(checkpoint, tmp_path, lie):
-    file = tmp_path / "last.safetensors"
+    file = tmp_path / checkpoint.name
     groups, progress = load_checkpoint(checkpoint)
     save_checkpoint(file, groups, progress)
-    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoint=file)  # as it is it can be used
+    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoints=tmp_path)  # as it is it can be used
     CHECKPOINT_LIES[lie](groups, progress)
     save_checkpoint(file, groups, progress)
-    with pytest.raises(InputError, match=r"checkpoint '.*last\.safetensors' .*--overwrite true") as caught:
-        fit(toy_model(), toy_data(), epochs=2, token_budget=10_000, checkpoint=file)
+    with pytest.raises(InputError, match=r"checkpoint '.*step-\d+\.safetensors' .*--overwrite true") as caught:
+        fit(toy_model(), toy_data(), epochs=2, token_budget=10_000, checkpoints=tmp_path)
     assert "\n" not in str(caught.value)
