@@ -28,16 +28,6 @@ ELSEWHERE = (
     "speeches.csv", "questions.jsonl", "chats.jsonl", "corpus/", "--print_schema", "--print_config", "facebook/",
     "us_presidents.csv.gz", "torchrun", "USER/",
 )  # fmt: skip
-    "speeches.csv",
-    "questions.jsonl",
-    "chats.jsonl",
-    "corpus/",
-    "--print_schema",
-    "facebook/",
-    "us_presidents.csv.gz",
-    "torchrun",
-    "USER/",
-)
 LONG = (
     "map_fit.py", "tau_sweep.py", "simulate_tau.py", "compare_", "benchmark", "check_memory.py", "few_documents.py", "pretrain",
     "fuzz.py",
