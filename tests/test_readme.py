@@ -59,6 +59,8 @@ def script(words):
 
 
 def main_of(name):
+    if str(ROOT / "scripts") not in sys.path:
+        sys.path.append(str(ROOT / "scripts"))  # where Python itself looks when it runs a script
     spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
     module = sys.modules[Path(name).stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
