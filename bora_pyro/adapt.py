@@ -20,7 +20,6 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.data.batches import TokenSplit
-from bora_pyro.data.encode import encoder
 from bora_pyro.data.tables import Source, read_table
 from bora_pyro.data.tasks import TaskData, load_tasks
 from bora_pyro.errors import InputError, nearest
@@ -30,6 +29,7 @@ from bora_pyro.guides import GUIDES
 from bora_pyro.likelihoods import without_task_weights
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
+from bora_pyro.texts import token_split, tokenizer_of
 
 #: Guides of the new deviations.
 ALLOWED = ("map", "normal", "low_rank", "auto_normal")
@@ -158,29 +158,18 @@ def task_data(fitted: Fitted, texts: Mapping[str, Sequence[str]], *, max_tokens:
     Raises:
         InputError: no task; a text without a token; a base without tokenizer.
     """
-    backbone, tasks = fitted.model.backbone, sorted(texts)
+    tasks = sorted(texts)
     if not tasks:
         raise InputError("there is no new task; give texts by the task's name, as {'ada': ['Hello.']}")
-    if backbone.tokenizer is None:
-        raise InputError("the base has no tokenizer to read texts with; give Backbone one")
-    encode = encoder(backbone.tokenizer, max_tokens or backbone.context or 10**9)
-    rows: list[tuple[str, str]] = []
-    for task in tasks:
+    rows: list[tuple[int, str]] = []
+    for d, task in enumerate(tasks):
         if isinstance(texts[task], str):
             raise InputError(f"task {task!r} has a single text; give a list of texts, as [{texts[task]!r:.40}]")
-        rows += [(task, text) for text in texts[task]]
-    columns = encode({"text": [text for _, text in rows], "task": [task for task, _ in rows]})
-    if len(columns["input_ids"]) < len(rows):
-        raise InputError(f"{len(rows)} texts given, of which {len(columns['input_ids'])} have a token; leave empty texts out")
-    pad = 0 if backbone.tokenizer.pad_token_id is None else backbone.tokenizer.pad_token_id
-    train = TokenSplit.from_documents(
-        columns["input_ids"],
-        task=[tasks.index(task) for task in columns["task"]],
-        characters=columns["characters"],
-        num_tasks=len(tasks),
-        pad_token_id=pad,
+        rows += [(d, text) for text in texts[task]]
+    train = token_split(
+        fitted.model.backbone, [text for _, text in rows], task=[d for d, _ in rows], num_tasks=len(tasks), max_tokens=max_tokens
     )
-    none = TokenSplit.from_documents([], task=[], num_tasks=len(tasks), pad_token_id=pad)
+    none = train.subset(torch.arange(0))
     return TaskData(tasks, train, none, none)
 
 
@@ -214,8 +203,7 @@ def load_new_tasks(
     Raises:
         InputError: as ``load_tasks``.
     """
-    if fitted.model.backbone.tokenizer is None:
-        raise InputError("the base has no tokenizer to read texts with; give Backbone one")
+    tokenizer = tokenizer_of(fitted.model.backbone)
     columns: dict[str, Any] = {
         "task_column": task_column,
         "text_column": text_column,
@@ -231,7 +219,7 @@ def load_new_tasks(
     for task, group, side in zip(table["task"][:], table["group"][:], sides, strict=True):
         tasks.setdefault(task, {})[group] = side
     record = {"seed": None, "fractions": None, "tasks": dict(sorted(tasks.items()))}
-    return load_tasks(source, fitted.model.backbone.tokenizer, **columns, split_record=record, **options)
+    return load_tasks(source, tokenizer, **columns, split_record=record, **options)
 
 
 def _of_no_task(tau: Tensor, start: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from bora_pyro.data.encode import encoder
 from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA
 from bora_pyro.predictive import Draws
+from bora_pyro.texts import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,7 @@ def generate(
         nearest = min(max(task_index, 0), model.num_tasks - 1)
         raise InputError(f"task_index is {task_index}; give 0 to {model.num_tasks - 1}, nearest: {nearest}")
     check_generation(max_new_tokens, temperature)
-    tokenizer = model.backbone.tokenizer
-    if tokenizer is None:
-        raise InputError("the base has no tokenizer to read and write texts with; give Backbone one")
+    tokenizer = tokenizer_of(model.backbone, "read and write texts with")
     tokens = prompt_tokens(model.backbone, tokenizer, prompt)
     room = max_new_tokens if model.backbone.context is None else min(max_new_tokens, model.backbone.context - len(tokens))
     generator = torch.Generator().manual_seed(seed)

@@ -38,6 +38,7 @@ from bora_pyro.peft_import import PeftAdapter
 from bora_pyro.pooled_fit import pooled_fit
 from bora_pyro.pooling import pool
 from bora_pyro.run_folder import task_slugs
+from bora_pyro.texts import tokenizer_of
 
 #: The shares of the way to Θ that are tried.
 SHARES = tuple(n / 10 for n in range(11))
@@ -115,8 +116,7 @@ def read_held_out(
     Raises:
         InputError: the table cannot be read, or has no document of these tasks; the base has no tokenizer.
     """
-    if backbone.tokenizer is None:
-        raise InputError("the base has no tokenizer to read texts with; give Backbone one")
+    tokenizer = tokenizer_of(backbone)
     table, _ = read_table(source, task_column=task_column, text_column=text_column)
     place = {task: d for d, task in enumerate(tasks)}
     folders = task_slugs(table["task"], reserved=(GLOBAL_MEAN,))
@@ -126,4 +126,4 @@ def read_held_out(
         raise InputError(f"{source} has no document of {', '.join(tasks[:3])}{', ...' if len(tasks) > 3 else ''}")
     documents = datasets.Dataset.from_dict({"task": [task for task, _ in own], "text": [text for _, text in own]})
     longest = max_tokens if backbone.context is None else min(max_tokens, backbone.context)
-    return tokenise(documents, backbone.tokenizer, task_index=place, max_tokens=longest).split
+    return tokenise(documents, tokenizer, task_index=place, max_tokens=longest).split

@@ -22,12 +22,12 @@ from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
 from bora_pyro.data.batches import TokenSplit
-from bora_pyro.data.encode import encoder
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.generate import Generated, generate
 from bora_pyro.model import Weights
 from bora_pyro.predictive import Draws, TokenPredictions, predictive
+from bora_pyro.texts import token_split
 
 
 class Posterior:
@@ -176,18 +176,10 @@ class Posterior:
 
     def split_of(self, texts: str | Sequence[str], task: str, *, max_tokens: int | None = None) -> TokenSplit:
         """Texts as a split of which all documents are one task's."""
-        d, backbone = self.index(task), self.model.backbone
-        if backbone.tokenizer is None:
-            raise InputError("the base has no tokenizer to read texts with; give Backbone one")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        columns = encoder(backbone.tokenizer, max_tokens or backbone.context or 10**9)(
-            {"text": texts, "task": [task] * len(texts)}
-        )
-        if len(columns["input_ids"]) < len(texts) or not texts:
-            raise InputError(
-                f"{len(texts)} texts given, of which {len(columns['input_ids'])} have a token; leave empty texts out"
-            )
-        return TokenSplit.from_documents(columns["input_ids"], task=[d] * len(texts), num_tasks=len(self.tasks))
+        d, texts = self.index(task), [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise InputError("there is no text; give one or more")
+        return token_split(self.model.backbone, texts, task=[d] * len(texts), num_tasks=len(self.tasks), max_tokens=max_tokens)
 
     def index(self, task: str) -> int:
         """d, the position of a task.

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from bora_pyro.adapt import given_model
 from bora_pyro.data.batches import TokenSplit
-from bora_pyro.data.encode import encoder
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.texts import token_split
 
 UNKNOWN = "unknown"
 PRIORS = ("documents", "flat")
@@ -194,14 +194,8 @@ def _chunk(split: TokenSplit, token_budget: int) -> int:
 
 
 def _split(fitted: Fitted, texts: str | Sequence[str], max_tokens: int | None) -> TokenSplit:
-    backbone = fitted.model.backbone
-    if backbone.tokenizer is None:
-        raise InputError("the base has no tokenizer to read texts with; give Backbone one")
     texts = [texts] if isinstance(texts, str) else list(texts)
-    columns = encoder(backbone.tokenizer, max_tokens or backbone.context or 10**9)({"text": texts, "task": [""] * len(texts)})
-    if len(columns["input_ids"]) < len(texts):
-        raise InputError(f"{len(texts)} texts given, of which {len(columns['input_ids'])} have a token; leave empty texts out")
-    return TokenSplit.from_documents(columns["input_ids"], task=[0] * len(texts), num_tasks=len(fitted.tasks))
+    return token_split(fitted.model.backbone, texts, task=[0] * len(texts), num_tasks=len(fitted.tasks), max_tokens=max_tokens)
 
 
 def _log_prior(fitted: Fitted, prior: str | Mapping[str, float]) -> Tensor:

@@ -24,6 +24,7 @@ from bora_pyro.fitted import Fitted
 from bora_pyro.generate import check_generation, prompt_tokens
 from bora_pyro.model import Weights
 from bora_pyro.slots import Slot
+from bora_pyro.texts import tokenizer_of
 
 #: Who writes beside the tasks: the base alone, and Θ.
 BASE, GLOBAL_MEAN = "base", "global-mean"
@@ -100,9 +101,7 @@ def generate_side_by_side(
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; give a probability above 0, up to 1")
     backbone = fitted.model.backbone
-    tokenizer = backbone.tokenizer
-    if tokenizer is None:
-        raise InputError("the base has no tokenizer to read and write texts with; give Backbone one")
+    tokenizer = tokenizer_of(backbone, "read and write texts with")
     weights, row_of = _weights(fitted, tasks)
     begun = [prompt_tokens(backbone, tokenizer, prompt) for prompt in prompts]
     asked = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
