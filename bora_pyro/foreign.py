@@ -61,7 +61,7 @@ def best_task(model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: i
     """
     best, task = torch.full((len(split),), -torch.inf, dtype=torch.float64), torch.zeros(len(split), dtype=torch.int64)
     for d in range(model.num_tasks):
-        (scores,) = evaluate(model, _of_tasks(split, torch.full_like(task, d)), theta, token_budget=token_budget)
+        (scores,) = evaluate(model, split.replace(task=torch.full_like(task, d)), theta, token_budget=token_budget)
         better = scores.log_likelihood > best
         best, task = torch.where(better, scores.log_likelihood, best), torch.where(better, d, task)
     return task
@@ -90,7 +90,7 @@ def text_scores(model: BoRA, split: TokenSplit, centre: Weights, draws: Draws, *
         InputError: there are no texts or no draws.
     """
     task = best_task(model, split, centre, token_budget=token_budget)
-    predictions = predictive(model, _of_tasks(split, task), draws, token_budget=token_budget)
+    predictions = predictive(model, split.replace(task=task), draws, token_budget=token_budget)
     (base,) = evaluate(model, split, None, token_budget=token_budget)
     tokens = torch.bincount(predictions.document, minlength=len(split)).double()
 
@@ -123,17 +123,3 @@ def auroc_by_score(own: pd.DataFrame, foreign: pd.DataFrame) -> pd.Series:
     """
     names = [name for name in SCORES if name in own]
     return pd.Series({name: foreign_auroc(own[name].to_numpy(), foreign[name].to_numpy()) for name in names}, name="auroc")
-
-
-def _of_tasks(split: TokenSplit, task: Tensor) -> TokenSplit:
-    """The same documents as those of other tasks."""
-    return TokenSplit(
-        split.tokens,
-        split.lengths,
-        task=task,
-        characters=split.characters,
-        num_tasks=split.num_tasks,
-        pad_token_id=split.pad_token_id,
-        observed=split.observed,
-        offsets=split.offsets,
-    )

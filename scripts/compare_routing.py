@@ -59,11 +59,9 @@ class RoutingConfig:
 
 
 def beginnings(split: TokenSplit, tokens: int) -> TokenSplit:
-    """The first so many tokens of each document."""
-    documents = [split.document(n)[:tokens].tolist() for n in range(len(split))]
-    return TokenSplit.from_documents(
-        documents, task=split.task.tolist(), num_tasks=split.num_tasks, pad_token_id=split.pad_token_id
-    )
+    """The first so many tokens of each document; a prompt is part of the text, whose task is asked of all its tokens."""
+    lengths = split.lengths.clamp(max=tokens)
+    return split.replace(lengths=lengths, characters=lengths - 1, observed=None)
 
 
 def ece(log_prob: Tensor, task: Tensor, *, bins: int = 10) -> float:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -206,16 +206,18 @@ class TokenSplit:
 
     def subset(self, documents: Tensor) -> TokenSplit:
         """The documents at some positions (n,), in that order, on the same tokens."""
-        return TokenSplit(
-            self.tokens,
-            self.lengths[documents],
-            task=self.task[documents],
-            characters=self.characters[documents],
-            num_tasks=self.num_tasks,
-            pad_token_id=self.pad_token_id,
-            observed=self.observed,
-            offsets=self.offsets[documents],
-        )
+        names = ("lengths", "task", "characters", "offsets")
+        return self.replace(**{name: getattr(self, name)[documents] for name in names})
+
+    def replace(self, **changes: Any) -> TokenSplit:
+        """The same split with other arguments, on the same tokens.
+
+        >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2)
+        >>> split.replace(lengths=split.lengths.clamp(max=2)).document(0).tolist()
+        [0, 5]
+        """
+        names = ("tokens", "lengths", "task", "characters", "num_tasks", "pad_token_id", "observed", "offsets")
+        return TokenSplit(**{name: getattr(self, name) for name in names} | changes)
 
     @property
     def num_documents(self) -> int:

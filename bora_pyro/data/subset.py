@@ -44,15 +44,8 @@ def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | N
         kept = (place[split.task] >= 0).nonzero()[:, 0]
         if limit is not None:
             kept = torch.cat([_some(kept[place[split.task[kept]] == d], limit, names[d], seed) for d in range(len(names))])
-        kept = kept.sort().values
-        return TokenSplit(
-            torch.cat([split.document(n) for n in kept.tolist()]) if len(kept) else split.tokens[:0],
-            split.lengths[kept],
-            task=place[split.task[kept]],
-            characters=split.characters[kept],
-            num_tasks=len(names),
-            pad_token_id=split.pad_token_id,
-        )
+        some = split.subset(kept.sort().values)
+        return some.replace(task=place[some.task], num_tasks=len(names))
 
     return TaskData(names, part(data.train, max_train_documents), part(data.validation), part(data.test))
 
