@@ -19,6 +19,7 @@ import hashlib
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,6 @@ class TokenFile:
 
     def __init__(self) -> None:
         self._folder = cache_folder() or Path(tempfile.gettempdir())
-        # gone from the folder with the mapping, whatever ends the process
-        self._ids, self._mask = (tempfile.TemporaryFile(dir=self._folder) for _ in range(2))  # noqa: SIM115
         self._masked = False
         self._lengths, self._characters, self._row, self._cut = array("q"), array("q"), array("q"), array("b")
 
@@ -143,11 +142,15 @@ class TokenFile:
             values.extend(columns[name])
 
     def __enter__(self) -> TokenFile:
+        with ExitStack() as stack:
+            # gone from the folder with the mapping, whatever ends the process
+            self._ids, self._mask = (stack.enter_context(tempfile.TemporaryFile(dir=self._folder)) for _ in range(2))
+            self._files = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the writing and map what was written."""
-        with self._ids, self._mask:
+        with self._files:
             self.tokens = _mapped(self._ids, np.int32)
             self.observed = _mapped(self._mask, np.bool_) if self._masked else None
         self._offsets = np.cumsum(self._lengths, dtype=np.int64) - np.asarray(self._lengths)
