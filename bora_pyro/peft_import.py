@@ -252,7 +252,8 @@ def _factors(file: Path, rank: int) -> Factors:
     try:
         _check_header(file)
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (it is no mapping)
+            keys = opened.keys()
+            for key in keys:
                 path, factor = _parsed(file, key)
                 view = opened.get_slice(key)
                 shape, dtype = view.get_shape(), view.get_dtype()
