@@ -364,7 +364,9 @@ def test_cells_sort_as_numbers_whatever_they_show():
 
 
 def test_a_picture_keeps_its_ids_to_itself():
-    draw = lambda ax: ax.imshow([[0.0, 1.0]])  # noqa: E731
+    def draw(ax):
+        ax.imshow([[0.0, 1.0]])
+
     first, second = (str(draw_picture(key, "a", "b", draw).svg) for key in ("first", "second"))
     ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, second)]
     assert all(ids)
