@@ -28,12 +28,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from bora_pyro import plots
+from bora_pyro.adapter_folders import GLOBAL_MEAN, adapter_folders
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.map_run import GLOBAL_MEAN
 from bora_pyro.model import Weights
 from bora_pyro.model_card import PICTURE, CardFacts, adapter_card, export_card
 from bora_pyro.peft_format import save_peft
-from bora_pyro.run_folder import task_slugs
 from bora_pyro.saved_run import SavedRun
 from bora_pyro.whole_folder import whole_folder, write_record
 
@@ -108,7 +107,7 @@ def export_adapters(
 
 def _chosen(run: SavedRun, tasks: Sequence[str] | None) -> dict[str, str]:
     """Folders of the tasks that are wanted, by name."""
-    slugs = task_slugs(run.fitted.tasks, reserved=(GLOBAL_MEAN,))
+    slugs = adapter_folders(run.fitted.tasks)
     if tasks is None:
         return slugs
     names = {slug: name for name, slug in slugs.items()} | {name: name for name in slugs}

@@ -26,18 +26,17 @@ from dataclasses import dataclass
 
 import datasets
 
+from bora_pyro.adapter_folders import adapter_folders
 from bora_pyro.backbone import Backbone
 from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.tables import read_table
 from bora_pyro.data.tokenise import tokenise
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
-from bora_pyro.map_run import GLOBAL_MEAN
 from bora_pyro.partial_pooling import FixedShrinkage
 from bora_pyro.peft_import import PeftAdapter
 from bora_pyro.pooled_fit import pooled_fit
 from bora_pyro.pooling import pool
-from bora_pyro.run_folder import task_slugs
 from bora_pyro.texts import tokenizer_of
 
 #: The shares of the way to Θ that are tried.
@@ -119,7 +118,7 @@ def read_held_out(
     tokenizer = tokenizer_of(backbone)
     table, _ = read_table(source, task_column=task_column, text_column=text_column)
     place = {task: d for d, task in enumerate(tasks)}
-    folders = task_slugs(table["task"], reserved=(GLOBAL_MEAN,))
+    folders = adapter_folders(table["task"])
     rows = [(name if name in place else folders[name], text) for name, text in zip(table["task"], table["text"], strict=True)]
     own = [(task, text) for task, text in rows if task in place]
     if not own:

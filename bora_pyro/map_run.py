@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bora_pyro.adapter_folders import GLOBAL_MEAN, adapter_folders
 from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone import Backbone
 from bora_pyro.config import AUTO, DATA, LEARNED, MODEL, PRIOR, MapFitConfig
@@ -32,7 +33,7 @@ from bora_pyro.peft_format import save_peft
 from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
 from bora_pyro.processes import Processes, is_first, processes
 from bora_pyro.progress import Progress
-from bora_pyro.run_folder import RunFolder, task_slugs
+from bora_pyro.run_folder import RunFolder
 from bora_pyro.sharded_base import shard_base
 from bora_pyro.signals import StopSignals
 from bora_pyro.trackers import Tracking, check_packages, track
@@ -49,8 +50,6 @@ DATA_OPTIONS = (
     "split_column", "streaming", "num_tasks", "long_documents", "max_train_documents", "max_eval_documents", "seed",
     "small_tasks", "task_weights",
 )  # fmt: skip
-#: The adapter folder that holds Θ.
-GLOBAL_MEAN = "global-mean"
 #: Among the metadata of a posterior: Θ and τ are another fit's.
 GIVEN = "given"
 
@@ -299,7 +298,7 @@ def _newest_tau(model: BoRA, report: Mapping[str, Any]) -> float | None:
 
 def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:
     """Write the adapters at the guide's centre in PEFT form: a folder a task, and one for Θ."""
-    slugs, mean = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,)), None
+    slugs, mean = adapter_folders(fitted.tasks), None
     fitted.model.backbone.model.config.name_or_path = base_model
     for d, theta, of_all in fitted.each_task():
         save_peft(folder.adapters / slugs[fitted.tasks[d]], fitted.model, theta)
@@ -327,7 +326,7 @@ def write_posterior(folder: RunFolder, fitted: Fitted, guide: str, *, prior: str
 
 def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData, *, processes: Processes | None = None) -> dict[str, Any]:
     """What ``metrics.json`` holds of a fit, at the guide's centre."""
-    slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
+    slugs = adapter_folders(fitted.tasks)
     scores = fitted.evaluate(data.test, processes=processes)
     norms, documents = fitted.deviation_norms(), data.train.documents_per_task
     tasks = {

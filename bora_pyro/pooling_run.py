@@ -16,9 +16,9 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.data.files import read_file
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.map_run import GLOBAL_MEAN
 from bora_pyro.peft_format import CONFIG, write_peft
 from bora_pyro.peft_import import PeftAdapter, read_peft
 from bora_pyro.pooling import Pooled

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoGuide
 
+from bora_pyro.adapter_folders import adapter_folders
 from bora_pyro.calibration import calibration
 from bora_pyro.errors import InputError
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES
 from bora_pyro.map_run import (
     FIT_OPTIONS,
-    GLOBAL_MEAN,
     fit_into,
     metrics_of,
     resumes,
@@ -32,7 +32,7 @@ from bora_pyro.map_run import (
 from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
 from bora_pyro.predictive import predictive
-from bora_pyro.run_folder import FIT, RunFolder, task_slugs
+from bora_pyro.run_folder import FIT, RunFolder
 from bora_pyro.saved_run import SavedRun, load_run, sampled_tau
 from bora_pyro.trackers import Tracking, check_packages
 
@@ -157,7 +157,7 @@ def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted) -> dict[
     mixture, centre = posterior.score(run.data.test, draws=config.draws), predictive(fitted.model, run.data.test, lambda: [mean])
     metrics |= {"mixture": dataclasses.asdict(calibration(mixture)), "mean": dataclasses.asdict(calibration(centre))}
     metrics["mixture_test_perplexity"] = mixture.perplexity()
-    slugs = task_slugs(fitted.tasks, reserved=(GLOBAL_MEAN,))
+    slugs = adapter_folders(fitted.tasks)
     for d, name in enumerate(fitted.tasks):
         own = mixture.epistemic[mixture.task == d]
         metrics["tasks"][slugs[name]] |= {

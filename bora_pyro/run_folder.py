@@ -24,11 +24,9 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +49,6 @@ TRACKED = ("tensorboard", "wandb")
 LOCK = ".lock"
 # The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
 _HEADER = "# bora_pyro run: the resolved configuration"
-# What Windows takes for a device and no folder, in every folder.
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-# Letters that Unicode does not decompose into an ASCII letter and an accent.
-_FOLDS = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"})
 
 
 class RunFolder:
@@ -320,38 +314,6 @@ class RunFolder:
         if file.exists():
             content = file.read_bytes()
             os.truncate(file, content.rfind(b"\n") + 1)
-
-
-def task_slugs(names: Iterable[str], *, reserved: Iterable[str] = ()) -> dict[str, str]:
-    """Folder names for tasks: safe on every file system, different for different tasks, readable.
-
-    Only a-z, 0-9 and single hyphens, at most 80 of them: nothing that leads to another folder, that differs from another name by
-    case alone, or that Windows keeps for a device.
-
-        >>> task_slugs(["Abid Q. Raja", "Børge Brende", "abid q raja", "東京"])
-        {'Abid Q. Raja': 'abid-q-raja', 'Børge Brende': 'borge-brende', 'abid q raja': 'abid-q-raja-2', '東京': 'task'}
-
-    Args:
-        names: the tasks' names; the order decides which of two equal slugs gets a number.
-        reserved: slugs that no task may get.
-    """
-    slugs: dict[str, str] = {}
-    used = {*reserved, *_DEVICES}
-    last: dict[str, int] = {}  # the number that a slug was given last: thousands of names may share one
-    for name in names:
-        if name in slugs:
-            continue
-        folded = unicodedata.normalize("NFKD", name.casefold().translate(_FOLDS))
-        letters = "".join(letter for letter in folded if not unicodedata.combining(letter))
-        base = re.sub(r"[^a-z0-9]+", "-", letters.lower()).strip("-")[:80].strip("-") or "task"
-        slug, number = base, last.get(base, 1)
-        while slug in used:
-            number += 1
-            slug = f"{base[: 80 - len(f'-{number}')].rstrip('-')}-{number}"
-        last[base] = number
-        used.add(slug)
-        slugs[name] = slug
-    return slugs
 
 
 def _finite(value: Any) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.backbone import Change
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
@@ -26,8 +27,8 @@ from bora_pyro.model import Weights
 from bora_pyro.slots import Slot
 from bora_pyro.texts import tokenizer_of
 
-#: Who writes beside the tasks: the base alone, and Θ.
-BASE, GLOBAL_MEAN = "base", "global-mean"
+#: Who writes beside the tasks and Θ: the base alone.
+BASE = "base"
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.errors import InputError
 from bora_pyro.saved_run import load_run
-from bora_pyro.side_by_side import BASE, GLOBAL_MEAN, Written, generate_side_by_side
+from bora_pyro.side_by_side import BASE, Written, generate_side_by_side
 
 #: A column narrower than this is no pleasure to read: tasks then stand below each other.
 LEAST_WIDTH = 28

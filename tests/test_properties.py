@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from bora_pyro.adapter_folders import task_slugs
 from bora_pyro.command_line import parse_config, to_yaml
 from bora_pyro.config import MapFitConfig
 from bora_pyro.data.files import read_file
 from bora_pyro.data.tables import read_table
 from bora_pyro.errors import InputError
 from bora_pyro.posterior_config import PosteriorFitConfig
-from bora_pyro.run_folder import task_slugs
 from bora_pyro.yaml_file import dump_mapping, parse_mapping
 
 # the same examples on every machine, however slow it is

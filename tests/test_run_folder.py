@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bora_pyro.adapter_folders import task_slugs
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import DIAGNOSTICS, REPORT, TRACKED, RunFolder, task_slugs
+from bora_pyro.run_folder import DIAGNOSTICS, REPORT, TRACKED, RunFolder
 
 
 @pytest.fixture

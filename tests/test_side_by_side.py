@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bora_pyro import Backbone, BoRA, InputError, LoRA, fit, generate_side_by_side, load_tasks
+from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.generate import generate
 from bora_pyro.map_run import run_map_fit
-from bora_pyro.side_by_side import BASE, GLOBAL_MEAN
+from bora_pyro.side_by_side import BASE
 from tests.tiny import hooks_left
 from tests.tiny_base import documents, line, quick_fit, save_base, script_main
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.report.blocks import Samples
 from bora_pyro.saved_run import SavedRun
-from bora_pyro.side_by_side import BASE, GLOBAL_MEAN, generate_side_by_side
+from bora_pyro.side_by_side import BASE, generate_side_by_side
 
 _BEGINNING = 8  # tokens of a document, its start included, that are a prompt where none is given
 _NOTES = {BASE: "no adapter", GLOBAL_MEAN: "Θ, the mean of all tasks"}
