@@ -19,8 +19,6 @@ Nothing in it is pickled, and every file but the log is replaced in one piece, s
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
@@ -38,7 +36,7 @@ from torch import Tensor
 from bora_pyro.errors import InputError
 from bora_pyro.inside import check_links
 from bora_pyro.safetensors_file import DAMAGE, write_safetensors
-from bora_pyro.whole_file import replace_file, unwritable
+from bora_pyro.whole_file import check_writable, replace_file, unusable, unwritable
 from bora_pyro.yaml_file import YamlError, dump_mapping, read_mapping
 
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
@@ -75,13 +73,9 @@ class RunFolder:
         """Raise what ``create`` would raise, and leave the disk alone: for a look before the long work begins."""
         try:
             cls(Path(path))._entries(overwrite=overwrite, resume=resume)
-            with contextlib.suppress(FileNotFoundError):
-                os.stat(path)  # what Path.exists passes over: a NUL byte, a file among the folders above
-            above = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, f"{above} is not a folder that can be written")
+            check_writable(path, (Path(path), *Path(path).absolute().parents))
         except (OSError, ValueError) as error:
-            raise _unusable(path, error) from None
+            raise unusable(path, error) from None
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
@@ -113,7 +107,7 @@ class RunFolder:
         except BaseException as error:
             run.__exit__()
             if isinstance(error, OSError | ValueError):
-                raise _unusable(path, error) from None
+                raise unusable(path, error) from None
             raise
         return run
 
@@ -326,14 +320,6 @@ def _finite(value: Any) -> Any:
 
 def _is_temporary(name: str) -> bool:
     return name == LOCK or (name.startswith(".") and name.endswith(".tmp"))
-
-
-def _unusable(path: str | Path, error: Exception) -> InputError:
-    if isinstance(error, InputError):
-        return error
-    return InputError(
-        f"output_dir {path} cannot be written ({getattr(error, 'strerror', None) or error}); give another --output_dir"
-    )
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:

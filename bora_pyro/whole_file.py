@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,3 +56,26 @@ def sync(path: Path) -> None:
 def unwritable(file: Path, error: OSError) -> InputError:
     """What to tell of a file that could not be written."""
     return InputError(f"{file} cannot be written ({error.strerror or error}); make room there, or make it writable, and go on")
+
+
+def check_writable(path: str | Path, folders: Iterable[Path]) -> None:
+    """Look whether a folder could be made or written at a path.
+
+    Raises:
+        OSError: the first of ``folders`` that exists, the path's own or one above it, is no folder or cannot be written.
+        ValueError: the path is none.
+    """
+    with suppress(FileNotFoundError):
+        os.stat(path)  # what Path.exists passes over: a NUL byte, a file among the folders above
+    above = next(folder for folder in folders if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{above} is not a folder that can be written")
+
+
+def unusable(path: str | Path, error: Exception) -> InputError:
+    """What to tell of an output folder that could not be made or written."""
+    if isinstance(error, InputError):
+        return error
+    return InputError(
+        f"output_dir {path} cannot be written ({getattr(error, 'strerror', None) or error}); give another --output_dir"
+    )

@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import shutil
@@ -26,6 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bora_pyro.errors import InputError
+from bora_pyro.whole_file import check_writable, unusable
 
 # The key of a record under which it names what else lies in its folder.
 _ENTRIES = "entries"
@@ -60,7 +59,7 @@ def whole_folder(path: str | Path, *, record: str, overwrite: bool = False) -> I
                 os.rename(old, place)
             raise
     except (OSError, SafetensorError) as error:
-        raise _unusable(path, error) from None
+        raise unusable(path, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if place.exists():
@@ -74,13 +73,9 @@ def check_place(path: str | Path, *, record: str, overwrite: bool = False) -> No
         if place.is_symlink() or (place.exists() and not place.is_dir()):
             raise InputError(f"output_dir {path} is a file or a link; give another --output_dir")
         names = sorted(entry.name for entry in place.iterdir()) if place.exists() else []
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(place)  # what Path.exists passes over: a NUL byte
-        above = next(folder for folder in place.parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, f"{above} is not a folder that can be written")
+        check_writable(place, place.parents)
     except (OSError, ValueError) as error:
-        raise _unusable(path, error) from None
+        raise unusable(path, error) from None
     if not names:
         return
     own = {record, *_entries(place / record)} if record in names else set()
@@ -108,11 +103,3 @@ def _entries(file: Path) -> list[str]:
         return [str(name) for name in content[_ENTRIES]]
     except (OSError, ValueError, TypeError, KeyError):
         return []  # no record of ours: everything in the folder is foreign
-
-
-def _unusable(path: str | Path, error: Exception) -> InputError:
-    if isinstance(error, InputError):
-        return error
-    return InputError(
-        f"output_dir {path} cannot be written ({getattr(error, 'strerror', None) or error}); give another --output_dir"
-    )
