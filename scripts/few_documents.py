@@ -120,7 +120,9 @@ class Curve:
             for arm, number in wanted:
                 if len(self.rows(seed, arm, number, "test")):
                     continue
-                rate, steps = self.choice(setting, arm, number) if self.tuned(arm, number) else (0.0, 0)
+                if seed == 0 and self.tuned(arm, number):
+                    self.search(setting, arm, number)
+                rate, steps = self.choice(arm, number) if self.tuned(arm, number) else (0.0, 0)
                 self.run(setting, seed, arm, number, rate, steps, "test")
 
     def tuned(self, arm: str, number: str) -> bool:
@@ -133,13 +135,16 @@ class Curve:
         found = (table["seed"] == seed) & (table["arm"] == arm) & (table["documents"].astype(str) == number)
         return table[found & (table["split"] == split)]
 
-    def choice(self, setting: Setting, arm: str, number: str) -> tuple[float, int]:
-        """Learning rate and steps, by the validation documents of the first seed, whose setting it then is."""
+    def search(self, setting: Setting, arm: str, number: str) -> None:
+        """Every learning rate and number of steps, on the validation documents of the first seed, whose setting it is."""
         for rate in map(float, self.config.learning_rates):
             for steps in map(int, self.config.steps):
                 have = self.rows(0, arm, number, "validation")
                 if not len(have[(have["learning_rate"] == rate) & (have["steps"] == steps)]):
                     self.run(setting, 0, arm, number, rate, steps, "validation")
+
+    def choice(self, arm: str, number: str) -> tuple[float, int]:
+        """Learning rate and steps, by the validation documents of the first seed."""
         have = self.rows(0, arm, number, "validation").groupby(["learning_rate", "steps"])[["log_likelihood", "tokens"]].sum()
         rate, steps = (have["log_likelihood"] / have["tokens"]).idxmax()
         return float(rate), int(steps)
