@@ -20,7 +20,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.data.batches import TokenSplit
-from bora_pyro.data.tables import Source, read_table
+from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import fit
@@ -173,53 +173,18 @@ def task_data(fitted: Fitted, texts: Mapping[str, Sequence[str]], *, max_tokens:
     return TaskData(tasks, train, none, none)
 
 
-def load_new_tasks(
-    source: Source,
-    fitted: Fitted,
-    *,
-    task_column: str | Sequence[str] = "task",
-    text_column: str | Sequence[str] = "text",
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
-    messages_column: str | None = None,
-    group_column: str | None = None,
-    split_column: str | None = None,
-    **options: Any,
-) -> TaskData:
+def load_new_tasks(source: Source, fitted: Fitted, **options: Any) -> TaskData:
     """New tasks from a table: all their documents to train on, or as ``split_column`` says. One task is enough.
 
     Args:
-        source: as for :func:`~bora_pyro.load_tasks`, as are the columns.
+        source: as for :func:`~bora_pyro.load_tasks`.
         fitted: the fit that they are adapted from, whose tokenizer reads them.
-        task_column: column with the name of the task.
-        text_column: column with the text.
-        prompt_column: column with a prompt, which is only read.
-        completion_column: column with the text that follows the prompt.
-        messages_column: column with a chat.
-        group_column: column with what belongs together.
-        split_column: column with a ready split.
-        options: further ones of ``load_tasks``: ``max_tokens``, ``max_train_documents``, ...
+        options: of ``load_tasks``: the columns, ``max_tokens``, ``max_train_documents``, ...
 
     Raises:
-        InputError: as ``load_tasks``.
+        InputError: as ``load_tasks``; the base has no tokenizer.
     """
-    tokenizer = tokenizer_of(fitted.model.backbone)
-    columns: dict[str, Any] = {
-        "task_column": task_column,
-        "text_column": text_column,
-        "prompt_column": prompt_column,
-        "completion_column": completion_column,
-        "messages_column": messages_column,
-        "group_column": group_column,
-        "split_column": split_column,
-    }
-    table, _ = read_table(source, **columns)
-    sides = table["split"][:] if split_column is not None else ["train"] * len(table)
-    tasks: dict[str, dict[str, str]] = {}
-    for task, group, side in zip(table["task"][:], table["group"][:], sides, strict=True):
-        tasks.setdefault(task, {})[group] = side
-    record = {"seed": None, "fractions": None, "tasks": dict(sorted(tasks.items()))}
-    return load_tasks(source, tokenizer, **columns, split_record=record, **options)
+    return load_tasks(source, tokenizer_of(fitted.model.backbone), new_tasks=True, **options)
 
 
 def _of_no_task(tau: Tensor, start: Tensor) -> Tensor:

@@ -114,20 +114,27 @@ def apply_split(dataset: datasets.Dataset, record: Mapping[str, Any]) -> dict[st
     return {name: dataset.select(indices) for name, indices in rows.items()}
 
 
-def record_of_column(dataset: datasets.Dataset) -> dict[str, Any]:
+def record_of_column(dataset: datasets.Dataset, *, new_tasks: bool = False) -> dict[str, Any]:
     """The record of a ready split, for a table with a column ``split``.
+
+    Args:
+        dataset: the table.
+        new_tasks: one task is enough, and all documents train where the table has no such column.
 
     Raises:
         InputError: a group stands on two sides, or there are fewer than two tasks.
     """
     tasks: dict[str, dict[str, str]] = defaultdict(dict)
-    for task, group, split in zip(dataset["task"][:], dataset["group"][:], dataset["split"][:], strict=True):
+    given = "split" in dataset.column_names or not new_tasks
+    sides = dataset["split"][:] if given else ["train"] * len(dataset)
+    for task, group, split in zip(dataset["task"][:], dataset["group"][:], sides, strict=True):
         if tasks[task].setdefault(group, split) != split:
             raise InputError(
                 f"group {group!r} of task {task!r} is in {tasks[task][group]} and in {split}; put the whole group on one side, "
                 "or leave split_column out to have the split made by group"
             )
-    check_task_count(tasks)
+    if not new_tasks:
+        check_task_count(tasks)
     return {"seed": None, "fractions": None, "tasks": {task: tasks[task] for task in sorted(tasks)}}
 
 

@@ -106,6 +106,7 @@ def load_tasks(
     small_tasks: str = "error",
     split_record: Mapping[str, Any] | None = None,
     task_weights: Mapping[str, float] | str | Path | None = None,
+    new_tasks: bool = False,
 ) -> TaskData:
     """Read, split and tokenise.
 
@@ -148,6 +149,8 @@ def load_tasks(
             tasks that it does not have are left out.
         task_weights: a factor of the log-likelihood of each task, by name, or a file of them (`bora_pyro.data.task_weights`);
             1 where none is given.
+        new_tasks: the tasks are new ones that a fit is adapted to (`bora_pyro.adapt`): one is enough, and without `split_column`
+            all their documents train.
 
     Raises:
         InputError: the data or an argument cannot be used; the message says which and what to do.
@@ -184,9 +187,10 @@ def load_tasks(
             were = "was" if len(left_out) == 1 else "were"
             notes.append(f"{noun} that the split record does not have {were} left out")
         notes += split_notes(parts, record)
-    elif split_column is not None:
-        table = _first_tasks(table, num_tasks)
-        record = record_of_column(table)
+    elif split_column is not None or new_tasks:
+        if not (new_tasks and num_tasks is None):
+            table = _first_tasks(table, num_tasks)
+        record = record_of_column(table, new_tasks=new_tasks)
         parts = apply_split(table, record)
         notes += split_notes(parts, record)
     else:
