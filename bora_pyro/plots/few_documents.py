@@ -54,9 +54,7 @@ def few_documents_curve(table: Any, ax: Axes) -> Axes:
         ax.vlines(x, found["min"], found["max"], color=PALETTE[style], linewidth=1, alpha=0.7)
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ticks = [
-        tick for tick in (10, 15, 20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, 300, 400, 600, 1000) if low <= tick <= high
-    ]
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
     ax.set_yticks(ticks, [f"{tick}" for tick in ticks])
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xticks(range(len(numbers)), numbers)
