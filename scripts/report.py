@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.errors import InputError
 from bora_pyro.report import Page, RunOptions, check_output, run_page, runs_page, sweep_page, write_page
 from bora_pyro.run_folder import CONFIG, REPORT
 from bora_pyro.sweep import read_sweep
+from bora_pyro.yaml_file import YamlError, read_mapping
 
 SAMPLES, PICTURES = "samples", "pictures"
 _DEFAULTS = RunOptions()
@@ -119,12 +119,10 @@ def _shared_options(config: ReportConfig) -> dict[str, Any] | None:
     if config.fit_config is None and not file.is_file():
         return None
     try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"fit_config {file} cannot be read ({' '.join(str(error).split())}); give a YAML file") from None
-    if not isinstance(options, dict):
-        raise InputError(f"fit_config {file} holds no mapping; give a YAML file of map_fit.py's options")
-    return options
+        return read_mapping(file)
+    except (OSError, YamlError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"fit_config {file} cannot be read ({reason}); give a YAML file of map_fit.py's options") from None
 
 
 def main(argv: list[str]) -> int:
