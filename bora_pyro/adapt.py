@@ -16,16 +16,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import fit
 from bora_pyro.fitted import Fitted
-from bora_pyro.guides import GUIDES
+from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.likelihoods import without_task_weights
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
@@ -124,7 +122,9 @@ def fit_deviations(
         raise InputError(f"steps is {steps}; give a whole number from 1 up")
     batches = len(data.train.batches(token_budget=token_budget, seed=seed))
     if not batches:
-        return _without_a_step(model, data, GUIDES[guide](model, data=data, scale=scale))
+        unfitted = GUIDES[guide](model, data=data, scale=scale)  # at the prior's centre
+        make_parameters(unfitted, model)
+        return Fitted(model, unfitted, data.tasks, documents=data.train.documents_per_task)
     options = {"patience": 0, "task_subsampling": False, "seed": seed, "token_budget": token_budget} | options
     options |= {"epochs": -(-steps // batches), "learning_rate": learning_rate}
     point = fit(model, data, **options)
@@ -190,11 +190,3 @@ def load_new_tasks(source: Source, fitted: Fitted, **options: Any) -> TaskData:
 def _of_no_task(tau: Tensor, start: Tensor) -> Tensor:
     """τ of a task that is none of those that it was learned for: where each has its own, the geometric mean."""
     return tau.log().mean(0).exp() if tau.dim() > start.dim() else tau
-
-
-def _without_a_step(model: BoRA, data: TaskData, guide: AutoGuide) -> Fitted:
-    """The prior's centre, where there is nothing to learn from."""
-    document = TokenSplit.from_documents([[0, 0]], task=[0], num_tasks=model.num_tasks).batches(token_budget=2)[0]
-    with torch.no_grad():
-        guide(document.to(model.backbone.device))
-    return Fitted(model, guide, data.tasks, documents=data.train.documents_per_task)

@@ -23,9 +23,8 @@ from pyro import poutine
 from torch.nn.functional import pad
 
 from bora_pyro.adapters import Adapter, FrozenALoRA, LoRA
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.fitted import Fitted
-from bora_pyro.guides import map_guide
+from bora_pyro.guides import make_parameters, map_guide
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.pooling import Pooled, in_frame, shrink
 from bora_pyro.priors import LearnedPrecision
@@ -53,10 +52,8 @@ def pooled_fit(pooled: Pooled, *, shrunk: bool = True) -> Fitted:
     theta, mean, fixed = ({name: value.to(backbone.device) for name, value in part.items()} for part in (theta, mean, fixed))
     model.fixed |= fixed
     guide = map_guide(model, model.sites_given(theta, mean))
-    # one short document: the model must run once for the guide to make its parameters
-    document = TokenSplit.from_documents([[0, 0]], task=[0], num_tasks=tasks)
-    with torch.no_grad(), poutine.seed(rng_seed=0):
-        guide(document.batches(token_budget=1)[0].to(backbone.device))
+    with poutine.seed(rng_seed=0):
+        make_parameters(guide, model)
     return Fitted(model, guide, pooled.tasks)
 
 

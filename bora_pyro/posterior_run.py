@@ -19,7 +19,7 @@ from bora_pyro.adapter_folders import adapter_folders
 from bora_pyro.calibration import calibration
 from bora_pyro.errors import InputError
 from bora_pyro.fitted import Fitted
-from bora_pyro.guides import GUIDES
+from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.map_run import (
     FIT_OPTIONS,
     fit_into,
@@ -113,8 +113,7 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
         sites = sampled_tau(model, config.tau, run.fitted)
     model.prior.every = 0  # τ stays what the run has learned
     guide = GUIDES[config.guide](model, sites, data=run.data, scale=scale, temperature=config.temperature)
-    with torch.no_grad():
-        guide(run.data.train.batches(token_budget=1)[0].to(model.backbone.device))
+    make_parameters(guide, model)
     return guide
 
 

@@ -32,7 +32,7 @@ from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.fitted import Fitted
-from bora_pyro.guides import GUIDES
+from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.map_run import GIVEN, build_run
 from bora_pyro.model import BoRA
 from bora_pyro.posterior import Posterior
@@ -128,7 +128,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     _check_data(folder, data, metrics, metadata)
     fitted = Fitted(
         model,
-        _restored(folder, model, data, tensors, metadata["guide"]),
+        _restored(folder, model, tensors, metadata["guide"]),
         data.tasks,
         history=folder.read_log(),
         best_epoch=metrics.get("best_epoch", 0),
@@ -241,7 +241,7 @@ def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> d
     return sites
 
 
-def _restored(folder: RunFolder, model: BoRA, data: TaskData, tensors: dict[str, Tensor], kind: str) -> AutoGuide:
+def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: str) -> AutoGuide:
     """The guide at the stored values of the sample sites; the adapter's and the prior's own tensors are put back as well."""
     fixed, learned, state, sites = (
         {name: value.to(model.backbone.device) for name, value in tensors.items() if _group(name) == group}
@@ -257,8 +257,7 @@ def _restored(folder: RunFolder, model: BoRA, data: TaskData, tensors: dict[str,
         model.fixed |= {name.removeprefix(_FIXED): value for name, value in fixed.items()}
         model.prior.load_state(learned)
         guide = GUIDES[kind](model, sites)
-        # one short document: the model must run once for the guide to make its parameters
-        guide(data.train.batches(token_budget=1)[0].to(model.backbone.device))
+        make_parameters(guide, model)
         if kind != "map":
             _check_shapes(folder, {f"{_GUIDE}{name}": value for name, value in guide.state_dict().items()}, state)
             guide.load_state_dict({name.removeprefix(_GUIDE): value for name, value in state.items()})

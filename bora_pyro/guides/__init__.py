@@ -8,7 +8,7 @@ configuration may give.
 """
 
 from bora_pyro.guides.auto_normal import auto_normal_guide
-from bora_pyro.guides.base import GuideBuilder, SiteGuide, init_to_sites, init_to_start
+from bora_pyro.guides.base import GuideBuilder, SiteGuide, init_to_sites, init_to_start, make_parameters
 from bora_pyro.guides.laplace import LaplaceGuide, laplace_guide
 from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide, laplace_kronecker_guide
 from bora_pyro.guides.low_rank import LowRankGuide, LowRankNormal, low_rank_guide
@@ -28,5 +28,5 @@ GUIDES: dict[str, GuideBuilder] = {
 __all__ = [
     "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal", "NormalGuide",
     "SiteGuide", "auto_normal_guide", "init_to_sites", "init_to_start", "laplace_guide", "laplace_kronecker_guide",
-    "low_rank_guide", "map_guide", "normal_guide",
+    "low_rank_guide", "make_parameters", "map_guide", "normal_guide",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import biject_to
 
+from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.model import BoRA
@@ -75,6 +76,22 @@ def init_to_sites(sites: Mapping[str, Tensor] | None) -> Callable[[dict[str, Any
         InputError: when the guide is first run, a site that has no value there or one of another shape.
     """
     return init_to_start if sites is None else partial(_init_to_given, sites=dict(sites))
+
+
+def make_parameters(guide: AutoGuide, model: BoRA) -> None:
+    """Run the model once, on one short document, for the guide to make its parameters.
+
+    >>> import bora_pyro as bp
+    >>> from bora_pyro.guides import normal_guide
+    >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
+    >>> guide = normal_guide(model)
+    >>> make_parameters(guide, model)
+    >>> len(list(guide.parameters())) > 0
+    True
+    """
+    document = TokenSplit.from_documents([[0, 0]], task=[0], num_tasks=model.num_tasks)
+    with torch.no_grad():
+        guide(document.batches()[0].to(model.backbone.device))
 
 
 def begins_at_sites(guide: AutoGuide) -> bool:
