@@ -22,7 +22,7 @@ DATA, ADAPTATION, RUN = "data", "adaptation", "run"
 #: The options that say what the new tasks' documents are, by the names that they have in a fit's configuration.
 NEW_DOCUMENTS = (
     "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template", "group_column",
-    "split_column", "max_train_documents", "seed",
+    "split_column", "max_tokens", "max_train_documents", "seed",
 )  # fmt: skip
 
 

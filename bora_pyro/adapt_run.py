@@ -45,15 +45,13 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device)
     config = _resolved(config, run)
-    data = load_new_tasks(
-        config.data, run.fitted, max_tokens=config.max_tokens or 2, long_documents=run.config.long_documents,
-        **{name: getattr(config, name) for name in NEW_DOCUMENTS},
-    )  # fmt: skip
+    documents = {name: getattr(config, name) for name in NEW_DOCUMENTS}
+    data = load_new_tasks(config.data, run.fitted, long_documents=run.config.long_documents, **documents)
     if not quiet:
         for note in data.notes:
             print(f"note: {note}", file=sys.stderr)
-    options = {name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "scale", "seed")}
-    fitted = adapt(run.fitted, data, token_budget=config.token_budget or 1, **options)
+    options = {name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "token_budget", "scale", "seed")}
+    fitted = adapt(run.fitted, data, **options)
     metrics = metrics_of(dataclasses.replace(run.config, learning_rate=config.learning_rate, seed=config.seed), fitted, data)
     with RunFolder.create(config.output_dir, overwrite=config.overwrite) as folder:
         folder.write_config(dataclasses.asdict(config) | {"overwrite": False})
@@ -66,5 +64,6 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
+    """The configuration with the fit's values where it has none of its own."""
     names = ("max_tokens", "token_budget", "chat_template")
     return dataclasses.replace(config, **{name: getattr(config, name) or getattr(run.config, name) for name in names})

@@ -171,7 +171,6 @@ def _read_adaptation(folder: RunFolder) -> MapFitConfig:
         raise InputError(str(error).removeprefix("--config ")) from None
     data: dict[str, Any] = {name: getattr(new, name) for name in ("data", *NEW_DOCUMENTS)}
     limits: dict[str, Any] = {
-        "max_tokens": new.max_tokens,
         "token_budget": new.token_budget,
         "num_tasks": None,
         "max_eval_documents": None,
