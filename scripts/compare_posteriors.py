@@ -46,9 +46,9 @@ from bora_pyro.map_run import build_run, run_map_fit
 from bora_pyro.model import Weights
 from bora_pyro.posterior import Posterior
 from bora_pyro.predictive import Draws, predictive
+from bora_pyro.results_table import read_results, write_results
 from bora_pyro.run_folder import METRICS
 from bora_pyro.saved_run import SavedRun, load_run
-from bora_pyro.whole_file import replace_file
 
 MEMBERS = 4
 RATES = (0.001, 0.003, 0.01, 0.03)
@@ -120,9 +120,7 @@ class Comparison:
 
     def __init__(self, config: PosteriorsConfig) -> None:
         self.config, self.output = config, Path(config.output)
-        self.table = pd.read_csv(self.output) if self.output.exists() else pd.DataFrame(columns=KEYS)
-        if missing := [name for name in KEYS if name not in self.table]:
-            raise InputError(f"output {self.output} has no column {missing[0]!r}; give another file for the table")
+        self.table = read_results(self.output, KEYS)
 
     def run_all(self) -> None:
         """Every arm with the first seed, where choices are made, then with the others."""
@@ -223,7 +221,7 @@ class Comparison:
             rows.append(self.row(keys | {"prediction": "mixture"} | common, run, draws))
         self.table = pd.DataFrame([*self.table.to_dict("records"), *rows])
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.output, lambda file: self.table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n"))
+        write_results(self.table, self.output)
         for row in rows:
             print("{arm} seed {seed} T {temperature} rate {learning_rate} {prediction}: ".format(**row), end="")
             print(

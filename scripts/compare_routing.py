@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,9 @@ from bora_pyro.command_line import option, parse_config
 from bora_pyro.data import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
+from bora_pyro.results_table import write_results
 from bora_pyro.routing import TaskProbabilities, infer_task
 from bora_pyro.saved_run import SavedRun, load_run
-from bora_pyro.whole_file import replace_file
 
 #: Inverse strengths of the classifier's penalty to choose from.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -167,7 +166,7 @@ def main(argv: list[str]) -> int:
         table = compare(run, config)
         # p(d) beforehand, tasks whose text it is being unknown: averaged over the tasks as they come
         averaged = perplexities(run, infer_task(run.fitted, run.data.test, prior=config.prior))
-        replace_file(Path(config.output), lambda file: table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n"))
+        write_results(table, config.output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

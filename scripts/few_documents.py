@@ -41,7 +41,7 @@ from bora_pyro.fitted import Fitted
 from bora_pyro.map_run import build_run
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given, LearnedPrecision, Pooled, with_shared
-from bora_pyro.whole_file import replace_file
+from bora_pyro.results_table import read_results, write_results
 
 ARMS = ("bora", "scratch", "pooled", "pooled_tuned")
 KEYS = ["seed", "arm", "documents", "split", "learning_rate", "steps", "task"]
@@ -106,9 +106,7 @@ class Curve:
 
     def __init__(self, config: FewDocumentsConfig) -> None:
         self.config, self.output = config, Path(config.output)
-        self.table = pd.read_csv(self.output) if self.output.exists() else pd.DataFrame(columns=KEYS)
-        if missing := [name for name in KEYS if name not in self.table]:
-            raise InputError(f"output {self.output} has no column {missing[0]!r}; give another file for the table")
+        self.table = read_results(self.output, KEYS)
 
     def run_all(self) -> None:
         """Every seed, the first with the choices."""
@@ -146,6 +144,10 @@ class Curve:
     def choice(self, arm: str, number: str) -> tuple[float, int]:
         """Learning rate and steps, by the validation documents of the first seed."""
         have = self.rows(0, arm, number, "validation").groupby(["learning_rate", "steps"])[["log_likelihood", "tokens"]].sum()
+        if have.empty:
+            raise InputError(
+                f"output {self.output} has no validation rows of {arm} with {number} documents and seed 0; give another file"
+            )
         rate, steps = (have["log_likelihood"] / have["tokens"]).idxmax()
         return float(rate), int(steps)
 
@@ -204,7 +206,7 @@ class Curve:
             score["log_likelihood"] = float(scores.log_likelihood[of_task].sum())
             rows.append(dict(zip(KEYS, values, strict=True)) | of_run | score)
         self.table = pd.concat([self.table, pd.DataFrame(rows)], ignore_index=True) if len(self.table) else pd.DataFrame(rows)
-        replace_file(self.output, lambda file: self.table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n"))
+        write_results(self.table, self.output)
         how = f"{number} documents, rate {rate:g}, {steps} steps"
         print(f"seed {seed}: {arm}, {how}: {split} {scores.perplexity():.2f} in {seconds:.1f} s", file=sys.stderr)
 
