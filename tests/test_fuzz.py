@@ -12,15 +12,13 @@ import datasets
 import pytest
 
 from bora_pyro.errors import InputError
-from tests.tiny_base import SCRIPTS, script_main
+from tests.tiny_base import script_main
 
 
 @pytest.fixture(scope="module")
 def fuzz():
-    """The script as a module, with those that it shares a folder with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        script_main("fuzz")
+    """The script as a module."""
+    script_main("fuzz")
     return sys.modules["fuzz"]
 
 

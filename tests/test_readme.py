@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import io
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.map_run import run_map_fit
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.posterior_run import run_posterior_fit
+from tests.tiny_base import script_main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,15 +57,6 @@ def script(words):
     return None if place is None else (words[place], words[place + 1 :])
 
 
-def main_of(name):
-    if str(ROOT / "scripts") not in sys.path:
-        sys.path.append(str(ROOT / "scripts"))  # where Python itself looks when it runs a script
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-    module = sys.modules[Path(name).stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words)[:80] for _, words in COMMANDS])
 def test_every_command_is_taken(page, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -78,7 +68,7 @@ def test_every_command_is_taken(page, words, monkeypatch, capsys):
         return
     name, arguments = found
     with pytest.raises(SystemExit) as ended:
-        main_of(name)([*arguments, *([] if {"--help", "--print_schema"} & {*arguments} else ["--print_config"])])
+        script_main(Path(name).stem)([*arguments, *([] if {"--help", "--print_schema"} & {*arguments} else ["--print_config"])])
     assert ended.value.code == 0, capsys.readouterr().err
 
 
@@ -120,7 +110,7 @@ def test_a_command_runs_word_by_word(demo, words, monkeypatch, capsys, tmp_path)
     for place, word in enumerate(arguments[:-1]):
         if word == "--output_dir":  # that the fixture may have made already
             shutil.rmtree(work / arguments[place + 1], ignore_errors=True)
-    assert main_of(name)(arguments) == 0, capsys.readouterr().err
+    assert script_main(Path(name).stem)(arguments) == 0, capsys.readouterr().err
 
 
 def test_the_snippets_run_one_after_another(demo, monkeypatch, tmp_path):

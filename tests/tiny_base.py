@@ -82,6 +82,8 @@ def write_table(path, table=None):
 
 def script_main(name="map_fit"):
     """``main`` of a script, which is no package member."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))  # where Python itself looks for what a script shares with its neighbours
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
     spec.loader.exec_module(module)
