@@ -20,6 +20,7 @@ from bora_pyro.data.tables import read_table
 from bora_pyro.guides import map_guide
 from bora_pyro.loop import Loop
 from bora_pyro.map_run import build_run, run_map_fit
+from bora_pyro.peft_import import load_peft
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.safetensors_file import read_digest
 from bora_pyro.saved_run import load_run
@@ -79,6 +80,7 @@ def readers(folder: Path) -> list[Reader]:
         parse_config(MapFitConfig, ["--config", str(file)]).validate()
 
     [newest] = (run / "checkpoints").iterdir()
+    adapter = run / "adapters" / "ada"
 
     def signed(file: Path) -> Path:
         """The file with the digest that its bytes now have: damage that somebody has meant."""
@@ -106,6 +108,8 @@ def readers(folder: Path) -> list[Reader]:
         _of(run / "metrics.jsonl", "run: log", "jsonl", lambda _: RunFolder(run).read_log(), 8),
         _of(run / "split.json", "run: split", "json", lambda _: apply_split(split_of, RunFolder(run).read_split()), 8),
         _of(run / "posterior.safetensors", "run: posterior", "safetensors", tensors, 10),
+        _of(adapter / "adapter_model.safetensors", "adapter", "safetensors", lambda _: load_peft(adapter, model), 8),
+        _of(adapter / "adapter_config.json", "adapter: config", "json", lambda _: load_peft(adapter, model), 4),
         _of(newest, "run: checkpoint", "safetensors", lambda file: loop.load(Checkpoint(file)), 2),
         _of(newest, "run: checkpoint, signed", "safetensors", lambda file: loop.load(Checkpoint(signed(file))), 6),
     ]  # fmt: skip
