@@ -239,6 +239,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(finished, tmp_path, capsys, ch
     assert not (tmp_path / "new").exists()
 
 
+def test_a_group_of_a_new_task_stands_on_one_side(finished, tmp_path, capsys):
+    table = documents(("Cleo",), number=4).assign(doc_id=["a", "a", "b", "b"], split=["train", "test", "train", "train"])
+    words = line({"data": write_table(tmp_path / "new.csv", table), "split_column": "split", "output_dir": tmp_path / "new"})
+    assert script_main("adapt")([str(finished), *words]) == 2
+    assert "group 'a' of task 'Cleo' is in train and in test; put the whole group on one side" in capsys.readouterr().err
+
+
 def test_a_table_of_one_new_task_and_a_limit_of_documents(finished, tmp_path):
     table = pd.concat([documents(("Cleo",), number=6), documents(("Ada",), number=2)])
     data = write_table(tmp_path / "new.csv", table)

@@ -12,6 +12,7 @@ import torch
 from bora_pyro import evaluate, load_tasks
 from bora_pyro.benchmark_arms import Work
 from bora_pyro.data import TokenSplit, read_table, table
+from bora_pyro.data.subset import subset
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.tokenise import tokenise
 from bora_pyro.diagnostics import _checksums
@@ -166,6 +167,13 @@ def test_a_subset_has_the_documents_as_they_are(split):
         assert part.predicted.tolist() == split.predicted[documents].tolist()
         assert part.task.tolist() == split.task[documents].tolist()
     assert sample_texts(split, 2, seed=0).num_tokens == 4
+
+
+def test_some_tasks_have_the_documents_as_they_are(split):
+    part = subset(TaskData(["a", "b", "c"], split, split, split), ["c", "a"], max_train_documents=1)
+    assert [part.test.labels(n).tolist() for n in range(2)] == [split.labels(n).tolist() for n in (0, 2)]
+    assert (part.test.task.tolist(), part.test.num_tasks, part.test.num_tokens) == ([0, 0], 2, 4)
+    assert part.train.num_tokens == 2
 
 
 def by_hand(model, theta, n):

@@ -73,6 +73,21 @@ def test_nothing_is_run_twice(curve, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_later_seed_searches_nothing(curve, tmp_path):
+    path, words = curve
+    table = pd.read_csv(path, dtype={"documents": str})
+    first = table[(table["seed"] == 0) | (table["split"] == "validation")]
+    first.to_csv(tmp_path / "few.csv", index=False)
+    more = [*words, "--arms", "bora"]
+    for name, value in (("--documents", "2"), ("--steps", "3,4"), ("--output", str(tmp_path / "few.csv"))):
+        more[more.index(name) + 1] = value
+    assert script_main("few_documents")(more) == 0
+    again = pd.read_csv(tmp_path / "few.csv", dtype={"documents": str})
+    assert len(again) == len(first) + 2
+    assert set(again["steps"]) == {0, 3}
+    assert len(again[again["split"] == "validation"]) == len(first[first["split"] == "validation"])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
