@@ -28,13 +28,11 @@ from bora_pyro import (
 )
 from bora_pyro.adapt import ALLOWED, given_model
 from bora_pyro.adapters import SharedPlusTaskLoRA
-from bora_pyro.config import MapFitConfig, parse_config
-from bora_pyro.map_run import run_map_fit
 from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.saved_run import load_run
 from tests.linear_gaussian import COUNTS, SHAPE, LinearGaussian
 from tests.tiny import random_weights, tiny_bora, tiny_data
-from tests.tiny_base import documents, line, quick_fit, script_main, write_table
+from tests.tiny_base import documents, line, map_run, quick_fit, script_main, write_table
 
 TAU = 3.0
 
@@ -187,9 +185,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    run_map_fit(parse_config(MapFitConfig, line(inputs | {"output_dir": folder, "learning_rate": 0.03})), quiet=True)
-    return folder
+    return map_run(inputs | {"output_dir": tmp_path_factory.mktemp("runs") / "run", "learning_rate": 0.03})
 
 
 @pytest.mark.parametrize("guide", ["map", "normal"])

@@ -12,13 +12,11 @@ import pytest
 from PIL import Image
 
 from bora_pyro.calibration import Calibration, area_under_risk_coverage, calibration, foreign_auroc
-from bora_pyro.config import MapFitConfig, parse_config
-from bora_pyro.map_run import run_map_fit
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.posterior_run import run_posterior_fit
 from bora_pyro.predictive import predictive
 from bora_pyro.saved_run import load_run
-from tests.tiny_base import WORDS, documents, line, quick_fit, script_main, write_table
+from tests.tiny_base import WORDS, documents, map_run, quick_fit, script_main, write_table
 
 MEASURES = [name for name in Calibration.__dataclass_fields__ if name != "tokens"]
 ALWAYS = ["calibration.csv", "reliability.png", "risk_coverage.csv", "risk_coverage.png"]
@@ -36,7 +34,7 @@ def runs(tmp_path_factory):
     """Folders of a MAP fit and of a posterior around it."""
     folder = tmp_path_factory.mktemp("runs")
     options = {**quick_fit(folder), "tau": 30, "learning_rate": 0.03, "output_dir": folder / "map"}
-    run_map_fit(parse_config(MapFitConfig, line(options)), quiet=True)
+    map_run(options)
     posterior = PosteriorFitConfig(run=str(folder / "map"), output_dir=str(folder / "posterior"), epochs=1, draws=1, threads=1)
     run_posterior_fit(posterior, quiet=True)
     return {"map": folder / "map", "posterior": folder / "posterior"}

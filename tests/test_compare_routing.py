@@ -8,10 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TokenSplit
-from bora_pyro.map_run import run_map_fit
-from tests.tiny_base import documents, line, quick_fit, script_main, write_table
+from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
 
 main = script_main("compare_routing")
 routing = sys.modules["compare_routing"]
@@ -34,7 +32,7 @@ def test_beginnings():
 
 def test_the_command(tmp_path, capsys):
     options = quick_fit(tmp_path) | {"data": write_table(tmp_path / "more.csv", documents(number=20)), "epochs": 4}
-    run_map_fit(parse_config(MapFitConfig, line(options | {"learning_rate": 0.1, "output_dir": tmp_path / "run"})), quiet=True)
+    map_run(options | {"learning_rate": 0.1, "output_dir": tmp_path / "run"})
     assert main([str(tmp_path / "run"), "--lengths", "4,all", "--output", str(tmp_path / "routing.csv")]) == 0
     table = pd.read_csv(tmp_path / "routing.csv", dtype={"tokens": str})
     assert list(table["method"]) == ["bora", "bora, T by validation", "bag of words"] * 2

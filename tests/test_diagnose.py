@@ -13,13 +13,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from bora_pyro.config import MapFitConfig, parse_config
+from bora_pyro.config import MapFitConfig
 from bora_pyro.map_run import run_map_fit
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.posterior_run import run_posterior_fit
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
-from tests.tiny_base import SCRIPTS, documents, line, quick_fit, write_table
+from tests.tiny_base import SCRIPTS, documents, map_run, quick_fit, write_table
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     options = quick_fit(folder) | {"learning_rate": 0.03}
     for tau in TAUS:
-        run_map_fit(parse_config(MapFitConfig, line({**options, "tau": tau, "output_dir": folder / tau})), quiet=True)
+        map_run({**options, "tau": tau, "output_dir": folder / tau})
     return {tau: folder / tau for tau in TAUS}
 
 

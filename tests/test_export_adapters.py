@@ -12,8 +12,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from bora_pyro.config import MapFitConfig, parse_config
-from bora_pyro.map_run import run_map_fit
 from bora_pyro.peft_import import load_peft, read_peft
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.posterior_run import run_posterior_fit
@@ -22,7 +20,7 @@ from bora_pyro.slots import linear_modules
 from tests.hub_stand_in import TOKEN, hub_stand_in
 from tests.server_rules import vllm_problems, vllm_resolves
 from tests.tiny import loaded_peft, peft_warnings
-from tests.tiny_base import line, quick_fit, script_main
+from tests.tiny_base import map_run, quick_fit, script_main
 
 main = script_main("export_adapters")
 TASKS = {"ada": "Ada", "borge-b": "Børge B.", "cleo": "Cleo"}
@@ -32,7 +30,7 @@ TASKS = {"ada": "Ada", "borge-b": "Børge B.", "cleo": "Cleo"}
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
     options = quick_fit(folder) | {"tau": 100, "learning_rate": 0.03, "output_dir": folder / "run"}
-    run_map_fit(parse_config(MapFitConfig, line(options)), quiet=True)
+    map_run(options)
     posterior = PosteriorFitConfig(run=str(folder / "run"), output_dir=str(folder / "posterior"), epochs=1, draws=1, threads=1)
     run_posterior_fit(posterior, quiet=True)
     return folder

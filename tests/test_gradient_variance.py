@@ -6,12 +6,10 @@ import pandas as pd
 import pytest
 import torch
 
-from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.elbo import TemperedELBO
 from bora_pyro.guides import normal_guide
-from bora_pyro.map_run import run_map_fit
 from bora_pyro.saved_run import load_run
-from tests.tiny_base import line, quick_fit, script_main
+from tests.tiny_base import map_run, quick_fit, script_main
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +20,7 @@ def main():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("map")
-    run_map_fit(parse_config(MapFitConfig, line({**quick_fit(folder), "output_dir": folder / "run"})), quiet=True)
-    return folder / "run"
+    return map_run({**quick_fit(folder), "output_dir": folder / "run"})
 
 
 def without_noise(monkeypatch):

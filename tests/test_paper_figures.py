@@ -15,10 +15,9 @@ import pytest
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import load_tasks
 from bora_pyro.errors import InputError
-from bora_pyro.map_run import run_map_fit
 from bora_pyro.sweep import read_sweep, runs, sweep_table, write_sweep
 from tests.data_fixtures import word_tokenizer
-from tests.tiny_base import line, quick_fit
+from tests.tiny_base import map_run, quick_fit
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "paper_figures"
@@ -404,7 +403,7 @@ def finished(tmp_path_factory):
     options = quick_fit(folder) | {"learning_rate": 1e-4}
     rule = {"tau": "100", "prior_form": "centered", "scale_learning_rate_with_tau": "true", "output_dir": folder / "tau100"}
     for more in (rule, {"tau": "0", "learning_rate": "0.02", "output_dir": folder / "tau0"}):
-        run_map_fit(parse_config(MapFitConfig, line({**options, **more})), quiet=True)
+        map_run({**options, **more})
     return folder
 
 

@@ -8,15 +8,13 @@ import shutil
 import pandas as pd
 import pytest
 
-from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
 from bora_pyro.held_out_shrinkage import read_held_out
-from bora_pyro.map_run import run_map_fit
 from bora_pyro.peft_import import read_peft
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
-from tests.tiny_base import documents, line, quick_fit, script_main, write_table
+from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
 
 main = script_main("pool_adapters")
 
@@ -26,7 +24,7 @@ def fitted(tmp_path_factory):
     """Folder of the adapters of independent tasks, and their base."""
     folder = tmp_path_factory.mktemp("fit")
     options = quick_fit(folder) | {"tau": 0, "learning_rate": 0.03, "output_dir": folder / "run"}
-    run_map_fit(parse_config(MapFitConfig, line(options)), quiet=True)
+    map_run(options)
     numbers = {slug: row["train_documents"] for slug, row in RunFolder.open(folder / "run").read_metrics()["tasks"].items()}
     table = pd.DataFrame({"task": list(numbers), "documents": [3, 30, 300]})
     table.to_csv(folder / "numbers.csv", index=False)

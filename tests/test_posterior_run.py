@@ -18,6 +18,7 @@ from bora_pyro.posterior_config import PosteriorFitConfig, parse_config
 from bora_pyro.posterior_run import _guide, _usual_scale, run_posterior_fit
 from bora_pyro.predictive import predictive
 from bora_pyro.saved_run import load_run
+from tests import tiny_base
 from tests.tiny_base import line, quick_fit, script_main
 
 SPREAD = [name for name in GUIDES if name != "map"]
@@ -27,9 +28,7 @@ SPREAD = [name for name in GUIDES if name != "map"]
 def map_run(tmp_path_factory):
     """The folder of a finished MAP fit with a learned τ."""
     folder = tmp_path_factory.mktemp("map")
-    words = line({**quick_fit(folder), "output_dir": folder / "run", "learning_rate": 0.03})
-    run_map_fit(parse_config(MapFitConfig, words), quiet=True)
-    return folder / "run"
+    return tiny_base.map_run({**quick_fit(folder), "output_dir": folder / "run", "learning_rate": 0.03})
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from bora_pyro import plots
 from bora_pyro.adapt_config import AdaptConfig
 from bora_pyro.adapt_run import run_adapt
-from bora_pyro.config import MapFitConfig, parse_config
-from bora_pyro.map_run import run_map_fit
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.posterior_run import run_posterior_fit
 from bora_pyro.report import Column, Number, Page, RunOptions, Section, Table, render, run_page
@@ -25,7 +23,7 @@ from bora_pyro.saved_run import load_run
 from bora_pyro.side_by_side import generate_side_by_side
 from bora_pyro.sweep import at_best_rates, read_sweep, runs, sweep_table, write_sweep
 from tests.page_parser import PageParser
-from tests.tiny_base import documents, line, quick_fit, script_main, write_table
+from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
 
 HOSTILE = "<script>alert(1)</script>"
 NAMES = (HOSTILE, 'a "quoted" & $x^{$ name\' onclick=steal()', "東京 " * 11 + "東京", "Børge B.")
@@ -46,7 +44,7 @@ def folders(tmp_path_factory):
         "data": write_table(folder / "hostile.csv", documents(NAMES)),
     }
     for name, tau in (("learned", "learned"), ("pooled", "inf")):
-        run_map_fit(parse_config(MapFitConfig, line({**options, "tau": tau, "output_dir": folder / name})), quiet=True)
+        map_run({**options, "tau": tau, "output_dir": folder / name})
     few = {"epochs": 1, "draws": 2, "threads": 1}
     run_posterior_fit(PosteriorFitConfig(run=str(folder / "learned"), output_dir=str(folder / "posterior"), **few), quiet=True)
     return {name: folder / name for name in ("learned", "pooled", "posterior")}

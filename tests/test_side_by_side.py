@@ -9,12 +9,10 @@ import torch
 
 from bora_pyro import Backbone, BoRA, InputError, LoRA, fit, generate_side_by_side, load_tasks
 from bora_pyro.adapter_folders import GLOBAL_MEAN
-from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.generate import generate
-from bora_pyro.map_run import run_map_fit
 from bora_pyro.side_by_side import BASE
 from tests.tiny import hooks_left
-from tests.tiny_base import documents, line, quick_fit, save_base, script_main
+from tests.tiny_base import documents, map_run, quick_fit, save_base, script_main
 
 PROMPTS = ["3 red green", "one"]
 
@@ -90,7 +88,7 @@ def test_bad_input(fitted, prompts, tasks, options, words):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     options = quick_fit(tmp_path) | {"output_dir": tmp_path / "run", "epochs": 1}
-    run_map_fit(parse_config(MapFitConfig, line(options)), quiet=True)
+    map_run(options)
     main, run = script_main("generate"), str(tmp_path / "run")
     chosen = [run, "--prompt", "one, two", "--task", "Ada", "--task", "Børge B.", "--max_new_tokens", "4"]
     monkeypatch.setenv("COLUMNS", "100")

@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from bora_pyro import Backbone, BoRA, LoRA, TaskData
+from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TokenSplit
+from bora_pyro.map_run import run_map_fit
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TOKENS = 12  # of the toy tasks, the start included
@@ -129,6 +131,12 @@ def quick_fit(folder):
         "epochs": 2,
         "threads": 1,
     }
+
+
+def map_run(options):
+    """Run a MAP fit with these options, as the command would; returns its folder."""
+    run_map_fit(parse_config(MapFitConfig, line(options)), quiet=True)
+    return Path(options["output_dir"])
 
 
 def line(options):
