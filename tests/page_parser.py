@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 _VOID = {"meta", "link", "br", "img", "input", "wbr"}
@@ -56,3 +57,20 @@ class PageParser(HTMLParser):
             if heads[0] == first and (heading is None or heading in heads):
                 return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
         raise AssertionError(f"no table begins with {first!r}: {[table[0] for table in self.tables]}")
+
+
+def check(html):
+    """The page parsed; nothing in it is from elsewhere, and the project's script is the only one."""
+    page = PageParser(html)
+    assert html.startswith("<!doctype html>")
+    assert len(page.ids) == len(set(page.ids))
+    assert len(page.texts["script"]) == 1
+    assert "alert" not in page.texts["script"][0]
+    for link in page.links:
+        assert link.startswith(("#", "data:")), link
+        assert not link.startswith("#") or link[1:] in page.ids
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert not re.search(r"url\((?!#)|@import|https?://", re.sub(r"base64,[\w+/=\n]+", "", html))
+    references = re.findall(r"url\(#([^)]+)\)", html)
+    assert set(references) <= set(page.ids)
+    return page

@@ -7,22 +7,18 @@ import re
 import shutil
 
 import pytest
-import torch
-from matplotlib.figure import Figure
 
-from bora_pyro import plots
 from bora_pyro.adapt_config import AdaptConfig
 from bora_pyro.adapt_run import run_adapt
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.posterior_run import run_posterior_fit
-from bora_pyro.report import Column, Number, Page, RunOptions, Section, Table, render, run_page
-from bora_pyro.report.blocks import MISSING, number_text, short_number
-from bora_pyro.report.pictures import _keep_labels_inside, draw_picture
+from bora_pyro.report import RunOptions, render, run_page
+from bora_pyro.report.blocks import number_text, short_number
 from bora_pyro.run_folder import LOCK, RunFolder
 from bora_pyro.saved_run import load_run
 from bora_pyro.side_by_side import generate_side_by_side
 from bora_pyro.sweep import at_best_rates, read_sweep, runs, sweep_table, write_sweep
-from tests.page_parser import PageParser
+from tests.page_parser import PageParser, check
 from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
 
 HOSTILE = "<script>alert(1)</script>"
@@ -60,23 +56,6 @@ def learned(folders, main):
     """The page of the run with a learned τ."""
     assert main([str(folders["learned"]), "--device", "cpu", "--max_new_tokens", "4"]) == 0
     return (folders["learned"] / "report.html").read_text(encoding="utf-8")
-
-
-def check(html):
-    """The page parsed; nothing in it is from elsewhere, and the project's script is the only one."""
-    page = PageParser(html)
-    assert html.startswith("<!doctype html>")
-    assert len(page.ids) == len(set(page.ids))
-    assert len(page.texts["script"]) == 1
-    assert "alert" not in page.texts["script"][0]
-    for link in page.links:
-        assert link.startswith(("#", "data:")), link
-        assert not link.startswith("#") or link[1:] in page.ids
-    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert not re.search(r"url\((?!#)|@import|https?://", re.sub(r"base64,[\w+/=\n]+", "", html))
-    references = re.findall(r"url\(#([^)]+)\)", html)
-    assert set(references) <= set(page.ids)
-    return page
 
 
 def test_every_task_has_its_row_and_its_numbers(folders, learned):
@@ -330,83 +309,3 @@ def test_what_cannot_be_used_is_one_line(folders, tmp_path, main, capsys, words,
     assert out == ""
     assert re.fullmatch(f"error: .*({match}).*\n", err)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# The parts
-
-
-def test_whatever_a_page_holds_is_text():
-    attack = "</title></style><img src=x onerror=alert(1)>{{ 7 * 7 }}"
-    html = render(
-        Page(
-            attack,
-            attack,
-            attack,
-            [Number(attack, attack, attack)],
-            [Section("part", attack, [Table(attack, [Column(attack), Column("n", 2)], [[attack, float("nan")]])], attack)],
-            versions={attack: attack},
-        )
-    )
-    page = check(html)
-    assert "img" not in page.tags
-    assert page.tables[0][1] == [attack, MISSING]
-    assert page.texts["title"][0].startswith(attack)
-
-
-def test_cells_sort_as_numbers_whatever_they_show():
-    column = Column("perplexity", 1)
-    assert [column.cell(value).key for value in (1234.5, float("inf"), float("nan"), None, 3)] == [
-        "1234.5", "Infinity", "", "", "3.0",
-    ]  # fmt: skip
-    assert [column.cell(value).text for value in (1234.5, float("inf"), None)] == ["1,234.5", "∞", MISSING]
-
-
-def test_a_picture_keeps_its_ids_to_itself():
-    def draw(ax):
-        ax.imshow([[0.0, 1.0]])
-
-    first, second = (str(draw_picture(key, "a", "b", draw).svg) for key in ("first", "second"))
-    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, second)]
-    assert all(ids)
-    assert not ids[0] & ids[1]
-    assert all(f"#{name}" in first for name in ids[0])
-    assert 'href="data:image/png;base64,' in first
-
-
-@pytest.mark.parametrize(
-    "label",
-    [
-        "short",
-        "a label that is rather longer than its own axis",
-        "a label that would be far too long for one line if it had not two of them",
-    ],
-    ids=len,
-)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_labels_stay_within_their_drawing(label, side):
-    figure = Figure(figsize=(4, 3), layout="constrained")
-    ax = figure.subplots()
-    ax.set_yticks([0.5], ["a name that takes some room"])
-    ax.yaxis.set_tick_params(labelleft=side == "left", labelright=side == "right")
-    ax.set_xlabel(label)
-    ax.set_ylabel(label)
-    _keep_labels_inside(figure)
-    figure.draw_without_rendering()
-    for text in (ax.xaxis.label, ax.yaxis.label):
-        box = text.get_window_extent()
-        assert (box.x0 >= 0, box.y0 >= 0, box.x1 <= 400, box.y1 <= 300) == (True,) * 4
-        assert text.get_text().replace("\n", " ") == label
-
-
-def test_learning_curves_show_the_records():
-    history = [{"epoch": n, "loss": 3.0 - n / 8, "validation_perplexity": 20.0 - n} for n in (1, 2, 3)]
-    ax = plots.learning_curves(history, Figure().subplots(), best_epoch=2)
-    lines = {drawn.get_gid(): drawn for drawn in ax.lines}
-    assert lines["training, mean of the epoch"].get_ydata() == pytest.approx(torch.tensor([2.875, 2.75, 2.625]).exp().tolist())
-    assert list(lines["validation, after the epoch"].get_ydata()) == [19.0, 18.0, 17.0]
-    assert [list(data) for data in lines["kept"].get_data()] == [[2], [18.0]]
-    one = plots.learning_curves(history[:1], Figure().subplots())
-    low, high = one.get_xlim()
-    assert [tick for tick in one.get_xticks() if low <= tick <= high] == [1.0]  # an epoch is a whole number
-    documents_only = plots.learning_curves(history, Figure().subplots(), unit="documents")
-    assert [drawn.get_gid() for drawn in documents_only.lines] == ["validation, after the epoch"]
