@@ -30,8 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bora_pyro.adapters import LoRA
 from bora_pyro.backbone import BUILTIN_BASES, Backbone
-from bora_pyro.data.batches import Batch, TokenSplit
+from bora_pyro.data.batches import Batch
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.guides import GUIDES
 from bora_pyro.loop import Loop

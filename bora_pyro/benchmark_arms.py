@@ -39,7 +39,8 @@ from transformers import (
 
 from bora_pyro.backbone import BUILTIN_BASES, Backbone
 from bora_pyro.benchmark import GRADIENT_CLIP, LEARNING_RATE, adamw, bora_loop, loop_step, now, optimise, peft_model
-from bora_pyro.data.batches import Batch, TokenSplit
+from bora_pyro.data.batches import Batch
+from bora_pyro.data.token_split import TokenSplit
 
 __all__ = ["ARMS", "Arm", "Work", "alternate", "nano_tokenizer", "released_loss"]
 

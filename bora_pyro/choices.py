@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.encode import encoder
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.evaluate import evaluate
 from bora_pyro.model import BoRA, Weights

@@ -16,7 +16,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bora_pyro.data.batches import Batch, TokenSplit
+from bora_pyro.data.batches import Batch
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.likelihoods import task_weight
 from bora_pyro.model import BoRA, Weights

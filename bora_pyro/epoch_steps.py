@@ -18,8 +18,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from bora_pyro.data.batches import Batch, Batches, TokenSplit
+from bora_pyro.data.batches import Batch, Batches
 from bora_pyro.data.task_draw import TaskDraw
+from bora_pyro.data.token_split import TokenSplit
 
 
 class EpochSteps(Sequence[list[Batch]]):

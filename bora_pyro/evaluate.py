@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bora_pyro.data.batches import IGNORED, Batch, TokenSplit
+from bora_pyro.data.batches import IGNORED, Batch
 from bora_pyro.data.task_draw import looked_at
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
 

@@ -11,9 +11,9 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.task_draw import looked_at
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.evaluate import Scores, evaluate
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.processes import Processes

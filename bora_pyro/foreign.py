@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bora_pyro.calibration import foreign_auroc
-from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
 from bora_pyro.model import BoRA, Weights

@@ -28,8 +28,8 @@ import datasets
 
 from bora_pyro.adapter_folders import adapter_folders
 from bora_pyro.backbone import Backbone
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.tables import read_table
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import tokenise
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate

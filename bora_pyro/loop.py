@@ -18,9 +18,10 @@ from pyro.infer.autoguide import AutoDelta, AutoGuide
 from torch import Tensor
 
 from bora_pyro.checkpoint import Checkpoint, Checkpoints
-from bora_pyro.data.batches import Batch, TokenSplit
+from bora_pyro.data.batches import Batch
 from bora_pyro.data.task_draw import looked_at
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.document_gradients import document_gradients
 from bora_pyro.elbo import TemperedELBO
 from bora_pyro.epoch_steps import EpochSteps

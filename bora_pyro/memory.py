@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bora_pyro.backbone import Backbone
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.model import BoRA
 from bora_pyro.task_rows import MANY_TASKS
 from bora_pyro.token_loss import chunk_tokens

@@ -21,7 +21,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
-from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.generate import Generated, generate

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bora_pyro.data.batches import IGNORED, Batch, TokenSplit
+from bora_pyro.data.batches import IGNORED, Batch
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA, Weights
 

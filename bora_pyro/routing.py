@@ -22,7 +22,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bora_pyro.adapt import given_model
-from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import NextTokens

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.backbone import Backbone
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.encode import encoder
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import pad_token_id
 from bora_pyro.errors import InputError
 

@@ -45,7 +45,8 @@ from bora_pyro.benchmark import (
     writable,
 )
 from bora_pyro.command_line import check_choices, option, parse_config
-from bora_pyro.data.batches import Batch, TokenSplit
+from bora_pyro.data.batches import Batch
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.guides import GUIDES
 from bora_pyro.map_run import find_device

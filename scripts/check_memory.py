@@ -26,7 +26,7 @@ from bora_pyro.adapters import LoRA
 from bora_pyro.backbone import Backbone
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.data import TaskData
-from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.fit import fit
 from bora_pyro.map_run import find_device

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from bora_pyro.data.batches import TokenSplit
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from tests.tiny import tiny_split
 

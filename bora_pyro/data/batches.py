@@ -1,37 +1,27 @@
 """Token batches of unequal documents, with the one scale that keeps the likelihood unbiased.
 
+>>> from bora_pyro.data.token_split import TokenSplit
 >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2)
->>> split
-TokenSplit(2 documents, 3 predicted tokens, 2 tasks)
 >>> [batch] = split.batches(token_budget=8)
 >>> batch.labels.tolist(), batch.task.tolist(), batch.scale
 ([[-100, 7, -100], [-100, 5, 6]], [0, 1], 1.0)
-
-A document may have tokens that are only read and never predicted: its start always, and a prompt, or what others say in a chat.
-
->>> TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2, read=[2, 1])
-TokenSplit(2 documents, 2 predicted tokens, 2 tasks)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bora_pyro.data.task_draw import TaskDraw
-from bora_pyro.errors import InputError
 from bora_pyro.token_loss import IGNORED
 
-# Documents are sorted by length within chunks: large enough that a batch's documents are nearly of one length, small enough
-# (a share of the split) that who meets whom in a batch changes from epoch to epoch.
-_CHUNK_BATCHES = 16
-_MIN_CHUNKS = 4
+if TYPE_CHECKING:
+    from bora_pyro.data.token_split import TokenSplit
 
 
 @dataclass(frozen=True)
@@ -102,203 +92,6 @@ class Batch:
         )
 
 
-class TokenSplit:
-    """The tokens of one split: every document in one flat tensor, with offsets.
-
-    Args:
-        tokens: (all tokens,) the documents one after another, in memory or in a memory-mapped file.
-        lengths: (documents,) tokens of each; at least 2, for the first is never predicted.
-        task: (documents,) index of the task of each.
-        characters: (documents,) characters that the predicted tokens of each stand for.
-        num_tasks: number of tasks, with or without documents in this split.
-        pad_token_id: what fills the rows of a batch; the masks make its value irrelevant.
-        observed: (all tokens,) bool, the tokens that are predicted; the others are only read. None: all but the first of each
-            document.
-        offsets: (documents,) where each begins in ``tokens``, of which there may be more; None: one after another.
-
-    Attributes:
-        predicted: (documents,) int64, how many tokens of each are predicted.
-
-    Raises:
-        InputError: a document has fewer than two tokens or none to predict, or sizes disagree.
-    """
-
-    def __init__(
-        self,
-        tokens: Tensor,
-        lengths: Tensor,
-        *,
-        task: Tensor,
-        characters: Tensor,
-        num_tasks: int,
-        pad_token_id: int = 0,
-        observed: Tensor | None = None,
-        offsets: Tensor | None = None,
-    ) -> None:
-        if not len(lengths) == len(task) == len(characters) or (offsets is None and int(lengths.sum()) != len(tokens)):
-            raise InputError(
-                f"lengths ({len(lengths)}, sum {int(lengths.sum())}), task ({len(task)}), characters ({len(characters)}) and "
-                f"tokens ({len(tokens)}) disagree; give one length, task and character count a document"
-            )
-        if len(lengths) and int(lengths.min()) < 2:
-            raise InputError(
-                f"document {int(lengths.argmin())} has {int(lengths.min())} tokens; give at least 2, the first is never predicted"
-            )
-        if len(task) and not 0 <= int(task.min()) <= int(task.max()) < num_tasks:
-            raise InputError(
-                f"task indices run from {int(task.min())} to {int(task.max())}; with {num_tasks} tasks use 0 to {num_tasks - 1}"
-            )
-        self.tokens = tokens.to(torch.int32)  # half the memory; every vocabulary fits
-        self.lengths = lengths.to(torch.int64)
-        self.offsets = self.lengths.cumsum(0) - self.lengths if offsets is None else offsets.to(torch.int64)
-        self.observed = observed
-        self.task = task.to(torch.int64)
-        self.characters = characters.to(torch.int64)
-        self.num_tasks = num_tasks
-        self.pad_token_id = pad_token_id
-        if len(self.offsets) != len(lengths) or (len(lengths) and int((self.offsets + self.lengths).max()) > len(tokens)):
-            raise InputError(f"offsets ({len(self.offsets)}) and lengths ({len(lengths)}) leave the {len(tokens)} tokens")
-        if observed is not None and (len(observed) != len(tokens) or bool(observed[self.offsets].any())):
-            raise InputError(
-                f"observed has {len(observed)} entries for {len(tokens)} tokens, or says that the first of a document is "
-                "predicted; give a bool a token, False for the first"
-            )
-        self.predicted = _predicted(observed, self.offsets, self.lengths)
-        if len(lengths) and int(self.predicted.min()) < 1:
-            raise InputError(f"document {int(self.predicted.argmin())} has no token to predict; leave it out")
-
-    @classmethod
-    def from_documents(
-        cls,
-        documents: Sequence[Sequence[int]],
-        *,
-        task: Sequence[int],
-        num_tasks: int,
-        characters: Sequence[int] | None = None,
-        pad_token_id: int = 0,
-        read: Sequence[int] | None = None,
-    ) -> TokenSplit:
-        """A split from lists of token ids.
-
-        Args:
-            documents: token ids of each.
-            task: index of the task of each.
-            num_tasks: number of tasks.
-            characters: that the predicted tokens of each stand for; default: a token counts as one.
-            pad_token_id: what fills the rows of a batch.
-            read: how many leading tokens of each are only read; default: 1, the start.
-        """
-        lengths = torch.tensor([len(document) for document in documents], dtype=torch.int64)
-        observed = None
-        if read is not None:
-            tokens_read = zip(lengths.tolist(), read, strict=True)
-            observed = torch.tensor([n >= k for length, k in tokens_read for n in range(length)], dtype=torch.bool)
-        of_prompt = torch.ones_like(lengths) if read is None else torch.tensor(read, dtype=torch.int64)
-        return cls(
-            torch.tensor(list(chain.from_iterable(documents)), dtype=torch.int64),
-            lengths,
-            task=torch.tensor(task, dtype=torch.int64),
-            characters=lengths - of_prompt if characters is None else torch.tensor(characters, dtype=torch.int64),
-            num_tasks=num_tasks,
-            pad_token_id=pad_token_id,
-            observed=observed,
-        )
-
-    def subset(self, documents: Tensor) -> TokenSplit:
-        """The documents at some positions (n,), in that order, on the same tokens."""
-        names = ("lengths", "task", "characters", "offsets")
-        return self.replace(**{name: getattr(self, name)[documents] for name in names})
-
-    def replace(self, **changes: Any) -> TokenSplit:
-        """The same split with other arguments, on the same tokens.
-
-        >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2)
-        >>> split.replace(lengths=split.lengths.clamp(max=2)).document(0).tolist()
-        [0, 5]
-        """
-        names = ("tokens", "lengths", "task", "characters", "num_tasks", "pad_token_id", "observed", "offsets")
-        return TokenSplit(**{name: getattr(self, name) for name in names} | changes)
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of predicted tokens: all but the first of each document and those that are only read."""
-        return int(self.predicted.sum())
-
-    @property
-    def documents_per_task(self) -> list[int]:
-        """N_d, the number of documents of each task."""
-        return torch.bincount(self.task, minlength=self.num_tasks).tolist()
-
-    @property
-    def tokens_per_task(self) -> Tensor:
-        """(D,) int64: the tokens of each task's documents, predicted or only read: what the work at them grows with."""
-        return torch.zeros(self.num_tasks, dtype=torch.int64).index_add_(0, self.task, self.lengths)
-
-    def __len__(self) -> int:
-        return self.num_documents
-
-    def __repr__(self) -> str:
-        return f"TokenSplit({self.num_documents} documents, {self.num_tokens} predicted tokens, {self.num_tasks} tasks)"
-
-    def document(self, index: int) -> Tensor:
-        """(tokens,) int64, the token ids of one document."""
-        start = int(self.offsets[index])
-        return self.tokens[start : start + int(self.lengths[index])].to(torch.int64)
-
-    def labels(self, index: int) -> Tensor:
-        """(tokens,) int64, the token ids of one document, -100 where they are not predicted."""
-        start, ids = int(self.offsets[index]), self.document(index)
-        read = torch.arange(len(ids)) == 0 if self.observed is None else ~self.observed[start : start + len(ids)]
-        return ids.masked_fill(read, IGNORED)
-
-    def batches(self, *, token_budget: int = 4096, seed: int | None = None, documents: Tensor | None = None) -> Batches:
-        """One epoch: every document in exactly one batch, each batch of at most `token_budget` tokens with its padding.
-
-        Batches hold documents of like length, so little of them is padding, and differ in their number of documents. The
-        likelihood of a batch must therefore be scaled by the number M of batches and not by N / B (documents of the split over
-        documents of the batch). For a batch b drawn uniformly from the M, with x_n the log-likelihood of document n,
-
-            E[M sum_{n in b} x_n] = (1/M) sum_b M sum_{n in b} x_n = sum_n x_n,
-
-        exactly, since every n is in one b. N/B sum_{n in b} x_n has the mean (1/M) sum_b N/B_b sum_{n in b} x_n instead, which
-        gives the documents of small batches, the long ones, too much weight.
-
-        Args:
-            token_budget: rows x longest row of a batch stays within it; a single longer document is a batch of its own.
-            seed: shuffles documents and batches; give another one each epoch. None sorts by length, the same every time.
-            documents: positions of the only documents to take; default: all.
-
-        Returns:
-            A sequence of `Batch` that builds a batch when it is asked for it.
-
-        Raises:
-            InputError: the budget is not positive.
-        """
-        if token_budget < 1:
-            raise InputError(f"token_budget is {token_budget}; give the tokens of one batch, for instance 4096")
-        lengths = self.lengths.numpy()
-        order = np.arange(len(lengths)) if documents is None else documents.numpy()
-        if seed is None:
-            return Batches(self, _pack(lengths, order[np.argsort(lengths[order], kind="stable")], token_budget))
-        generator = np.random.default_rng(seed)
-        order = order[generator.permutation(len(order))]
-        chunk = int(_CHUNK_BATCHES * token_budget / lengths[order].mean()) if len(order) else 1
-        chunk = max(1, min(chunk, -(-len(order) // _MIN_CHUNKS)))
-        parts = []
-        for number, start in enumerate(range(0, len(order), chunk)):
-            part = order[start : start + chunk]
-            part = part[np.argsort(lengths[part], kind="stable")]
-            # Up, down, up: a batch that spans two chunks then holds documents of like length too.
-            parts.append(part if number % 2 == 0 else part[::-1])
-        packed = _pack(lengths, np.concatenate(parts), token_budget) if parts else []
-        return Batches(self, [packed[position] for position in generator.permutation(len(packed))])
-
-
 class Batches(Sequence[Batch]):
     """The batches of one epoch, built one by one as they are read."""
 
@@ -346,19 +139,7 @@ class Batches(Sequence[Batch]):
         )
 
 
-def _predicted(observed: Tensor | None, offsets: Tensor, lengths: Tensor) -> Tensor:
-    """(documents,) how many tokens of each are observed."""
-    if observed is None or not len(lengths):
-        return lengths - 1
-    # each place once: the same document may be there several times
-    places, which = torch.stack([offsets, offsets + lengths], 1).unique(dim=0, return_inverse=True)
-    bounds = places.flatten().numpy()
-    # numpy adds up from each bound to the next, and from the last to the end, where none may stand
-    bounds = bounds[:-1] if bounds[-1] == len(observed) else bounds
-    return torch.from_numpy(np.add.reduceat(observed.numpy(), bounds, dtype=np.int64)[::2])[which]
-
-
-def _pack(lengths: np.ndarray, order: np.ndarray, token_budget: int) -> list[np.ndarray]:
+def pack(lengths: np.ndarray, order: np.ndarray, token_budget: int) -> list[np.ndarray]:
     """Cut `order` into runs with rows x longest <= token_budget."""
     members: list[np.ndarray] = []
     start = longest = 0

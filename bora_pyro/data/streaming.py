@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.encode import encoder
 from bora_pyro.data.files import one_line
 from bora_pyro.data.rows import Columns, RowReader
 from bora_pyro.data.tables import Source, is_hub_id
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import Tokenised, cache_folder, check_max_tokens, pad_token_id
 from bora_pyro.errors import InputError
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.split import task_generator
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest
 
 

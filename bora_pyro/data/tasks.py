@@ -25,7 +25,6 @@ import datasets
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.chat import load_chat_template
 from bora_pyro.data.files import SPLITS
 from bora_pyro.data.rows import Columns
@@ -41,6 +40,7 @@ from bora_pyro.data.split import (
 from bora_pyro.data.streaming import TokenFile, stream_documents
 from bora_pyro.data.tables import Source, read_table
 from bora_pyro.data.task_weights import task_weights as weights_of
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import Tokenised, tokenise
 from bora_pyro.errors import InputError
 

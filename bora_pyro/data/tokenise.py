@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.chat import chat_template_of
 from bora_pyro.data.encode import content_columns, encoder
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 
 # Changes with what `tokenise` makes of a document, so that no older cache is read.

@@ -22,8 +22,8 @@ from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bora_pyro.data.batches import TokenSplit
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Flat
