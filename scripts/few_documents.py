@@ -10,8 +10,9 @@ come with 0, 5, 10, ... training documents each:
 - ``pooled``: the pooled adapter as it is; documents do not change it.
 - ``pooled_tuned``: the pooled adapter, trained further on the new documents without a prior.
 
-Learning rate and number of steps of each arm and number of documents are chosen with the first seed by the validation documents
-of its left-out tasks, then held for the other seeds; the test documents are only reported. What the output has is not run again.
+The two fits choose their learning rates by the validation documents of their own tasks (rows ``others``), each arm its rate and
+steps at each number of documents by the validation documents of the left-out tasks; both with the first seed, held for the other
+seeds. The test documents are only reported. What the output has is not run again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from bora_pyro.config import MapFitConfig
 from bora_pyro.data.subset import subset
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.evaluate import evaluate
+from bora_pyro.evaluate import Scores, evaluate
 from bora_pyro.fit import fit
 from bora_pyro.fitted import Fitted
 from bora_pyro.map_run import build_run
@@ -44,6 +46,10 @@ from bora_pyro.priors import Given, LearnedPrecision, Pooled, with_shared
 from bora_pyro.results_table import read_results, write_results
 
 ARMS = ("bora", "scratch", "pooled", "pooled_tuned")
+#: The arms whose fits to the other tasks are shared by all.
+FITS: dict[str, type[LearnedPrecision | Pooled]] = {"bora": LearnedPrecision, "pooled": Pooled}
+#: What the column ``documents`` has in the rows of those fits; their ``steps`` are epochs.
+OTHERS = "others"
 KEYS = ["seed", "arm", "documents", "split", "learning_rate", "steps", "task"]
 #: More than any task has.
 ALL = 10**9
@@ -61,9 +67,13 @@ class FewDocumentsConfig:
     least_documents: int = option(50, "training documents that a task must have to be left out")
     others_documents: int = option(64, "training documents of each of the other tasks, at most")
     seeds: int = option(3, "how many seeds, from 0")
-    learning_rate: float = option(0.03, "learning rate of the fits to the other tasks")
-    learning_rates: list[str] = option(["0.003", "0.01", "0.03"], "learning rates to choose from (default: 0.003 0.01 0.03)")
-    steps: list[str] = option(["15", "40", "100"], "numbers of steps to choose from (default: 15 40 100)")
+    fit_learning_rates: list[str] = option(
+        ["0.01", "0.03"], "learning rates of the fits to the other tasks to choose from (default: 0.01 0.03)"
+    )
+    learning_rates: list[str] = option(
+        ["0.003", "0.01", "0.03", "0.1"], "learning rates to choose from (default: 0.003 0.01 0.03 0.1)"
+    )
+    steps: list[str] = option(["15", "60", "240"], "numbers of steps to choose from (default: 15 60 240)")
     threads: int = option(2, "CPU threads")
     output: str = option("results/few_documents.csv", "the table, a row a task and run")
 
@@ -78,7 +88,7 @@ class FewDocumentsConfig:
         for name in self.documents:
             if name != "all" and not name.isdigit():
                 raise InputError(f"documents {name!r} is no number; give whole numbers from 0 up, or all")
-        for option_, kind in (("learning_rates", float), ("steps", int)):
+        for option_, kind in (("fit_learning_rates", float), ("learning_rates", float), ("steps", int)):
             for text in getattr(self, option_):
                 try:
                     usable = 0 < kind(text) < math.inf
@@ -137,9 +147,13 @@ class Curve:
         """Every learning rate and number of steps, on the validation documents of the first seed, whose setting it is."""
         for rate in map(float, self.config.learning_rates):
             for steps in map(int, self.config.steps):
-                have = self.rows(0, arm, number, "validation")
-                if not len(have[(have["learning_rate"] == rate) & (have["steps"] == steps)]):
+                if not self.tried(0, arm, number, rate, steps):
                     self.run(setting, 0, arm, number, rate, steps, "validation")
+
+    def tried(self, seed: int, arm: str, number: str, rate: float, steps: int) -> bool:
+        """Whether the table has the validation rows of a run."""
+        have = self.rows(seed, arm, number, "validation")
+        return bool(((have["learning_rate"] == rate) & (have["steps"] == steps)).any())
 
     def choice(self, arm: str, number: str) -> tuple[float, int]:
         """Learning rate and steps, by the validation documents of the first seed."""
@@ -170,21 +184,39 @@ class Curve:
         print(f"seed {seed}: left out {', '.join(left_out)}", file=sys.stderr)
         old = subset(data, others, max_train_documents=config.others_documents, seed=seed)
         new = subset(data, left_out, seed=seed)
-        fits = []
-        for prior in (LearnedPrecision(), Pooled()):
-            shared = with_shared(prior, model.adapter.shared)
-            of_old = BoRA(model.backbone, len(others), adapter=model.adapter, prior=shared, seed=seed)
-            start = time.perf_counter()
-            fits.append(
-                fit(
-                    of_old, old, epochs=chosen.epochs, learning_rate=config.learning_rate, token_budget=chosen.token_budget,
+        fits = {}
+        for arm, prior in FITS.items():
+
+            def fit_others(rate: float, prior: type[LearnedPrecision | Pooled] = prior) -> Fitted:
+                shared = with_shared(prior(), model.adapter.shared)
+                of_old = BoRA(model.backbone, len(others), adapter=model.adapter, prior=shared, seed=seed)
+                return fit(
+                    of_old, old, epochs=chosen.epochs, learning_rate=rate, token_budget=chosen.token_budget,
                     patience=chosen.patience, seed=seed,
-                )
-            )  # fmt: skip
-            found = fits[-1].validation_perplexity
-            print(f"seed {seed}: {prior}: {found:.2f} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        bora, pooled = fits
-        return Setting(bora, pooled, new)
+                )  # fmt: skip
+
+            fits[arm] = self.fit_to_others(seed, arm, old, chosen.epochs, fit_others)
+        return Setting(fits["bora"], fits["pooled"], new)
+
+    def fit_to_others(self, seed: int, arm: str, old: TaskData, epochs: int, fit_others: Callable[[float], Fitted]) -> Fitted:
+        """The fit at its best learning rate by the validation documents of its own tasks; the first seed tries them all."""
+        found: dict[float, Fitted] = {}
+
+        def fit_at(rate: float) -> Fitted:
+            start = time.perf_counter()
+            fitted = found[rate] = fit_others(rate)
+            seconds = time.perf_counter() - start
+            if not self.tried(seed, arm, OTHERS, rate, epochs):
+                (scores,) = evaluate(fitted.model, old.validation, fitted.weights()[0])
+                self.record(scores, old, "validation", (seed, arm, OTHERS, rate, epochs), seconds)
+            return fitted
+
+        if seed == 0:
+            for rate in map(float, self.config.fit_learning_rates):
+                if not self.tried(seed, arm, OTHERS, rate, epochs):
+                    fit_at(rate)
+        best, _ = self.choice(arm, OTHERS)
+        return found[best] if best in found else fit_at(best)
 
     def run(self, setting: Setting, seed: int, arm: str, number: str, rate: float, steps: int, split: str) -> None:
         """One run, and its rows."""
@@ -197,11 +229,16 @@ class Curve:
         seconds = time.perf_counter() - start
         part = some.test if split == "test" else some.validation
         (scores,) = evaluate(fitted.model, part, fitted.weights()[0])
+        self.record(scores, some, split, (seed, arm, number, rate, steps), seconds)
+
+    def record(self, scores: Scores, data: TaskData, split: str, run: tuple[int, str, str, float, int], seconds: float) -> None:
+        """A row a task, in the file before anything else is run. ``run`` is (seed, arm, documents, learning rate, steps)."""
+        seed, arm, number, rate, steps = run
         rows = []
-        for d, task in enumerate(some.tasks):
+        for d, task in enumerate(data.tasks):
             of_task = scores.task == d
             values = [seed, arm, number, split, rate, steps, task]
-            of_run = {"train_documents": some.train.documents_per_task[d], "seconds": round(seconds, 2)}
+            of_run = {"train_documents": data.train.documents_per_task[d], "seconds": round(seconds, 2)}
             score = {"tokens": int(scores.tokens[of_task].sum()), "perplexity": scores.perplexity(d)}
             score["log_likelihood"] = float(scores.log_likelihood[of_task].sum())
             rows.append(dict(zip(KEYS, values, strict=True)) | of_run | score)

@@ -26,7 +26,8 @@ def curve(tmp_path_factory):
     (folder / "fit.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
     words = [
         "--fit_config", str(folder / "fit.yaml"), "--documents", "0,2,all", "--left_out", "2", "--least_documents", "5",
-        "--seeds", "2", "--learning_rates", "0.01,0.1", "--steps", "3", "--threads", "1", "--output", str(folder / "few.csv"),
+        "--seeds", "2", "--fit_learning_rates", "0.01,0.03",
+        "--learning_rates", "0.01,0.1", "--steps", "3", "--threads", "1", "--output", str(folder / "few.csv"),
     ]  # fmt: skip
     assert script_main("few_documents")(words) == 0
     return folder / "few.csv", words
@@ -56,13 +57,28 @@ def test_the_arms_where_they_must_agree(curve):
 
 def test_choices_are_made_once_on_validation_documents(curve):
     table = pd.read_csv(curve[0], dtype={"documents": str})
-    tried = table[table["split"] == "validation"]
+    tried = table[(table["split"] == "validation") & (table["documents"] != "others")]
     assert set(tried["seed"]) == {0}
     assert set(tried["arm"]) == {"bora", "scratch", "pooled_tuned"}
     for (arm, number), rows in tried.groupby(["arm", "documents"]):
         best = min(set(rows["learning_rate"]), key=lambda rate, rows=rows: perplexity(rows, learning_rate=rate))
         used = table[(table["split"] == "test") & (table["arm"] == arm) & (table["documents"] == number)]
         assert set(used["learning_rate"]) == {best}
+
+
+def test_the_fits_to_the_other_tasks_have_their_own_best_learning_rates(curve):
+    table = pd.read_csv(curve[0], dtype={"documents": str})
+    fits = table[table["documents"] == "others"]
+    assert set(fits["split"]) == {"validation"}
+    assert set(fits["steps"]) == {2}  # epochs
+    for arm in ("bora", "pooled"):
+        first = fits[(fits["arm"] == arm) & (fits["seed"] == 0)]
+        assert set(first["learning_rate"]) == {0.01, 0.03}
+        best = min((0.01, 0.03), key=lambda rate, rows=first: perplexity(rows, learning_rate=rate))
+        assert set(fits.loc[(fits["arm"] == arm) & (fits["seed"] == 1), "learning_rate"]) == {best}
+        for seed in (0, 1):  # those that are left out are not among them
+            new = set(table.loc[(table["seed"] == seed) & (table["split"] == "test"), "task"])
+            assert not new & set(fits.loc[fits["seed"] == seed, "task"])
 
 
 def test_nothing_is_run_twice(curve, capsys):
@@ -84,8 +100,9 @@ def test_a_later_seed_searches_nothing(curve, tmp_path):
     assert script_main("few_documents")(more) == 0
     again = pd.read_csv(tmp_path / "few.csv", dtype={"documents": str})
     assert len(again) == len(first) + 2
-    assert set(again["steps"]) == {0, 3}
+    assert set(again.loc[again["documents"] != "others", "steps"]) == {0, 3}
     assert len(again[again["split"] == "validation"]) == len(first[first["split"] == "validation"])
+    assert len(again[again["documents"] == "others"]) == len(first[first["documents"] == "others"])
 
 
 @pytest.mark.parametrize(
@@ -94,6 +111,7 @@ def test_a_later_seed_searches_nothing(curve, tmp_path):
         (["--arms", "bora,scratsch"], "arm 'scratsch' is not known.*did you mean 'scratch'"),
         (["--documents", "5,many"], "documents 'many' is no number"),
         (["--steps", "0"], "steps has '0'"),
+        (["--fit_learning_rates", "0.01,fast"], "fit_learning_rates has 'fast'"),
         (["--left_out", "0"], "left_out is 0"),
         (["--fit_config", "missing.yaml"], "fit_config missing.yaml does not exist"),
     ],
