@@ -6,19 +6,22 @@
 >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
 >>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=1)), data, epochs=4)
 >>> found = infer_task(fitted, ["ada prefers nothing", "bob prefers it"])
->>> found.best, found.probabilities.sum(1).tolist()
-(['ada', 'bob'], [1.0, 1.0])
+>>> found.best, found.probabilities.shape
+(['ada', 'bob'], torch.Size([2, 2]))
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from pyro import poutine
+from scipy import optimize
 from torch import Tensor
 
 from bora_pyro.adapt import given_model
@@ -34,6 +37,34 @@ PRIORS = ("documents", "flat")
 
 
 @dataclass(frozen=True)
+class TaskCalibration:
+    """What makes p(d | text) as sure as it is right: p(d | text) ∝ p(d) p(text | θ_d)^(1/T) exp(b_d).
+
+    >>> TaskCalibration(temperature=4.0, bias={"ada": 0.5})
+    TaskCalibration(temperature=4.0, bias={'ada': 0.5})
+
+    Attributes:
+        temperature: T. Tokens of one text are not the independent pieces of evidence that the model takes them for, so that
+            p(d | text) at T = 1 is surer than it is right.
+        bias: b_d by name of the task, 0 where it is not named. Some tasks' adapters read every text well, those of many or of
+            general documents; the others would rarely be answered.
+
+    Raises:
+        InputError: a temperature that is not a finite number above 0, a bias that is not finite.
+    """
+
+    temperature: float = 1.0
+    bias: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; give a finite number above 0")
+        for name, value in self.bias.items():
+            if not math.isfinite(value):
+                raise InputError(f"the bias of task {name!r} is {value}; give a finite number")
+
+
+@dataclass(frozen=True)
 class TaskProbabilities:
     """p(d | text) of some texts.
 
@@ -42,19 +73,20 @@ class TaskProbabilities:
         log_likelihood: (texts, candidates) float64, log p(text | θ_d) in nats.
         log_prior: (candidates,) float64, log p(d).
         tokens: (texts,) predicted tokens of each.
-        temperature: T; likelihoods count as their 1/T-th power.
+        calibration: how much the likelihoods count.
     """
 
     tasks: list[str]
     log_likelihood: Tensor
     log_prior: Tensor
     tokens: Tensor
-    temperature: float = 1.0
+    calibration: TaskCalibration = TaskCalibration()
 
     @property
     def log_prob(self) -> Tensor:
         """(texts, candidates) log p(d | text)."""
-        return (self.log_likelihood / self.temperature + self.log_prior).log_softmax(1)
+        bias = torch.tensor([self.calibration.bias.get(task, 0.0) for task in self.tasks], dtype=torch.float64)
+        return (self.log_likelihood / self.calibration.temperature + self.log_prior + bias).log_softmax(1)
 
     @property
     def probabilities(self) -> Tensor:
@@ -70,24 +102,58 @@ class TaskProbabilities:
     def log_evidence(self) -> Tensor:
         """(texts,) log p(text) = log Σ_d p(d) p(text | θ_d), in nats: the prediction of a text whose task nobody has said.
 
-        Token by token it is the average of the tasks' predictions, weighted by p(d | the tokens before).
+        Token by token it is the average of the tasks' predictions, weighted by p(d | the tokens before); no calibration is in it.
         """
         return (self.log_likelihood + self.log_prior).logsumexp(1)
 
-    def at(self, temperature: float) -> TaskProbabilities:
-        """The same with another temperature."""
-        if not 0 < temperature < math.inf:
-            raise InputError(f"temperature is {temperature}; give a finite number above 0")
-        return replace(self, temperature=temperature)
+    def at(self, calibration: TaskCalibration | float) -> TaskProbabilities:
+        """The same with another calibration, or at a temperature without biases."""
+        calibration = calibration if isinstance(calibration, TaskCalibration) else TaskCalibration(calibration)
+        return replace(self, calibration=calibration)
 
-    def calibrated(self, task: Tensor) -> TaskProbabilities:
-        """At the temperature under which these texts' own tasks, (texts,) indices, have the highest probability.
+    def calibrate(self, task: Tensor) -> TaskCalibration:
+        """The calibration under which these texts' own tasks are most probable, with b_d ~ Normal(0, 1) and log T ~ Normal(0, 2).
 
-        Tokens of one text are not the independent pieces of evidence that the model takes them for, so that p(d | text) at T = 1
-        is surer than it is right. Give it documents that no adapter has seen, then use the temperature that it finds.
+        Give it documents that no adapter has seen, then use what it finds. Temperature scaling is that of Guo et al. (ICML 2017,
+        On Calibration of Modern Neural Networks); the biases are Platt's, drawn to 0 by their prior.
+
+        Args:
+            task: (texts,) int64, the index of each text's own task.
+
+        Returns:
+            The posterior's mode. ``unknown`` has no part in it.
+
+        Raises:
+            InputError: not a task a text, an index of no known task, or of one with p(d) = 0.
         """
-        grid = torch.logspace(-1, 3, 401, dtype=torch.float64)
-        return self.at(float(min(grid, key=lambda t: -self.at(float(t)).log_prob.gather(1, task[:, None]).mean())))
+        known = len(self.tasks) - (self.tasks[-1] == UNKNOWN)
+        if task.shape != self.tokens.shape or not len(task) or not 0 <= int(task.min()) <= int(task.max()) < known:
+            raise InputError(
+                f"{len(task)} tasks of {len(self.tokens)} texts given; give the index of each, from 0 to {known - 1}"
+            )
+        if (impossible := task[self.log_prior[task].isinf()]).numel():
+            raise InputError(f"a text is of task {self.tasks[int(impossible[0])]!r}, whose p(d) is 0; give it a prior above 0")
+        evidence, prior = self.log_likelihood[:, :known].log_softmax(1), self.log_prior[:known]
+
+        def loss(values: Any) -> tuple[float, Any]:
+            """Of (log T, b), with its gradient."""
+            x = torch.tensor(values, requires_grad=True)
+            logits = evidence * torch.exp(-x[0]) + prior + x[1:]
+            value = F.cross_entropy(logits, task, reduction="sum") + x[0].square() / 8 + x[1:].square().sum() / 2
+            (gradient,) = torch.autograd.grad(value, x)
+            return value.item(), gradient.numpy()
+
+        with torch.enable_grad():
+            result = optimize.minimize(
+                loss,
+                torch.zeros(known + 1, dtype=torch.float64).numpy(),
+                jac=True,
+                method="L-BFGS-B",
+                options={"ftol": 1e-15, "gtol": 1e-8, "maxiter": 1000, "maxcor": 30},
+            )
+        log_temperature, *bias = result.x.tolist()
+        found = dict(zip(self.tasks, bias, strict=False))
+        return TaskCalibration(math.exp(log_temperature), found)
 
     def table(self, *, most: int = 3) -> pd.DataFrame:
         """The most probable tasks of each text with their probabilities, a row a text."""
@@ -105,7 +171,7 @@ def infer_task(
     *,
     prior: str | Mapping[str, float] = "documents",
     unknown: float = 0.0,
-    temperature: float = 1.0,
+    calibration: TaskCalibration | float = 1.0,
     draws: int = 8,
     max_tokens: int | None = None,
     token_budget: int = 8192,
@@ -131,7 +197,7 @@ def infer_task(
             where it is left out, scaled to sum to 1.
         unknown: probability beforehand that a text is of none of these tasks, from 0 (not considered) to below 1. Its
             likelihood is the prior predictive, ∫ p(text | θ) Normal(θ; Θ, I/τ) dθ, an average over ``draws`` of it.
-        temperature: see :meth:`TaskProbabilities.calibrated`.
+        calibration: what :meth:`TaskProbabilities.calibrate` has found on held-out documents, or a temperature alone.
         draws: of the prior predictive.
         max_tokens: longer texts are cut; default: what the base reads.
         token_budget: tokens of a forward pass, padding included.
@@ -163,7 +229,7 @@ def infer_task(
         log_likelihood = torch.cat([log_likelihood, of_draws.logsumexp(1, keepdim=True) - math.log(draws)], 1)
         log_prior = torch.cat([log_prior + math.log1p(-unknown), torch.tensor([math.log(unknown)], dtype=torch.float64)])
         names.append(UNKNOWN)
-    return TaskProbabilities(names, log_likelihood, log_prior, split.predicted).at(temperature)
+    return TaskProbabilities(names, log_likelihood, log_prior, split.predicted).at(calibration)
 
 
 @torch.inference_mode()

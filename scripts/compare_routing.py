@@ -2,7 +2,7 @@
 
     python scripts/compare_routing.py runs/demo --output results/routing.csv
 
-- ``bora``: p(d | text) ∝ p(d) p(text | θ_d), ``infer_task``; at T = 1, and at the temperature that validation documents choose.
+- ``bora``: p(d | text) ∝ p(d) p(text | θ_d), ``infer_task``; as it is, and calibrated on the validation documents.
 - ``bag of words``: scikit-learn's logistic regression on TF-IDF of words and pairs of words, trained on the training documents
   of the run, its regularisation chosen by the validation documents. It sees the same texts, cut where the run cuts them.
 
@@ -18,22 +18,17 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 import transformers
+from bag_of_words import BagOfWords, beginnings
 from torch import Tensor
 
 from bora_pyro.command_line import option, parse_config
-from bora_pyro.data import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
 from bora_pyro.results_table import write_results
 from bora_pyro.routing import TaskProbabilities, infer_task
 from bora_pyro.saved_run import SavedRun, load_run
-
-#: Inverse strengths of the classifier's penalty to choose from.
-STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
 @dataclass(kw_only=True)
@@ -57,12 +52,6 @@ class RoutingConfig:
                 raise InputError(f"lengths has {text!r}; give whole numbers from 2 up, or all")
 
 
-def beginnings(split: TokenSplit, tokens: int) -> TokenSplit:
-    """The first so many tokens of each document; a prompt is part of the text, whose task is asked of all its tokens."""
-    lengths = split.lengths.clamp(max=tokens)
-    return split.replace(lengths=lengths, characters=lengths - 1, observed=None)
-
-
 def ece(log_prob: Tensor, task: Tensor, *, bins: int = 10) -> float:
     """Expected calibration error of the most probable task: mean over texts of |confidence − accuracy| of their bin."""
     confidence, best = log_prob.exp().max(1)
@@ -82,48 +71,6 @@ def scores(method: str, length: str, log_prob: Tensor, task: Tensor, **more: Any
     } | more  # fmt: skip
 
 
-def bag_of_words(run: SavedRun, tokens: int, prior: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """log p(d | text) of the test documents by a classifier of words, and what was chosen.
-
-    Args:
-        run: whose documents it learns from.
-        tokens: of each held-out document it sees the first so many; it is trained on whole ones and on such beginnings.
-        prior: (D,) log p(d) that replaces the training frequencies, as the model's does.
-    """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise InputError(
-            "compare_routing.py needs scikit-learn, which is not installed; pip install 'bora_pyro[routing]'"
-        ) from None
-    tokenizer = run.fitted.model.backbone.tokenizer
-    assert tokenizer is not None
-    decode = tokenizer.batch_decode
-
-    def texts(split: TokenSplit, most: int) -> list[str]:
-        return list(decode([split.document(n)[:most].tolist() for n in range(len(split))], skip_special_tokens=True))
-
-    train = texts(run.data.train, sys.maxsize) + texts(run.data.train, tokens)
-    of_train = run.data.train.task.repeat(2).numpy()
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    x, validation, test = (
-        words.fit_transform(train),
-        *(words.transform(texts(split, tokens)) for split in (run.data.validation, run.data.test)),
-    )
-    frequency = torch.from_numpy(np.bincount(of_train, minlength=len(run.data.tasks)) / len(of_train)).log()
-
-    def log_prob(model: Any, rows: Any) -> Tensor:
-        found = torch.full((rows.shape[0], len(frequency)), -torch.inf, dtype=torch.float64)
-        found[:, model.classes_] = torch.from_numpy(model.predict_log_proba(rows))
-        return (found - frequency + prior).nan_to_num(nan=-torch.inf).log_softmax(1)
-
-    fits = {strength: LogisticRegression(C=strength, max_iter=2000).fit(x, of_train) for strength in STRENGTHS}
-    task = run.data.validation.task[:, None]
-    best = max(STRENGTHS, key=lambda strength: float(log_prob(fits[strength], validation).gather(1, task).clamp(min=-50).mean()))
-    return log_prob(fits[best], test).clamp(min=-50).log_softmax(1), {"chosen": best}
-
-
 def compare(run: SavedRun, config: RoutingConfig) -> pd.DataFrame:
     """A row a method and length."""
     fitted, rows = run.fitted, []
@@ -131,11 +78,11 @@ def compare(run: SavedRun, config: RoutingConfig) -> pd.DataFrame:
         tokens = sys.maxsize if length == "all" else int(length)
         validation, test = beginnings(run.data.validation, tokens), beginnings(run.data.test, tokens)
         found = infer_task(fitted, test, prior=config.prior)
-        chosen = infer_task(fitted, validation, prior=config.prior).calibrated(validation.task).temperature
+        chosen = infer_task(fitted, validation, prior=config.prior).calibrate(validation.task)
         rows.append(scores("bora", length, found.log_prob, test.task))
-        rows.append(scores("bora, T by validation", length, found.at(chosen).log_prob, test.task, chosen=chosen))
-        log_prob, how = bag_of_words(run, tokens, found.log_prior)
-        rows.append(scores("bag of words", length, log_prob, test.task, **how))
+        rows.append(scores("bora, calibrated", length, found.at(chosen).log_prob, test.task, chosen=chosen.temperature))
+        words = BagOfWords(run.fitted, run.data, tokens, found.log_prior)
+        rows.append(scores("bag of words", length, words.log_prob(test), test.task, chosen=words.strength))
     return pd.DataFrame(rows)
 
 

@@ -34,7 +34,7 @@ import transformers
 from bora_pyro.adapt import adapt, fit_deviations
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.config import MapFitConfig
-from bora_pyro.data.subset import subset
+from bora_pyro.data.subset import subset, tasks_to_leave_out
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.evaluate import Scores, evaluate
@@ -172,14 +172,7 @@ class Curve:
         chosen = parse_config(MapFitConfig, words)
         whole = dataclasses.replace(chosen, max_train_documents=None, max_eval_documents=None, threads=config.threads)
         model, data = build_run(whole, quiet=True)
-        counts = [data.train.documents_per_task, data.validation.documents_per_task, data.test.documents_per_task]
-        enough = [t for d, t in enumerate(data.tasks) if counts[0][d] >= config.least_documents and counts[1][d] and counts[2][d]]
-        if len(enough) < config.left_out or len(data.tasks) < config.left_out + 2:
-            raise InputError(
-                f"{len(enough)} tasks have {config.least_documents} training documents or more and all three splits; give a "
-                f"smaller --left_out (now {config.left_out}) or --least_documents"
-            )
-        left_out = sorted(np.random.default_rng(seed).permutation(enough)[: config.left_out].tolist())
+        left_out = tasks_to_leave_out(data, config.left_out, least_documents=config.least_documents, seed=seed)
         others = [task for task in data.tasks if task not in left_out]
         print(f"seed {seed}: left out {', '.join(left_out)}", file=sys.stderr)
         old = subset(data, others, max_train_documents=config.others_documents, seed=seed)

@@ -15,8 +15,8 @@ import transformers
 
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.errors import InputError
-from bora_pyro.routing import PRIORS, infer_task
-from bora_pyro.saved_run import load_run
+from bora_pyro.routing import PRIORS, TaskCalibration, infer_task
+from bora_pyro.saved_run import SavedRun, load_run
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,10 @@ class InferTaskConfig:
     file: str | None = option(None, "a file with a text a line")
     prior: str = option("documents", "p(d) beforehand: in proportion to the training documents, or flat", choices=PRIORS)
     unknown: float = option(0.0, "probability beforehand that a text is of none of the tasks")
-    temperature: float = option(1.0, "likelihoods count as their 1/T-th power: above 1 it is less sure")
+    calibrate: bool = option(False, "be as sure as on the run's validation documents it was right")
+    temperature: float | None = option(
+        None, "likelihoods count as their 1/T-th power: above 1 it is less sure (default: 1, or as calibrate finds)"
+    )
     most: int = option(3, "how many tasks to print of each text")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
 
@@ -38,6 +41,8 @@ class InferTaskConfig:
             raise InputError("no run is given; name the folder of a fit, as in infer_task.py runs/map_fit --text 'It was'")
         if bool(self.text) == (self.file is not None):
             raise InputError("give texts by --text, or a file with a text a line by --file")
+        if self.calibrate and self.temperature is not None:
+            raise InputError(f"calibrate finds the temperature; leave out temperature (now {self.temperature:g}), or calibrate")
         if self.most < 1:
             raise InputError(f"most is {self.most}; give a whole number from 1 up")
 
@@ -52,13 +57,22 @@ def _texts(config: InferTaskConfig) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
+def _calibration(config: InferTaskConfig, run: SavedRun) -> TaskCalibration:
+    if not config.calibrate:
+        return TaskCalibration(1.0 if config.temperature is None else config.temperature)
+    validation = run.data.validation
+    if not len(validation):
+        raise InputError(f"the run in {config.run} has no validation documents to calibrate by; give --temperature instead")
+    return infer_task(run.fitted, validation, prior=config.prior).calibrate(validation.task)
+
+
 def main(argv: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(InferTaskConfig, argv, prog="infer_task.py")
         texts = _texts(config)
-        fitted = load_run(config.run, device=config.device).fitted
-        found = infer_task(fitted, texts, prior=config.prior, unknown=config.unknown, temperature=config.temperature)
+        run = load_run(config.run, device=config.device)
+        found = infer_task(run.fitted, texts, prior=config.prior, unknown=config.unknown, calibration=_calibration(config, run))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,7 @@ def test_the_command(tmp_path, capsys):
     map_run(options | {"learning_rate": 0.1, "output_dir": tmp_path / "run"})
     assert main([str(tmp_path / "run"), "--lengths", "4,all", "--output", str(tmp_path / "routing.csv")]) == 0
     table = pd.read_csv(tmp_path / "routing.csv", dtype={"tokens": str})
-    assert list(table["method"]) == ["bora", "bora, T by validation", "bag of words"] * 2
+    assert list(table["method"]) == ["bora", "bora, calibrated", "bag of words"] * 2
     assert set(table["documents"]) == {12}
     assert table["accuracy"].between(0, 1).all()
     assert (table["log_probability"] <= 0).all()

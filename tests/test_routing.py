@@ -84,15 +84,49 @@ def test_the_temperature_that_calibrates():
     log_likelihood = torch.randn((4000, 3), generator=generator, dtype=torch.float64)
     task = torch.distributions.Categorical(logits=log_likelihood)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         drawn = task.sample()
     flat = torch.full((3,), -math.log(3), dtype=torch.float64)
     found = TaskProbabilities(["a", "b", "c"], 10 * log_likelihood, flat, torch.ones(4000))
-    assert found.calibrated(drawn).temperature == pytest.approx(10, rel=0.15)
+    assert found.calibrate(drawn).temperature == pytest.approx(10, rel=0.05)
     torch.testing.assert_close(found.at(10.0).log_prob, log_likelihood.log_softmax(1))
     table = found.table(most=2)
     assert list(table.columns) == ["task 1", "p 1", "task 2", "p 2"]
     assert (table["p 1"] >= table["p 2"]).all()
+
+
+def test_the_biases_that_calibrate():
+    """Likelihoods that say nothing: what is left is how often each task comes, drawn to the prior p(d) by b_d ~ Normal(0, 1)."""
+    task = torch.tensor([0] * 6 + [1] * 3 + [2])
+    log_prior = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).log()
+    found = TaskProbabilities(["a", "b", "c"], torch.full((10, 3), -7.0, dtype=torch.float64), log_prior, torch.ones(10))
+    calibration = found.calibrate(task)
+    bias = torch.tensor([calibration.bias[name] for name in "abc"], dtype=torch.float64)
+    # the mode: counts less expected counts are the gradient of ½ b², task by task
+    expected = 10 * (log_prior + bias).softmax(0)
+    torch.testing.assert_close(torch.tensor([6.0, 3.0, 1.0], dtype=torch.float64) - expected, bias, rtol=1e-6, atol=1e-6)
+    assert calibration.temperature == pytest.approx(1)
+    torch.testing.assert_close(found.at(calibration).probabilities, (log_prior + bias).softmax(0).expand(10, 3))
+    assert float(found.at(calibration).log_evidence[0]) == pytest.approx(-7)
+
+
+def test_unknown_has_no_part_in_the_calibration(fitted):
+    split = tiny_split((3, 2, 4), seed=7)
+    alone = infer_task(fitted, split, prior="flat").calibrate(split.task)
+    beside = infer_task(fitted, split, prior="flat", unknown=0.5, draws=2).calibrate(split.task)
+    assert set(beside.bias) == set(fitted.tasks)
+    assert beside.temperature == pytest.approx(alone.temperature, rel=1e-4)
+    assert beside.bias == pytest.approx(alone.bias, abs=1e-5)
+    given = infer_task(fitted, split, prior="flat", calibration=alone)
+    torch.testing.assert_close(given.log_prob, infer_task(fitted, split, prior="flat").at(alone).log_prob)
+    with pytest.raises(InputError, match="9 tasks of 9 texts given; give the index of each, from 0 to 2"):
+        infer_task(fitted, split, unknown=0.5).calibrate(split.task + 1)
+    with pytest.raises(InputError, match="a text is of task 'task 2', whose p\\(d\\) is 0"):
+        infer_task(fitted, split, prior={"task 0": 1, "task 1": 1}).calibrate(split.task)
+    # where no text is of it, a task of p(d) = 0 is never the answer, and nothing else changes
+    without = split.subset((split.task < 2).nonzero()[:, 0])
+    found = infer_task(fitted, without, prior={"task 0": 1, "task 1": 1})
+    assert float(found.at(found.calibrate(without.task)).probabilities[:, 2].sum()) == 0
 
 
 @pytest.mark.parametrize(
@@ -104,7 +138,7 @@ def test_the_temperature_that_calibrates():
         ({"prior": {}}, "the prior gives every task 0"),
         ({"unknown": 1.0}, "unknown is 1.0"),
         ({"unknown": 0.1, "draws": 0}, "draws is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"calibration": 0.0}, "temperature is 0.0"),
     ],
 )
 def test_bad_input(fitted, options, words):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,38 @@ def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | N
         return some.replace(task=place[some.task], num_tasks=len(names))
 
     return TaskData(names, part(data.train, max_train_documents), part(data.validation), part(data.test))
+
+
+def tasks_to_leave_out(data: TaskData, number: int, *, least_documents: int = 1, seed: int = 0) -> list[str]:
+    """Some tasks, drawn among those with documents in all three splits.
+
+        >>> from bora_pyro.data import TokenSplit
+        >>> split = TokenSplit.from_documents([[0, 5], [0, 6], [0, 7]], task=[0, 1, 2], num_tasks=3)
+        >>> tasks_to_leave_out(TaskData(["ada", "bob", "cleo"], split, split, split), 1)
+        ['cleo']
+
+    Args:
+        data: of all tasks.
+        number: how many; two or more must remain.
+        least_documents: training documents that each must have.
+        seed: of the draw.
+
+    Returns:
+        Their names, sorted.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    counts = [split.documents_per_task for split in (data.train, data.validation, data.test)]
+    enough = [
+        task for d, task in enumerate(data.tasks) if counts[0][d] >= max(least_documents, 1) and counts[1][d] and counts[2][d]
+    ]
+    if len(enough) < number or len(data.tasks) < number + 2:
+        raise InputError(
+            f"{len(enough)} of {len(data.tasks)} tasks have {least_documents} training documents or more and all three splits; "
+            f"give a smaller number to leave out than {number}, or a smaller least_documents"
+        )
+    return sorted(np.random.default_rng(seed).permutation(enough)[:number].tolist())
 
 
 def _some(documents: Tensor, limit: int, task: str, seed: int) -> Tensor:
