@@ -38,7 +38,7 @@ from bora_pyro.fitted import Fitted
 from bora_pyro.map_run import build_run
 from bora_pyro.model import BoRA
 from bora_pyro.results_table import read_results, write_results
-from bora_pyro.routing import TaskCalibration, infer_task
+from bora_pyro.routing import TaskCalibration, TaskProbabilities, infer_task
 
 KEYS = ["seed", "method", "tokens"]
 
@@ -50,7 +50,7 @@ class UnknownConfig:
     fit_config: str = option("results/documentation.yaml", "YAML of the options of the fit to the other tasks")
     data: str | None = option(None, "the documents (default: what fit_config names)")
     left_out: int = option(5, "how many tasks are left out")
-    eval_documents: int = option(40, "validation and test documents of each task, at most")
+    eval_documents: int = option(20, "validation and test documents of each task, at most")
     learning_rate: float = option(0.03, "learning rate of the fit to the other tasks")
     lengths: list[str] = option(["32", "all"], "first tokens of each document to ask about (default: 32 all)")
     draws: int = option(8, "draws of the prior predictive")
@@ -96,6 +96,12 @@ def fit_others(config: UnknownConfig, seed: int) -> tuple[Fitted, TaskData, Toke
     return fitted, old, subset(data, left_out).test
 
 
+def of_known_tasks(found: TaskProbabilities) -> TaskProbabilities:
+    """p(d | text) given that the task is a known one."""
+    likelihood, prior = found.log_likelihood[:, :-1], found.log_prior[:-1].log_softmax(0)
+    return dataclasses.replace(found, tasks=found.tasks[:-1], log_likelihood=likelihood, log_prior=prior)
+
+
 def compare(config: UnknownConfig, seed: int) -> list[dict[str, Any]]:
     """The rows of a seed."""
     fitted, old, new = fit_others(config, seed)
@@ -109,8 +115,8 @@ def compare(config: UnknownConfig, seed: int) -> list[dict[str, Any]]:
             return {"seed": seed, "method": method, "tokens": length} | numbers | {"auroc": auroc(*scores)} | more
 
         options: dict[str, Any] = {"prior": "flat", "unknown": config.unknown, "draws": config.draws, "seed": seed}
-        among = [infer_task(fitted, split, prior="flat") for split in (known, unknown)]
         found = [infer_task(fitted, split, **options) for split in (known, unknown)]
+        among = [of_known_tasks(of) for of in found]
         validation = beginnings(old.validation, tokens)
         chosen = infer_task(fitted, validation, prior="flat").calibrate(validation.task)
         for name, calibration in (("prior predictive", TaskCalibration()), ("prior predictive, calibrated", chosen)):

@@ -11,12 +11,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 
 from bora_pyro.command_line import option, parse_config
 from bora_pyro.errors import InputError
 from bora_pyro.routing import PRIORS, TaskCalibration, infer_task
 from bora_pyro.saved_run import SavedRun, load_run
+
+#: Documents to calibrate by: each is read for every task.
+MOST = 512
 
 
 @dataclass(kw_only=True)
@@ -28,7 +32,7 @@ class InferTaskConfig:
     file: str | None = option(None, "a file with a text a line")
     prior: str = option("documents", "p(d) beforehand: in proportion to the training documents, or flat", choices=PRIORS)
     unknown: float = option(0.0, "probability beforehand that a text is of none of the tasks")
-    calibrate: bool = option(False, "be as sure as on the run's validation documents it was right")
+    calibrate: bool = option(False, f"be as sure as it is right on validation documents of the run, {MOST} of them at most")
     temperature: float | None = option(
         None, "likelihoods count as their 1/T-th power: above 1 it is less sure (default: 1, or as calibrate finds)"
     )
@@ -63,6 +67,8 @@ def _calibration(config: InferTaskConfig, run: SavedRun) -> TaskCalibration:
     validation = run.data.validation
     if not len(validation):
         raise InputError(f"the run in {config.run} has no validation documents to calibrate by; give --temperature instead")
+    some = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:MOST].sort().values
+    validation = validation.subset(some)
     return infer_task(run.fitted, validation, prior=config.prior).calibrate(validation.task)
 
 
