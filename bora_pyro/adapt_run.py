@@ -40,7 +40,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     if Path(config.output_dir).resolve() == Path(config.run).resolve():
         raise InputError(f"output_dir {config.output_dir} is the run itself; give another folder for the new tasks")
-    RunFolder.check(config.output_dir, overwrite=config.overwrite)
+    RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=None)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device)
@@ -53,7 +53,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "token_budget", "scale", "seed")}
     fitted = adapt(run.fitted, data, **options)
     metrics = metrics_of(dataclasses.replace(run.config, learning_rate=config.learning_rate, seed=config.seed), fitted, data)
-    with RunFolder.create(config.output_dir, overwrite=config.overwrite) as folder:
+    with RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=None) as folder:
         folder.write_config(dataclasses.asdict(config) | {"overwrite": False})
         folder.write_fit(dataclasses.asdict(run.config))
         folder.write_split(data.split_record)

@@ -20,8 +20,11 @@ import argparse
 import dataclasses
 import json
 import math
+import re
+import signal
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +40,7 @@ _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", st
 _EXPECTED |= {tuple: "a text, or several"}
 _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", list: "NAME", tuple: "TEXT"}
 _CONTROLS = ("config", "print_config", "print_schema", "help")
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+|\.?inf|\.?nan)(e[-+]?\d+)?", re.IGNORECASE)
 # How YAML writes the numbers that no digits write.
 _YAML_NUMBERS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 
@@ -51,6 +55,7 @@ def option(
     positional: bool = False,
     words: Sequence[str] = (),
     whole: bool = False,
+    line_only: bool = False,
 ) -> T:
     """A dataclass field that documents itself.
 
@@ -62,11 +67,12 @@ def option(
         expects: what is allowed, in words, where the type alone does not say it.
         words: texts that a value may also be, of a field of type ``float | str`` or ``bool | str``.
         whole: take the texts of a list as they are, commas included; they may also be given one by one, the option repeated.
+        line_only: a file's value is not taken: what a stranger's file must not switch on.
         positional: a text that stands on the line without ``--key``; in a YAML file it has its key as the others do.
     """
     metadata = {
         "help": help, "group": group, "choices": tuple(choices), "expects": expects, "positional": positional,
-        "words": tuple(words), "whole": whole,
+        "words": tuple(words), "whole": whole, "line_only": line_only,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
@@ -93,7 +99,7 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None) 
         SystemExit: with code 0, after ``--help``, ``--print_schema`` and ``--print_config``.
     """
     kinds = option_types(cls)
-    line, unknown = _parser(cls, kinds, prog).parse_known_args(list(argv))
+    line, unknown = _parser(cls, kinds, prog).parse_known_args(_with_negative_numbers(argv))
     for token in unknown:
         if not token.startswith("-"):
             raise InputError(f"unexpected {shown(token)}: every value follows its option, as in --key value")
@@ -113,6 +119,16 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None) 
         print(to_yaml(config, comments=True), end="")
         raise SystemExit(0)
     return config
+
+
+def run_script(main: Callable[[list[str]], int]) -> NoReturn:
+    """End the program as ``main`` says, called with its arguments; after Ctrl-C with a line and 130, as shells expect."""
+    try:
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    sys.exit(code)
 
 
 def check_choices(config: Any) -> None:
@@ -152,6 +168,17 @@ def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[t
     about = next(field.metadata for field in dataclasses.fields(cls) if field.name == name)
     expects = about.get("expects") or _EXPECTED[kind]
     return kind, optional, expects + (" or none" if optional else ""), about.get("words", ()), about.get("whole", False)
+
+
+def _script_of(content: Mapping[str, Any]) -> str | None:
+    """The script that knows all options of a file, more than one of them."""
+    from bora_pyro.adapt_config import AdaptConfig
+    from bora_pyro.config import MapFitConfig
+    from bora_pyro.posterior_config import PosteriorFitConfig
+
+    scripts = {"map_fit.py": MapFitConfig, "posterior_fit.py": PosteriorFitConfig, "adapt.py": AdaptConfig}
+    known = {name: {field.name for field in dataclasses.fields(cls)} for name, cls in scripts.items()}
+    return next((name for name, fields in known.items() if len(content) > 1 and fields.issuperset(content)), None)
 
 
 def _positional(cls: type) -> list[str]:
@@ -217,12 +244,17 @@ def _from_yaml(cls: type, file: Path, kinds: dict[str, tuple[type, bool]]) -> di
         raise InputError(f"--config {file}{line}: {error}") from None
     except ValueError as error:  # a NUL byte in the file's name
         raise InputError(f"--config {shown(str(file))}: {error}; give a YAML file that can be read") from None
-    values = {}
+    values: dict[str, Any] = {}
+    line_only = {field.name for field in dataclasses.fields(cls) if field.metadata.get("line_only")}
     for name, value in content.items():
         if name not in kinds:
+            if (other := _script_of(content)) is not None:
+                raise InputError(f"--config {file} is a configuration of {other}; give one of this script")
             raise _unknown(str(name), tuple(kinds), f"--config {file}: ")
         value = tuple(value) if isinstance(value, list) else value
-        values[name] = _convert(value, f"--config {file}: {name}", *_field(cls, name, kinds))
+        converted = _convert(value, f"--config {file}: {name}", *_field(cls, name, kinds))
+        if name not in line_only:
+            values[name] = converted
     return values
 
 
@@ -249,6 +281,17 @@ class _PrintSchema(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         print(json.dumps(json_schema(self.const), indent=2, ensure_ascii=False))
         raise SystemExit(0)
+
+
+def _with_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """The arguments, where ``--key -1e3`` is ``--key=-1e3``: argparse takes what follows for an option."""
+    joined: list[str] = []
+    for token in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _NEGATIVE.fullmatch(token):
+            joined[-1] += f"={token}"
+        else:
+            joined.append(token)
+    return joined
 
 
 def _default(value: Any) -> str:

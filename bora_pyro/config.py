@@ -81,7 +81,12 @@ class MapFitConfig:
     )
 
     base_model: str = option("builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano", group=MODEL)
-    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine", group=MODEL)
+    trust_remote_code: bool = option(
+        False,
+        "let a base model that brings code of its own run it on this machine; a file cannot say so",
+        group=MODEL,
+        line_only=True,
+    )
     quantization: str | None = option(
         None,
         "store the base's linear layers in 4 or 8 bits; needs bitsandbytes (default: in --precision)",

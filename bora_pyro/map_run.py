@@ -184,6 +184,8 @@ def build_run(
 def _check_same_fit(config: MapFitConfig, stored: dict[str, Any]) -> None:
     """Refuse to go on with a run on other data, another model or another prior; how it is optimised may change."""
     for field in dataclasses.fields(config):
+        if field.metadata["line_only"]:
+            continue
         name, value = field.name, getattr(config, field.name)
         if (field.metadata["group"] in (DATA, MODEL, PRIOR) or name == "seed") and value != stored.get(name, value):
             raise InputError(
@@ -281,9 +283,13 @@ def fit_into(
 
     with bar, StopSignals(quiet=quiet or not is_first()) as stop:
         try:
-            return fit(model, data, checkpoints=folder.checkpoints, stop=stop, on_step=step, on_epoch=record, **options)
+            fitted = fit(model, data, checkpoints=folder.checkpoints, stop=stop, on_step=step, on_epoch=record, **options)
         except FitStopped as stopped:
             raise RunStopped(f"{stopped}; go on with --resume true", stop.exit_code) from None
+        team = options.get("processes")
+        if stop() and (team is None or team.size == 1):  # of several, each would have to know of it
+            raise RunStopped("stopped after the last step; --resume true evaluates what was fitted", stop.exit_code)
+        return fitted
 
 
 def _newest_tau(model: BoRA, report: Mapping[str, Any]) -> float | None:

@@ -17,12 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bora_pyro.backbone import Backbone
 from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.safetensors_file import write_safetensors
+from bora_pyro.whole_file import unwritable
 
 #: LoRA's matrices by the path of the layer: ``lora_A`` (r, in) and ``lora_B`` (out, r).
 Factors = dict[str, dict[str, Tensor]]
@@ -77,7 +78,7 @@ def write_peft(
         base_model: as for :func:`save_peft`.
 
     Raises:
-        InputError: some targets are ``Conv1D`` and others ``Linear``.
+        InputError: some targets are ``Conv1D`` and others ``Linear``, or the folder cannot be written.
     """
     config = _config(backbone, rank_of(factors), alpha, base_model)
     state = {
@@ -85,11 +86,14 @@ def write_peft(
         for path, of_layer in factors.items()
         for name, value in of_layer.items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / TENSORS, metadata={"format": "pt"})
     temporary = folder / "adapter_config.tmp"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CONFIG)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / TENSORS, state, {"format": "pt"})
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / CONFIG)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def rank_of(factors: Mapping[str, Mapping[str, Tensor]]) -> int:

@@ -66,7 +66,12 @@ class PosteriorFitConfig:
     seed: int = option(0, "seed of the order of the documents and of the draws; the split is the run's", group=OPTIMISATION)
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
-    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine", group=RUN)
+    trust_remote_code: bool = option(
+        False,
+        "let a base model that brings code of its own run it on this machine; a file cannot say so",
+        group=RUN,
+        line_only=True,
+    )
     task_memory: float = option(
         4.0, "GiB for what belongs to tasks where they are drawn; beyond it they lie in memory-mapped files", group=RUN
     )

@@ -32,7 +32,8 @@ from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.texts import token_split
 
-UNKNOWN = "unknown"
+#: What the candidate that is no task is called; the second where a task has the first name.
+UNKNOWN, NONE_OF_THEM = "unknown", "none of the tasks"
 PRIORS = ("documents", "flat")
 
 
@@ -74,6 +75,10 @@ class TaskProbabilities:
         log_prior: (candidates,) float64, log p(d).
         tokens: (texts,) predicted tokens of each.
         calibration: how much the likelihoods count.
+        unknown: whether the last candidate is none of the tasks.
+
+    Raises:
+        InputError: the calibration has a bias of a task that is not among the candidates.
     """
 
     tasks: list[str]
@@ -81,11 +86,24 @@ class TaskProbabilities:
     log_prior: Tensor
     tokens: Tensor
     calibration: TaskCalibration = TaskCalibration()
+    unknown: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.calibration.bias:
+            if name not in self.known:
+                raise InputError(
+                    f"the bias of task {name!r} is of none of the {len(self.known)} candidates{nearest(name, self.known)}"
+                )
+
+    @property
+    def known(self) -> list[str]:
+        """The candidates that are tasks of the fit."""
+        return self.tasks[: len(self.tasks) - self.unknown]
 
     @property
     def log_prob(self) -> Tensor:
         """(texts, candidates) log p(d | text)."""
-        bias = torch.tensor([self.calibration.bias.get(task, 0.0) for task in self.tasks], dtype=torch.float64)
+        bias = torch.tensor([self.calibration.bias.get(task, 0.0) for task in self.known] + [0.0] * self.unknown)
         return (self.log_likelihood / self.calibration.temperature + self.log_prior + bias).log_softmax(1)
 
     @property
@@ -126,7 +144,7 @@ class TaskProbabilities:
         Raises:
             InputError: not a task a text, an index of no known task, or of one with p(d) = 0.
         """
-        known = len(self.tasks) - (self.tasks[-1] == UNKNOWN)
+        known = len(self.known)
         if task.shape != self.tokens.shape or not len(task) or not 0 <= int(task.min()) <= int(task.max()) < known:
             raise InputError(
                 f"{len(task)} tasks of {len(self.tokens)} texts given; give the index of each, from 0 to {known - 1}"
@@ -204,7 +222,8 @@ def infer_task(
         seed: of the draws.
 
     Raises:
-        InputError: no text, an unknown prior or task, a probability out of range, a base without tokenizer.
+        InputError: no text, an unknown prior or task, a probability out of range, a base without tokenizer; a calibration of
+            other tasks.
     """
     if not 0 <= unknown < 1:
         raise InputError(f"unknown is {unknown}; give the probability of a text of no task, from 0 to below 1")
@@ -228,8 +247,8 @@ def infer_task(
         of_draws = log_likelihoods(model, split, theta, token_budget=token_budget)
         log_likelihood = torch.cat([log_likelihood, of_draws.logsumexp(1, keepdim=True) - math.log(draws)], 1)
         log_prior = torch.cat([log_prior + math.log1p(-unknown), torch.tensor([math.log(unknown)], dtype=torch.float64)])
-        names.append(UNKNOWN)
-    return TaskProbabilities(names, log_likelihood, log_prior, split.predicted).at(calibration)
+        names.append(UNKNOWN if UNKNOWN not in names else NONE_OF_THEM)
+    return TaskProbabilities(names, log_likelihood, log_prior, split.predicted, unknown=unknown > 0).at(calibration)
 
 
 @torch.inference_mode()

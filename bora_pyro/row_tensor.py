@@ -18,18 +18,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bora_pyro.whole_file import unwritable
+
 # Rows that are copied at one time.
 _CHUNK = 64
 
 
 class RowTensor:
-    """Rows that are read and written a few at a time; on CPUs and in files those never written take no space.
+    """Rows that are read and written a few at a time; on CPUs those never written take no memory.
 
     Args:
         first: what the rows hold before they are written: (1, *shape) for all of them, or (rows, *shape).
         num_rows: how many rows there are.
         folder: where a file holds them, on the CPU, that no other process sees and that goes with this one; None: in memory,
             on the device of ``first``.
+
+    Raises:
+        InputError: the folder cannot be written, or has no room for all rows.
     """
 
     def __init__(self, first: Tensor, num_rows: int, *, folder: Path | None = None) -> None:
@@ -111,12 +116,21 @@ class RowTensor:
 
 
 def _mapped_file(size: int, folder: Path) -> mmap.mmap:
-    """A file of zeros without a name, mapped: the system removes it when the mapping goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix="task-rows-")
+    """A file of zeros without a name, mapped: the system removes it when the mapping goes.
+
+    Its space is taken at once where the system can: a page that found no room later would end the process without a word.
+    """
     try:
-        os.unlink(name)
-        os.truncate(handle, max(size, 1))
-        return mmap.mmap(handle, max(size, 1))
-    finally:
-        os.close(handle)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix="task-rows-")
+        try:
+            os.unlink(name)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, max(size, 1))
+            else:
+                os.truncate(handle, max(size, 1))
+            return mmap.mmap(handle, max(size, 1))
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise unwritable(folder, error) from error

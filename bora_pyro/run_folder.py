@@ -22,9 +22,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnos
 TRACKED = ("tensorboard", "wandb")
 #: Held by the process that is at work in the folder.
 LOCK = ".lock"
+# What stands in the folders of a run, by what was written there; anything else is somebody's own.
+_WITHIN = {
+    ADAPTERS: re.compile(r"\.?tasks\.json(\.tmp)?|[^/]+/(adapter_config\.(json|tmp)|adapter_model\.safetensors)?"),
+    CHECKPOINTS: re.compile(r"\.?step-\d+\.safetensors(\.tmp)?|task-rows-\w+"),
+    DIAGNOSTICS: re.compile(r"\.?[\w-]+\.(png|csv|nc)(\.tmp)?"),
+}
 # The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
 _HEADER = "# bora_pyro run: the resolved configuration"
 
@@ -69,8 +76,11 @@ class RunFolder:
         return f"RunFolder({str(self.path)!r})"
 
     @classmethod
-    def check(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
-        """Raise what ``create`` would raise, and leave the disk alone: for a look before the long work begins."""
+    def check(cls, path: str | Path, *, overwrite: bool = False, resume: bool | None = False) -> None:
+        """Raise what ``create`` would raise, and leave the disk alone: for a look before the long work begins.
+
+        ``resume`` is None where the command that asks has no such option.
+        """
         try:
             cls(Path(path))._entries(overwrite=overwrite, resume=resume)
             check_writable(path, (Path(path), *Path(path).absolute().parents))
@@ -78,7 +88,7 @@ class RunFolder:
             raise unusable(path, error) from None
 
     @classmethod
-    def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
+    def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool | None = False) -> RunFolder:
         """Take a folder for a run; call it once the configuration is checked, for it is the first to touch the disk.
 
         No other process can take it meanwhile: the folder is a context manager that ends this, as does the end of the process.
@@ -86,7 +96,7 @@ class RunFolder:
         Args:
             path: a folder that is missing or empty, or that holds a run where ``overwrite`` or ``resume`` is given.
             overwrite: delete the run that is there. Only what a run writes is deleted, and only where nothing else is there.
-            resume: go on with the run that is there.
+            resume: go on with the run that is there; None where that cannot be asked for.
 
         Raises:
             InputError: the path is a file, holds something else, or cannot be written; there is no run to resume; another process
@@ -259,7 +269,7 @@ class RunFolder:
     def _tensor_file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
 
-    def _entries(self, *, overwrite: bool, resume: bool) -> list[str]:
+    def _entries(self, *, overwrite: bool, resume: bool | None) -> list[str]:
         """The names in the folder, once it is clear that a run may go there."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output_dir {self.path} is a file; give another --output_dir")
@@ -268,15 +278,15 @@ class RunFolder:
             check_links(self.path, "output_dir")
         if resume and CONFIG not in names:
             raise InputError(f"output_dir {self.path} holds no run to resume; check the path, or leave --resume out to start one")
-        foreign = self._foreign(names)
+        foreign = self._foreign(names) + (self._foreign_within() if overwrite and not resume else [])
         if foreign and not (resume and self._is_ours()):
             raise InputError(
                 f"output_dir {self.path} holds {foreign[0]!r}, which no run wrote; give another --output_dir, or move it away"
             )
         if set(names) - {LOCK} and not (overwrite or resume):
+            go_on = "" if resume is None else " --resume true to go on with it,"
             raise InputError(
-                f"output_dir {self.path} holds another run; give --overwrite true to replace it, --resume true to go on "
-                "with it, or another --output_dir"
+                f"output_dir {self.path} holds another run; give --overwrite true to replace it,{go_on} or another --output_dir"
             )
         return names
 
@@ -287,9 +297,19 @@ class RunFolder:
     def _foreign(self, names: list[str]) -> list[str]:
         """The entries that no run wrote: all of them where ``config.yaml`` is not ours."""
         if not self._is_ours():
-            return [name for name in names if not _is_temporary(name)]
-        ours = (CONFIG, FIT, LOG, METRICS, SPLIT, CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT, *TRACKED)
-        return [n for n in names if not (n in ours or n.endswith(".safetensors") or _is_temporary(n))]
+            return [name for name in names if not _is_temporary(name, (CONFIG,))]
+        ours = (CONFIG, FIT, LOG, METRICS, SPLIT, "posterior.safetensors", CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT, *TRACKED)
+        return [n for n in names if not (n in ours or _is_temporary(n, ours))]
+
+    def _foreign_within(self) -> list[str]:
+        """The same of what stands in its folders, whose own entries are looked at too."""
+        foreign = []
+        for name, written in _WITHIN.items():
+            for entry in (self.path / name).rglob("*"):
+                within = entry.relative_to(self.path / name).as_posix() + "/" * (entry.is_dir() and not entry.is_symlink())
+                if not written.fullmatch(within):
+                    foreign.append(f"{name}/{within}")
+        return sorted(foreign)
 
     def _clear(self, names: list[str]) -> None:
         """Delete a run's entries, ``config.yaml`` last: until then an interrupted deletion still looks like a run."""
@@ -318,8 +338,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_temporary(name: str) -> bool:
-    return name == LOCK or (name.startswith(".") and name.endswith(".tmp"))
+def _is_temporary(name: str, files: Sequence[str]) -> bool:
+    return name == LOCK or name in [f".{file}.tmp" for file in files]
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:

@@ -145,12 +145,17 @@ _TextLoader.add_constructor("tag:yaml.org,2002:str", _as_written)
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, but ``none`` stands in quotes where it is a text: without them it is None to the command line."""
+    """PyYAML's safe dumper, but ``none`` stands in quotes where it is a text: without them it is None to the command line.
+
+    Texts with letters that are not printed, line ends of other systems among them, stand in double quotes, escaped.
+    """
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     word = value.strip().lower()
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="'" if word in ("none", "null") else None)
+    style = "'" if word in ("none", "null") else None
+    unprintable = any(not letter.isprintable() and letter != "\n" for letter in value)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if unprintable else style)
 
 
 _Dumper.add_representer(str, _text)

@@ -13,6 +13,7 @@ import transformers
 
 from bora_pyro.adapt_config import AdaptConfig, parse_config
 from bora_pyro.adapt_run import run_adapt
+from bora_pyro.command_line import run_script
 from bora_pyro.errors import InputError
 from bora_pyro.progress import print_table
 
@@ -31,4 +32,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -52,7 +52,7 @@ from bora_pyro.benchmark import (
     writable,
 )
 from bora_pyro.benchmark_arms import ARMS, Arm, Work, alternate, nano_tokenizer
-from bora_pyro.command_line import check_choices, option, parse_config, to_yaml
+from bora_pyro.command_line import check_choices, option, parse_config, run_script, to_yaml
 from bora_pyro.data import TaskData, load_tasks, read_table
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.map_run import find_device, peak_memory_bytes
@@ -352,4 +352,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -22,7 +22,7 @@ import transformers
 
 import bora_pyro as bp
 from bora_pyro.benchmark import at_least, check_output, load_base, machine, place, writable
-from bora_pyro.command_line import check_choices, option, parse_config
+from bora_pyro.command_line import check_choices, option, parse_config, run_script
 from bora_pyro.data import TaskData, load_tasks
 from bora_pyro.errors import InputError
 from bora_pyro.fit import NonFiniteLossError
@@ -235,4 +235,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

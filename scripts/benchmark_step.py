@@ -44,7 +44,7 @@ from bora_pyro.benchmark import (
     spread,
     writable,
 )
-from bora_pyro.command_line import check_choices, option, parse_config
+from bora_pyro.command_line import check_choices, option, parse_config, run_script
 from bora_pyro.data.batches import Batch
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
@@ -232,4 +232,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -24,7 +24,7 @@ import torch
 
 from bora_pyro.adapters import LoRA
 from bora_pyro.benchmark import at_least, check_base, check_output, json_options, load_base, machine
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.data import TaskData, TokenSplit
 from bora_pyro.epoch_steps import EpochSteps
 from bora_pyro.errors import InputError
@@ -180,4 +180,4 @@ def _summary(runs: list[dict[str, Any]], all_runs: list[dict[str, Any]], least: 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -45,7 +45,7 @@ from bora_pyro.calibration import (
     risk_coverage,
 )
 from bora_pyro.choices import ChoicePredictions, Question, choose
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.data import TokenSplit, read_table
 from bora_pyro.data.files import read_file
 from bora_pyro.data.tokenise import tokenise
@@ -75,7 +75,9 @@ class CalibrateConfig:
     token_budget: int = option(4096, "tokens of a batch; probabilities take token_budget x vocabulary numbers")
     seed: int = option(0, "of the draws, and of the texts that are compared with foreign ones")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine")
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
 
     def validate(self) -> None:
@@ -337,4 +339,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from bora_pyro.adapters import LoRA
 from bora_pyro.backbone import Backbone
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.data import TaskData
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
@@ -149,4 +149,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 import transformers
 
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.config import MapFitConfig
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError
@@ -196,4 +196,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

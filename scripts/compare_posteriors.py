@@ -36,7 +36,7 @@ from pyro.infer.autoguide import AutoDelta
 from scipy import stats
 
 from bora_pyro.calibration import calibration
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import fit
@@ -358,4 +358,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -28,7 +28,7 @@ import transformers
 from bag_of_words import BagOfWords, beginnings
 from torch import Tensor
 
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.config import MapFitConfig
 from bora_pyro.data import TaskData, TokenSplit
 from bora_pyro.data.subset import subset, tasks_to_leave_out
@@ -99,7 +99,7 @@ def fit_others(config: UnknownConfig, seed: int) -> tuple[Fitted, TaskData, Toke
 def of_known_tasks(found: TaskProbabilities) -> TaskProbabilities:
     """p(d | text) given that the task is a known one."""
     likelihood, prior = found.log_likelihood[:, :-1], found.log_prior[:-1].log_softmax(0)
-    return dataclasses.replace(found, tasks=found.tasks[:-1], log_likelihood=likelihood, log_prior=prior)
+    return dataclasses.replace(found, tasks=found.known, log_likelihood=likelihood, log_prior=prior, unknown=False)
 
 
 def compare(config: UnknownConfig, seed: int) -> list[dict[str, Any]]:
@@ -150,4 +150,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

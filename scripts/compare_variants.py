@@ -31,7 +31,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.run_folder import RunFolder
@@ -259,4 +259,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

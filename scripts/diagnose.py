@@ -25,7 +25,7 @@ import transformers
 from matplotlib.figure import Figure
 
 from bora_pyro import plots
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.deviations import task_gram
 from bora_pyro.diagnostics import compare_priors, held_out, shrinkage
 from bora_pyro.errors import InputError
@@ -45,7 +45,9 @@ class DiagnoseConfig:
     draws: int | None = option(None, f"draws of each posterior (default: {DRAWS}; a MAP fit is a point and has none)")
     output: str | None = option(None, "where the results go (default: the folder diagnostics of the run)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine")
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
 
     def validate(self) -> None:
@@ -206,4 +208,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from bora_pyro.adapter_export import EXPORT, export_adapters
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.hub import check_repo_id, push_folder
 from bora_pyro.saved_run import load_run
@@ -87,4 +87,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from bora_pyro.adapt import adapt, fit_deviations
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.config import MapFitConfig
 from bora_pyro.data.subset import subset, tasks_to_leave_out
 from bora_pyro.data.tasks import TaskData
@@ -71,7 +71,7 @@ class FewDocumentsConfig:
         ["0.01", "0.03"], "learning rates of the fits to the other tasks to choose from (default: 0.01 0.03)"
     )
     learning_rates: list[str] = option(
-        ["0.003", "0.01", "0.03", "0.1"], "learning rates to choose from (default: 0.003 0.01 0.03 0.1)"
+        ["0.001", "0.003", "0.01", "0.03", "0.1"], "learning rates to choose from (default: 0.001 0.003 0.01 0.03 0.1)"
     )
     steps: list[str] = option(["15", "60", "240"], "numbers of steps to choose from (default: 15 60 240)")
     threads: int = option(2, "CPU threads")
@@ -282,4 +282,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -33,7 +33,7 @@ import transformers
 from fuzz_mutations import damaged
 from fuzz_readers import Reader, readers
 
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError, nearest
 
 READ, REFUSED, CRASHED = range(3)
@@ -222,4 +222,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

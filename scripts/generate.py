@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bora_pyro.adapter_folders import GLOBAL_MEAN
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.saved_run import load_run
 from bora_pyro.side_by_side import BASE, Written, generate_side_by_side
@@ -118,4 +118,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -48,7 +48,7 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from bora_pyro import Backbone, BoRA, FrozenALoRA, HierarchicalNormal, InputError, TaskData, fit
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.data import TokenSplit
 from bora_pyro.data.batches import IGNORED, Batch
 from bora_pyro.fitted import Fitted
@@ -336,4 +336,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

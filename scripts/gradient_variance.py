@@ -28,7 +28,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.data.batches import Batch
 from bora_pyro.errors import InputError
 from bora_pyro.likelihoods import NextTokens
@@ -196,4 +196,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

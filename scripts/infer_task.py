@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.routing import PRIORS, TaskCalibration, infer_task
 from bora_pyro.saved_run import SavedRun, load_run
@@ -89,4 +89,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -13,6 +13,7 @@ import sys
 
 import transformers
 
+from bora_pyro.command_line import run_script
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.errors import InputError
 from bora_pyro.map_run import RunStopped, run_map_fit
@@ -43,4 +44,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from bora_pyro.backbone import Backbone
-from bora_pyro.command_line import check_choices, option, parse_config
+from bora_pyro.command_line import check_choices, option, parse_config, run_script
 from bora_pyro.deviations import SPACES
 from bora_pyro.errors import InputError
 from bora_pyro.held_out_shrinkage import HeldOut, held_out_shrinkage, read_held_out
@@ -36,7 +36,9 @@ class PoolConfig:
 
     folder: str = option("", "folder with a PEFT folder for each task", positional=True)
     base_model: str = option("builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano")
-    trust_remote_code: bool = option(False, "let a hub model run its own code on this machine")
+    trust_remote_code: bool = option(
+        False, "let a hub model run its own code on this machine; a file cannot say so", line_only=True
+    )
     same_base: bool = option(True, "refuse adapters that name another base than base_model")
     tasks: list[str] | None = option(None, "names of folders (default: all but global-mean and draws)")
     documents: str | None = option(None, "table with the columns task and documents: estimate tau and the noise by them")
@@ -152,4 +154,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

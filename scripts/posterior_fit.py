@@ -11,6 +11,7 @@ import sys
 
 import transformers
 
+from bora_pyro.command_line import run_script
 from bora_pyro.errors import InputError
 from bora_pyro.map_run import RunStopped
 from bora_pyro.posterior_config import PosteriorFitConfig, parse_config
@@ -41,4 +42,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.report import Page, RunOptions, check_output, run_page, runs_page, sweep_page, write_page
 from bora_pyro.run_folder import CONFIG, REPORT
@@ -143,4 +143,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -26,7 +26,7 @@ from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
 from bora_pyro import InputError, LearnedPrecision
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.guides import init_to_start
 
 NAME, LAYERS, WIDTH = "x", 2, 50
@@ -146,4 +146,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -38,7 +38,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from bora_pyro import BoRA, HierarchicalNormal, InputError
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.data.batches import Batch
 from bora_pyro.data.task_draw import TaskDraw
 from bora_pyro.elbo import TemperedELBO
@@ -338,4 +338,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -22,7 +22,7 @@ import pandas as pd
 import transformers
 from matplotlib.figure import Figure
 
-from bora_pyro.command_line import check_choices, option, parse_config
+from bora_pyro.command_line import check_choices, option, parse_config, run_script
 from bora_pyro.config import MapFitConfig
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError
@@ -341,4 +341,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

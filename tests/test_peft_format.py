@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from bora_pyro import BoRA, InputError, LoRA, save_peft
+from bora_pyro import BoRA, InputError, LoRA, peft_format, save_peft
 from bora_pyro.adapters import ADAPTERS
 from tests.tiny import (
     ARCHITECTURES,
@@ -147,3 +149,14 @@ def test_a_mixture_of_conv1d_and_linear_is_refused(tmp_path):
     weights |= {name.replace("c_attn", "other"): value for name, value in weights.items()}
     with pytest.raises(InputError, match="cannot mix Conv1D and Linear"):
         save_peft(tmp_path / "adapter", model, weights)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    model = tiny_bora()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(peft_format, "write_safetensors", full)
+    with pytest.raises(InputError, match=r"ada cannot be written \(No space left on device\)"):
+        save_peft(tmp_path / "ada", model, model.starts)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bora_pyro import HierarchicalNormal, Independent, InputError, LoRA, evaluate, fit, infer_task
-from bora_pyro.routing import UNKNOWN, TaskProbabilities, log_likelihoods
+from bora_pyro.routing import UNKNOWN, TaskCalibration, TaskProbabilities, log_likelihoods
 from tests.tiny import tiny_bora, tiny_data, tiny_split
 
 
@@ -108,6 +108,17 @@ def test_the_biases_that_calibrate():
     assert calibration.temperature == pytest.approx(1)
     torch.testing.assert_close(found.at(calibration).probabilities, (log_prior + bias).softmax(0).expand(10, 3))
     assert float(found.at(calibration).log_evidence[0]) == pytest.approx(-7)
+
+
+def test_a_task_may_be_called_unknown():
+    found = TaskProbabilities(["a", UNKNOWN], torch.zeros(4, 2, dtype=torch.float64), torch.zeros(2).double(), torch.ones(4))
+    assert found.calibrate(torch.tensor([0, 1, 1, 1])).bias[UNKNOWN] > 0
+    names, nothing = ["a", UNKNOWN, "none of the tasks"], torch.zeros(3, dtype=torch.float64)
+    beside = TaskProbabilities(names, nothing.expand(4, 3), nothing, torch.ones(4), unknown=True)
+    odds = beside.at(TaskCalibration(bias={UNKNOWN: 2.0})).log_prob[0]
+    torch.testing.assert_close(odds, torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64).log_softmax(0))
+    with pytest.raises(InputError, match="the bias of task 'unknow' is of none of the 2 candidates; did you mean 'unknown'"):
+        beside.at(TaskCalibration(bias={"unknow": 1.0}))
 
 
 def test_unknown_has_no_part_in_the_calibration(fitted):

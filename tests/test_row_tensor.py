@@ -1,10 +1,14 @@
-"""Rows in memory and in a file are the same numbers, and those never written take no space."""
+"""Rows in memory and in a file are the same numbers."""
 
 from __future__ import annotations
+
+import errno
+import os
 
 import pytest
 import torch
 
+from bora_pyro import InputError
 from bora_pyro.row_tensor import RowTensor
 
 
@@ -46,3 +50,16 @@ def test_a_copy_goes_back_to_what_the_other_holds(folder):
     other.write(torch.tensor([3, 4]), torch.full((2, 2), 5.0))
     one.copy_from(other)
     torch.testing.assert_close(one.all(), other.all(), rtol=0, atol=0)
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    """A page of a mapped file that finds no room ends the process without a word: the room is taken when the file is made."""
+
+    def full(handle, start, size):
+        assert size == 4 * 1000 * 6
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        RowTensor(torch.zeros(1, 2, 3), 1000, folder=tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -172,6 +172,34 @@ def test_overwrite_refuses_a_run_with_foreign_files_in_it(run):
     RunFolder.create(run.path, resume=True)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapters/notes.md", "adapters/ada/thesis.tex", "diagnostics/thesis.tex", "checkpoints/best.safetensors",
+        "important.safetensors", ".env.tmp", "diagnostics/more/forest.png",
+    ],
+)  # fmt: skip
+def test_overwrite_refuses_what_no_run_wrote_wherever_it_stands(run, name):
+    for file in ("adapters/ada/adapter_config.json", "diagnostics/forest.png", "checkpoints/step-00000004.safetensors", name):
+        (run.path / file).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / file).write_text("years of work")
+    with pytest.raises(InputError, match="which no run wrote"):
+        RunFolder.check(run.path, overwrite=True)
+    with pytest.raises(InputError, match="which no run wrote"):
+        RunFolder.create(run.path, overwrite=True)
+    assert (run.path / name).read_text() == "years of work"
+    (run.path / name).unlink()
+    if "more" in name:
+        (run.path / name).parent.rmdir()
+    RunFolder.create(run.path, overwrite=True)
+    assert not (run.path / "adapters").exists()
+
+
+def test_a_command_that_cannot_resume_does_not_speak_of_it(run):
+    with pytest.raises(InputError, match="give --overwrite true to replace it, or another --output_dir"):
+        RunFolder.create(run.path, resume=None)
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_nothing_to_resume(tmp_path, exists):
     path = tmp_path / "run"

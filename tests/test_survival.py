@@ -175,3 +175,22 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, ca
     [error] = capsys.readouterr().err.splitlines()
     assert error.startswith("error: output_dir ")
     assert Path(tmp_path / "file").read_text() == ""
+
+
+def test_told_to_stop_in_the_last_validation(tmp_path, monkeypatch):
+    """All steps are taken, but what is left to do is not done: it is done on resuming, to the same result."""
+    options = quick_fit(tmp_path)
+    assert script_main()(line({**options, "output_dir": tmp_path / "straight"})) == 0
+
+    def told(*args, **more):
+        fitted = fit(*args, **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fitted
+
+    monkeypatch.setattr("bora_pyro.map_run.fit", told)
+    assert script_main()(line({**options, "output_dir": tmp_path / "run"})) == 143
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    monkeypatch.undo()
+    assert script_main()(line({**options, "output_dir": tmp_path / "run", "resume": True})) == 0
+    for name in ("posterior.safetensors", "split.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
