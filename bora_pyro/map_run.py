@@ -23,6 +23,7 @@ from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone import Backbone
 from bora_pyro.config import AUTO, DATA, LEARNED, MODEL, PRIOR, MapFitConfig
 from bora_pyro.data import TaskData, load_tasks
+from bora_pyro.data.tables import check_source
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fit import FitStopped, fit
 from bora_pyro.fitted import Fitted
@@ -152,6 +153,7 @@ def build_run(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    check_source(config.data)  # before a base is fetched for documents that are not there
     sharded = config.shard_base and team is not None
     if sharded and team is not None and team.size == 1:
         raise InputError("shard_base is true, but there is one process; start several with torchrun, or leave it out")

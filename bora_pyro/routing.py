@@ -174,12 +174,14 @@ class TaskProbabilities:
         return TaskCalibration(math.exp(log_temperature), found)
 
     def table(self, *, most: int = 3) -> pd.DataFrame:
-        """The most probable tasks of each text with their probabilities, a row a text."""
+        """The most probable candidates of each text with their probabilities, a row a text; ``unknown``'s always has a column."""
         values, index = self.probabilities.topk(min(most, len(self.tasks)), dim=1)
         columns = {}
         for place in range(values.shape[1]):
             columns[f"task {place + 1}"] = [self.tasks[d] for d in index[:, place].tolist()]
             columns[f"p {place + 1}"] = values[:, place].tolist()
+        if self.unknown:
+            columns["p unknown"] = self.probabilities[:, -1].tolist()
         return pd.DataFrame(columns)
 
 

@@ -136,13 +136,20 @@ def test_a_file_of_no_tokens():
             pd.DataFrame({"task": ["a"], "text": ["b"]}),
             "the DataFrame cannot be streamed; give a hub id or a folder of data files",
         ),
-        ("speeches.csv", "'speeches.csv' cannot be streamed; .*or leave streaming out to read other tables"),
+        ("speeches.csv", "file 'speeches.csv' does not exist"),
+        ("corpus/", "file 'corpus/' does not exist"),
         ("builtin:documentation", "'builtin:documentation' cannot be streamed"),
     ],
 )
 def test_what_cannot_be_streamed(source, message):
     with pytest.raises(InputError, match=message):
         load_tasks(source, word_tokenizer(), streaming=True)
+
+
+def test_a_table_alone_cannot_be_streamed(tmp_path):
+    (tmp_path / "speeches.csv").write_text("task,text\na,b\n")
+    with pytest.raises(InputError, match="cannot be streamed; .*or leave streaming out to read other tables"):
+        load_tasks(str(tmp_path / "speeches.csv"), word_tokenizer(), streaming=True)
 
 
 def test_bad_rows_and_files_give_one_line(tmp_path):

@@ -64,7 +64,7 @@ def test_every_command_is_taken(page, words, monkeypatch, capsys):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         return
     if (found := script(words)) is None:
-        assert words[0] in ("pip", ".venv/bin/python", ".venv/bin/pip", "tensorboard"), f"{page}: {words}"
+        assert words[0] in ("pip", ".venv/bin/python", ".venv/bin/pip", ".venv/bin/tensorboard"), f"{page}: {words}"
         return
     name, arguments = found
     with pytest.raises(SystemExit) as ended:

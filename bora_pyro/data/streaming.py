@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from bora_pyro.data.encode import encoder
 from bora_pyro.data.files import one_line
 from bora_pyro.data.rows import Columns, RowReader
-from bora_pyro.data.tables import Source, is_hub_id
+from bora_pyro.data.tables import Source, check_source, is_hub_id
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import Tokenised, cache_folder, check_max_tokens, pad_token_id
 from bora_pyro.errors import InputError
@@ -202,6 +202,8 @@ def _open(source: Source, hub_split: str | None, label: str) -> Any:
     if isinstance(source, datasets.Dataset | datasets.DatasetDict):
         return source
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if isinstance(source, str | Path):
+        check_source(source)
     if path is None or not (path.is_dir() or (is_hub_id(str(source)) and not path.exists())):
         raise InputError(
             f"{label} cannot be streamed; give a hub id or a folder of data files, or leave streaming out to read other tables"

@@ -124,17 +124,34 @@ def _load(source: Source, hub_split: str | None) -> tuple[_Table, str]:
     name = str(source)
     if name in BUILTIN:
         return datasets.Dataset.from_list(documentation_rows()), f"data {name!r}"
-    if name.startswith("builtin:"):
-        raise InputError(f"data {name!r} is not built in; there is {', '.join(BUILTIN)}{nearest(name, BUILTIN)}")
+    check_source(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return read_folder(path, split=hub_split), f"folder {name!r}"
     if path.exists():
         return read_file(path), f"file {name!r}"
-    if isinstance(source, Path) or not is_hub_id(name):
+    return _load_hub(name, hub_split), f"hub data set {name!r}"
+
+
+def check_source(source: str | Path) -> None:
+    """Whether documents can be there at all, found out before anything is read.
+
+        >>> check_source("builtin:documentation")
+        >>> check_source("speeches.csv")
+        Traceback (most recent call last):
+        bora_pyro.errors.InputError: file 'speeches.csv' does not exist; check the path
+
+    Raises:
+        InputError: the name is of a file that does not exist, or of nothing that is built in.
+    """
+    name, path = str(source), Path(source).expanduser()
+    if name in BUILTIN:
+        return
+    if name.startswith("builtin:"):
+        raise InputError(f"data {name!r} is not built in; there is {', '.join(BUILTIN)}{nearest(name, BUILTIN)}")
+    if not path.exists() and (isinstance(source, Path) or not is_hub_id(name)):
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"file {name!r} does not exist; check the path{nearest(path.name, siblings)}")
-    return _load_hub(name, hub_split), f"hub data set {name!r}"
 
 
 def is_hub_id(name: str) -> bool:
