@@ -36,6 +36,7 @@ from torch import Tensor
 
 from bora_pyro.errors import InputError
 from bora_pyro.inside import check_links
+from bora_pyro.regular_file import check_regular, read_regular
 from bora_pyro.safetensors_file import DAMAGE, write_safetensors
 from bora_pyro.whole_file import check_writable, replace_file, unusable, unwritable
 from bora_pyro.yaml_file import YamlError, dump_mapping, read_mapping
@@ -52,6 +53,8 @@ _WITHIN = {
     CHECKPOINTS: re.compile(r"\.?step-\d+\.safetensors(\.tmp)?|task-rows-\w+"),
     DIAGNOSTICS: re.compile(r"\.?[\w-]+\.(png|csv|nc)(\.tmp)?"),
 }
+#: The largest log, split or result that is read; those of 10,000 tasks take some megabytes.
+MAX_BYTES = 2**30
 # The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
 _HEADER = "# bora_pyro run: the resolved configuration"
 
@@ -177,6 +180,7 @@ class RunFolder:
         """The mapping in ``config.yaml``, or in another YAML file of the run."""
         file = self.path / name
         try:
+            check_regular(file)
             return read_mapping(file)
         except (OSError, YamlError) as error:
             line = f"line {error.line}: " if isinstance(error, YamlError) and error.line else ""
@@ -209,7 +213,7 @@ class RunFolder:
         """The records of ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
         file = self.path / LOG
         try:
-            text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+            text = read_regular(file, most=MAX_BYTES).decode("utf-8", errors="replace") if file.exists() else ""
         except OSError as error:
             raise InputError(f"{file} cannot be read ({error}); fit again") from None
         lines = text.split("\n")[:-1]  # what follows the last line's end is empty, or half a line
@@ -239,6 +243,7 @@ class RunFolder:
         """The tensors of ``<name>.safetensors``, on the CPU."""
         file = self._tensor_file(name)
         try:
+            check_regular(file)
             return dict(load_file(file))
         except DAMAGE as error:
             raise _unreadable(file, error) from None
@@ -247,6 +252,7 @@ class RunFolder:
         """The metadata that ``save_tensors`` was given."""
         file = self._tensor_file(name)
         try:
+            check_regular(file)
             with safe_open(file, framework="pt") as opened:
                 return dict(opened.metadata() or {})
         except DAMAGE as error:
@@ -259,7 +265,7 @@ class RunFolder:
     def _read_json(self, name: str) -> dict[str, Any]:
         file = self.path / name
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(read_regular(file, most=MAX_BYTES).decode("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file} cannot be read ({error}); run the fit again with --resume true") from None
         if not isinstance(content, dict):

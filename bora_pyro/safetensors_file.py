@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from bora_pyro.regular_file import open_regular
 from bora_pyro.row_tensor import RowTensor
 
 _DTYPES = {
@@ -111,10 +112,10 @@ def read_digest(path: Path) -> tuple[str, str, int]:
     """The digest that stands in a file, that of its bytes, and where it stands; what is no such file has two that differ.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file.
     """
     found = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = int.from_bytes(prefix := file.read(8), "little")
         if size > path.stat().st_size:
             return "", _UNKNOWN, 0

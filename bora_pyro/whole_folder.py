@@ -24,10 +24,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bora_pyro.errors import InputError
+from bora_pyro.regular_file import read_regular
 from bora_pyro.whole_file import check_writable, unusable
 
 # The key of a record under which it names what else lies in its folder.
 _ENTRIES = "entries"
+_RECORD_BYTES = 2**26
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def write_record(folder: Path, record: str, content: Mapping[str, Any]) -> None:
 
 def _entries(file: Path) -> list[str]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file, most=_RECORD_BYTES).decode("utf-8"))
         return [str(name) for name in content[_ENTRIES]]
     except (OSError, ValueError, TypeError, KeyError):
         return []  # no record of ours: everything in the folder is foreign

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -99,6 +101,49 @@ def test_a_split_that_lies_is_named(finished, tmp_path, change):
     with pytest.raises(InputError) as caught:
         load_run(run)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def in_time():
+    """What waits for more than five seconds is an error."""
+
+    def stop(number, frame):
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+READERS = {
+    "config.yaml": RunFolder.read_config,
+    "metrics.json": RunFolder.read_metrics,
+    "metrics.jsonl": RunFolder.read_log,
+    "split.json": RunFolder.read_split,
+    "posterior.safetensors": lambda folder: folder.load_tensors("posterior"),
+    "posterior.safetensors, metadata": lambda folder: folder.load_metadata("posterior"),
+    "step-00000001.safetensors": lambda folder: load_checkpoint(folder.path / "step-00000001.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_in_a_run_is_not_waited_for(tmp_path, in_time, name):
+    file = tmp_path / name.partition(",")[0]
+    os.mkfifo(file)
+    with pytest.raises(InputError, match=r"is (damaged|not finished)|cannot be read") as caught:
+        READERS[name](RunFolder(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_run_with_pipes_is_neither_read_nor_hangs(finished, tmp_path, in_time):
+    for name in ("config.yaml", "metrics.json", "metrics.jsonl", "split.json", "posterior.safetensors"):
+        run = shutil.copytree(finished, tmp_path / name)
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        with pytest.raises(InputError):
+            load_run(run)
 
 
 def test_json_a_thousand_deep_is_named(finished, tmp_path):

@@ -31,10 +31,13 @@ from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.files import one_line
 from bora_pyro.errors import InputError
+from bora_pyro.regular_file import read_regular
 
 Messages = list[dict[str, Any]]
 #: The role whose turns are predicted.
 ASSISTANT = "assistant"
+#: The largest file of a template that is read; those of chat models take some kilobytes.
+MAX_TEMPLATE_BYTES = 2**20
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKENS = {"return_offsets_mapping": True, "return_attention_mask": False, "verbose": False}
@@ -68,12 +71,13 @@ def load_chat_template(given: str | Path | None) -> str | None:
     """A template in Jinja, from its file or as it is.
 
     Raises:
-        InputError: the file cannot be read, or there is no template in it.
+        InputError: the file cannot be read, is no regular one or has more than ``MAX_TEMPLATE_BYTES``, or there is no template
+            in it.
     """
     if given is None or (isinstance(given, str) and ("{%" in given or "{{" in given)):
         return given
     try:
-        template = Path(given).expanduser().read_text(encoding="utf-8")
+        template = read_regular(Path(given).expanduser(), most=MAX_TEMPLATE_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"chat_template {str(given)!r} cannot be read ({one_line(error)}); give a .jinja file") from None
     if "{%" not in template and "{{" not in template:
