@@ -59,10 +59,10 @@ def read_mapping(file: Path, *, as_text: bool = False) -> dict[str, Any]:
         return parse_mapping(opened.read(MAX_BYTES + 1), as_text=as_text)
 
 
-def parse_mapping(raw: bytes, *, as_text: bool = False) -> dict[str, Any]:
-    """The mapping in some YAML, as `read_mapping` gives it."""
-    if len(raw) > MAX_BYTES:
-        raise YamlError(f"it is larger than {MAX_BYTES // 1024} KiB")
+def parse_mapping(raw: bytes, *, as_text: bool = False, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The mapping in some YAML of at most ``most`` bytes, as `read_mapping` gives it."""
+    if len(raw) > most:
+        raise YamlError(f"it is larger than {most // 1024} KiB")
     loader: type[yaml.SafeLoader] = _TextLoader if as_text else _Loader
     try:
         content = yaml.load(raw.decode("utf-8"), Loader=loader)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from bora_pyro import CausalLM, HierarchicalNormal, fit
+from bora_pyro import CausalLM, HierarchicalNormal, fit, yaml_file
 from bora_pyro.data import TaskData, TokenSplit, load_tasks, table
 from bora_pyro.data.task_weights import task_weights
 from bora_pyro.document_gradients import diagonal_fisher, kronecker_fisher
@@ -122,17 +122,45 @@ def test_every_form_of_file_gives_the_same_weights(tmp_path, name):
         assert task_weights(given, ["Ada", "Bo", "Cleo"]).tolist() == [2.0, 0.5, 1.0]
 
 
+@pytest.mark.parametrize("name", ["w.yaml", "w.json"])
+def test_names_of_tasks_are_read_as_they_are_written(tmp_path, name):
+    tasks = ["010", "8", "no", "1e3", "null", "2020-01-01", "1:30"]
+    weights = {task: float(n) for n, task in enumerate(tasks, start=2)}
+    text = json.dumps(weights) if name == "w.json" else "".join(f"{task}: {weight}\n" for task, weight in weights.items())
+    (tmp_path / name).write_text(text.replace("null", '"null"') if name == "w.yaml" else text)
+    assert task_weights(tmp_path / name, tasks).tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    (tmp_path / name).write_text('{"010": 5}' if name == "w.json" else "010: 5\n")
+    assert task_weights(tmp_path / name, ["8", "010"]).tolist() == [1.0, 5.0]
+
+
+def test_weights_of_more_tasks_than_a_configuration_has_room_for(tmp_path):
+    tasks = [f"customer {n:06}" for n in range(8000)]
+    file = tmp_path / "w.yaml"
+    file.write_text("".join(f"{task}: 2\n" for task in tasks))
+    assert file.stat().st_size > yaml_file.MAX_BYTES
+    assert task_weights(file, [*tasks, "x"]).tolist() == [2.0] * 8000 + [1.0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("w.csv", "task,wait\nAda,2\n", r"has no column 'weight'; give columns task and weight; did you mean 'wait'"),
         ("w.csv", "task,weight\nAda,2\nAda,3\n", "has the task 'Ada' twice; give each once"),
         ("w.csv", "task,weight\nAda,much\n", "the weight of task 'Ada' is 'much'; give a finite number above 0"),
-        ("w.yaml", "Ada: 0\n", "the weight of task 'Ada' is 0; give a finite number above 0"),
-        ("w.yaml", "Ada: true\n", "the weight of task 'Ada' is True; give a finite number above 0"),
+        ("w.jsonl", '{"task": 8, "weight": 2}\n{"task": "8", "weight": 3}\n', "has the task '8' twice; give each once"),
+        ("w.yaml", "Ada: 0\n", "the weight of task 'Ada' is '0'; give a finite number above 0"),
+        ("w.yaml", "Ada: true\n", "the weight of task 'Ada' is 'true'; give a finite number above 0"),
+        ("w.yaml", "Ada: 2\nBo: 1\nAda: 3\n", "w.yaml', line 3: 'Ada' is given twice, first in line 1"),
+        ("w.yaml", "Ada: &a 2\nBo: *a\n", "line 1: the anchor 'a' is not followed; write the value where it is meant"),
+        ("w.yaml", "Ada: [2]\n", r"the weight of task 'Ada' is \['2'\]; give a finite number above 0"),
+        ("w.yaml", "# nothing yet\n", "holds no weights; give one `task: weight` a line, or leave it out"),
         ("w.yaml", "Adda: 2\n", "there is no task 'Adda' in the data; did you mean 'Ada'"),
-        ("w.yaml", "- Ada\n", "holds a list; give a mapping from tasks to weights"),
+        ("w.yaml", "- Ada\n", "holds a list; give a mapping, one `key: value` a line"),
         ("w.json", "{", "cannot be read"),
+        ("w.json", '{"Ada": 2, "Ada": 3}', r"cannot be read \(ValueError: 'Ada' is given twice\)"),
+        ("w.json", '{"Ada": true}', "the weight of task 'Ada' is True; give a finite number above 0"),
+        ("w.json", f'{{"Ada": 1{"0" * 400}}}', r"the weight of task 'Ada' is 10000+\.\.\.; give a finite number above 0"),
+        ("w.json", "[" * 100_000, "cannot be read"),
         ("w.yaml", None, "cannot be read .*; give a .csv, .yaml or .json file"),
         ("w.csv", None, "cannot be read"),
     ],
@@ -144,6 +172,12 @@ def test_a_bad_file_gives_one_line(tmp_path, name, content, message):
         task_weights(tmp_path / name, ["Ada", "Bo"])
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/zero.csv"])
+def test_a_file_that_never_ends_is_not_read(path):
+    with pytest.raises(InputError, match=f"task_weights '{path}' cannot be read"):
+        task_weights(path, ["Ada"])
 
 
 def test_weights_of_tasks_that_a_fit_leaves_out_do_no_harm():

@@ -10,14 +10,18 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from bora_pyro.data.files import one_line, read_file, table_ending
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.regular_file import read_regular
+from bora_pyro.yaml_file import YamlError, parse_mapping
 
+#: The largest .yaml or .json file of weights; that of a million tasks has some 16 MiB. A table may be larger.
+MAX_BYTES = 2**25
 _COLUMNS = ("task", "weight")
 
 
@@ -28,7 +32,8 @@ def task_weights(
 
     Args:
         given: weights by task; or a table (.csv and the other kinds of tables) with columns ``task`` and ``weight``, or a .yaml
-            or .json file with a mapping from tasks to weights.
+            or .json file with a mapping from tasks to weights. Tasks in YAML are read as they are written: ``no`` is the task
+            "no", and ``010`` the task "010".
         tasks: names of the tasks, in their order.
         known: names that are no error though they are none of ``tasks``: those that the data have and the fit leaves out.
 
@@ -36,7 +41,7 @@ def task_weights(
         (D,) float32.
 
     Raises:
-        InputError: the file cannot be read, a task is unknown, or a weight is no finite number above 0.
+        InputError: the file cannot be read, a task is unknown or given twice, or a weight is no finite number above 0.
     """
     label = "task_weights" if isinstance(given, Mapping) else f"task_weights {str(given)!r}"
     weights = dict.fromkeys(tasks, 1.0)
@@ -46,10 +51,10 @@ def task_weights(
             raise InputError(f"{label}: there is no task {name!r} in the data{nearest(name, tasks)}")
         try:
             number = math.nan if isinstance(weight, bool) else float(weight)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not 0 < number < math.inf:
-            raise InputError(f"{label}: the weight of task {name!r} is {weight!r}; give a finite number above 0")
+            raise InputError(f"{label}: the weight of task {name!r} is {shown(weight)}; give a finite number above 0")
         if name in weights:
             weights[name] = number
     return torch.tensor([weights[task] for task in tasks], dtype=torch.float32)
@@ -59,14 +64,30 @@ def _read(path: Path, label: str) -> Mapping[str, float]:
     if table_ending(path) is not None and path.is_file():
         return _of_table(path, label)
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        raw = read_regular(path, most=MAX_BYTES)
+        if path.suffix.lower() != ".json":
+            found = parse_mapping(raw, as_text=True, most=MAX_BYTES)
+        else:
+            found = json.loads(raw.decode("utf-8"), object_pairs_hook=_each_once)
+    except YamlError as error:
+        line = f", line {error.line}" if error.line else ""
+        raise InputError(f"{label}{line}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{label} cannot be read ({one_line(error)}); give a .csv, .yaml or .json file") from None
     if not isinstance(found, Mapping):
-        raise InputError(
-            f"{label} holds a {type(found).__name__}; give a mapping from tasks to weights, one `task: weight` a line"
-        )
+        raise InputError(f"{label} holds a {type(found).__name__}; give a mapping from tasks to weights")
+    if not found:
+        raise InputError(f"{label} holds no weights; give one `task: weight` a line, or leave it out")
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON, whose reader takes the last of several values without a word."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} is given twice")
+        found[name] = value
     return found
 
 
@@ -75,6 +96,7 @@ def _of_table(path: Path, label: str) -> Mapping[str, float]:
     for column in _COLUMNS:
         if column not in table.columns:
             raise InputError(f"{label} has no column {column!r}; give columns task and weight{nearest(column, table.columns)}")
-    if len(twice := table["task"][table["task"].duplicated()]):
+    tasks = table["task"].map(str)  # 8 and "8" are one task
+    if len(twice := tasks[tasks.duplicated()]):
         raise InputError(f"{label} has the task {twice.iloc[0]!r} twice; give each once")
-    return dict(zip(table["task"], table["weight"], strict=True))
+    return dict(zip(tasks, table["weight"], strict=True))
