@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +203,8 @@ class RunFolder:
 
     def cut_log(self, records: int) -> None:
         """Keep the first ``records`` lines of ``metrics.jsonl``: a run resumed from a checkpoint repeats what came after it."""
-        file = self.path / LOG
-        if file.exists():
-            lines = file.read_bytes().splitlines(keepends=True)
-            os.truncate(file, sum(len(line) for line in lines[:records]))
+        if (self.path / LOG).exists():
+            self._rewrite_log(lambda content: b"".join(content.splitlines(keepends=True)[:records]))
 
     def read_log(self) -> list[dict[str, Any]]:
         """The records of ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
@@ -330,10 +327,18 @@ class RunFolder:
 
     def _drop_half_line(self) -> None:
         """Cut off what a killed run left of its last record, so that the next one starts on a line of its own."""
+        if (self.path / LOG).exists():
+            self._rewrite_log(lambda content: content[: content.rfind(b"\n") + 1])
+
+    def _rewrite_log(self, change: Callable[[bytes], bytes]) -> None:
+        """Put a new file in the log's place: one that has a second name, as in a copy by hard links, stays as it is there."""
         file = self.path / LOG
-        if file.exists():
-            content = file.read_bytes()
-            os.truncate(file, content.rfind(b"\n") + 1)
+        try:
+            content, names = read_regular(file, most=MAX_BYTES), file.stat().st_nlink
+        except OSError as error:
+            raise unwritable(file, error) from None
+        if (kept := change(content)) != content or names > 1:
+            replace_file(file, lambda temporary: temporary.write_bytes(kept))
 
 
 def _finite(value: Any) -> Any:

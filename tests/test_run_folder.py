@@ -148,6 +148,22 @@ def test_resume_keeps_the_run_and_drops_a_half_line(run):
     assert resumed.read_log() == [{"step": 1}, {"step": 2}]
 
 
+def test_a_log_that_has_another_name_too_is_neither_cut_nor_appended_to(run, tmp_path):
+    for step in (1, 2):
+        run.log({"step": step})
+    log, other = run.path / "metrics.jsonl", tmp_path / "other"
+    with log.open("a") as file:
+        file.write('{"step": 3, "lo')
+    os.link(log, other)  # as in a copy of the run by hard links
+    before = other.read_bytes()
+    with RunFolder.create(run.path, resume=True) as resumed:
+        assert resumed.read_log() == [{"step": 1}, {"step": 2}]
+        resumed.cut_log(1)
+        resumed.log({"step": 4})
+    assert resumed.read_log() == [{"step": 1}, {"step": 4}]
+    assert other.read_bytes() == before
+
+
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
 @pytest.mark.parametrize("files", [["notes.txt"], ["config.yaml"], ["config.yaml", "setup.py"]])
 def test_foreign_files_are_never_touched(tmp_path, files, options):
