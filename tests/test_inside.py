@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import datasets
 import pandas as pd
 import pytest
 
+from bora_pyro import inside
 from bora_pyro.data import bounds
 from bora_pyro.data.tables import read_table
 from bora_pyro.errors import InputError
@@ -47,6 +49,33 @@ def test_links_out_of_a_folder_are_refused(tmp_path, place, target):
     here.symlink_to(os.path.relpath(tmp_path / "folder" / target, here.parent) if not target.startswith("/") else target)
     with pytest.raises(InputError, match=f"has a link '{place}' that leads out of it; put a copy in its place"):
         check_links(tmp_path / "folder", "folder")
+
+
+def test_a_link_that_cannot_be_followed_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "cwd").symlink_to("..")
+    readlink = os.readlink
+
+    def forbidden(path, **options):
+        if str(path).endswith("cwd"):  # as of another user's process in /proc, also where root reads it
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return readlink(path, **options)
+
+    check_links(tmp_path, "folder")
+    monkeypatch.setattr(os, "readlink", forbidden)
+    with pytest.raises(InputError, match=r"has a link 'deep/cwd' that cannot be followed \(Permission denied\); give a folder"):
+        check_links(tmp_path, "folder")
+
+
+def test_a_folder_of_no_end_is_not_looked_through(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    for n in range(3):
+        (tmp_path / "deep" / f"{n}.csv").touch()
+    monkeypatch.setattr(inside, "MOST_ENTRIES", 4)
+    check_links(tmp_path, "folder")
+    (tmp_path / "deep" / "3.csv").touch()
+    with pytest.raises(InputError, match="holds more than 4 files and folders; give one that holds nothing else"):
+        check_links(tmp_path, "folder")
 
 
 def test_the_hub_cache_keeps_files_beside_its_snapshots(tmp_path):

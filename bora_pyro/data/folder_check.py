@@ -45,9 +45,9 @@ def check_folder(folder: Path) -> None:
     """
     check_links(folder, "folder")
     for file in _files(folder):
-        if not file.is_file():
-            raise InputError(f"folder {str(folder)!r} holds {file.name!r}, which is no regular file; move it away")
         try:
+            if not file.is_file():
+                raise InputError(f"folder {str(folder)!r} holds {file.name!r}, which is no regular file; move it away")
             if file.name in _CARDS:
                 _check_names(folder, file, _of_card(file))
             elif file.name in _SAVED:
