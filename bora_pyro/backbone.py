@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bora_pyro.allocator import give_back_freed_memory
+from bora_pyro.base_folder import check_no_adapter
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.short_attention import use_short_attention
 from bora_pyro.slots import Slot, find_slots, linear_modules, linear_shape
@@ -121,18 +122,21 @@ class Backbone:
 
         Raises:
             InputError: there is no such model, quantisation or placement, or a package is missing that they need; the model
-                brings code that it was not allowed to run; its weights are not safetensors.
+                brings code that it was not allowed to run; its weights are not safetensors; it is an adapter of another model.
         """
         placement = _placement(quantization, device_map, precision, device)
         source = BUILTIN_BASES.get(str(name), name)
         if str(name).startswith("builtin:") and str(name) not in BUILTIN_BASES:
             raise InputError(f"no embedded base {name!r}; there is {', '.join(BUILTIN_BASES)}{nearest(str(name), BUILTIN_BASES)}")
         try:
+            check_no_adapter(source)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
             # weights that are pickled could run code as they are read
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=precision, trust_remote_code=trust_remote_code, use_safetensors=True, **placement
             )
+        except InputError:
+            raise
         except Exception as error:  # a damaged file raises what its reader pleases
             if "trust_remote_code" in str(error):
                 raise InputError(

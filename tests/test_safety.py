@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -146,6 +148,50 @@ def test_a_base_with_pickled_weights_is_refused(tmp_path):
     torch.save(model.state_dict(), base / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"cannot be loaded: .*save_pretrained.*model\.safetensors"):
         Backbone.from_pretrained(base)
+
+
+# An adapter in the place of a base
+
+
+ABOUT = {"base_model_name_or_path": "../elsewhere", "peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+ADAPTERS = {
+    "of another base": (json.dumps(ABOUT), r"is an adapter of '\.\./elsewhere'; give that as the base, or merge the adapter"),
+    "of no base": ('{"peft_type": "LORA"}', r"is an adapter; give the one that it was trained on as the base, or merge"),
+    "damaged": ("[" * 100_000, r"is an adapter; give the one that it was trained on as the base, or merge"),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "beside a base"])
+def test_an_adapter_is_no_base(tmp_path, kind, whole):
+    about, message = ADAPTERS[kind]
+    folder = tmp_path / "base"
+    if whole:
+        save_base(folder)
+        Backbone.from_pretrained(folder)
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(about)
+    with pytest.raises(InputError, match=message) as caught:
+        Backbone.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_a_run_is_no_base(finished, inputs):
+    with pytest.raises(InputError, match=re.escape(f"is an adapter of {inputs['base_model']!r}; give that as the base")):
+        Backbone.from_pretrained(finished / "adapters" / "ada")
+
+
+def test_an_adapter_on_the_hub_is_no_base(tmp_path, monkeypatch):
+    repository = tmp_path / "models--ada--adapter"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / "adapter_config.json").write_text(json.dumps(ABOUT))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"base model 'ada/adapter' is an adapter of '\.\./elsewhere'"):
+        Backbone.from_pretrained("ada/adapter")
 
 
 # A model's own code
