@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from bora_pyro.shown_text import escaped
+
 
 class InputError(ValueError):
     r"""Input that cannot be used. Its message is one line; the command-line tools print it and exit with code 2.
@@ -23,7 +25,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message))
+        super().__init__(escaped(message))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -29,6 +29,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bora_pyro.shown_text import NAME_LENGTH, name_line
+
 _MISSING = "–"
 
 
@@ -162,14 +164,14 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
         metrics: what ``metrics.json`` holds; a value that is None or not there prints as "–".
     """
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("task", overflow="fold")
+    table.add_column("task", overflow="fold", max_width=NAME_LENGTH)
     headings = ("train\ndocuments", "test\ndocuments", "base\nperplexity", "adapted\nperplexity", "\n‖θ_d − Θ‖")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     tasks = metrics.get("tasks") or {}
     for slug, task in tasks.items():
         # Text, not str: a task's name may hold what looks like rich's markup.
-        table.add_row(Text(_one_line(task.get("name") or slug)), *_cells(task))
+        table.add_row(Text(name_line(task.get("name") or slug, characters=None)), *_cells(task))
     table.add_section()
     counts = {
         key: sum(known) if (known := [t[key] for t in tasks.values() if t.get(key) is not None]) else None
@@ -180,14 +182,17 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def print_table(metrics: Mapping[str, Any], *, file: TextIO | None = None) -> None:
-    """Print ``result_table`` to stdout: fitted to a terminal's width, elsewhere plain and as wide as it needs to be."""
+    """Print ``result_table`` to stdout: fitted to a terminal's width, elsewhere plain and as wide as it needs to be.
+
+    Names of more than ``NAME_LENGTH`` letters take several lines.
+    """
     file = file or sys.stdout
     table = result_table(metrics)
     console = Console(file=file)
     if console.is_terminal:
         console.print(table)
         return
-    width = Console(width=10_000).measure(table).maximum  # nothing is cut, however long a task's name is
+    width = Console(width=10_000).measure(table).maximum  # nothing is cut
     plain = Console(file=file, color_system=None, width=width)
     with plain.capture() as captured:
         plain.print(table)
@@ -201,10 +206,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     counts = [_MISSING if row.get(key) is None else f"{row[key]:,}" for key in ("train_documents", "test_documents")]
     measures = ("base_test_perplexity", "test_perplexity", "deviation_norm")
     return counts + [_MISSING if row.get(key) is None else f"{row[key]:,.2f}" for key in measures]
-
-
-def _one_line(name: str) -> str:
-    return " ".join(name.split())
 
 
 def _duration(seconds: float) -> str:

@@ -39,6 +39,7 @@ from bora_pyro.map_run import build_run
 from bora_pyro.model import BoRA
 from bora_pyro.results_table import read_results, write_results
 from bora_pyro.routing import TaskCalibration, TaskProbabilities, infer_task
+from bora_pyro.shown_text import name_line
 
 KEYS = ["seed", "method", "tokens"]
 
@@ -86,7 +87,7 @@ def fit_others(config: UnknownConfig, seed: int) -> tuple[Fitted, TaskData, Toke
     chosen = dataclasses.replace(parse_config(MapFitConfig, words), max_eval_documents=config.eval_documents)
     model, data = build_run(dataclasses.replace(chosen, threads=config.threads), quiet=True)
     left_out = tasks_to_leave_out(data, config.left_out, seed=seed)
-    print(f"seed {seed}: left out {', '.join(left_out)}", file=sys.stderr)
+    print(f"seed {seed}: left out {', '.join(map(name_line, left_out))}", file=sys.stderr)
     old = subset(data, [task for task in data.tasks if task not in left_out])
     fitted = fit(
         BoRA(model.backbone, len(old.tasks), adapter=model.adapter, prior=model.prior, seed=seed),

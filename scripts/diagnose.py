@@ -31,6 +31,7 @@ from bora_pyro.diagnostics import compare_priors, held_out, shrinkage
 from bora_pyro.errors import InputError
 from bora_pyro.run_folder import DIAGNOSTICS, FIT
 from bora_pyro.saved_run import SavedRun, load_run
+from bora_pyro.shown_text import name_line
 
 DRAWS = 50  # of a posterior
 QUANTILES = (0.05, 0.95)  # of the draws
@@ -87,14 +88,14 @@ def diagnose(config: DiagnoseConfig) -> Path:
                 figure.savefig(folder / f"{name}.png")
     else:
         print("note: one ΔW serves all tasks, so there are no deviations to draw", file=sys.stderr)
-    print(rows.to_string(index=False, float_format="{:.2f}".format, na_rep="–"))
+    print(rows.assign(task=rows["task"].map(name_line)).to_string(index=False, float_format="{:.2f}".format, na_rep="–"))
     if compared:
         table = compare_priors(compared | {next(iter(compared)): container})
         table.to_csv(folder / "compare.csv", index_label="run", float_format="%.8g")
         with plots.style():
             _picture(plots.compare_forest, table, height=1.5 + 0.4 * len(table)).savefig(folder / "compare.png")
         print("\nheld-out documents, best first:")
-        print(table.drop(columns=["rank", "scale"]).to_string(float_format="{:.2f}".format))
+        print(table.drop(columns=["rank", "scale"]).rename(index=name_line).to_string(float_format="{:.2f}".format))
     return folder
 
 

@@ -44,6 +44,7 @@ from bora_pyro.map_run import build_run
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given, LearnedPrecision, Pooled, with_shared
 from bora_pyro.results_table import read_results, write_results
+from bora_pyro.shown_text import name_line
 
 ARMS = ("bora", "scratch", "pooled", "pooled_tuned")
 #: The arms whose fits to the other tasks are shared by all.
@@ -174,7 +175,7 @@ class Curve:
         model, data = build_run(whole, quiet=True)
         left_out = tasks_to_leave_out(data, config.left_out, least_documents=config.least_documents, seed=seed)
         others = [task for task in data.tasks if task not in left_out]
-        print(f"seed {seed}: left out {', '.join(left_out)}", file=sys.stderr)
+        print(f"seed {seed}: left out {', '.join(map(name_line, left_out))}", file=sys.stderr)
         old = subset(data, others, max_train_documents=config.others_documents, seed=seed)
         new = subset(data, left_out, seed=seed)
         fits = {}

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
 from rich import box
@@ -22,6 +23,7 @@ from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.saved_run import load_run
+from bora_pyro.shown_text import escaped, name_line
 from bora_pyro.side_by_side import BASE, Written, generate_side_by_side
 
 #: A column narrower than this is no pleasure to read: tasks then stand below each other.
@@ -62,7 +64,7 @@ def side_by_side(written: list[Written], width: int) -> Table:
     if width // max(len(tasks), 1) >= LEAST_WIDTH:
         table = Table(box=box.SIMPLE_HEAD, expand=True)
         for task in tasks:
-            table.add_column(Text(task), ratio=1)
+            table.add_column(Text(name_line(task)), ratio=1)
         for start in range(0, len(written), len(tasks) * (samples := _samples(written))):
             block = written[start : start + len(tasks) * samples]
             for sample in range(samples):
@@ -75,7 +77,7 @@ def side_by_side(written: list[Written], width: int) -> Table:
     for number, text in enumerate(written):
         if number and text.prompt != written[number - 1].prompt:
             table.add_section()
-        table.add_row(Text(text.task), _shown(text))
+        table.add_row(Text(name_line(text.task)), _shown(text))
     return table
 
 
@@ -84,7 +86,13 @@ def _samples(written: list[Written]) -> int:
 
 
 def _shown(text: Written) -> Text:
-    return Text.assemble((text.prompt, "dim"), text.text)
+    return Text.assemble((escaped(text.prompt, keep="\n\t"), "dim"), escaped(text.text, keep="\n\t"))
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    """A record as JSON, in which what would speak to a terminal has its number."""
+    text = json.dumps(record, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
 
 
 def main(argv: list[str]) -> int:
@@ -110,7 +118,7 @@ def main(argv: list[str]) -> int:
                 "text": text.text,
                 "perplexity": perplexity,
             }
-            print(json.dumps(record, ensure_ascii=False))
+            print(_json_line(record))
         return 0
     console = Console()
     console.print(side_by_side(written, console.width))

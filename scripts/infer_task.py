@@ -18,6 +18,7 @@ from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.routing import PRIORS, TaskCalibration, infer_task
 from bora_pyro.saved_run import SavedRun, load_run
+from bora_pyro.shown_text import name_line
 
 #: Documents to calibrate by: each is read for every task.
 MOST = 512
@@ -83,7 +84,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = found.table(most=config.most)
-    table["text"] = [" ".join(text.split())[:60] for text in texts]
+    table = table.map(lambda cell: name_line(cell) if isinstance(cell, str) else cell)
+    table["text"] = [name_line(text) for text in texts]
     print(table.round(4).to_string(index=False))
     return 0
 

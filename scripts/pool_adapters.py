@@ -27,6 +27,7 @@ from bora_pyro.partial_pooling import Estimator, FixedShrinkage, JamesStein, Mar
 from bora_pyro.peft_import import PeftAdapter
 from bora_pyro.pooling import FULL, Pooled, pool
 from bora_pyro.pooling_run import POOLING, group_table, read_adapters, read_documents, task_table, write_pooled
+from bora_pyro.shown_text import name_line
 from bora_pyro.whole_folder import check_place
 
 
@@ -137,6 +138,7 @@ def _report(pooled: Pooled, documents: list[float] | None) -> None:
         print("\nby task:")
         shown = ["task", "documents", "rank", "distance", "distance_shrunk", "relative_error"]
         table = task_table(pooled, documents)
+        table["task"] = table["task"].map(name_line)
         print(table[[name for name in shown if name in table]].to_string(index=False, float_format="{:.4g}".format))
 
 

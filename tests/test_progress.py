@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+from rich.cells import cell_len
 
 from bora_pyro.progress import Progress, print_table, result_table
 
@@ -154,11 +155,18 @@ def test_table_without_tasks():
     assert printed({}).splitlines()[-1].split() == ["all", "tasks", "–", "–", "–", "–", "–"]
 
 
-@pytest.mark.parametrize("name", ["[bold]x[/bold]", "[/]", "x" * 300, "東京 " * 40])
+@pytest.mark.parametrize("name", ["[bold]x[/bold]", "[/]", "x" * 60, "東京 " * 10])
 def test_names_are_shown_whole_and_as_they_are(name):
     output = printed(metrics(name=name))
     assert name.strip() in output
     assert "\x1b" not in output
+
+
+@pytest.mark.parametrize("name", ["q" * 3000, "qあ" * 200])
+def test_long_names_take_several_lines(name):
+    output = printed(metrics(name=name))
+    assert max(cell_len(line) for line in output.splitlines()) < 130
+    assert (output.count("q"), output.count("あ")) == (name.count("q"), name.count("あ"))
 
 
 def test_a_narrow_encoding_is_no_error():
