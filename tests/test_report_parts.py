@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from bora_pyro import plots
-from bora_pyro.report import Column, Number, Page, Section, Table, render
+from bora_pyro.report import Cell, Column, Number, Page, Samples, Section, Table, render
 from bora_pyro.report.blocks import MISSING
-from bora_pyro.report.pictures import _keep_labels_inside, draw_picture
+from bora_pyro.report.pictures import _keep_labels_inside, draw_picture, name_labels
 from tests.page_parser import check
 
 
@@ -31,6 +33,38 @@ def test_whatever_a_page_holds_is_text():
     assert "img" not in page.tags
     assert page.tables[0][1] == [attack, MISSING]
     assert page.texts["title"][0].startswith(attack)
+
+
+UNSEEN = "\x01\x1b[31m\uffff\ud800\x9b"
+
+
+def test_letters_that_no_page_can_hold_are_replaced():
+    samples = Samples("two\nlines" + UNSEEN, [(UNSEEN, UNSEEN, UNSEEN)])
+    table = Table(UNSEEN, [Column(UNSEEN), Column("n", 2)], [[UNSEEN, 1.0]])
+    page = Page("run", UNSEEN, UNSEEN, [Number(UNSEEN, UNSEEN)], [Section("part", UNSEEN, [table, samples], UNSEEN)])
+    html = render(page)
+    html.encode()
+    assert not [letter for letter in html if unicodedata.category(letter) in ("Cc", "Cs", "Cn") and letter != "\n"]
+    assert check(html).table("\ufffd\ufffd[31m\ufffd\ufffd\ufffd")["\ufffd\ufffd[31m\ufffd\ufffd\ufffd"]
+    assert check(html).texts["blockquote"] == ["two\nlines" + "\ufffd\ufffd[31m\ufffd\ufffd\ufffd" * 2]
+
+
+def test_texts_of_others_are_isolated():
+    override = "\u202egnp.exe"
+    table = Table("Tasks", [Column("task")], [[override], [Cell(override, override, link="#part")]])
+    samples = Samples(override, [(override, "note", override)])
+    page = check(render(Page("run", "a", "b", [], [Section("part", "Part", [table, samples])])))
+    assert page.texts["bdi"] == [override] * 4  # two names in the table, who writes, and the prompt
+    assert ("blockquote", "dir", "auto") in page.attributes
+
+
+@pytest.mark.parametrize("name", ["\x01", "\x1b[31m", "\uffff", "a\u202eb", "\ud800", "]]>", "-->"])
+def test_every_name_can_be_drawn(name):
+    labels = name_labels([name, "plain"])
+    assert len({*labels.values()}) == 2
+    for label in (labels[name], name if name != "\ud800" else ""):  # also a text that nobody has looked at
+        picture = draw_picture("names", "Names", "Of tasks.", lambda ax, label=label: ax.set_title(label))
+        ElementTree.fromstring(str(picture.svg))
 
 
 def test_cells_sort_as_numbers_whatever_they_show():

@@ -16,6 +16,7 @@ import hashlib
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -24,9 +25,13 @@ from bora_pyro.errors import InputError
 from bora_pyro.report.blocks import Page
 from bora_pyro.whole_file import replace_file
 
+# Control characters, halves of surrogate pairs, and what is no character at all. Marks of direction stay: each text that others
+# have written is isolated from what stands around it.
+_UNHOLDABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
 
 def render(page: Page) -> str:
-    """The page as HTML; whatever a page's parts hold is shown as text."""
+    """The page as HTML; whatever a page's parts hold is shown as text, in which U+FFFD stands for what no page can hold."""
     loader = PackageLoader("bora_pyro.report", "template")
     environment = Environment(
         loader=loader,
@@ -35,6 +40,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_holdable,
     )
     environment.filters["breakable"] = breakable
     style, script = (loader.get_source(environment, name)[0].strip() for name in ("style.css", "sort.js"))
@@ -54,7 +60,11 @@ def breakable(text: str) -> Markup:
     >>> breakable("algorithms.flow<b>")
     Markup('algorithms.<wbr>flow&lt;b&gt;')
     """
-    return Markup(re.sub(r"([./_-])(?=\w)", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r"([./_-])(?=\w)", r"\1<wbr>", str(escape(_holdable(text)))))
+
+
+def _holdable(value: Any) -> Any:
+    return value if isinstance(value, Markup) or not isinstance(value, str) else _UNHOLDABLE.sub("\ufffd", value)
 
 
 def check_output(file: Path) -> None:

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from bora_pyro.plots import style as figure_style
 from bora_pyro.plots.style import BLACK, BLUE, GREEN, GREY, LIGHT, LIGHT_BLUE, ORANGE, PURPLE, SKY, SMALL, VERMILLION
 from bora_pyro.report.blocks import Picture
+from bora_pyro.shown_text import replaced
 
 #: Inches; the smallest letters are then above 8 pixels at a phone's width, and 14 on a desk.
 WIDTH, HEIGHT = 4.1, 3.2
@@ -92,7 +93,7 @@ def _halved(line: str) -> str:
 
 
 def name_labels(names: Iterable[str]) -> dict[str, str]:
-    """Tasks' names as drawings have them: on one line, not too long, no formula, and each its own.
+    """Tasks' names as drawings have them: on one line, not too long, all to be seen, no formula, and each its own.
 
     >>> labels = name_labels(["two  spaces", "a very long name of a task, with a comma", "a very long name of a task, alas"])
     >>> list(labels.values())
@@ -100,7 +101,7 @@ def name_labels(names: Iterable[str]) -> dict[str, str]:
     """
     labels: dict[str, str] = {}
     for name in names:
-        line = " ".join(name.split()) or "–"
+        line = replaced(" ".join(name.split())) or "–"
         line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1].rstrip()}…"
         line = line.replace("\\", "∖").replace("$", r"\$")
         label, number = line, 1
@@ -113,7 +114,7 @@ def name_labels(names: Iterable[str]) -> dict[str, str]:
 
 def _element(document: str, key: str) -> str:
     """The ``svg`` element of matplotlib's document, with ids of its own and the page's colours; it names no reader's file."""
-    root = ElementTree.fromstring(document)
+    root = ElementTree.fromstring(replaced(document, keep="\n"))  # texts stand in comments, as they were given
     used = {name for element in root.iter() for value in element.attrib.values() for name in _REFERENCE.findall(value)}
     for element in root.iter():
         for child in [*element]:

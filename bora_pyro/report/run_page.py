@@ -41,6 +41,7 @@ from bora_pyro.report.blocks import (
 from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
 from bora_pyro.run_folder import CONFIG, FIT, RunFolder
+from bora_pyro.shown_text import replaced
 from bora_pyro.versions import versions
 
 _FITTED_HERE = ("output_dir", "overwrite", "resume")  # options that say where, not what
@@ -167,7 +168,7 @@ def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], co
     if kind != "run":
         origin = Path(str(config.get("run"))).name
         parts.append(f"{config.get('guide')} posterior around {origin}" if kind == "posterior" else f"new tasks under {origin}")
-    return " · ".join(parts)
+    return replaced(" · ".join(parts))
 
 
 def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[Number]:
@@ -214,7 +215,7 @@ def _about_tau(metrics: Mapping[str, Any]) -> str:
 
 def _verdict(tasks: Mapping[str, Any]) -> str:
     """In a sentence, what the adapters did for the tasks."""
-    pairs = [(t.get("base_test_perplexity"), t.get("test_perplexity"), t["name"]) for t in tasks.values()]
+    pairs = [(t.get("base_test_perplexity"), t.get("test_perplexity"), replaced(t["name"])) for t in tasks.values()]
     changes = sorted((adapted / base - 1, name) for base, adapted, name in pairs if base and adapted)
     if not changes:
         return ""
@@ -251,7 +252,7 @@ def _results(tasks: Mapping[str, Any], metrics: Mapping[str, Any], effective: Ma
     return Table(
         caption,
         [Column("task"), *(column for column, _ in shown)],
-        [[str(row["name"]), *(row.get(key) for _, key in shown)] for row in rows],
+        [[replaced(row["name"]), *(row.get(key) for _, key in shown)] for row in rows],
         total=["all tasks", *(total.get(key) for _, key in shown)],
     )
 

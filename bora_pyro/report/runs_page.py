@@ -16,6 +16,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.report.blocks import Cell, Column, Lines, Number, Page, Pictures, Section, Table, short_number
 from bora_pyro.report.sweep_page import HERE, MOST, options_block, perplexity_number, score_cell, sweep_pictures, tau_cell
 from bora_pyro.run_folder import CONFIG, REPORT, RunFolder
+from bora_pyro.shown_text import replaced
 from bora_pyro.sweep import KEY, LEARNED, rows_of_run
 from bora_pyro.versions import versions
 
@@ -84,7 +85,7 @@ def _each_run(firsts: pd.DataFrame, folder: Path, output: Path) -> Table:
     rows = []
     for name, run in firsts.iterrows():
         report = folder / str(name) / REPORT
-        link = quote(os.path.relpath(report, output.parent).replace(os.sep, "/")) if report.is_file() else None
+        link = quote(os.fsencode(os.path.relpath(report, output.parent).replace(os.sep, "/"))) if report.is_file() else None
         fitted = short_number(run.fitted_tau) if run.tau == LEARNED else None
         ratio = run.test_perplexity / run.base_test_perplexity
         rows.append(
@@ -109,7 +110,7 @@ def _tasks_by_run(tables: Mapping[str, pd.DataFrame]) -> Table:
     for task in names:
         own = [scores[name].get(task, math.nan) for name in tables]
         lowest = min((score for score in own if np.isfinite(score)), default=None)
-        rows.append([task, *(score_cell(score, lowest) for score in own)])
+        rows.append([replaced(task), *(score_cell(score, lowest) for score in own)])
     columns = [Column("task"), *(Column(name, number=True) for name in tables)]
     return Table("Test perplexity by task and run; a task's lowest stands out", columns, rows)
 
@@ -122,4 +123,4 @@ def _best(firsts: pd.DataFrame) -> Any:
 def _best_text(firsts: pd.DataFrame, best: Any) -> str:
     if best is None or len(firsts) < 2:
         return ""
-    return f"The validation documents prefer {best}; runs on different documents or bases do not compare."
+    return f"The validation documents prefer {replaced(str(best))}; runs on different documents or bases do not compare."

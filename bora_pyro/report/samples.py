@@ -7,6 +7,7 @@ import numpy as np
 from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.report.blocks import Samples
 from bora_pyro.saved_run import SavedRun
+from bora_pyro.shown_text import replaced
 from bora_pyro.side_by_side import BASE, generate_side_by_side
 
 _BEGINNING = 8  # tokens of a document, its start included, that are a prompt where none is given
@@ -42,4 +43,4 @@ def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_t
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
-    return Samples(prompt, [(text.task, notes[text.task], text.text) for text in texts])
+    return Samples(prompt, [(replaced(text.task), notes[text.task], text.text) for text in texts])

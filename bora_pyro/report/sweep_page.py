@@ -27,6 +27,7 @@ from bora_pyro.report.blocks import (
 )
 from bora_pyro.report.pictures import draw_picture, name_labels
 from bora_pyro.report.run_pictures import MANY_TASKS
+from bora_pyro.shown_text import replaced
 from bora_pyro.sweep import LEARNED, at_best_rates, best_rates, best_tau, runs, tau_order
 from bora_pyro.versions import versions
 
@@ -172,7 +173,7 @@ def _by_task(table: pd.DataFrame) -> Table:
         scores = [by_task.get((task, tau), math.nan) for tau in taus]
         lowest = min((score for score in scores if np.isfinite(score)), default=None)
         base = own.drop_duplicates("seed")["task_base_test_perplexity"].mean()
-        rows.append([task, own["task_train_documents"].mean(), base, *(score_cell(score, lowest) for score in scores)])
+        rows.append([replaced(task), own["task_train_documents"].mean(), base, *(score_cell(score, lowest) for score in scores)])
     heads = [Column("learned\u00a0τ" if tau == LEARNED else f"τ\u00a0=\u00a0{tau_cell(tau).text}", number=True) for tau in taus]
     return Table(
         "Test perplexity by task, means over seeds, each τ at its best learning rate; a task's lowest stands out",
