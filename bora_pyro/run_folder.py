@@ -36,6 +36,7 @@ from torch import Tensor
 from bora_pyro.errors import InputError
 from bora_pyro.inside import check_links
 from bora_pyro.regular_file import check_regular, read_regular
+from bora_pyro.run_record import strange_metric, strange_record
 from bora_pyro.safetensors_file import DAMAGE, write_safetensors
 from bora_pyro.whole_file import check_writable, replace_file, unusable, unwritable
 from bora_pyro.yaml_file import YamlError, dump_mapping, read_mapping
@@ -218,8 +219,9 @@ class RunFolder:
             records = [json.loads(line) for line in lines]
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is damaged ({error}); fit again") from None
-        if strange := [number for number, record in enumerate(records, start=1) if not isinstance(record, dict)]:
-            raise InputError(f"{file} is damaged (line {strange[0]} holds no mapping); fit again")
+        for number, record in enumerate(records, start=1):
+            if problem := strange_record(record):
+                raise InputError(f"{file} is damaged (line {number} {problem}); fit again")
         return records
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -227,10 +229,13 @@ class RunFolder:
         self._write_json(METRICS, metrics)
 
     def read_metrics(self) -> dict[str, Any]:
-        """The mapping in ``metrics.json``."""
+        """The mapping in ``metrics.json``; what is there of the names of :mod:`bora_pyro.run_record` is of their types."""
         if not (self.path / METRICS).is_file():
             raise InputError(f"the run in {self.path} is not finished: it has no {METRICS}; finish it with --resume true")
-        return self._read_json(METRICS)
+        metrics = self._read_json(METRICS)
+        if problem := strange_metric(metrics):
+            raise InputError(f"{self.path / METRICS} {problem}; run the fit again with --resume true")
+        return metrics
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Write ``<name>.safetensors``; a name such as ``checkpoints/epoch-3`` makes the folder it needs."""

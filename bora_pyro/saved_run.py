@@ -30,7 +30,7 @@ from torch import Tensor
 from bora_pyro.adapt_config import NEW_DOCUMENTS, AdaptConfig
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TaskData
-from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.map_run import GIVEN, build_run
@@ -48,7 +48,6 @@ _FIXED, _LEARNED, _GUIDE = "fixed.", "tau.", "guide."
 # What metrics.json must have for a run to be read back.
 _NEEDED = ("test_perplexity", "train_documents", "test_documents", "tasks")
 _NEEDED_OF_TASK = ("test_perplexity", "base_test_perplexity")
-_NUMBERS = ("test_perplexity", "validation_perplexity", "best_epoch", "fit_seconds")
 
 
 @dataclass
@@ -131,9 +130,9 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         _restored(folder, model, tensors, metadata["guide"]),
         data.tasks,
         history=folder.read_log(),
-        best_epoch=metrics.get("best_epoch", 0),
+        best_epoch=metrics.get("best_epoch") or 0,
         validation_perplexity=metrics.get("validation_perplexity"),
-        seconds=metrics.get("fit_seconds", 0.0),
+        seconds=metrics.get("fit_seconds") or 0.0,
         documents=data.train.documents_per_task,
     )
     return SavedRun(folder, config, fitted, data, metrics, posterior, adapted=given)
@@ -143,10 +142,6 @@ def _read_metrics(folder: RunFolder) -> dict[str, Any]:
     metrics = folder.read_metrics()
     if missing := [name for name in _NEEDED if name not in metrics]:
         raise InputError(f"{folder.path / METRICS} has no {missing[0]!r}; run the fit again with --resume true")
-    if strange := [name for name in _NUMBERS if not isinstance(metrics.get(name), float | int | None)]:
-        raise InputError(
-            f"{folder.path / METRICS} has {shown(metrics[strange[0]])} for {strange[0]!r}; run the fit again with --resume true"
-        )
     return metrics
 
 
@@ -201,11 +196,11 @@ def _check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], meta
         tasks = None
     if tasks != data.tasks:
         raise InputError(f"the posterior in {folder.path} is of other tasks than its split.json; run the fit again")
-    rows = metrics["tasks"].values() if isinstance(metrics["tasks"], dict) else []
-    if [row.get("name") if isinstance(row, dict) else None for row in rows] != data.tasks:
+    rows = metrics["tasks"].values()
+    if [row["name"] for row in rows] != data.tasks:
         raise InputError(f"{folder.path / METRICS} is of other tasks than split.json; run the fit again with --resume true")
     for row in rows:
-        if missing := [name for name in _NEEDED_OF_TASK if not isinstance(row.get(name, ""), float | int | None)]:
+        if missing := [name for name in _NEEDED_OF_TASK if name not in row]:
             raise InputError(
                 f"{folder.path / METRICS} has no {missing[0]!r} of task {row['name']!r}; run the fit again with --resume true"
             )

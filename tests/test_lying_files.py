@@ -15,8 +15,9 @@ from bora_pyro.checkpoint import load_checkpoint, save_checkpoint
 from bora_pyro.errors import InputError
 from bora_pyro.fit import fit
 from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_record import NUMBERS, NUMBERS_OF_RECORD, NUMBERS_OF_TASK
 from bora_pyro.saved_run import load_run
-from tests.tiny_base import map_run, quick_fit, toy_data, toy_model
+from tests.tiny_base import map_run, quick_fit, script_main, toy_data, toy_model
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,12 @@ def finished(tmp_path_factory):
     """A finished run, which no test changes."""
     folder = tmp_path_factory.mktemp("finished")
     return map_run({**quick_fit(folder), "output_dir": folder / "run", "tau": 100, "device": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def report():
+    """``main`` of the script that makes pages."""
+    return script_main("report")
 
 
 SITE = "prior_mean.fc2.lora_A"
@@ -83,12 +90,69 @@ def test_a_posterior_that_lies_is_named(finished, tmp_path, lie):
     assert str(run) in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"test_perplexity": "low"}, {"best_epoch": []}, {"validation_perplexity": {}}, {"tasks": 3}])
-def test_metrics_that_lie_are_named(finished, tmp_path, change):
+METRICS_LIES = [
+    {"test_perplexity": "low"}, {"best_epoch": []}, {"validation_perplexity": {}}, {"tasks": 3}, {"tasks": None},
+    {"tasks": {"ada": {"test_perplexity": 1.0}}}, {"tasks": {"ada": {"name": ["Ada"]}}}, {"tasks": {"ada": 3}},
+    {"tasks": {"ada": {"name": "Ada", "test_perplexity": "x"}}}, {"tau": "abc"}, {"tau": -1}, {"tau_by_group": {"q": -1}},
+    {"tau_by_group": [1]}, {"tau_by_group": {"$x^{": 1}}, {"fit_seconds": "1"}, {"peak_memory_bytes": "1"}, {"draws": True},
+    {"notes": 3}, {"notes": [3]}, {"notes": "abc"}, {"versions": "abc"}, {"versions": {"torch": 2}}, {"mean": {"ece": "x"}},
+    {"test_perplexity": 10**400},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", METRICS_LIES, ids=lambda change: str(change)[:50])
+def test_metrics_that_lie_are_named(finished, tmp_path, report, capsys, change):
     run = shutil.copytree(finished, tmp_path / "run")
-    RunFolder(run).write_metrics(RunFolder(run).read_metrics() | change)
-    with pytest.raises(InputError, match=r"metrics\.json .*; run the fit again with --resume true"):
+    metrics = RunFolder(run).read_metrics() | change
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(InputError, match=r"metrics\.json has .*; run the fit again with --resume true") as caught:
         load_run(run)
+    assert report([str(run), "--adapters", "false"]) == 2
+    assert capsys.readouterr().err == f"error: {caught.value}\n"
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_no_run_writes_are_named(finished, tmp_path, number):
+    run = shutil.copytree(finished, tmp_path / "run")
+    text = (run / "metrics.json").read_text()
+    (run / "metrics.json").write_text(text.replace('"fit_seconds": ', f'"fit_seconds": {number}, "x": '))
+    with pytest.raises(InputError, match=r"metrics\.json has -?(nan|inf) for 'fit_seconds'; run the fit again"):
+        RunFolder(run).read_metrics()
+
+
+LOG_LIES = [
+    {"epoch": "a"}, {"step": []}, {"loss": "b"}, {"validation_perplexity": True}, {"learning_rate": {}}, {"seconds": "1"},
+    {"training_tokens_per_second": "fast"}, {"epoch": float("nan")}, {"tau_path": 3}, {"tau_path": [3]}, {"tau_path": [{}]},
+    {"tau_path": [{"step": "x", "tau": {"q": 1}}]}, {"tau_path": [{"step": 1, "tau": {"q": "x"}}]},
+    {"tau_path": [{"step": 1, "tau": {"q": []}}]}, {"tau_path": [{"step": 1, "tau": {"q": [1, "x"]}}]},
+    {"tau_path": [{"step": 1, "tau": {"q": 0}}]}, {"tau_path": [{"step": 1, "tau": {"$\\frac{": 1}}]}, 3, None, [],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LOG_LIES, ids=str)
+def test_a_log_that_lies_is_named(finished, tmp_path, report, capsys, line):
+    run = shutil.copytree(finished, tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged \(line 3 h(as|olds) .*\); fit again") as caught:
+        RunFolder(run).read_log()
+    assert report([str(run), "--adapters", "false"]) == 2
+    assert capsys.readouterr().err == f"error: {caught.value}\n"
+
+
+def test_what_is_not_known_is_no_lie(finished, tmp_path, report):
+    """A page of a run in which every number that may be missing is, and of one with the largest and smallest there are."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    metrics, log = RunFolder(run).read_metrics(), RunFolder(run).read_log()
+    for value in (None, 0, 1e300):
+        new = metrics | dict.fromkeys(NUMBERS, value) | {"mean": {"ece": value}, "tau": None, "notes": None, "versions": None}
+        new["tasks"] = {slug: task | dict.fromkeys(NUMBERS_OF_TASK, value) for slug, task in metrics["tasks"].items()}
+        (run / "metrics.json").write_text(json.dumps(new))
+        records = [record | dict.fromkeys(NUMBERS_OF_RECORD, value) for record in log]
+        records[-1]["tau_path"] = [{"step": step, "tau": {"a.b": [1e-44, 1e38], "c": 1e38, "shared": None}} for step in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert report([str(run), "--adapters", "false"]) == 0
 
 
 SPLIT_LIES = [{"tasks": 3}, {"tasks": {"Ada": 3}}, {"tasks": {"Ada": {"row 1": ["train"]}}}, {"tasks": {}}]

@@ -89,9 +89,9 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     kind = _kind(folder)
     of_fit = config if kind == "run" else folder.read_config(FIT)
     tasks = metrics.get("tasks")
-    if not isinstance(tasks, dict) or not all(isinstance(task, dict) and "name" in task for task in tasks.values()):
+    if tasks is None:
         raise InputError(f"metrics.json of {folder.path} has no tasks by name; run the fit again with --resume true")
-    notes = [str(note) for note in metrics.get("notes") or ()]
+    notes = [*(metrics.get("notes") or ())]
     pictures: list[Picture] = []
     effective, samples = None, None
     if options.adapters:
@@ -195,7 +195,7 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         )
     if metrics.get("tau") is not None:
         yield Number("precision τ", short_number(float(metrics["tau"])), _about_tau(metrics))
-    documents = f"{metrics.get('train_documents', 0):,} training, {metrics.get('test_documents', 0):,} test documents"
+    documents = f"{metrics.get('train_documents') or 0:,} training, {metrics.get('test_documents') or 0:,} test documents"
     yield Number("tasks", f"{len(tasks):,}", documents)
     if metrics.get("fit_seconds") is not None:
         speed = metrics.get("training_tokens_per_second")

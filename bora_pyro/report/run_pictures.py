@@ -91,6 +91,7 @@ def learning_pictures(history: Sequence[Mapping[str, Any]], *, unit: str, best_e
         unit: the observation of the likelihood.
         best_epoch: the epoch whose state was kept.
     """
+    history = [record for record in history if record.get("epoch") is not None]
     if any(record.get("validation_perplexity") is not None or (unit == "tokens" and record.get("loss")) for record in history):
         yield draw_picture(
             "learning",
@@ -99,8 +100,12 @@ def learning_pictures(history: Sequence[Mapping[str, Any]], *, unit: str, best_e
             "ringed epoch was kept.",
             lambda ax: plots.learning_curves(history, ax, unit=unit, best_epoch=best_epoch),
         )
-    path = [point for record in history for point in record.get("tau_path") or ()]
-    if path:
+    path = [
+        {"step": point["step"], "tau": {group: tau for group, tau in point["tau"].items() if _is_finite(tau)}}
+        for record in history
+        for point in record.get("tau_path") or ()
+    ]
+    if any(point["tau"] for point in path):
         every = -(-len(path) // _POINTS)
         yield draw_picture(
             "tau",
@@ -109,6 +114,11 @@ def learning_pictures(history: Sequence[Mapping[str, Any]], *, unit: str, best_e
             "small they differ in it. A prior with standard deviation σ has τ = 1/σ².",
             lambda ax: plots.tau_path([*path[:-1:every], path[-1]], ax),
         )
+
+
+def _is_finite(tau: Any) -> bool:
+    """Whether a group has a τ to draw: that of what all tasks share is infinite, which JSON writes as null."""
+    return None not in (tau if isinstance(tau, list) else [tau])
 
 
 def _call(draw: Any, groups: Mapping[str, Any], ax: Axes) -> Any:

@@ -173,7 +173,9 @@ def _by_task(table: pd.DataFrame) -> Table:
         scores = [by_task.get((task, tau), math.nan) for tau in taus]
         lowest = min((score for score in scores if np.isfinite(score)), default=None)
         base = own.drop_duplicates("seed")["task_base_test_perplexity"].mean()
-        rows.append([replaced(task), own["task_train_documents"].mean(), base, *(score_cell(score, lowest) for score in scores)])
+        rows.append(
+            [replaced(str(task)), own["task_train_documents"].mean(), base, *(score_cell(score, lowest) for score in scores)]
+        )
     heads = [Column("learned\u00a0τ" if tau == LEARNED else f"τ\u00a0=\u00a0{tau_cell(tau).text}", number=True) for tau in taus]
     return Table(
         "Test perplexity by task, means over seeds, each τ at its best learning rate; a task's lowest stands out",
