@@ -37,7 +37,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.inside import check_links
 from bora_pyro.regular_file import check_regular, read_regular
 from bora_pyro.run_record import strange_metric, strange_record
-from bora_pyro.safetensors_file import DAMAGE, write_safetensors
+from bora_pyro.safetensors_file import DAMAGE, DIGEST, is_intact, write_safetensors
 from bora_pyro.whole_file import check_writable, replace_file, unusable, unwritable
 from bora_pyro.yaml_file import YamlError, dump_mapping, read_mapping
 
@@ -238,17 +238,22 @@ class RunFolder:
         return metrics
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-        """Write ``<name>.safetensors``; a name such as ``checkpoints/epoch-3`` makes the folder it needs."""
-        replace_file(self._tensor_file(name), lambda temporary: write_safetensors(Path(temporary), tensors, metadata or {}))
+        """Write ``<name>.safetensors``, with its digest; a name such as ``checkpoints/epoch-3`` makes the folder it needs."""
+        replace_file(self._tensor_file(name), lambda file: write_safetensors(Path(file), tensors, metadata or {}, digest=True))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of ``<name>.safetensors``, on the CPU."""
+        """The tensors of ``<name>.safetensors``, on the CPU; where the file has a digest, its bytes must be those of it."""
         file = self._tensor_file(name)
         try:
             check_regular(file)
-            return dict(load_file(file))
+            tensors = dict(load_file(file))
+            with safe_open(file, framework="pt") as opened:
+                has_digest = DIGEST in (opened.metadata() or {})
+            if has_digest and not is_intact(file):
+                raise ValueError("its bytes are not those that were written")
         except DAMAGE as error:
             raise _unreadable(file, error) from None
+        return tensors
 
     def load_metadata(self, name: str) -> dict[str, str]:
         """The metadata that ``save_tensors`` was given."""
@@ -256,9 +261,11 @@ class RunFolder:
         try:
             check_regular(file)
             with safe_open(file, framework="pt") as opened:
-                return dict(opened.metadata() or {})
+                found = dict(opened.metadata() or {})
         except DAMAGE as error:
             raise _unreadable(file, error) from None
+        found.pop(DIGEST, None)
+        return found
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"

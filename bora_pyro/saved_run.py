@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,11 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         if posterior.tau != FIXED:
             sampled_tau(model, posterior.tau)
     _check_data(folder, data, metrics, metadata)
+    guide = _restored(folder, model, tensors, metadata["guide"])
+    _check_model(folder, model, metadata)
     fitted = Fitted(
         model,
-        _restored(folder, model, tensors, metadata["guide"]),
+        guide,
         data.tasks,
         history=folder.read_log(),
         best_epoch=metrics.get("best_epoch") or 0,
@@ -248,6 +251,7 @@ def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: 
         _check_shapes(folder, {f"{_FIXED}{name}": value for name, value in model.fixed.items()}, fixed)
         _check_shapes(folder, own, learned)
         _check_shapes(folder, {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}, sites)
+        _check_values(folder, model, trace, learned | sites)
         model.fixed |= {name.removeprefix(_FIXED): value for name, value in fixed.items()}
         model.prior.load_state(learned)
         guide = GUIDES[kind](model, sites)
@@ -274,5 +278,40 @@ def _check_shapes(folder: RunFolder, expected: dict[str, Tensor], found: dict[st
     for name, value in expected.items():
         if found[name].shape != value.shape:
             raise InputError(f"{what} has {name!r} of shape {tuple(found[name].shape)}, expected {tuple(value.shape)}; {remedy}")
+        if found[name].is_floating_point() != value.is_floating_point():
+            given, expected_type = (str(tensor.dtype).removeprefix("torch.") for tensor in (found[name], value))
+            raise InputError(f"{what} has {name!r} of type {given}, expected {expected_type}; {remedy}")
         if problem := not_a_number(found[name]):
             raise InputError(f"{what} has {name!r} with {problem}; {remedy}")
+
+
+def _check_values(folder: RunFolder, model: BoRA, trace: poutine.Trace, found: dict[str, Tensor]) -> None:
+    """Refuse a τ that is no precision, and a site outside the support of its distribution."""
+    for name, value in found.items():
+        if name in trace.nodes:
+            valid = trace.nodes[name]["fn"].support.check(value)
+        elif name.startswith(MEAN):
+            continue
+        else:  # τ: what is learned is never 0, what is given may be
+            valid = value >= 0 if isinstance(model.prior, Given) else value > 0
+        if not bool(valid.all()):
+            raise InputError(
+                f"the posterior in {folder.path} has {name!r} with values that it cannot have (the least is {value.min():g}); "
+                "run the fit again"
+            )
+
+
+def _check_model(folder: RunFolder, model: BoRA, metadata: dict[str, str]) -> None:
+    """Refuse a posterior of another model than its configuration asks for, where the shapes are the same."""
+    asked = _without_learned(repr(model))
+    found = _without_learned(metadata.get("model", asked))  # older runs may not say it
+    if found != asked:
+        raise InputError(
+            f"the posterior in {folder.path} is of {found[:200]}, its config.yaml asks for {asked}; "
+            "restore its config.yaml, or run the fit again"
+        )
+
+
+def _without_learned(model: str) -> str:
+    """A model as it prints itself, but for what a fit finds out or begins from: it may be rounded otherwise elsewhere."""
+    return re.sub(r"(LearnedPrecision\(per='\w+'|Given\(\d+ latents), [^)]*\)", r"\1)", model)

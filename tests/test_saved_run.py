@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.errors import InputError
 from bora_pyro.map_run import run_map_fit
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.safetensors_file import DIGEST
 from bora_pyro.saved_run import load_run
 from tests.tiny_base import documents, line, quick_fit, write_table
 
@@ -124,8 +127,9 @@ def test_a_table_that_has_grown_by_a_task_is_split_as_before(run, tmp_path):
 
 
 def metadata(file):
+    """What a posterior says of itself, but for its digest: what is written with it is damage that somebody has meant."""
     with safe_open(file, framework="pt") as opened:
-        return opened.metadata()
+        return {name: value for name, value in opened.metadata().items() if name != DIGEST}
 
 
 def change_config(run, **changes):
@@ -159,6 +163,15 @@ def cut(name, *, keep=0.5):
     def apply(run):
         content = (run / name).read_bytes()
         (run / name).write_bytes(content[: int(keep * len(content))])
+
+    return apply
+
+
+def flip(name, *, place=-100):
+    def apply(run):
+        content = bytearray((run / name).read_bytes())
+        content[place] ^= 64
+        (run / name).write_bytes(content)
 
     return apply
 
@@ -245,6 +258,21 @@ DAMAGES = {
         config(adapter="lora_frozen_a"),
         "the posterior in {run} has no 'fixed.fc2.lora_A', which its config.yaml asks for; *",
     ),
+    "another scale": (
+        config(alpha=99.0),
+        "the posterior in {run} is of BoRA(3 tasks, LoRA(rank=2, alpha=2.0), *its config.yaml asks for *alpha=99.0*; "
+        "restore its config.yaml, or run the fit again",
+    ),
+    "another unit": (config(likelihood_unit="documents"), "*CausalLM(unit='tokens')), its config.yaml asks for *'documents'*"),
+    "another tau": (config(tau=10.0), "*HierarchicalNormal(tau=1000)*asks for *HierarchicalNormal(tau=10)*"),
+    "a bit of the posterior": (
+        flip("posterior.safetensors"),
+        "{run}/posterior.safetensors is damaged (its bytes are not those that were written); run the fit again",
+    ),
+    "whole numbers": (
+        change_tensors(lambda tensors: tensors | {SITE: tensors[SITE].long()}),
+        f"the posterior in {{run}} has {SITE!r} of type int64, expected float32; *",
+    ),
     "a site gone": (
         change_tensors(lambda tensors: {name: value for name, value in tensors.items() if name != SITE}),
         f"the posterior in {{run}} has no {SITE!r}, which its config.yaml asks for; *",
@@ -273,3 +301,20 @@ def test_a_table_that_lost_rows(run, tmp_path, lines):
     change_config(run, data=write_table(tmp_path / "short.csv", documents()[:-lines]))
     with pytest.raises(InputError, match="groups of task 'Cleo' in the split record are not in the table"):
         load_run(run)
+
+
+@pytest.mark.parametrize(("tau", "least"), [(-1.0, "-1"), (0.0, "0"), (float("nan"), None)])
+def test_a_learned_tau_that_is_none(inputs, tmp_path, tau, least):
+    run = fit(inputs, tmp_path / "run", tau="learned", token_budget=64)
+    change_tensors(lambda found: {name: value * 0 + tau if name.startswith("tau.") else value for name, value in found.items()})(
+        run
+    )
+    what = f"with values that it cannot have (the least is {least})" if least else "with values that are not finite"
+    with pytest.raises(InputError, match=rf"the posterior in .* has 'tau\..*' {re.escape(what)}; run the fit again"):
+        load_run(run)
+
+
+def test_a_run_that_is_older_than_its_digests_is_read(run):
+    change_metadata(model=None)(run)
+    assert DIGEST not in RunFolder(run).load_metadata("posterior")
+    assert load_run(run).metrics == RunFolder(run).read_metrics()
