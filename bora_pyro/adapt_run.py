@@ -58,7 +58,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
         folder.write_fit(dataclasses.asdict(run.config))
         folder.write_split(data.split_record)
         write_adapters(folder, fitted, run.config.base_model)
-        write_posterior(folder, fitted, config.guide, prior=GIVEN)
+        write_posterior(folder, fitted, data, config.guide, prior=GIVEN)
         folder.write_metrics(metrics | {"guide": config.guide})
     return metrics
 

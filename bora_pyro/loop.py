@@ -34,6 +34,7 @@ from bora_pyro.likelihoods import task_weight
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.processes import Processes, add_up_gradient
 from bora_pyro.processes import shares as share_out
+from bora_pyro.resuming import check_same, digests
 from bora_pyro.task_rows import MANY_TASKS, set_up
 
 
@@ -327,12 +328,18 @@ class Loop:
         groups = self.state.save(self.processes)
         if not self.processes.rank:
             progress = {"steps": self.steps_done, "epoch": self.epoch, "within": self.within}
+            progress |= digests(self.data, self.model.backbone)
             progress |= {name: getattr(self.fitted, name) for name in _RECORD}
             store.save(self.steps_done, groups, progress)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it cannot be read, or is of another model, other documents, another base, or an epoch of other steps.
+        """
         checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | _RECORD)
+        check_same(checkpoint.progress, self.data, self.model.backbone, what=f"checkpoint {str(checkpoint.path)!r}")
         with checkpoint.errors():
             if not all(isinstance(entry["training_tokens_per_second"], float | int) for entry in checkpoint.progress["history"]):
                 raise ValueError("its history has an epoch without a speed")

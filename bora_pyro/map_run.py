@@ -34,6 +34,7 @@ from bora_pyro.peft_format import save_peft
 from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
 from bora_pyro.processes import Processes, is_first, processes
 from bora_pyro.progress import Progress
+from bora_pyro.resuming import digests
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.sharded_base import shard_base
 from bora_pyro.signals import StopSignals
@@ -110,7 +111,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
                 fitted.help_evaluate(data.test, team)
                 return {}
             write_adapters(folder, fitted, config.base_model)
-            write_posterior(folder, fitted, "map")
+            write_posterior(folder, fitted, data, "map")
             metrics = metrics_of(config, fitted, data, processes=team) | {"predicted_memory_bytes": memory.total}
             tracking.conclude(metrics, fitted.history)
             folder.write_metrics(metrics)
@@ -314,12 +315,13 @@ def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:
     save_peft(folder.adapters / GLOBAL_MEAN, fitted.model, mean or {})
 
 
-def write_posterior(folder: RunFolder, fitted: Fitted, guide: str, *, prior: str = "") -> None:
+def write_posterior(folder: RunFolder, fitted: Fitted, data: TaskData, guide: str, *, prior: str = "") -> None:
     """Write ``posterior.safetensors``: the sites, and what adapter, prior and guide keep beside them.
 
     Args:
         folder: of the run.
         fitted: what was fitted.
+        data: to which documents.
         guide: its name among ``GUIDES``.
         prior: ``given`` where Θ and τ are another fit's; the configuration says which prior it is otherwise.
     """
@@ -329,6 +331,7 @@ def write_posterior(folder: RunFolder, fitted: Fitted, guide: str, *, prior: str
     if guide != "map":  # a point is where its sites are
         tensors |= {f"guide.{name}": value for name, value in fitted.guide.state_dict().items()}
     metadata = {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)} | ({"prior": prior} if prior else {})
+    metadata |= digests(data, model.backbone)
     folder.save_tensors("posterior", tensors, metadata)
 
 

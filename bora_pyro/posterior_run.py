@@ -86,7 +86,7 @@ def _finish(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, folder: R
         if not quiet:
             print(f"note: {run.data.notes[-1]}", file=sys.stderr)
     write_adapters(folder, fitted, run.config.base_model)
-    write_posterior(folder, fitted, config.guide)
+    write_posterior(folder, fitted, run.data, config.guide)
     return _metrics(config, run, fitted)
 
 

@@ -40,6 +40,7 @@ from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
 from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.priors.given import MEAN
+from bora_pyro.resuming import check_same
 from bora_pyro.run_folder import CONFIG, FIT, METRICS, RunFolder
 from bora_pyro.safetensors_file import not_a_number
 
@@ -126,6 +127,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         if posterior.tau != FIXED:
             sampled_tau(model, posterior.tau)
     _check_data(folder, data, metrics, metadata)
+    check_same(metadata, data, model.backbone, what=f"the posterior in {folder.path}", remedy="fit again")
     guide = _restored(folder, model, tensors, metadata["guide"])
     _check_model(folder, model, metadata)
     fitted = Fitted(

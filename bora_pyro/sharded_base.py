@@ -27,6 +27,7 @@ def shard_base(backbone: Backbone, device: torch.device) -> None:
     Raises:
         InputError: transformers does not say what the model's decoder layers are.
     """
+    _ = backbone.digest  # taken while the weights are whole
     blocks = [module for module in backbone.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         kind = backbone.model.config.model_type

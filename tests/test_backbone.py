@@ -21,6 +21,7 @@ from tests.tiny import (
     tiny_bora,
     tiny_model,
 )
+from tests.tiny_base import save_base
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TARGETS = pytest.mark.parametrize("targets", [None, "all-linear"])
@@ -308,3 +309,21 @@ def test_from_pretrained_reads_a_folder_and_names_what_is_wrong(tmp_path):
 
 def test_repr():
     assert repr(tiny_backbone("opt")) == "Backbone(opt, 0.0 M parameters, targets: v_proj x 2, q_proj x 2)"
+
+
+def test_a_base_is_known_again_by_its_weights(tmp_path):
+    model = tiny_model("llama")
+    digest = Backbone(model).digest
+    assert digest == Backbone(tiny_model("llama")).digest != Backbone(tiny_model("llama", seed=1)).digest
+    save_base(tmp_path)
+    model.save_pretrained(tmp_path)
+    found = {Backbone.from_pretrained(tmp_path, precision=precision).digest for precision in (torch.float32, torch.bfloat16)}
+    assert found == {digest}
+    for number, name in enumerate(("model.layers.1.mlp.up_proj", "model.norm", "model.embed_tokens")):
+        changed = tiny_model("llama")
+        changed.get_submodule(name).weight.data[-1] *= 1.01 + 0.1 * number
+        assert Backbone(changed).digest != digest, name
+
+
+def test_weights_that_have_no_numbers_here_have_no_digest():
+    assert Backbone(tiny_model("llama").to("meta")).digest is None

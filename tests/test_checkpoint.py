@@ -100,6 +100,23 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_in_one_line(tmp_path, group):
     assert "\n" not in str(caught.value)
 
 
+def test_a_fit_goes_on_with_its_own_documents_and_base_alone(tmp_path):
+    fit(toy_model(), toy_data(), epochs=1, token_budget=10_000, checkpoints=tmp_path)
+    other, words = toy_model(), toy_data()
+    words.train.tokens[3] += 1
+    other.backbone.model.get_submodule("model.decoder.layers.0.fc2").weight.data *= 1.5
+    for model, data, what in ((toy_model(), words, "other documents"), (other, toy_data(), "another base model")):
+        with pytest.raises(InputError, match=rf"checkpoint .* is of {what}: .* start afresh with --overwrite true") as caught:
+            fit(model, data, epochs=2, token_budget=10_000, checkpoints=tmp_path)
+        assert "\n" not in str(caught.value)
+    # one that is older than the digests says nothing of either
+    [file] = tmp_path.iterdir()
+    groups, progress = load_checkpoint(file)
+    del progress["data"], progress["base"]
+    save_checkpoint(file, groups, progress)
+    assert len(fit(other, words, epochs=2, token_budget=10_000, checkpoints=tmp_path).history) == 2
+
+
 def test_an_optimiser_goes_on_where_it_was():
     def steps(weight, optimizer, number):
         for _ in range(number):

@@ -56,6 +56,7 @@ def same(one, other):
     assert one.tasks == other.tasks
     assert one.split_record == other.split_record
     assert one.notes == other.notes
+    assert one.digest == other.digest
     for name in SPLITS:
         a, b = getattr(one, name), getattr(other, name)
         assert len(a) == len(b)

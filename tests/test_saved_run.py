@@ -296,6 +296,32 @@ def test_a_run_that_is_not_whole(run, damage, message):
     assert fnmatchcase(said, message.format(run=run).replace("[", "[[]")), said
 
 
+def test_a_table_whose_texts_are_others_is_refused(run, tmp_path):
+    rows = documents()
+    rows.loc[0, "text"] = rows.loc[0, "text"].replace(" ", " and ", 1)
+    change_config(run, data=write_table(tmp_path / "others.csv", rows))
+    with pytest.raises(
+        InputError, match=r"the posterior in .* is of other documents: .*; use the data that it was .*, or fit again"
+    ):
+        load_run(run)
+    change_metadata(data=None)(run)  # an older run cannot tell
+    load_run(run)
+
+
+def test_a_base_whose_weights_are_others_is_refused(inputs, run, tmp_path):
+    base = Path(shutil.copytree(inputs["base_model"], tmp_path / "base"))
+    change_config(run, base_model=str(base))
+    score = load_run(run).metrics["test_perplexity"]  # a copy is the same base
+    weights = load_file(base / "model.safetensors")
+    weights["model.decoder.layers.1.fc2.weight"] *= 1.1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"the posterior in .* is of another base model: .*; use the base .*, or fit again"):
+        load_run(run)
+    change_metadata(base=None)(run)
+    loaded = load_run(run)
+    assert loaded.fitted.evaluate(loaded.data.test)["test_perplexity"] != pytest.approx(score, rel=1e-6)
+
+
 @pytest.mark.parametrize("lines", [3, 1])
 def test_a_table_that_lost_rows(run, tmp_path, lines):
     change_config(run, data=write_table(tmp_path / "short.csv", documents()[:-lines]))

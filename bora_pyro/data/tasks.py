@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.chat import load_chat_template
+from bora_pyro.data.digest import documents_digest
 from bora_pyro.data.files import SPLITS
 from bora_pyro.data.rows import Columns
 from bora_pyro.data.split import (
@@ -75,6 +77,11 @@ class TaskData:
     def num_tasks(self) -> int:
         """D."""
         return len(self.tasks)
+
+    @cached_property
+    def digest(self) -> str:
+        """By which a run knows its documents again: the SHA-256 of all that a fit sees of them, task weights included."""
+        return documents_digest(self.tasks, [self.train, self.validation, self.test], self.task_weights)
 
     def __repr__(self) -> str:
         names = ", ".join(repr(task) for task in self.tasks[:3]) + (", ..." if len(self.tasks) > 3 else "")

@@ -1,0 +1,70 @@
+"""A digest of tokenised documents: equal where a fit would see the same tokens, in the same order, of the same tasks.
+
+>>> from bora_pyro.data.token_split import TokenSplit
+>>> one, other = (TokenSplit.from_documents([[0, 5, word], [0, 7]], task=[1, 0], num_tasks=2) for word in (6, 8))
+>>> documents_digest(["ada", "bob"], [one]) == documents_digest(["ada", "bob"], [one.subset(torch.tensor([0, 1]))])
+True
+>>> documents_digest(["ada", "bob"], [one]) == documents_digest(["ada", "bob"], [other])
+False
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from bora_pyro.data.token_split import TokenSplit
+
+#: Tokens that are looked at in one go; of a split in a file no more is in memory.
+CHUNK = 2**20
+
+
+def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights: Tensor | None = None) -> str:
+    """The SHA-256 of what documents tell a fit, as 64 hexadecimal digits.
+
+    It depends on the documents alone and not on where they lie: one after another or apart, in memory or in a file.
+
+    Args:
+        tasks: their names, in the order of their indices.
+        splits: of each the number of tokens and the task of every document, its tokens, and which of them are predicted.
+        weights: (D,) factors of the tasks' log-likelihoods, where they have some.
+    """
+    whole = hashlib.sha256(json.dumps([*tasks]).encode())
+    for split in splits:
+        tokens, observed = hashlib.sha256(), hashlib.sha256()
+        for part, predicted in _chunks(split):
+            tokens.update(_bytes(part))
+            observed.update(_bytes(predicted))
+        for about in (split.lengths, split.task):
+            whole.update(hashlib.sha256(_bytes(about)).digest())
+        whole.update(tokens.digest() + observed.digest())
+    if weights is not None:
+        whole.update(_bytes(weights.double()))
+    return whole.hexdigest()
+
+
+def _chunks(split: TokenSplit) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of some whole documents at a time, and which of them are predicted; (tokens,) each."""
+    ends, start, before = split.lengths.cumsum(0), 0, 0
+    while start < len(split):
+        stop = max(start + 1, int(torch.searchsorted(ends, before + CHUNK, right=True)))
+        offsets, lengths = split.offsets[start:stop], split.lengths[start:stop]
+        first = lengths.cumsum(0) - lengths
+        place: slice | Tensor = slice(int(offsets[0]), int(offsets[-1] + lengths[-1]))
+        if not torch.equal(offsets - offsets[0], first):
+            place = torch.repeat_interleave(offsets - first, lengths) + torch.arange(int(lengths.sum()))
+        if split.observed is None:
+            predicted = torch.ones(int(lengths.sum()), dtype=torch.bool)
+            predicted[first] = False
+        else:
+            predicted = split.observed[place]
+        yield split.tokens[place], predicted
+        start, before = stop, int(ends[stop - 1])
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.cpu().contiguous().view(torch.uint8).numpy().data

@@ -1,0 +1,147 @@
+"""Going on with a run: that it is the same one, and whether there is something left to do.
+
+>>> import tempfile
+>>> from bora_pyro.config import MapFitConfig
+>>> from bora_pyro.map_run import run_map_fit
+>>> options = {"num_tasks": 2, "rank": 2, "max_train_documents": 2, "max_eval_documents": 2}
+>>> with tempfile.TemporaryDirectory() as folder:
+...     metrics = run_map_fit(MapFitConfig(output_dir=f"{folder}/run", epochs=1, **options), quiet=True)
+...     run = RunFolder.open(f"{folder}/run")
+...     [Standing.of(run, MapFitConfig(epochs=epochs)).steps_left for epochs in (1, 2)]
+[False, True]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bora_pyro.backbone import Backbone
+from bora_pyro.checkpoint import Checkpoint, Checkpoints
+from bora_pyro.command_line import parse_config
+from bora_pyro.config import RUN
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.errors import InputError, shown
+from bora_pyro.run_folder import CONFIG, RunFolder
+
+C = TypeVar("C")
+
+
+def check_same(
+    progress: Mapping[str, Any],
+    data: TaskData,
+    backbone: Backbone,
+    *,
+    what: str,
+    remedy: str = "start afresh with --overwrite true",
+) -> None:
+    """Refuse other documents, and a base with other weights, than those that a fit has left a digest of.
+
+    Args:
+        progress: of a checkpoint, or the metadata of a posterior; older ones say nothing of it.
+        data: the documents as they are now.
+        backbone: the base as it is now.
+        what: whose they were, as the error calls it.
+        remedy: what to do, beside giving the right ones.
+
+    Raises:
+        InputError: they differ.
+    """
+    if progress.get("data", data.digest) != data.digest:
+        raise InputError(
+            f"{what} is of other documents: their tokens, tasks or weights are not those of the data now; use the data that it "
+            f"was fitted to, or {remedy}"
+        )
+    if backbone.digest is not None and progress.get("base", backbone.digest) != backbone.digest:
+        raise InputError(
+            f"{what} is of another base model: its weights are not those of the base now; use the base that it was fitted to, "
+            f"or {remedy}"
+        )
+
+
+def digests(data: TaskData, backbone: Backbone) -> dict[str, str]:
+    """What `check_same` compares."""
+    return {"data": data.digest} | ({} if backbone.digest is None else {"base": backbone.digest})
+
+
+def check_packing(checkpoint: Checkpoint, packing: Mapping[str, int]) -> None:
+    """Refuse to go on within an epoch whose documents were packed into other steps: some would be skipped, others repeated.
+
+    Args:
+        checkpoint: of an epoch's end, where anything goes, or of a place within one.
+        packing: what the steps depend on, by the name of the option.
+
+    Raises:
+        InputError: one of them differs; older checkpoints say nothing of it.
+    """
+    within = checkpoint.progress["within"]
+    for name, value in packing.items():
+        if (stored := within.get(name, value)) != value:
+            raise InputError(
+                f"{name} is {value}, but checkpoint {str(checkpoint.path)!r} stands within an epoch of {name} {shown(stored)}; "
+                "give that until the epoch's end, or start afresh with --overwrite true"
+            )
+
+
+def is_over(epoch: int, best_epoch: int, *, epochs: int, patience: int) -> bool:
+    """Whether a fit has nothing left to do: all epochs are done, or none has been better for too long."""
+    return epoch >= epochs or bool(patience and epoch - best_epoch >= patience)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands that is to go on.
+
+    Attributes:
+        checkpoint: the newest that is whole; None before the first.
+        steps_left: whether there is something left to fit.
+    """
+
+    checkpoint: Checkpoint | None
+    steps_left: bool
+
+    @classmethod
+    def of(cls, folder: RunFolder, config: Any) -> Standing:
+        """That of the run in a folder under a configuration with ``epochs`` and ``patience``.
+
+        Raises:
+            InputError: there are checkpoints, and all are damaged.
+        """
+        checkpoint = Checkpoints(folder.checkpoints).newest()
+        if checkpoint is None:
+            return cls(None, True)
+        checkpoint.check_progress({"epoch": (int,), "best_epoch": (int,), "within": (dict,)})
+        done, best = checkpoint.progress["epoch"], checkpoint.progress["best_epoch"]
+        return cls(checkpoint, not is_over(done, best, epochs=config.epochs, patience=config.patience))
+
+    def check(self, data: TaskData, backbone: Backbone, packing: Mapping[str, int]) -> None:
+        """Refuse to go on with other documents or another base, or within an epoch of other steps.
+
+        Raises:
+            InputError: as for `check_same` and `check_packing`.
+        """
+        if self.checkpoint is not None:
+            check_same(self.checkpoint.progress, data, backbone, what=f"checkpoint {str(self.checkpoint.path)!r}")
+            if self.steps_left:
+                check_packing(self.checkpoint, packing)
+
+    @property
+    def epochs(self) -> int:
+        """Those that are done."""
+        return 0 if self.checkpoint is None else self.checkpoint.progress["epoch"]
+
+
+def as_it_was(config: C, folder: RunFolder) -> C:
+    """The configuration that the run in a folder has, with the given one's say on where and how it is run."""
+    try:
+        stored = parse_config(type(config), ["--config", str(folder.path / CONFIG)])
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--config ")) from None
+    what = [
+        field.name
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+        if field.metadata["group"] != RUN or field.name == "precision"
+    ]
+    return dataclasses.replace(config, **{name: getattr(stored, name) for name in what})  # type: ignore[type-var]
