@@ -29,6 +29,7 @@ from bora_pyro.guides import map_guide
 from bora_pyro.loop import Loop, NonFiniteLossError
 from bora_pyro.model import BoRA
 from bora_pyro.processes import Processes, is_first
+from bora_pyro.resuming import is_over
 
 __all__ = ["FitStopped", "NonFiniteLossError", "fit"]
 
@@ -178,7 +179,7 @@ def fit(
             raise FitStopped(f"stopped after step {done} of {total}, in epoch {loop.epoch + 1}", fitted)
 
     loop.request = request
-    while loop.epoch < epochs and not (patience and loop.epoch - fitted.best_epoch >= patience):
+    while not is_over(loop.epoch, fitted.best_epoch, epochs=epochs, patience=patience):
         report = loop.run_epoch(on_step, on_request=act)
         if (perplexity := loop.keep_best()) is not None:
             report["validation_perplexity"] = perplexity

@@ -34,7 +34,7 @@ from bora_pyro.likelihoods import task_weight
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.processes import Processes, add_up_gradient
 from bora_pyro.processes import shares as share_out
-from bora_pyro.resuming import check_same, digests
+from bora_pyro.resuming import check_packing, check_same, digests
 from bora_pyro.task_rows import MANY_TASKS, set_up
 
 
@@ -111,6 +111,9 @@ class Loop:
                 place = Path(tempfile.gettempdir()) if folder is None else folder
                 self.state = DrawnTasks(model, guide, own=own, budget=budget, folder=place)
         self.steps_per_epoch = len(self._steps(0))
+        #: What the steps of an epoch depend on, and how many they are.
+        self.packing = {"token_budget": token_budget, "accumulate": accumulate, "seed": seed, "processes": self.processes.size}
+        self.packing["steps_per_epoch"] = self.steps_per_epoch
         self.total_steps = self.steps_per_epoch * epochs
         self.fitted = Fitted(model, guide, data.tasks, documents=data.train.documents_per_task)
         #: The steps that are done, and the epochs.
@@ -160,7 +163,7 @@ class Loop:
         """
         if not self.within:
             self.state.begin_epoch()
-            self.within = {"steps": 0, "totals": [0.0] * 4, "seconds": 0.0, "report": {}}
+            self.within = {**self.packing, "steps": 0, "totals": [0.0] * 4, "seconds": 0.0, "report": {}}
         within, steps = self.within, self._steps(self.epoch)
         report: dict[str, Any] = within["report"] | {"epoch": self.epoch + 1, "total": self.total_steps}
         totals, start = torch.tensor(within["totals"], dtype=torch.float64), time.perf_counter() - within["seconds"]
@@ -340,6 +343,7 @@ class Loop:
         """
         checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | _RECORD)
         check_same(checkpoint.progress, self.data, self.model.backbone, what=f"checkpoint {str(checkpoint.path)!r}")
+        check_packing(checkpoint, self.packing)
         with checkpoint.errors():
             if not all(isinstance(entry["training_tokens_per_second"], float | int) for entry in checkpoint.progress["history"]):
                 raise ValueError("its history has an epoch without a speed")

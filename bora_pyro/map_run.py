@@ -34,7 +34,8 @@ from bora_pyro.peft_format import save_peft
 from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
 from bora_pyro.processes import Processes, is_first, processes
 from bora_pyro.progress import Progress
-from bora_pyro.resuming import digests
+from bora_pyro.resuming import Standing, digests, say_nothing_is_left, take_up
+from bora_pyro.run_checks import stored_result
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.sharded_base import shard_base
 from bora_pyro.signals import StopSignals
@@ -82,12 +83,22 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume))
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
     check_packages(config.trackers)
+    standing = Standing()
     if config.resume:
         _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
+        config, standing = take_up(config)
     device, quiet = find_device(config.device), quiet or not is_first()
     process = resident_bytes(device)
     with processes(device) as team:
-        model, data = build_run(config, quiet=quiet, team=team)
+        model, data = build_run(config, quiet=quiet, team=team, split_record=standing.split)
+        packing = {name: getattr(config, name) for name in ("token_budget", "accumulate", "seed")} | {"processes": team.size}
+        standing.check(data, model.backbone, packing)
+        if not standing.steps_left:
+            if not quiet:
+                say_nothing_is_left(standing)
+            stored = stored_result(RunFolder(Path(config.output_dir)), data)
+            if stored is not None and standing.split is not None:
+                return {} if team.rank else stored
         memory = estimate_memory(
             model,
             data,
@@ -102,10 +113,12 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
             print(f"memory: {memory}", file=sys.stderr)
         rate = config.learning_rate * (float(config.tau) if config.scale_learning_rate_with_tau else 1.0)
         with (
-            team.first(lambda: _create_folder(config, data)) or RunFolder(Path(config.output_dir)) as folder,
+            team.first(lambda: _create_folder(config, data, standing)) or RunFolder(Path(config.output_dir)) as folder,
             start_tracking(config, folder, quiet=quiet) as tracking,
         ):
             options = {name: getattr(config, name) for name in FIT_OPTIONS} | {"learning_rate": rate, "processes": team}
+            if not standing.steps_left:
+                options["epochs"] = standing.epochs
             fitted = fit_into(folder, model, data, quiet=quiet, tracking=tracking, **options)
             if team.rank:
                 fitted.help_evaluate(data.test, team)
@@ -123,11 +136,14 @@ def resumes(output_dir: str, resume: bool | str) -> bool:
     return RunFolder.holds_run(output_dir) if resume == AUTO else bool(resume)
 
 
-def _create_folder(config: MapFitConfig, data: TaskData) -> RunFolder:
+def _create_folder(config: MapFitConfig, data: TaskData, standing: Standing) -> RunFolder:
     folder = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
-    # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
-    folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
-    folder.write_split(data.split_record)
+    folder.remove_metrics()
+    if standing.steps_left:
+        # how the run came to its folder is no part of it: read back, its configuration neither deletes nor resumes anything
+        folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
+    if standing.split is None:
+        folder.write_split(data.split_record)
     return folder
 
 

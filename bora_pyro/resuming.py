@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -92,29 +93,46 @@ def is_over(epoch: int, best_epoch: int, *, epochs: int, patience: int) -> bool:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands that is to go on.
+    """Where a run stands, which may have begun or not.
+
+        >>> Standing().steps_left
+        True
 
     Attributes:
         checkpoint: the newest that is whole; None before the first.
+        split: which documents are where; None where nothing has said it yet.
         steps_left: whether there is something left to fit.
     """
 
-    checkpoint: Checkpoint | None
-    steps_left: bool
+    checkpoint: Checkpoint | None = None
+    split: dict[str, Any] | None = None
+    steps_left: bool = True
 
     @classmethod
     def of(cls, folder: RunFolder, config: Any) -> Standing:
         """That of the run in a folder under a configuration with ``epochs`` and ``patience``.
 
         Raises:
-            InputError: there are checkpoints, and all are damaged.
+            InputError: there are checkpoints, and all are damaged; what the newest was fitted to cannot be told.
         """
         checkpoint = Checkpoints(folder.checkpoints).newest()
+        try:
+            split = folder.read_split()
+        except InputError as error:
+            # documents that are split anew are known by the checkpoint's digest
+            if checkpoint is not None and "data" not in checkpoint.progress:
+                raise InputError(f"{str(error).partition('; ')[0]}; start afresh with --overwrite true") from None
+            split = None
         if checkpoint is None:
-            return cls(None, True)
+            return cls(None, split)
         checkpoint.check_progress({"epoch": (int,), "best_epoch": (int,), "within": (dict,)})
         done, best = checkpoint.progress["epoch"], checkpoint.progress["best_epoch"]
-        return cls(checkpoint, not is_over(done, best, epochs=config.epochs, patience=config.patience))
+        return cls(checkpoint, split, not is_over(done, best, epochs=config.epochs, patience=config.patience))
+
+    @property
+    def epochs(self) -> int:
+        """Those that are done."""
+        return 0 if self.checkpoint is None else self.checkpoint.progress["epoch"]
 
     def check(self, data: TaskData, backbone: Backbone, packing: Mapping[str, int]) -> None:
         """Refuse to go on with other documents or another base, or within an epoch of other steps.
@@ -124,24 +142,34 @@ class Standing:
         """
         if self.checkpoint is not None:
             check_same(self.checkpoint.progress, data, backbone, what=f"checkpoint {str(self.checkpoint.path)!r}")
-            if self.steps_left:
-                check_packing(self.checkpoint, packing)
-
-    @property
-    def epochs(self) -> int:
-        """Those that are done."""
-        return 0 if self.checkpoint is None else self.checkpoint.progress["epoch"]
+            check_packing(self.checkpoint, packing)
 
 
-def as_it_was(config: C, folder: RunFolder) -> C:
-    """The configuration that the run in a folder has, with the given one's say on where and how it is run."""
+def take_up(config: C) -> tuple[C, Standing]:
+    """Where the run in ``config.output_dir`` stands, and the configuration to go on with.
+
+    Where nothing is left to fit, it is the run's own, but for where and how it is run: nothing that is given now was fitted so.
+
+    Raises:
+        InputError: as for `Standing.of`, or the run's configuration cannot be read.
+    """
+    folder = RunFolder.open(config.output_dir)  # type: ignore[attr-defined]
+    standing = Standing.of(folder, config)
+    if standing.steps_left:
+        return config, standing
     try:
         stored = parse_config(type(config), ["--config", str(folder.path / CONFIG)])
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
-    what = [
-        field.name
+    own = {
+        field.name: getattr(stored, field.name)
         for field in dataclasses.fields(config)  # type: ignore[arg-type]
         if field.metadata["group"] != RUN or field.name == "precision"
-    ]
-    return dataclasses.replace(config, **{name: getattr(stored, name) for name in what})  # type: ignore[type-var]
+    }
+    return dataclasses.replace(config, **own), standing  # type: ignore[type-var]
+
+
+def say_nothing_is_left(standing: Standing) -> None:
+    """Tell the user that options given now change nothing."""
+    done = "1 epoch is" if standing.epochs == 1 else f"{standing.epochs} epochs are"
+    print(f"note: nothing is left to fit: {done} done; config.yaml and the results stay as they are", file=sys.stderr)

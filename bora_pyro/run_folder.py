@@ -19,6 +19,7 @@ Nothing in it is pickled, and every file but the log is replaced in one piece, s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -42,6 +43,8 @@ from bora_pyro.whole_file import check_writable, replace_file, unusable, unwrita
 from bora_pyro.yaml_file import YamlError, dump_mapping, read_mapping
 
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
+#: By which a posterior knows the fit again around which it was made.
+SOURCE = "source.json"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
 #: The folders in which trackers keep their files.
 TRACKED = ("tensorboard", "wandb")
@@ -176,6 +179,14 @@ class RunFolder:
         text = dump_mapping(config)
         replace_file(self.path / FIT, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
+    def write_source(self, source: Mapping[str, Any]) -> None:
+        """Write ``source.json``: by which the fit is known again around which a posterior was fitted."""
+        self._write_json(SOURCE, source)
+
+    def read_source(self) -> dict[str, Any]:
+        """The mapping in ``source.json``; empty in the folder of an older posterior, and in that of any other fit."""
+        return self._read_json(SOURCE) if (self.path / SOURCE).exists() else {}
+
     def read_config(self, name: str = CONFIG) -> dict[str, Any]:
         """The mapping in ``config.yaml``, or in another YAML file of the run."""
         file = self.path / name
@@ -228,6 +239,13 @@ class RunFolder:
         """Write ``metrics.json``, which makes the run a finished one; NaN and infinity are written as null."""
         self._write_json(METRICS, metrics)
 
+    def remove_metrics(self) -> None:
+        """Delete ``metrics.json`` where there is one: a run that goes on is none that is finished."""
+        try:
+            (self.path / METRICS).unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(self.path / METRICS, error) from error
+
     def read_metrics(self) -> dict[str, Any]:
         """The mapping in ``metrics.json``; what is there of the names of :mod:`bora_pyro.run_record` is of their types."""
         if not (self.path / METRICS).is_file():
@@ -266,6 +284,15 @@ class RunFolder:
             raise _unreadable(file, error) from None
         found.pop(DIGEST, None)
         return found
+
+    def digest_of(self, name: str) -> str:
+        """The SHA-256 of ``<name>.safetensors`` as it lies there, as 64 hexadecimal digits."""
+        file = self._tensor_file(name)
+        try:
+            with file.open("rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(file, error) from None
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
@@ -313,7 +340,8 @@ class RunFolder:
         """The entries that no run wrote: all of them where ``config.yaml`` is not ours."""
         if not self._is_ours():
             return [name for name in names if not _is_temporary(name, (CONFIG,))]
-        ours = (CONFIG, FIT, LOG, METRICS, SPLIT, "posterior.safetensors", CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT, *TRACKED)
+        files = (CONFIG, FIT, SOURCE, LOG, METRICS, SPLIT, REPORT, "posterior.safetensors")
+        ours = (*files, CHECKPOINTS, ADAPTERS, DIAGNOSTICS, *TRACKED)
         return [n for n in names if not (n in ours or _is_temporary(n, ours))]
 
     def _foreign_within(self) -> list[str]:

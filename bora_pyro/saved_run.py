@@ -16,7 +16,6 @@ from where ``config.yaml`` says they are.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +40,13 @@ from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
 from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.priors.given import MEAN
 from bora_pyro.resuming import check_same
-from bora_pyro.run_folder import CONFIG, FIT, METRICS, RunFolder
+from bora_pyro.run_checks import check_data, read_metrics
+from bora_pyro.run_folder import CONFIG, FIT, RunFolder
 from bora_pyro.safetensors_file import not_a_number
 
 # What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, what a prior has learned, and the
 # tensors of a guide that is more than a point.
 _FIXED, _LEARNED, _GUIDE = "fixed.", "tau.", "guide."
-# What metrics.json must have for a run to be read back.
-_NEEDED = ("test_perplexity", "train_documents", "test_documents", "tasks")
-_NEEDED_OF_TASK = ("test_perplexity", "base_test_perplexity")
 
 
 @dataclass
@@ -108,7 +105,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
             base model with code that is not to run.
     """
     folder = RunFolder.open(path)
-    metrics = _read_metrics(folder)
+    metrics = read_metrics(folder)
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
     given = metadata.get("prior") == GIVEN
     config, posterior = _read_config(folder) if not given else (_read_adaptation(folder), None)
@@ -126,7 +123,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         model.prior.every = 0
         if posterior.tau != FIXED:
             sampled_tau(model, posterior.tau)
-    _check_data(folder, data, metrics, metadata)
+    check_data(folder, data, metrics, metadata)
     check_same(metadata, data, model.backbone, what=f"the posterior in {folder.path}", remedy="fit again")
     guide = _restored(folder, model, tensors, metadata["guide"])
     _check_model(folder, model, metadata)
@@ -141,13 +138,6 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         documents=data.train.documents_per_task,
     )
     return SavedRun(folder, config, fitted, data, metrics, posterior, adapted=given)
-
-
-def _read_metrics(folder: RunFolder) -> dict[str, Any]:
-    metrics = folder.read_metrics()
-    if missing := [name for name in _NEEDED if name not in metrics]:
-        raise InputError(f"{folder.path / METRICS} has no {missing[0]!r}; run the fit again with --resume true")
-    return metrics
 
 
 def _read_config(folder: RunFolder) -> tuple[MapFitConfig, PosteriorFitConfig | None]:
@@ -184,31 +174,6 @@ def _given(tensors: dict[str, Tensor]) -> Given:
     """The prior of new tasks, as their run folder has it."""
     means = {name.removeprefix(MEAN): value for name, value in tensors.items() if name.startswith(MEAN)}
     return Given(means, {name: tensors[f"{_LEARNED}{name}"] for name in means if f"{_LEARNED}{name}" in tensors})
-
-
-def _check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Refuse data that are not those of the fit, as far as a run can tell."""
-    found: dict[str, Any] = {"train_documents": data.train.num_documents, "test_documents": data.test.num_documents}
-    for name, number in found.items():
-        if number != metrics[name]:
-            raise InputError(
-                f"the run in {folder.path} had {metrics[name]} {name.replace('_', ' ')}, the data now give {number}; "
-                "use the documents of the fit, or fit again"
-            )
-    try:
-        tasks = json.loads(metadata["tasks"])
-    except (KeyError, ValueError, RecursionError):
-        tasks = None
-    if tasks != data.tasks:
-        raise InputError(f"the posterior in {folder.path} is of other tasks than its split.json; run the fit again")
-    rows = metrics["tasks"].values()
-    if [row["name"] for row in rows] != data.tasks:
-        raise InputError(f"{folder.path / METRICS} is of other tasks than split.json; run the fit again with --resume true")
-    for row in rows:
-        if missing := [name for name in _NEEDED_OF_TASK if name not in row]:
-            raise InputError(
-                f"{folder.path / METRICS} has no {missing[0]!r} of task {row['name']!r}; run the fit again with --resume true"
-            )
 
 
 def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> dict[str, Tensor]:

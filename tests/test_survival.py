@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bora_pyro import HierarchicalNormal, InputError, LearnedPrecision, fit
-from bora_pyro.checkpoint import Checkpoints
+from bora_pyro.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from bora_pyro.fit import FitStopped
 from bora_pyro.guides import normal_guide
 from bora_pyro.run_folder import RunFolder
@@ -75,6 +75,42 @@ def test_stopped_within_an_epoch_and_taken_up_again(tmp_path, prior, guide, draw
     assert without_times(resumed.history) == without_times(straight.history)
     for name, value in straight.sites().items():
         torch.testing.assert_close(resumed.sites()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["all tasks", "drawn tasks"])
+@pytest.mark.parametrize(("change", "message"), [
+    ({"token_budget": 24}, "token_budget is 24, but checkpoint .* stands within an epoch of token_budget 12; give that until"),
+    ({"accumulate": 2}, "accumulate is 2, but checkpoint .* stands within an epoch of accumulate 1; give that until"),
+    ({"seed": 3}, "seed is 3, but checkpoint .* stands within an epoch of seed 2; give that until"),
+])  # fmt: skip
+def test_the_steps_of_an_epoch_change_between_epochs_alone(tmp_path, change, message, drawn):
+    def whole(**more):
+        model, data, chosen = options(HierarchicalNormal(10.0), **{"task_subsampling": drawn, "checkpoints": tmp_path, **more})
+        return fit(model, data, **chosen)
+
+    seen = []
+    with pytest.raises(FitStopped):
+        whole(stop=lambda: len(seen) == 4, on_step=seen.append)
+    with pytest.raises(InputError, match=message) as caught:
+        whole(**change)
+    assert "\n" not in str(caught.value)
+    assert Checkpoints(tmp_path).newest().progress["within"]["steps"] == 5
+    whole(epochs=1)
+    changed = whole(**change)  # the first epoch is at its end
+    assert [entry["epoch"] for entry in changed.history] == [1, 2, 3]
+
+
+def test_a_checkpoint_that_is_older_than_what_it_says_of_its_steps(tmp_path):
+    model, data, chosen = options(HierarchicalNormal(10.0), checkpoints=tmp_path)
+    with pytest.raises(FitStopped):
+        fit(model, data, stop=lambda: True, **chosen)
+    [file] = tmp_path.iterdir()
+    groups, progress = load_checkpoint(file)
+    assert progress["within"].pop("steps_per_epoch") > 1
+    for name in ("token_budget", "accumulate", "seed", "processes"):
+        del progress["within"][name]
+    save_checkpoint(file, groups, progress)
+    assert len(fit(options(HierarchicalNormal(10.0))[0], data, **chosen).history) == 3
 
 
 def test_the_newest_are_kept_and_a_damaged_one_is_passed_over(tmp_path, caplog):

@@ -189,6 +189,11 @@ def load_tasks(
         record: dict[str, Any] = _first_tasks_of_record(split_record, num_tasks)
         parts = apply_split(table, record)
         left_out = names - set(record["tasks"])
+        if small_tasks == "drop" and split_column is None and not new_tasks:
+            large, dropped = drop_small_tasks(table, small_tasks=small_tasks)
+            if (small := names - set(large["task"][:])) <= left_out:
+                notes += dropped  # as they were when the record was made
+                left_out -= small
         if left_out and num_tasks is None:
             noun = "1 task" if len(left_out) == 1 else f"{len(left_out)} tasks"
             were = "was" if len(left_out) == 1 else "were"
