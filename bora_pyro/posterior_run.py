@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuide
 
 from bora_pyro.adapter_folders import adapter_folders
 from bora_pyro.calibration import calibration
+from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES, make_parameters
@@ -32,9 +33,14 @@ from bora_pyro.map_run import (
 from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
 from bora_pyro.predictive import predictive
-from bora_pyro.run_folder import FIT, RunFolder
+from bora_pyro.resuming import Standing, fitted_options, say_nothing_is_left, take_up
+from bora_pyro.run_checks import stored_result
+from bora_pyro.run_folder import CONFIG, FIT, SPLIT, RunFolder
 from bora_pyro.saved_run import SavedRun, load_run, sampled_tau
 from bora_pyro.trackers import Tracking, check_packages
+
+#: In the record of a posterior's source: the digest of the MAP's sites.
+POSTERIOR = "posterior_sha256"
 
 
 def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -58,16 +64,35 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
     config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume))
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
     check_packages(config.trackers)
+    standing = Standing()
     if config.resume:
         _check_same_posterior(config, RunFolder.open(config.output_dir))
+        config, standing = take_up(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    source = run.folder.digest_of("posterior")
+    if standing.checkpoint is not None:
+        _check_same_source(config, run, source, standing)
+        packing = {"token_budget": _token_budget(config, run), "accumulate": config.accumulate, "seed": config.seed}
+        standing.check(run.data, run.fitted.model.backbone, packing)
+    if not standing.steps_left:
+        if not quiet:
+            say_nothing_is_left(standing)
+        stored = stored_result(RunFolder(Path(config.output_dir)), run.data)
+        if stored is not None and standing.split is not None:
+            return stored
+        config = dataclasses.replace(config, epochs=standing.epochs)
     guide = _guide(config, run)
     with RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume)) as folder:
-        folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
-        folder.write_fit(run.folder.read_config())
-        folder.write_split(run.folder.read_split())
+        folder.remove_metrics()
+        if standing.steps_left:
+            folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
+        if standing.checkpoint is None:
+            folder.write_fit(run.folder.read_config())
+            folder.write_source({POSTERIOR: source})
+        if standing.checkpoint is None or standing.split is None:
+            folder.write_split(run.folder.read_split())
         with start_tracking(config, folder, quiet=quiet) as tracking:
             fitted = _fit(config, run, guide, folder, tracking, quiet=quiet)
             metrics = _finish(config, run, fitted, folder, quiet=quiet)
@@ -103,6 +128,27 @@ def _check_same_posterior(config: PosteriorFitConfig, folder: RunFolder) -> None
             )
 
 
+def _check_same_source(config: PosteriorFitConfig, run: SavedRun, source: str, standing: Standing) -> None:
+    """Refuse to go on around another MAP fit, which has taken the place of the one that the posterior began from."""
+    folder = RunFolder(Path(config.output_dir))
+    then, now = folder.read_config(FIT), run.folder.read_config()
+    same = {
+        CONFIG: all(then.get(name) == now.get(name) for name in fitted_options(MapFitConfig)),
+        SPLIT: standing.split in (None, run.folder.read_split()),
+        # older posteriors do not say which one it was
+        "posterior.safetensors": folder.read_source().get(POSTERIOR, source) == source,
+    }
+    if other := [name for name, is_same in same.items() if not is_same]:
+        raise InputError(
+            f"{run.folder.path / other[0]} is not what the posterior in {config.output_dir} began from, for the run was fitted "
+            "again; give another --output_dir, or start afresh with --overwrite true"
+        )
+
+
+def _token_budget(config: PosteriorFitConfig, run: SavedRun) -> int:
+    return run.config.token_budget if config.token_budget is None else config.token_budget
+
+
 def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
     """The guide at the MAP, with its tensors made."""
     model, sites = run.fitted.model, run.fitted.sites()
@@ -131,9 +177,7 @@ def _fit(
 ) -> Fitted:
     if not [*guide.parameters()]:
         return Fitted(run.fitted.model, guide, run.data.tasks, validation_perplexity=run.fitted.validation_perplexity)
-    options = {name: getattr(config, name) for name in FIT_OPTIONS}
-    if config.token_budget is None:
-        options["token_budget"] = run.config.token_budget
+    options = {name: getattr(config, name) for name in FIT_OPTIONS} | {"token_budget": _token_budget(config, run)}
     options |= {"learning_rate": config.learning_rate, "temperature": config.temperature, "guide": guide}
     return fit_into(folder, run.fitted.model, run.data, quiet=quiet, tracking=tracking, **options)
 

@@ -161,12 +161,14 @@ def take_up(config: C) -> tuple[C, Standing]:
         stored = parse_config(type(config), ["--config", str(folder.path / CONFIG)])
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
-    own = {
-        field.name: getattr(stored, field.name)
-        for field in dataclasses.fields(config)  # type: ignore[arg-type]
-        if field.metadata["group"] != RUN or field.name == "precision"
-    }
+    own = {name: getattr(stored, name) for name in fitted_options(type(config))}
     return dataclasses.replace(config, **own), standing  # type: ignore[type-var]
+
+
+def fitted_options(kind: type) -> list[str]:
+    """The options of a configuration that say what is fitted, and not where and how it is run."""
+    fields = dataclasses.fields(kind)
+    return [field.name for field in fields if field.metadata["group"] != RUN or field.name == "precision"]
 
 
 def say_nothing_is_left(standing: Standing) -> None:
