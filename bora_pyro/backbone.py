@@ -11,7 +11,6 @@ a kind of layer, stacked over the depth of the model). While it runs, a callable
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import sys
@@ -33,6 +32,7 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.short_attention import use_short_attention
 from bora_pyro.slots import Slot, find_slots, linear_modules, linear_shape
 from bora_pyro.token_loss import UnprojectedLogits
+from bora_pyro.weights_digest import weights_digest
 
 BUILTIN_BASES = {"builtin:nano": Path(__file__).parent / "assets" / "nano"}
 
@@ -43,9 +43,6 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 #: The largest output of a layer on CPUs: half of glibc's largest threshold above which memory is mapped.
 PASS_BYTES = 2**24
-
-# Numbers of each weight of which a base's digest is taken.
-_SAMPLE = 4096
 
 #: ``change(slot, layer, x, output)``: the changed output of one linear layer, (rows, tokens, out_features), given its input,
 #: (rows, tokens, in_features), and its own output, both on the device of the layer; so is the result.
@@ -218,21 +215,8 @@ class Backbone:
 
     @cached_property
     def digest(self) -> str | None:
-        """By which a run knows its base again: the SHA-256 of some numbers of each weight, rounded to bfloat16.
-
-            >>> Backbone.from_pretrained("builtin:nano").digest == Backbone.from_pretrained(
-            ...     "builtin:nano", precision=torch.bfloat16
-            ... ).digest
-            True
-
-        So it is that of the base's file, whatever the precision and the device, and whatever a version of transformers calls
-        the weights. None where the weights have no such numbers: those that wait on a disk, and those of quantised layers,
-        which depend on the device that has quantised them, as does how biases are rounded beside them.
-        """
-        weights = [parameter.detach() for parameter in self.model.parameters()]
-        if getattr(self.model, "is_quantized", False) or any(weight.is_meta for weight in weights):
-            return None
-        return hashlib.sha256(b"".join(sorted(map(_sample_digest, weights)))).hexdigest()
+        """By which a run knows its base again, as `weights_digest` gives it; None where there is no such thing."""
+        return weights_digest(self.model)
 
     @cached_property
     def ends_with_head(self) -> bool:
@@ -361,13 +345,6 @@ def _require(option: str, value: object, packages: Sequence[str], *, extra: str)
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"{option} {value!r} needs {package}, which is not installed; pip install 'bora_pyro[{extra}]'")
-
-
-def _sample_digest(weight: Tensor) -> bytes:
-    flat = weight.reshape(-1)
-    # an odd stride, so that it does not stay in one column of a matrix
-    sample = flat[:: flat.numel() // _SAMPLE | 1].to(torch.bfloat16).cpu().contiguous()
-    return hashlib.sha256(f"{[*weight.shape]}".encode() + sample.view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _hook(change: Change, slot: Slot, layer: int, rows: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
