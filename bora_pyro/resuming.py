@@ -174,4 +174,7 @@ def fitted_options(kind: type) -> list[str]:
 def say_nothing_is_left(standing: Standing) -> None:
     """Tell the user that options given now change nothing."""
     done = "1 epoch is" if standing.epochs == 1 else f"{standing.epochs} epochs are"
-    print(f"note: nothing is left to fit: {done} done; config.yaml and the results stay as they are", file=sys.stderr)
+    print(
+        f"note: nothing is left to fit: {done} done; what was fitted stays as it is, with the options of its config.yaml",
+        file=sys.stderr,
+    )

@@ -245,7 +245,7 @@ def _check_shapes(folder: RunFolder, expected: dict[str, Tensor], found: dict[st
     for name, value in expected.items():
         if found[name].shape != value.shape:
             raise InputError(f"{what} has {name!r} of shape {tuple(found[name].shape)}, expected {tuple(value.shape)}; {remedy}")
-        if found[name].is_floating_point() != value.is_floating_point():
+        if found[name].dtype != value.dtype:
             given, expected_type = (str(tensor.dtype).removeprefix("torch.") for tensor in (found[name], value))
             raise InputError(f"{what} has {name!r} of type {given}, expected {expected_type}; {remedy}")
         if problem := not_a_number(found[name]):

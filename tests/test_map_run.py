@@ -412,7 +412,10 @@ def test_with_nothing_left_a_run_says_what_it_was(main, inputs, tmp_path, capsys
     options = {**inputs, "output_dir": folder.path, "resume": "true", "learning_rate": 0.5, "token_budget": 128}
     assert main(line({**options, "epochs": 2, "precision": "bfloat16"})) == 0
     said = capsys.readouterr()
-    assert "note: nothing is left to fit: 3 epochs are done; config.yaml and the results stay as they are" in said.err
+    assert (
+        "note: nothing is left to fit: 3 epochs are done; what was fitted stays as it is, with the options of its config.yaml"
+        in said.err
+    )
     assert f"{json.loads(before[folder.path / 'metrics.json'])['test_perplexity']:,.2f}" in said.out
     assert files_of(folder.path) == before
     # a result that is lost is made again, and is that of the options that it was fitted with

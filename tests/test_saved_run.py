@@ -273,6 +273,10 @@ DAMAGES = {
         change_tensors(lambda tensors: tensors | {SITE: tensors[SITE].long()}),
         f"the posterior in {{run}} has {SITE!r} of type int64, expected float32; *",
     ),
+    "numbers of twice the length": (
+        change_tensors(lambda tensors: tensors | {SITE: tensors[SITE].double()}),
+        f"the posterior in {{run}} has {SITE!r} of type float64, expected float32; *",
+    ),
     "a site gone": (
         change_tensors(lambda tensors: {name: value for name, value in tensors.items() if name != SITE}),
         f"the posterior in {{run}} has no {SITE!r}, which its config.yaml asks for; *",
