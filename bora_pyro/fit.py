@@ -23,7 +23,7 @@ from pyro.infer.autoguide import AutoGuide
 from bora_pyro.checkpoint import Checkpoints
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
-from bora_pyro.fit_state import draws_tasks
+from bora_pyro.fit_state import as_before
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import map_guide
 from bora_pyro.loop import Loop, NonFiniteLossError
@@ -131,13 +131,8 @@ def fit(
     newest = None if store is None else store.newest()
     if store is not None and newest is not None and store.notes and is_first():
         _log.warning("%s; going on from %s", "; ".join(store.notes), newest.path.name)
-    if task_subsampling is None and newest is not None:
-        task_subsampling = draws_tasks(newest)
-        if not task_subsampling and processes is not None and processes.size > 1:
-            raise InputError(
-                f"checkpoint {str(newest.path)!r} is of one process that moves all tasks in every step; go on with it in one "
-                "process, or start afresh with --overwrite true"
-            )
+    if newest is not None:
+        task_subsampling = as_before(newest, task_subsampling, processes=1 if processes is None else processes.size)
     loop = Loop(
         model,
         data,

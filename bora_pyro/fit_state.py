@@ -273,6 +273,28 @@ def draws_tasks(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.shapes("count"))
 
 
+def as_before(checkpoint: Checkpoint, task_subsampling: bool | None, *, processes: int = 1) -> bool:
+    """Whether the fit that a checkpoint is of draws tasks, and so the one that goes on from it.
+
+    Args:
+        checkpoint: of the fit.
+        task_subsampling: what is asked for; None: as it was.
+        processes: that go on with it.
+
+    Raises:
+        InputError: the other is asked for, or several processes are to go on with a fit that does not.
+    """
+    drawn = draws_tasks(checkpoint)
+    if task_subsampling is not None:
+        _check_kind(checkpoint, drawn=task_subsampling)
+    elif not drawn and processes > 1:
+        raise InputError(
+            f"checkpoint {str(checkpoint.path)!r} is of one process that moves all tasks in every step; go on with it in one "
+            "process, or start afresh with --overwrite true"
+        )
+    return drawn
+
+
 def _check_kind(checkpoint: Checkpoint, *, drawn: bool) -> None:
     if draws_tasks(checkpoint) != drawn:
         raise InputError(

@@ -91,8 +91,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     process = resident_bytes(device)
     with processes(device) as team:
         model, data = build_run(config, quiet=quiet, team=team, split_record=standing.split)
-        packing = {name: getattr(config, name) for name in ("token_budget", "accumulate", "seed")} | {"processes": team.size}
-        standing.check(data, model.backbone, packing)
+        standing.check(data, model.backbone, config, processes=team.size)
         if not standing.steps_left:
             if not quiet:
                 say_nothing_is_left(standing)

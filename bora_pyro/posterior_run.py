@@ -74,8 +74,8 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
     source = run.folder.digest_of("posterior")
     if standing.checkpoint is not None:
         _check_same_source(config, run, source, standing)
-        packing = {"token_budget": _token_budget(config, run), "accumulate": config.accumulate, "seed": config.seed}
-        standing.check(run.data, run.fitted.model.backbone, packing)
+        own = dataclasses.replace(config, token_budget=_token_budget(config, run))
+        standing.check(run.data, run.fitted.model.backbone, own)
     if not standing.steps_left:
         if not quiet:
             say_nothing_is_left(standing)

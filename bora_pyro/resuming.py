@@ -25,6 +25,7 @@ from bora_pyro.command_line import parse_config
 from bora_pyro.config import RUN
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError, shown
+from bora_pyro.fit_state import as_before
 from bora_pyro.run_folder import CONFIG, RunFolder
 
 C = TypeVar("C")
@@ -134,13 +135,21 @@ class Standing:
         """Those that are done."""
         return 0 if self.checkpoint is None else self.checkpoint.progress["epoch"]
 
-    def check(self, data: TaskData, backbone: Backbone, packing: Mapping[str, int]) -> None:
-        """Refuse to go on with other documents or another base, or within an epoch of other steps.
+    def check(self, data: TaskData, backbone: Backbone, config: Any, *, processes: int = 1) -> None:
+        """Refuse to go on with other documents or another base, within an epoch of other steps, or with tasks drawn otherwise.
+
+        Args:
+            data: the documents as they are now.
+            backbone: the base as it is now.
+            config: with ``token_budget``, ``accumulate``, ``seed`` and ``task_subsampling``.
+            processes: that go on with it.
 
         Raises:
-            InputError: as for `check_same` and `check_packing`.
+            InputError: as for `check_same`, `check_packing` and `as_before`.
         """
         if self.checkpoint is not None:
+            packing = {name: getattr(config, name) for name in ("token_budget", "accumulate", "seed")} | {"processes": processes}
+            as_before(self.checkpoint, config.task_subsampling, processes=processes)
             check_same(self.checkpoint.progress, data, backbone, what=f"checkpoint {str(self.checkpoint.path)!r}")
             check_packing(self.checkpoint, packing)
 

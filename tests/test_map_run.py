@@ -455,6 +455,12 @@ def test_batches_of_another_size_wait_for_the_next_epoch(main, inputs, tmp_path,
     assert len(steps) == 2
 
 
+def test_tasks_that_were_not_drawn_are_not_drawn_later(main, inputs, tmp_path, capsys):
+    run(main, inputs, tmp_path / "run", epochs=1)
+    error = refused(main, {**inputs, "output_dir": tmp_path / "run"}, capsys, task_subsampling="true")
+    assert "is of a fit with task_subsampling false; give that, or start afresh" in error
+
+
 # What a person sees
 
 
