@@ -107,7 +107,8 @@ def readers(folder: Path) -> list[Reader]:
         _of(run / "metrics.json", "run: metrics", "json", lambda _: rows_of_run(run), 5),
         _of(run / "metrics.jsonl", "run: log", "jsonl", lambda _: RunFolder(run).read_log(), 8),
         _of(run / "split.json", "run: split", "json", lambda _: apply_split(split_of, RunFolder(run).read_split()), 8),
-        _of(run / "posterior.safetensors", "run: posterior", "safetensors", tensors, 10),
+        _of(run / "posterior.safetensors", "run: posterior", "safetensors", tensors, 2),
+        _of(run / "posterior.safetensors", "run: posterior, signed", "safetensors", lambda file: tensors(signed(file)), 8),
         _of(adapter / "adapter_model.safetensors", "adapter", "safetensors", lambda _: load_peft(adapter, model), 8),
         _of(adapter / "adapter_config.json", "adapter: config", "json", lambda _: load_peft(adapter, model), 4),
         _of(newest, "run: checkpoint", "safetensors", lambda file: loop.load(Checkpoint(file)), 2),
@@ -117,10 +118,15 @@ def readers(folder: Path) -> list[Reader]:
         ("config.yaml", "yaml"),
         ("metrics.json", "json"),
         ("split.json", "json"),
-        ("posterior.safetensors", "safetensors"),
     ):
         found.append(_of(run / name, f"whole run: {name}", form, lambda _: load_run(run, device="cpu"), 0.1))
-    return found
+    posterior = run / "posterior.safetensors"
+
+    def whole_run(file: Path) -> None:
+        signed(file)
+        load_run(run, device="cpu")
+
+    return [*found, _of(posterior, "whole run: posterior.safetensors, signed", "safetensors", whole_run, 0.1)]
 
 
 def _of(file: Path, name: str, form: str, read: Callable[[Path], object], share: float) -> Reader:
