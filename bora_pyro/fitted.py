@@ -112,11 +112,17 @@ class Fitted:
         return torch.stack(norms)
 
     def tau(self) -> float:
-        """τ; where it differs between groups of weights, the geometric mean over all entries of a task's adapter."""
+        """τ; where it differs between groups of weights, the geometric mean over the entries of a task's own adapter.
+
+        What all tasks share, and has an infinite τ, is left out, unless that is all there is.
+        """
         starts, sites = self.model.starts, self.sites()
-        entries = sum(start.numel() for start in starts.values())
-        logs = (self.model.prior.precision(name, start, sites).log().mean() * start.numel() for name, start in starts.items())
-        return math.exp(float(sum(logs)) / entries)
+        taus = {name: self.model.prior.precision(name, start, sites) for name, start in starts.items()}
+        own = [name for name, tau in taus.items() if not bool(tau.isinf().all())]
+        if not own:
+            return math.inf
+        logs = sum(float(taus[name].log().mean()) * starts[name].numel() for name in own)
+        return math.exp(logs / sum(starts[name].numel() for name in own))
 
     def tau_by_group(self, sites: dict[str, Tensor] | None = None) -> dict[str, Any]:
         """τ of each latent: a number, or a list over layers or tasks where it differs there; ``sites`` are the guide's own."""

@@ -260,8 +260,12 @@ class Loop:
         self.model.prior.learn(_joined(deviations), _joined(gradients), torch.cat(tasks), add_up=self.processes.add_up)
 
     def _tau(self) -> dict[str, Any]:
-        """τ by latent as a path of it is kept: where more than a few tasks have one each, the geometric mean."""
+        """τ by latent as a path of it is kept: where more than a few tasks have one each, the geometric mean.
+
+        What all tasks share has an infinite τ, and no path.
+        """
         tau = self.fitted.tau_by_group(self.state.sites())
+        tau = {name: value for name, value in tau.items() if value != math.inf}
         many = {name: value for name, value in tau.items() if isinstance(value, list) and len(value) > MANY_TASKS}
         return tau | {name: math.exp(sum(map(math.log, value)) / len(value)) for name, value in many.items()}
 

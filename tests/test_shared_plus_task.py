@@ -11,11 +11,14 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
-from bora_pyro import HierarchicalNormal, Independent, LoRA, Pooled, fit, map_guide, save_peft
+from bora_pyro import HierarchicalNormal, Independent, LearnedPrecision, LoRA, Pooled, fit, map_guide, save_peft
 from bora_pyro.adapters import SharedPlusTaskLoRA
+from bora_pyro.map_run import _newest_tau
 from bora_pyro.priors import HierarchicalNorm, with_shared
+from bora_pyro.saved_run import load_run
 from bora_pyro.slots import Slot
 from tests.tiny import TASKS, loaded_peft, of_task, random_ids, random_weights, tiny_batch, tiny_bora, tiny_data, tiny_model
+from tests.tiny_base import line, quick_fit, script_main
 
 SLOT = Slot("q_proj", ("a.q_proj",), 16, 24)
 PRIORS = [HierarchicalNormal(tau=10), HierarchicalNorm(tau=10, form="centered"), Independent(), Pooled()]
@@ -88,6 +91,32 @@ def test_a_fit_shares_the_shared_pair_and_nothing_else():
         assert not torch.equal(mean[name], model.starts[name])
     own = torch.stack([(theta[n] - mean[n]).flatten(1).square().sum(1) for n in theta if ".lora_" in n]).sum(0).sqrt()
     torch.testing.assert_close(fitted.deviation_norms(), own)
+
+
+def test_tau_is_that_of_what_tasks_have_of_their_own():
+    model = shared_bora(LearnedPrecision(start=10.0, every=1))
+    fitted = fit(model, tiny_data(), epochs=2, learning_rate=0.03, token_budget=16, patience=0)
+    by_group = fitted.tau_by_group()
+    own = {name: tau for name, tau in by_group.items() if ".lora_" in name}
+    assert {tau for name, tau in by_group.items() if name not in own} == {math.inf}
+    sizes = {name: model.starts[name].numel() for name in own}
+    mean = sum(sizes[name] * math.log(tau) for name, tau in own.items()) / sum(sizes.values())
+    assert fitted.tau() == pytest.approx(math.exp(mean), rel=1e-5)
+    path = [point["tau"] for epoch in fitted.history for point in epoch["tau_path"]]
+    assert all(point.keys() == own.keys() for point in path)
+    # the best state's, and the newest
+    assert _newest_tau(model, fitted.history[-1]) == pytest.approx(fitted.tau(), rel=1e-5)
+    assert fit(shared_bora(Pooled()), tiny_data(), epochs=1).tau() == math.inf
+
+
+def test_a_learned_tau_and_a_posterior_around_it_by_the_commands(tmp_path, capsys):
+    options = quick_fit(tmp_path) | {"adapter": "lora_shared_plus_task", "epochs": 1, "output_dir": tmp_path / "run"}
+    assert script_main()(line(options)) == 0
+    tau = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["tau"]
+    assert f"learned τ: {float(format(tau, '.3g')):g} (geometric mean" in capsys.readouterr().out
+    words = [str(tmp_path / "run"), *line({"epochs": 1, "draws": 2, "output_dir": tmp_path / "posterior"})]
+    assert script_main("posterior_fit")(words) == 0
+    assert load_run(tmp_path / "posterior").fitted.tau() == pytest.approx(tau, rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["opt-350m", "gpt2"])
