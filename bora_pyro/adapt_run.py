@@ -53,13 +53,15 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "token_budget", "scale", "seed")}
     fitted = adapt(run.fitted, data, **options)
     metrics = metrics_of(dataclasses.replace(run.config, learning_rate=config.learning_rate, seed=config.seed), fitted, data)
+    # of the prior that the tasks have had: the configuration knows neither a τ of a posterior nor that of a task among others
+    metrics |= {"tau": fitted.tau(), "tau_by_group": fitted.tau_by_group(), "guide": config.guide}
     with RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=None) as folder:
         folder.write_config(dataclasses.asdict(config) | {"overwrite": False})
         folder.write_fit(dataclasses.asdict(run.config))
         folder.write_split(data.split_record)
         write_adapters(folder, fitted, run.config.base_model)
         write_posterior(folder, fitted, data, config.guide, prior=GIVEN)
-        folder.write_metrics(metrics | {"guide": config.guide})
+        folder.write_metrics(metrics)
     return metrics
 
 

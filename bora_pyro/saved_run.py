@@ -16,6 +16,7 @@ from where ``config.yaml`` says they are.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,7 @@ def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: 
         trace = prune_subsample_sites(poutine.trace(model.weights).get_trace())
         own = {name: value for name, value in model.prior.state().items() if _group(name) == _LEARNED}
         _check_shapes(folder, {f"{_FIXED}{name}": value for name, value in model.fixed.items()}, fixed)
-        _check_shapes(folder, own, learned)
+        _check_shapes(folder, own, _finite_where_shared(learned) if isinstance(model.prior, Given) else learned)
         _check_shapes(folder, {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}, sites)
         _check_values(folder, model, trace, learned | sites)
         model.fixed |= {name.removeprefix(_FIXED): value for name, value in fixed.items()}
@@ -227,6 +228,14 @@ def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: 
             _check_shapes(folder, {f"{_GUIDE}{name}": value for name, value in guide.state_dict().items()}, state)
             guide.load_state_dict({name.removeprefix(_GUIDE): value for name, value in state.items()})
     return guide
+
+
+def _finite_where_shared(learned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a given prior has, as finite as what is learned: the τ of latents that tasks share is infinite, and rightly so."""
+    return {
+        name: value if name.startswith(MEAN) or not value.is_floating_point() else value.masked_fill(value == math.inf, 1.0)
+        for name, value in learned.items()
+    }
 
 
 def _group(name: str) -> str:

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from pyro import poutine
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from bora_pyro import (
     Backbone,
@@ -27,7 +28,9 @@ from bora_pyro import (
     load_tasks,
 )
 from bora_pyro.adapt import ALLOWED, given_model
-from bora_pyro.adapters import SharedPlusTaskLoRA
+from bora_pyro.adapt_config import AdaptConfig
+from bora_pyro.adapt_run import run_adapt
+from bora_pyro.adapters import ADAPTERS, SharedPlusTaskLoRA
 from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.saved_run import load_run
 from tests.linear_gaussian import COUNTS, SHAPE, LinearGaussian
@@ -212,6 +215,52 @@ def test_from_run_folder_to_run_folder(finished, tmp_path, capsys, guide):
     )
     if guide == "normal":
         assert found.posterior().deviation_scales().shape == (1,)
+
+
+FITTED = {
+    "learned": {},
+    "learned by task": {"tau_per": "task", "tau_start": 50},
+    "centered": {"tau": 30, "prior_form": "centered"},
+    "independent": {"tau": 0, "learning_rate": 0.003},
+    "norm": {"tau": 500, "penalty": "norm"},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("prior", FITTED)
+def test_every_adapter_and_prior_comes_back_from_its_folder(inputs, tmp_path, adapter, prior):
+    options = inputs | {"epochs": 1, "adapter": adapter, "targets": "v_proj", "max_train_documents": 2, "max_eval_documents": 1}
+    fitted = load_run(map_run(options | FITTED[prior] | {"output_dir": tmp_path / "run"})).fitted
+    data = write_table(tmp_path / "new.csv", documents(("Cleo",), number=2).assign(task="Dora"))
+    config = AdaptConfig(run=str(tmp_path / "run"), data=data, steps=1, output_dir=str(tmp_path / "new"), learning_rate=0.1)
+    metrics = run_adapt(config, quiet=True)
+    found = load_run(tmp_path / "new")
+    [norm] = found.fitted.deviation_norms().tolist()
+    assert norm == pytest.approx(metrics["tasks"]["dora"]["deviation_norm"], rel=1e-5)
+    assert norm > 0
+    # τ of what all share is infinite, and no part of the mean
+    assert metrics["tau"] == found.fitted.tau() == pytest.approx(fitted.tau(), rel=1e-5)
+    assert math.isfinite(metrics["tau"])
+    written = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert written["tau"] == metrics["tau"]
+    assert {name for name, tau in written["tau_by_group"].items() if tau is None} == {
+        name for name in fitted.model.starts if name.rpartition(".")[-1] in fitted.model.adapter.shared
+    }
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, -1.0])
+def test_a_given_tau_is_no_other_than_a_prior_can_have(finished, tmp_path, value):
+    data = write_table(tmp_path / "new.csv", documents(("Cleo",), number=2))
+    run_adapt(AdaptConfig(run=str(finished), data=data, steps=1, output_dir=str(tmp_path / "new")), quiet=True)
+    file = tmp_path / "new" / "posterior.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    name = next(name for name in tensors if name.startswith("tau.") and not name.startswith("tau.mean."))
+    save_file(tensors | {name: torch.full_like(tensors[name], value)}, file, metadata)
+    with pytest.raises(InputError) as caught:
+        load_run(tmp_path / "new")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
             f"base {number_text(bits, 3)}" if bits else "",
         )
     if metrics.get("tau") is not None:
-        yield Number("precision τ", short_number(float(metrics["tau"])), _about_tau(metrics))
+        yield Number("precision τ", short_number(float(metrics["tau"])), _about_tau(metrics, kind))
     documents = f"{metrics.get('train_documents') or 0:,} training, {metrics.get('test_documents') or 0:,} test documents"
     yield Number("tasks", f"{len(tasks):,}", documents)
     if metrics.get("fit_seconds") is not None:
@@ -206,7 +206,9 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         yield Number("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB", note)
 
 
-def _about_tau(metrics: Mapping[str, Any]) -> str:
+def _about_tau(metrics: Mapping[str, Any], kind: str) -> str:
+    if kind == "adaptation":
+        return "of the fit; geometric mean"
     if "tau_by_group" in metrics:
         return "learned; geometric mean"
     tau = float(metrics["tau"])
@@ -273,7 +275,7 @@ def _tables_of_learning(history: list[dict[str, Any]], metrics: Mapping[str, Any
             deviation = None if tau is None else Cell(f"{tau**-0.5:.3g}", tau**-0.5)
             rows.append([group, text, deviation])
         columns = [Column("group"), Column("precision τ", number=True), Column("standard deviation 1/√τ", number=True)]
-        yield Table("The learned prior: how far a task's entry may lie from Θ, by kind of layer and factor", columns, rows)
+        yield Table("The prior: how far a task's entry may lie from Θ, by kind of layer and factor", columns, rows)
     if history:
         yield Folded(
             f"{len(history)} epoch{'s' * (len(history) != 1)} in numbers",
