@@ -71,6 +71,11 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    if run.adapted:
+        raise InputError(
+            f"the run in {config.run} is of new tasks that were adapted from another fit; for a posterior of theirs adapt with "
+            "--guide normal instead, as in scripts/adapt.py RUN --data new.csv --guide normal"
+        )
     source = run.folder.digest_of("posterior")
     if standing.checkpoint is not None:
         _check_same_source(config, run, source, standing)

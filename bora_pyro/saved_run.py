@@ -80,10 +80,12 @@ class SavedRun:
             InputError: the run is a point estimate.
         """
         if isinstance(self.fitted.guide, AutoDelta):
-            raise InputError(
-                f"the run in {self.folder.path} is a point estimate and has no posterior; fit one around it with "
-                f"scripts/posterior_fit.py {self.folder.path}"
+            how = (
+                "adapt with --guide normal"
+                if self.adapted
+                else f"fit one around it with scripts/posterior_fit.py {self.folder.path}"
             )
+            raise InputError(f"the run in {self.folder.path} is a point estimate and has no posterior; {how}")
         return Posterior(self.fitted, seed=seed)
 
     @property

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from bora_pyro import InputError
+from bora_pyro.adapt_config import AdaptConfig
+from bora_pyro.adapt_run import run_adapt
 from bora_pyro.config import MapFitConfig
 from bora_pyro.guides import GUIDES
 from bora_pyro.loop import Loop
@@ -319,6 +321,18 @@ def test_a_posterior_of_a_posterior(tmp_path, map_run):
     posterior_fit(map_run, tmp_path / "first")
     with pytest.raises(InputError, match=r"is a posterior already; give the MAP fit"):
         posterior_fit(tmp_path / "first", tmp_path / "second")
+
+
+def test_a_posterior_of_new_tasks_is_made_as_they_are_adapted(tmp_path, map_run, main, capsys):
+    data = tiny_base.write_table(tmp_path / "new.csv", tiny_base.documents(("Dora",), number=2))
+    run_adapt(AdaptConfig(run=str(map_run), data=data, steps=1, output_dir=str(tmp_path / "new")), quiet=True)
+    with pytest.raises(InputError, match=r"is a point estimate and has no posterior; adapt with --guide normal$"):
+        load_run(tmp_path / "new").posterior()
+    capsys.readouterr()
+    assert main([str(tmp_path / "new"), "--output_dir", str(tmp_path / "out")]) == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert "adapted from another fit; for a posterior of theirs adapt with --guide normal instead" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_point_estimate_has_no_posterior(map_run):
