@@ -39,11 +39,17 @@ def task_weight(likelihood: Likelihood, task: Tensor) -> Tensor:
     return torch.ones(len(task), device=task.device) if weights is None else weights.to(task.device)[task]
 
 
-def without_task_weights(likelihood: Likelihood) -> Likelihood:
-    """The same likelihood for other tasks, all of which count alike."""
+def with_task_weights(likelihood: Likelihood, weights: Tensor | None) -> Likelihood:
+    """The same likelihood for other tasks, with a weight (D,) of each; None: all count alike.
+
+    Raises:
+        InputError: weights, and a likelihood that has none.
+    """
     likelihood = copy.copy(likelihood)
     if hasattr(likelihood, "task_weights"):
-        likelihood.task_weights = None
+        likelihood.task_weights = weights
+    elif weights is not None:
+        raise InputError(f"the data has task weights, which {type(likelihood).__name__} does not know; leave task_weights out")
     return likelihood
 
 

@@ -16,7 +16,7 @@ from bora_pyro.backbone import Backbone
 from bora_pyro.data.encode import encoder
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import pad_token_id
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 
 
 def token_split(
@@ -29,14 +29,18 @@ def token_split(
         texts: the texts; there may be none.
         task: index of the task of each.
         num_tasks: number of tasks.
-        max_tokens: longer texts are cut; default: what the base reads.
+        max_tokens: longer texts are cut; default, and at most: what the base reads.
 
     Raises:
-        InputError: a text without a token; a base without tokenizer.
+        InputError: what is no text, or one without a token; a base without tokenizer; max_tokens below 2.
     """
-    tokenizer = tokenizer_of(backbone)
-    encode = encoder(tokenizer, max_tokens or backbone.context or 10**9)
-    columns = encode({"text": list(texts), "task": [""] * len(texts)})
+    tokenizer, texts = tokenizer_of(backbone), list(texts)
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise InputError(f"text {number} of {len(texts)} is {shown(text)}; give texts")
+    encode = encoder(tokenizer, longest_read(backbone, max_tokens))
+    # a tokenizer reads no empty list
+    columns = encode({"text": texts, "task": [""] * len(texts)}) if texts else {"input_ids": [], "characters": []}
     if len(columns["input_ids"]) < len(texts):
         raise InputError(f"{len(texts)} texts given, of which {len(columns['input_ids'])} have a token; leave empty texts out")
     return TokenSplit.from_documents(
@@ -46,6 +50,17 @@ def token_split(
         num_tasks=num_tasks,
         pad_token_id=pad_token_id(tokenizer),
     )
+
+
+def longest_read(backbone: Backbone, max_tokens: int | None = None) -> int:
+    """Tokens of a document that are read: ``max_tokens``, and no more than the base reads.
+
+    Raises:
+        InputError: fewer than 2, of which the first is never predicted.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise InputError(f"max_tokens is {max_tokens}; give a whole number from 2 up")
+    return min(max_tokens or 10**9, backbone.context or 10**9)
 
 
 def tokenizer_of(backbone: Backbone, to: str = "read texts with") -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -26,13 +27,17 @@ from bora_pyro import (
     adapt,
     fit,
     load_tasks,
+    table,
 )
-from bora_pyro.adapt import ALLOWED, given_model
+from bora_pyro.adapt import ALLOWED, given_model, load_new_tasks
 from bora_pyro.adapt_config import AdaptConfig
 from bora_pyro.adapt_run import run_adapt
 from bora_pyro.adapters import ADAPTERS, SharedPlusTaskLoRA
+from bora_pyro.data.subset import subset
+from bora_pyro.evaluate import evaluate
 from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.saved_run import load_run
+from bora_pyro.task_groups import task_groups
 from tests.linear_gaussian import COUNTS, SHAPE, LinearGaussian
 from tests.tiny import random_weights, tiny_bora, tiny_data
 from tests.tiny_base import documents, line, map_run, quick_fit, script_main, write_table
@@ -144,9 +149,107 @@ def test_it_learns_more_the_weaker_the_prior(fits):
 
 @pytest.mark.parametrize("guide", ALLOWED)
 def test_any_guide_of_the_deviations(fits, guide):
-    new = adapt(fits("normal"), tiny_data((3, 2)), guide=guide, steps=4)
+    new = adapt(fits("normal"), tiny_data((3, 0, 2)), guide=guide, steps=4)
     assert all(value.isfinite().all() for value in new.weights()[0].values())
-    assert new.deviation_norms().min() > 0
+    norms = new.deviation_norms()
+    assert norms[[0, 2]].min() > 0
+    assert norms[1] == 0  # no documents: the prior
+
+
+def test_the_posterior_of_a_task_without_documents_is_the_prior(fits):
+    for data in (tiny_data((3, 0)), tiny_data((0, 0))):
+        for guide, spread in (("normal", "log_scale"), ("auto_normal", "scales")):
+            new = adapt(fits("normal"), data, guide=guide, steps=2)
+            tensors = {name: value[-1] for name, value in new.guide.named_parameters()}
+            for name, value in tensors.items():
+                expected = torch.log(torch.expm1(torch.ones(()))) if spread == "scales" and spread in name else torch.zeros(())
+                torch.testing.assert_close(value, expected.expand_as(value))  # in units of the prior's standard deviation
+            assert any(spread in name for name in tensors)
+
+
+def without(data, name):
+    """The same data with one split empty."""
+    return dataclasses.replace(data, **{name: data.train.subset(torch.arange(0))})
+
+
+def test_a_task_is_as_it_is_alone_whatever_stands_beside_it(fits):
+    """Tasks of one batch, of several batches and without documents, to the last digits that a sum's order leaves."""
+    data = without(tiny_data((2, 9, 0, 1, 3, 40)), "validation")
+    options = {"steps": 7, "token_budget": 36, "learning_rate": 0.05, "gradient_clip": math.inf}
+    beside = adapt(fits("normal"), data, **options).weights()[0]
+    for d, task in enumerate(data.tasks):
+        alone = adapt(fits("normal"), subset(data, [task]), **options).weights()[0]
+        for name, value in alone.items():
+            torch.testing.assert_close(beside[name][d], value[0], rtol=1e-3, atol=1e-4)
+
+
+def test_steps_are_those_of_each_task(fits):
+    data = without(tiny_data((2, 40, 3)), "validation")
+    batches = {d: len(subset(data, [data.tasks[d]]).train.batches(token_budget=36, seed=0)) for d in range(3)}
+    assert batches[0] == batches[2] == 1 < batches[1]
+    seen = []
+    new = adapt(fits("normal"), data, steps=7, token_budget=36, on_step=lambda report: seen.append(report["step"]))
+    passes = -(-7 // batches[1])
+    groups = task_groups(data, token_budget=36)
+    assert len(seen) == passes * batches[1] + 7 * (len(groups) - 1)
+    assert len(new.history) == 7  # the most passes
+    tokens = [int(data.train.predicted[data.train.task == d].sum()) for d in range(3)]
+    losses = [adapt(fits("normal"), subset(data, [task]), steps=7, token_budget=36).history for task in data.tasks]
+    last = sum(n * history[-1]["loss"] for n, history in zip(tokens, losses, strict=True)) / sum(tokens)
+    assert new.history[-1]["loss"] == pytest.approx(last, rel=1e-3)
+
+
+def test_groups_of_tasks_fill_a_batch_and_no_more():
+    data = without(tiny_data((2, 9, 0, 1, 3, 40, 2, 2)), "validation")
+    groups = task_groups(data, token_budget=36)
+    assert sorted(d for group in groups for d in group.tolist()) == [0, 1, 3, 4, 5, 6, 7]
+    for group in groups:
+        batches = subset(data, [data.tasks[d] for d in group]).train.batches(token_budget=36)
+        assert len(group) == 1 or len(batches) == 1
+    # with documents to choose an epoch by, each for itself
+    assert all(len(group) == 1 for group in task_groups(tiny_data((2, 1, 3)), token_budget=36))
+    many = without(tiny_data((1,) * 150), "validation")
+    assert max(map(len, task_groups(many, token_budget=10**6))) == 64
+
+
+def test_validation_documents_choose_the_epoch_of_their_own_task(fits):
+    data = tiny_data((3, 2))
+    both = adapt(fits("normal"), data, steps=12, learning_rate=0.3)
+    apart = [adapt(fits("normal"), subset(data, [task]), steps=12, learning_rate=0.3) for task in data.tasks]
+    assert both.best_epoch == max(each.best_epoch for each in apart)
+    for d, each in enumerate(apart):
+        for name, value in each.weights()[0].items():
+            torch.testing.assert_close(both.weights()[0][name][d], value[0])
+    (scores,) = evaluate(both.model, data.validation, both.weights()[0])
+    assert both.validation_perplexity == pytest.approx(scores.perplexity(), rel=1e-5)
+
+
+def test_a_weight_is_as_many_copies_of_the_documents(fits):
+    """Weight 2 of a task is the same as its documents twice."""
+    data = without(tiny_data((2, 3)), "validation")
+    twice = data.train.subset(torch.cat([torch.arange(len(data.train)), (data.train.task == 1).nonzero()[:, 0]]))
+    options = {"steps": 5, "learning_rate": 0.05, "token_budget": 10_000, "gradient_clip": math.inf}
+    weighted = adapt(fits("normal"), dataclasses.replace(data, task_weights=torch.tensor([1.0, 2.0])), **options)
+    doubled = adapt(fits("normal"), dataclasses.replace(data, train=twice), **options)
+    plain = adapt(fits("normal"), data, **options)
+    for name, value in weighted.weights()[0].items():
+        torch.testing.assert_close(value, doubled.weights()[0][name], rtol=1e-3, atol=1e-5)
+    assert abs(weighted.deviation_norms()[1] - plain.deviation_norms()[1]) > 1e-4
+    assert fits("normal").model.likelihood.task_weights is None  # the fit is left alone
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"epochs": 3}, "adapt has no option 'epochs': steps says how long"),
+        ({"checkpoints": "folder"}, "adapt has no option 'checkpoints': an adaptation takes seconds"),
+        ({"gradient_clipp": 3}, "adapt has no option 'gradient_clipp': of fit's it takes .*; did you mean 'gradient_clip'"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(fits, options, words):
+    with pytest.raises(InputError, match=words) as caught:
+        adapt(fits("normal"), tiny_data((2, 1)), guide="normal", **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_cannot_be_adapted(fits):
@@ -168,13 +271,36 @@ def test_texts_by_name(tmp_path):
     fitted = fit(BoRA(backbone, 3, adapter=LoRA(rank=2)), data, epochs=1)
     new = fitted.adapt({"b": ["red green", "blue"], "a": []}, steps=3)
     assert (new.tasks, new.documents) == (["a", "b"], [0, 2])
+    (theta, mean), (_, of_fit) = fitted.adapt({"a": []}).weights(), fitted.weights()
+    for name, value in of_fit.items():
+        assert torch.equal(theta[name][0], value)
+        assert torch.equal(mean[name], value)
+    # a table is read as load_tasks reads it
+    rows = [{"task": "b", "text": "red green"}, {"task": "b", "text": "blue"}]
+    for source in (table(rows), pd.DataFrame(rows), write_table(tmp_path / "new.csv", pd.DataFrame(rows))):
+        read = fitted.adapt(source, steps=3)
+        assert (read.tasks, read.documents) == (["b"], [2])
+        for name, value in read.weights()[0].items():
+            torch.testing.assert_close(value[0], new.weights()[0][name][1])
+    # no more than the base reads: 32 tokens
+    assert load_new_tasks(table([{"task": "b", "text": "red " * 90}]), fitted, max_tokens=64).train.lengths.tolist() == [32]
+    assert fitted.adapt({"b": ["red " * 90]}, steps=1, max_tokens=64).documents == [1]
     for texts, words in (
         ({}, "there is no new task"),
         ({"a": "one text"}, "has a single text; give a list"),
         ({"a": ["", "red"]}, "2 texts given, of which 1 have a token"),
+        ({"a": ["red", None]}, "text 2 of 2 is None; give texts"),
+        ({"a": 3}, "task 'a' has 3; give a list of texts"),
+        ({1: ["red"]}, "a task has the name 1; give a text"),
+        (["red"], "data is a list; give a path"),
+        ("none.csv", "file 'none.csv' does not exist"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=words) as caught:
             fitted.adapt(texts)
+        assert "\n" not in str(caught.value)
+    for data in ({"a": ["red"]}, table(rows)):
+        with pytest.raises(InputError, match="max_tokens is 1; give a whole number from 2 up"):
+            fitted.adapt(data, max_tokens=1)
     assert given_model(fitted, 1).num_tasks == 1
 
 
@@ -194,8 +320,8 @@ def finished(inputs, tmp_path_factory):
 @pytest.mark.parametrize("guide", ["map", "normal"])
 def test_from_run_folder_to_run_folder(finished, tmp_path, capsys, guide):
     run = shutil.copytree(finished, tmp_path / "run")
-    table = documents(("Cleo",), number=8, seed=5).assign(task="Dora", split=["train"] * 5 + ["test"] * 3)
-    data = write_table(tmp_path / "new.csv", table)
+    rows = documents(("Cleo",), number=8, seed=5).assign(task="Dora", split=["train"] * 5 + ["test"] * 3)
+    data = write_table(tmp_path / "new.csv", rows)
     chosen = line({"data": data, "split_column": "split", "guide": guide, "steps": 5, "output_dir": tmp_path / "new"})
     assert script_main("adapt")([str(run), *chosen]) == 0
     assert "Dora" in capsys.readouterr().out
@@ -285,15 +411,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(finished, tmp_path, capsys, ch
 
 
 def test_a_group_of_a_new_task_stands_on_one_side(finished, tmp_path, capsys):
-    table = documents(("Cleo",), number=4).assign(doc_id=["a", "a", "b", "b"], split=["train", "test", "train", "train"])
-    words = line({"data": write_table(tmp_path / "new.csv", table), "split_column": "split", "output_dir": tmp_path / "new"})
+    rows = documents(("Cleo",), number=4).assign(doc_id=["a", "a", "b", "b"], split=["train", "test", "train", "train"])
+    words = line({"data": write_table(tmp_path / "new.csv", rows), "split_column": "split", "output_dir": tmp_path / "new"})
     assert script_main("adapt")([str(finished), *words]) == 2
     assert "group 'a' of task 'Cleo' is in train and in test; put the whole group on one side" in capsys.readouterr().err
 
 
 def test_a_table_of_one_new_task_and_a_limit_of_documents(finished, tmp_path):
-    table = pd.concat([documents(("Cleo",), number=6), documents(("Ada",), number=2)])
-    data = write_table(tmp_path / "new.csv", table)
+    rows = pd.concat([documents(("Cleo",), number=6), documents(("Ada",), number=2)])
+    data = write_table(tmp_path / "new.csv", rows)
     chosen = line({"data": data, "max_train_documents": 3, "steps": 2, "output_dir": tmp_path / "new"})
     assert script_main("adapt")([str(finished), *chosen]) == 0
     assert load_run(tmp_path / "new").fitted.documents == [2, 3]
