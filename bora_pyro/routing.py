@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bora_pyro.adapt import given_model
 from bora_pyro.data.token_split import TokenSplit
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
@@ -219,7 +219,7 @@ def infer_task(
             likelihood is the prior predictive, ∫ p(text | θ) Normal(θ; Θ, I/τ) dθ, an average over ``draws`` of it.
         calibration: what :meth:`TaskProbabilities.calibrate` has found on held-out documents, or a temperature alone.
         draws: of the prior predictive.
-        max_tokens: longer texts are cut; default: what the base reads.
+        max_tokens: longer texts are cut; default, and at most: what the base reads.
         token_budget: tokens of a forward pass, padding included.
         seed: of the draws.
 
@@ -241,6 +241,10 @@ def infer_task(
         parts.append(log_likelihoods(fitted.model, split, weights(index)[0], token_budget=token_budget))
     log_likelihood = torch.cat(parts, 1)
     if unknown:
+        if math.isinf(fitted.tau()):
+            raise InputError(
+                "tau is inf, one adapter for all tasks, so that a text of none is predicted as theirs are; leave unknown out"
+            )
         model = given_model(fitted, draws)
         if not all(bool((model.prior.precision(name, start) > 0).all()) for name, start in model.starts.items()):
             raise InputError("tau is 0, so that tasks are independent and say nothing of an unknown one; leave unknown out")
@@ -281,6 +285,8 @@ def _chunk(split: TokenSplit, token_budget: int) -> int:
 
 
 def _split(fitted: Fitted, texts: str | Sequence[str], max_tokens: int | None) -> TokenSplit:
+    if not isinstance(texts, Iterable):
+        raise InputError(f"texts is {shown(texts)}; give a text, or a list of texts")
     texts = [texts] if isinstance(texts, str) else list(texts)
     return token_split(fitted.model.backbone, texts, task=[0] * len(texts), num_tasks=len(fitted.tasks), max_tokens=max_tokens)
 

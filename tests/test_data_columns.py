@@ -46,6 +46,12 @@ def test_two_tasks_never_share_a_name():
         ({"text_column": ["text", "boddy"]}, r"no column 'boddy' \(text_column\); .*did you mean 'body'"),
         ({"task_column": ["task", "speaker"]}, r"no column 'speaker' \(task_column\)"),
         ({"task_column": []}, r"task_column is \[\]; give one column or several different ones"),
+        (
+            {"prompt_column": ["task", "text"], "completion_column": "body"},
+            r"prompt_column is \['task', 'text'\]; give the name of",
+        ),
+        ({"messages_column": 3}, r"messages_column is 3; give the name of one column"),
+        ({"group_column": ["body"]}, r"group_column is \['body'\]; give the name of one column"),
         ({"text_column": ["body", "body"]}, r"text_column is \['body', 'body'\]; give one column or several different ones"),
     ],
 )

@@ -7,9 +7,22 @@ import math
 import pytest
 import torch
 
-from bora_pyro import HierarchicalNormal, Independent, InputError, LoRA, evaluate, fit, infer_task
+from bora_pyro import (
+    Backbone,
+    BoRA,
+    HierarchicalNormal,
+    Independent,
+    InputError,
+    LoRA,
+    Pooled,
+    evaluate,
+    fit,
+    infer_task,
+    load_tasks,
+)
 from bora_pyro.routing import UNKNOWN, TaskCalibration, TaskProbabilities, log_likelihoods
 from tests.tiny import tiny_bora, tiny_data, tiny_split
+from tests.tiny_base import documents, save_base
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +179,25 @@ def test_what_has_no_answer(fitted):
     independent = fit(tiny_bora(prior=Independent()), tiny_data(), epochs=1)
     with pytest.raises(InputError, match="tau is 0, so that tasks are independent"):
         infer_task(independent, tiny_split(), unknown=0.5)
+    pooled = fit(tiny_bora(prior=Pooled()), tiny_data(), epochs=1)
+    with pytest.raises(InputError, match=r"tau is inf, one adapter for all tasks.*leave unknown out"):
+        infer_task(pooled, tiny_split(), unknown=0.5)
+
+
+def test_texts_as_they_are_given(tmp_path):
+    backbone = Backbone.from_pretrained(save_base(tmp_path / "base"), targets=["v_proj"])  # it reads 32 tokens
+    data = load_tasks(documents(), backbone.tokenizer, max_tokens=32)
+    fitted = fit(BoRA(backbone, 3, adapter=LoRA(rank=1)), data, epochs=1)
+    long = "red " * 90
+    assert fitted.infer_task(long, max_tokens=64).tokens.tolist() == fitted.infer_task([long]).tokens.tolist() == [31]
+    assert fitted.infer_task(long, max_tokens=2).tokens.tolist() == [1]
+    for texts, options, words in (
+        ([], {}, "there is no text"),
+        ([None], {}, "text 1 of 1 is None; give texts"),
+        (3, {}, "texts is 3; give a text, or a list of texts"),
+        ("red", {"max_tokens": 1}, "max_tokens is 1; give a whole number from 2 up"),
+        ("red", {"max_tokens": -5}, "max_tokens is -5"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            fitted.infer_task(texts, **options)
+        assert "\n" not in str(caught.value)

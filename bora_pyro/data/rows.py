@@ -18,7 +18,7 @@ import numpy as np
 
 from bora_pyro.data.chat import chat_messages
 from bora_pyro.data.files import SPLITS, check_unicode
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 
 #: What stands between the names of a task that several columns make.
 JOINED_NAMES = " / "
@@ -56,6 +56,10 @@ class Columns:
             InputError: options that do not go together, or a list without a name.
         """
         task, text = _names("task_column", task_column), _names("text_column", text_column)
+        alone = {"prompt_column": prompt_column, "completion_column": completion_column, "messages_column": messages_column}
+        for name, column in (alone | {"group_column": group_column, "split_column": split_column}).items():
+            if column is not None and not isinstance(column, str):
+                raise InputError(f"{name} is {shown(column)}; give the name of one column")
         if (prompt_column is None) != (completion_column is None):
             given, lacking = ("prompt", "completion") if completion_column is None else ("completion", "prompt")
             raise InputError(
