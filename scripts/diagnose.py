@@ -137,6 +137,8 @@ def _pictures(tasks: list[str], container: Any, gram: np.ndarray) -> Iterator[tu
     yield "ridge", _picture(plots.shrinkage_ridge, container, height=by_task)
     yield "documents", _picture(plots.deviation_by_documents, container)
     yield "heatmap", _picture(plots.deviation_heatmap, container, width=3 + by_task)
+    if len(tasks) < 2:  # one task shares with no other, and is at no distance from any
+        return
     yield "pooling", _picture(plots.pooling_factors, container)
     yield "pca", _picture(plots.task_pca, gram, tasks, height=5.5)
     dendrogram = _picture(plots.task_dendrogram, gram, tasks, height=by_task)

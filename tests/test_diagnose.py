@@ -13,6 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from bora_pyro.adapt_config import AdaptConfig
+from bora_pyro.adapt_run import run_adapt
 from bora_pyro.config import MapFitConfig
 from bora_pyro.map_run import run_map_fit
 from bora_pyro.posterior_config import PosteriorFitConfig
@@ -51,6 +53,15 @@ def posterior(runs, tmp_path_factory):
     options = {"epochs": 1, "draws": 1, "threads": 1}
     run_posterior_fit(PosteriorFitConfig(run=str(runs["100"]), output_dir=str(folder), **options), quiet=True)
     return folder
+
+
+def test_one_task_stands_near_no_other(runs, tmp_path):
+    data = write_table(tmp_path / "new.csv", documents(("Dora",), number=3))
+    config = AdaptConfig(run=str(runs["100"]), data=data, steps=2, learning_rate=0.1, output_dir=str(tmp_path / "new"))
+    run_adapt(config, quiet=True)
+    assert diagnose.main([str(tmp_path / "new"), "--output", str(tmp_path / "out")]) == 0
+    of_one = [name for name in PICTURES if name not in ("dendrogram", "pca", "pooling")]
+    assert names(tmp_path / "out") == expected(of_one)
 
 
 def names(folder):
