@@ -8,8 +8,9 @@ import pytest
 
 from bora_pyro.data.split import apply_split, record_of_column, split_by_group
 from bora_pyro.data.tables import read_table
+from bora_pyro.data.tasks import load_tasks
 from bora_pyro.errors import InputError
-from tests.data_fixtures import PRESIDENTS, table_rows
+from tests.data_fixtures import PRESIDENTS, table_rows, word_tokenizer
 
 SPLITS = ("train", "validation", "test")
 
@@ -104,6 +105,16 @@ def test_task_with_few_groups_trains_first(groups, sides, notes):
     _, record, lines = split(table_rows("a", groups=groups, documents=3) + table_rows("b"))
     assert set(record["tasks"]["a"].values()) == sides
     assert lines == notes
+
+
+def test_few_groups_are_said_of_a_split_that_was_made():
+    rows = [{"task": task, "text": f"{task} {n}", "side": side} for task in "ab" for n, side in enumerate(["train", "test"])]
+    line = "2 tasks have no validation documents: 'a', 'b'"
+    for new_tasks in (False, True):
+        data = load_tasks(datasets.Dataset.from_list(rows), word_tokenizer(), split_column="side", new_tasks=new_tasks)
+        assert data.notes == [line]
+    # new tasks of which no split was asked for
+    assert load_tasks(datasets.Dataset.from_list(rows), word_tokenizer(), new_tasks=True).notes == []
 
 
 def test_small_tasks():

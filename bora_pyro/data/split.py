@@ -169,9 +169,9 @@ def check_task_count(tasks: Iterable[str]) -> None:
         )
 
 
-def split_notes(parts: Mapping[str, datasets.Dataset], record: Mapping[str, Any]) -> list[str]:
-    """Notes on tasks that are not in every split, and on texts that stand in two."""
-    present = {task: set(groups.values()) for task, groups in record["tasks"].items()}
+def split_notes(parts: Mapping[str, datasets.Dataset], record: Mapping[str, Any], *, asked: bool = True) -> list[str]:
+    """Notes on tasks that are not in every split, where one was asked for, and on texts that stand in two."""
+    present = {task: set(groups.values()) for task, groups in record["tasks"].items() if asked}
     lacking: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for task in sorted(present):
         if missing := tuple(name for name in SPLITS if name not in present[task]):
@@ -180,7 +180,8 @@ def split_notes(parts: Mapping[str, datasets.Dataset], record: Mapping[str, Any]
     for missing, tasks in sorted(lacking.items()):
         noun = f"{_plural(len(tasks), 'task')} {'has' if len(tasks) == 1 else 'have'} no {' and no '.join(missing)} documents"
         # Three groups reach every split, so a task that lacks one has too few, unless the fractions or the user say otherwise.
-        few = "" if any(len(record["tasks"][task]) >= len(SPLITS) for task in tasks) else " (too few groups to split)"
+        made = record.get("fractions") is not None and all(len(record["tasks"][task]) < len(SPLITS) for task in tasks)
+        few = " (too few groups to split)" if made else ""
         notes.append(f"{noun}{few}: {_listed(tasks)}")
     sides: Counter[tuple[str, ...]] = Counter()
     for part in parts.values():

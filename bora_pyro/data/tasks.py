@@ -204,7 +204,7 @@ def load_tasks(
             table = _first_tasks(table, num_tasks)
         record = record_of_column(table, new_tasks=new_tasks)
         parts = apply_split(table, record)
-        notes += split_notes(parts, record)
+        notes += split_notes(parts, record, asked=split_column is not None)
     else:
         if small_tasks == "drop":
             # Before the first n are taken, so that n tasks are left.
