@@ -28,12 +28,14 @@ class CardFacts:
         license: an identifier of the hub, or None: whoever publishes adds one, which must go with the base's and the texts'.
         repo_id: ``USER/NAME`` where the export goes to the hub; None: the snippets read the folder itself.
         model: the model in a line.
+        adapted: the tasks are new ones, to which a finished fit to others was adapted.
     """
 
     base_model: str
     license: str | None = None
     repo_id: str | None = None
     model: str = ""
+    adapted: bool = False
 
     def data(self) -> ModelCardData:
         """The block of metadata; a base that is a folder of this machine is left out, since the hub knows it not."""
@@ -64,9 +66,7 @@ def export_card(
     lines = [
         f"# {plain(title)}",
         "",
-        f"{len(folders)} LoRA adapters of `{facts.base_model}`, one folder each. They were fitted together by `bora_pyro` (BoRA, "
-        "Bayesian hierarchical LoRA): every task's adapter θ_d under one Normal around a global mean Θ, so that tasks with few "
-        "texts borrow from the others. `global-mean` is Θ, for texts of no known task"
+        f"{len(folders)} LoRA adapters of `{facts.base_model}`, one folder each. {_origin(facts)}, for texts of no known task"
         + ("; `<task>--draw-<k>` are draws of the posterior." if any("--draw-" in name for name in folders) else "."),
         "",
     ]
@@ -106,14 +106,34 @@ def adapter_card(facts: CardFacts, task: str | None, folder: str, kind: str, sco
         score: the task's entry in ``metrics.json``.
     """
     name = "Θ, the global mean of all tasks" if task is None else plain(task)
-    lines = [f"# {name}", "", f"A LoRA adapter of `{facts.base_model}`: {kind} of a hierarchical fit by `bora_pyro`.", ""]
+    origin = "a hierarchical fit by `bora_pyro`"
+    if facts.adapted and task is None:
+        kind, origin = "Θ", f"{origin}, the prior of new tasks that it was adapted to"
+    elif facts.adapted:
+        origin = f"an adaptation of {origin} to new tasks"
+    lines = [f"# {name}", "", f"A LoRA adapter of `{facts.base_model}`: {kind} of {origin}.", ""]
     if score is not None:
         base, adapted = _number(score.get("base_test_perplexity")), _number(score.get("test_perplexity"))
+        others = "held to those of other tasks" if facts.adapted else "on those of the others"
         lines += [
-            f"Fitted on {score.get('train_documents', '–')} documents of the task, and on those of the others through Θ. "
+            f"Fitted on {score.get('train_documents', '–')} documents of the task, and {others} through Θ. "
             f"Perplexity of its test documents: {base} under the base, {adapted} under the adapter of the fit.", "",
         ]  # fmt: skip
     return _card(facts, [*lines, "## Use", "", *_snippet(facts, folder)])
+
+
+def _origin(facts: CardFacts) -> str:
+    """How the adapters of an export came about; the sentence ends with Θ."""
+    if facts.adapted:
+        return (
+            "A finished fit by `bora_pyro` (BoRA, Bayesian hierarchical LoRA) was adapted to new tasks: each task's adapter θ_d "
+            "was inferred from its own texts alone, under the Normal around a global mean Θ that the fit had learned from other "
+            "tasks, so that few texts are enough. `global-mean` is that Θ"
+        )
+    return (
+        "They were fitted together by `bora_pyro` (BoRA, Bayesian hierarchical LoRA): every task's adapter θ_d under one Normal "
+        "around a global mean Θ, so that tasks with few texts borrow from the others. `global-mean` is Θ"
+    )
 
 
 def _snippet(facts: CardFacts, folder: str) -> list[str]:

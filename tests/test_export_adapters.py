@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+from bora_pyro.adapt_config import AdaptConfig
+from bora_pyro.adapt_run import run_adapt
 from bora_pyro.peft_import import load_peft, read_peft
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.posterior_run import run_posterior_fit
@@ -20,7 +22,7 @@ from bora_pyro.slots import linear_modules
 from tests.hub_stand_in import TOKEN, hub_stand_in
 from tests.server_rules import vllm_problems, vllm_resolves
 from tests.tiny import loaded_peft, peft_warnings
-from tests.tiny_base import map_run, quick_fit, script_main
+from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
 
 main = script_main("export_adapters")
 TASKS = {"ada": "Ada", "borge-b": "Børge B.", "cleo": "Cleo"}
@@ -42,6 +44,16 @@ def names(folder):
 
 def of_task(weights, d):
     return {name: value[d] for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(("guide", "what"), [("map", "the MAP estimate"), ("normal", "the posterior's mean")])
+def test_adapted_tasks(fitted, tmp_path, guide, what):
+    data = write_table(tmp_path / "new.csv", documents(("Dora",), number=2))
+    run_adapt(AdaptConfig(run=str(fitted / "run"), data=data, guide=guide, steps=1, output_dir=str(tmp_path / "new")), quiet=True)
+    assert main([str(tmp_path / "new"), "--output_dir", str(tmp_path / "out")]) == 0
+    assert f"{what} of an adaptation" in (tmp_path / "out" / "dora" / "README.md").read_text(encoding="utf-8")
+    assert "was adapted to new tasks" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["adapters"]["dora"]["what"] == what
 
 
 def equal(one, other):

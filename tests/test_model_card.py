@@ -39,6 +39,19 @@ def test_one_adapter_alone_and_no_picture():
     assert "draws of the posterior" in card.text
 
 
+def test_cards_of_an_adaptation_say_so():
+    facts = CardFacts("gpt2", adapted=True)
+    text = export_card(facts, "t", {"ada": ROW}, ["ada", "global-mean"], picture=False).text
+    assert "was adapted to new tasks" in text
+    assert "fitted together" not in text
+    assert "They were fitted together" in export_card(CardFacts("gpt2"), "t", {"ada": ROW}, ["ada"], picture=False).text
+    of_task = adapter_card(facts, "Ada", "ada", "the MAP estimate", ROW).text
+    assert "the MAP estimate of an adaptation of a hierarchical fit by `bora_pyro` to new tasks." in of_task
+    assert "Fitted on 3 documents of the task, and held to those of other tasks through Θ." in of_task
+    of_mean = adapter_card(facts, None, "global-mean", "the MAP estimate").text
+    assert "Θ of a hierarchical fit by `bora_pyro`, the prior of new tasks that it was adapted to." in of_mean
+
+
 def test_snippets_of_a_repository():
     facts = CardFacts("gpt2", repo_id="ada/speeches")
     text = export_card(facts, "t", {}, ["a", "b"], picture=False).text
