@@ -19,6 +19,8 @@ __all__ = ["AdaptConfig", "parse_config"]
 DATA, ADAPTATION, RUN = "data", "adaptation", "run"
 
 
+#: The options that say of which kind a document is, and where it stands.
+CONTENT = ("text_column", "prompt_column", "completion_column", "messages_column")
 #: The options that say what the new tasks' documents are, by the names that they have in a fit's configuration.
 NEW_DOCUMENTS = (
     "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template", "group_column",
@@ -33,11 +35,19 @@ class AdaptConfig:
     run: str = option("", "folder of the fit, its output_dir", positional=True)
 
     data: str = option("", "the new tasks' documents, as map_fit.py takes them", group=DATA)
-    task_column: str | list[str] = option("task", "column that names a document's task, or several", group=DATA)
-    text_column: str | list[str] = option("text", "column that holds a document's text, or several", group=DATA)
-    prompt_column: str | None = option(None, "column with a prompt, read and not predicted (default: no prompts)", group=DATA)
-    completion_column: str | None = option(None, "column with the text behind the prompt (default: text_column)", group=DATA)
-    messages_column: str | None = option(None, "column with a chat (default: no chats)", group=DATA)
+    task_column: str | list[str] | None = option(
+        None, "column that names a document's task, or several (default: as in the fit)", group=DATA
+    )
+    text_column: str | list[str] | None = option(
+        None,
+        "column that holds a document's text, or several (default: text, prompt and completion, or chat, as in the fit)",
+        group=DATA,
+    )
+    prompt_column: str | None = option(
+        None, "column with a prompt, read and not predicted (default: see text_column)", group=DATA
+    )
+    completion_column: str | None = option(None, "column with the text behind the prompt (default: see text_column)", group=DATA)
+    messages_column: str | None = option(None, "column with a chat (default: see text_column)", group=DATA)
     chat_template: str | None = option(None, "a .jinja file that writes chats (default: as in the fit)", group=DATA)
     group_column: str | None = option(
         None, "documents that agree here are one (default: doc_id where the table has it)", group=DATA
@@ -49,12 +59,13 @@ class AdaptConfig:
     max_train_documents: int | None = option(None, "at most so many documents of a task (default: all)", group=DATA)
 
     guide: str = option("map", "map, a point, or how the posterior is approximated", group=ADAPTATION, choices=ALLOWED)
-    steps: int = option(60, "optimiser steps, rounded up to whole passes over the documents", group=ADAPTATION)
+    steps: int = option(60, "optimiser steps of each task, rounded up to whole passes over its documents", group=ADAPTATION)
     learning_rate: float = option(1e-2, "AdamW's largest learning rate", group=ADAPTATION)
     scale: float = option(0.1, "first standard deviations in units of the prior's, for guides that learn them", group=ADAPTATION)
     token_budget: int | None = option(None, "tokens of a batch, padding included (default: the fit's)", group=ADAPTATION)
     seed: int = option(0, "seed of the order of the documents and of the guide's draws", group=ADAPTATION)
 
+    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine", group=RUN)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
     threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN)
     output_dir: str = option("runs/adapted", "the new run's folder", group=RUN)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bora_pyro.adapt import adapt, load_new_tasks
-from bora_pyro.adapt_config import NEW_DOCUMENTS, AdaptConfig
+from bora_pyro.adapt_config import CONTENT, NEW_DOCUMENTS, AdaptConfig
 from bora_pyro.errors import InputError
 from bora_pyro.map_run import GIVEN, metrics_of, write_adapters, write_posterior
 from bora_pyro.run_folder import RunFolder
@@ -43,7 +43,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=None)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = load_run(config.run, device=config.device)
+    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
     config = _resolved(config, run)
     documents = {name: getattr(config, name) for name in NEW_DOCUMENTS}
     data = load_new_tasks(config.data, run.fitted, long_documents=run.config.long_documents, **documents)
@@ -66,6 +66,14 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
-    """The configuration with the fit's values where it has none of its own."""
-    names = ("max_tokens", "token_budget", "chat_template")
-    return dataclasses.replace(config, **{name: getattr(config, name) or getattr(run.config, name) for name in names})
+    """The configuration with the fit's values where it has none of its own.
+
+    Where one column of the documents is given the others are not the fit's: a text is then no completion of its prompts.
+    """
+    names = ("task_column", "max_tokens", "token_budget", "chat_template")
+    values = {name: getattr(config, name) or getattr(run.config, name) for name in names}
+    if not any(getattr(config, name) for name in CONTENT):
+        values |= {name: getattr(run.config, name) for name in CONTENT}
+    elif config.text_column is None:
+        values["text_column"] = "text"  # which says nothing beside a prompt or a chat
+    return dataclasses.replace(config, **values)

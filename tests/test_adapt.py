@@ -343,6 +343,33 @@ def test_from_run_folder_to_run_folder(finished, tmp_path, capsys, guide):
         assert found.posterior().deviation_scales().shape == (1,)
 
 
+def test_columns_are_those_of_the_fit_unless_others_are_given(inputs, tmp_path):
+    rows = documents().rename(columns={"task": "who"})
+    rows = rows.assign(question="one two", answer=rows.pop("text"))
+    columns = {"task_column": "who", "prompt_column": "question", "completion_column": "answer"}
+    options = inputs | columns | {"data": write_table(tmp_path / "old.csv", rows), "epochs": 1}
+    run = map_run(options | {"output_dir": tmp_path / "run", "max_train_documents": 2, "max_eval_documents": 1})
+    new = rows[rows["who"] == "Cleo"].assign(who="Dora").head(2)
+
+    def adapted(table, **given):
+        data = write_table(tmp_path / "new.csv", table)
+        config = AdaptConfig(run=str(run), data=data, steps=1, output_dir=str(tmp_path / "new"), overwrite=True, **given)
+        run_adapt(config, quiet=True)
+        return load_run(tmp_path / "new")
+
+    found = adapted(new)
+    assert found.fitted.tasks == ["Dora"]
+    predicted, whole = int(found.data.train.predicted[0]), int(found.data.train.lengths[0]) - 1
+    assert predicted < whole  # the prompt is only read
+    assert {name: getattr(found.config, name) for name in columns} == columns
+    # a text alone is no completion of the fit's prompts, and another pair of columns is taken as it is given
+    alone = adapted(new.assign(text=new["answer"]), text_column="text")
+    assert int(alone.data.train.predicted[0]) == int(alone.data.train.lengths[0]) - 1
+    assert (alone.config.prompt_column, alone.config.task_column) == (None, "who")
+    other = adapted(new.rename(columns={"question": "q", "answer": "a"}), prompt_column="q", completion_column="a")
+    assert int(other.data.train.predicted[0]) == predicted
+
+
 FITTED = {
     "learned": {},
     "learned by task": {"tau_per": "task", "tau_start": 50},
