@@ -65,7 +65,12 @@ class AdaptConfig:
     token_budget: int | None = option(None, "tokens of a batch, padding included (default: the fit's)", group=ADAPTATION)
     seed: int = option(0, "seed of the order of the documents and of the guide's draws", group=ADAPTATION)
 
-    trust_remote_code: bool = option(False, "let a base model that brings code of its own run it on this machine", group=RUN)
+    trust_remote_code: bool = option(
+        False,
+        "let a base model that brings code of its own run it on this machine; a file cannot say so",
+        group=RUN,
+        line_only=True,
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
     threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN)
     output_dir: str = option("runs/adapted", "the new run's folder", group=RUN)

@@ -40,6 +40,9 @@ class RoutingConfig:
     prior: str = option(
         "flat", "p(d): flat, or documents, in proportion to the training documents", choices=("flat", "documents")
     )
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     output: str = option("results/routing.csv", "the table, a row a method and length")
 
@@ -107,7 +110,7 @@ def main(argv: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(RoutingConfig, argv, prog="compare_routing.py")
-        run = load_run(config.run, device=config.device)
+        run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
         if not len(run.data.test) or not len(run.data.validation):
             raise InputError(f"the run in {config.run} has no validation or no test documents; give one that has both")
         table = compare(run, config)

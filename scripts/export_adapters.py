@@ -39,6 +39,9 @@ class ExportConfig:
     license: str | None = option(None, "of the adapters, as the hub abbreviates it (default: the card names none)")
     push_to_hub: str | None = option(None, "send the folder to this repository of the hub, USER/NAME (default: do not)")
     private: bool = option(False, "a repository that is made is private")
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
 
@@ -67,7 +70,7 @@ def main(argv: list[str]) -> int:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         folder = export_adapters(
-            load_run(config.run, device=config.device),
+            load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code),
             config.output_dir,
             tasks=config.tasks,
             draws=config.draws,

@@ -47,6 +47,9 @@ class GenerateConfig:
     temperature: float = option(0.0, "0 takes the most probable token; above 0 tokens are drawn")
     top_p: float = option(1.0, "draw among the most probable tokens that have so much probability together")
     seed: int = option(0, "seed of the draws")
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     json: bool = option(False, "print a line of JSON a text instead of a table")
 
@@ -99,7 +102,7 @@ def main(argv: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(GenerateConfig, argv, prog="generate.py")
-        fitted = load_run(config.run, device=config.device).fitted
+        fitted = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code).fitted
         tasks = config.task or [*fitted.tasks[:2], GLOBAL_MEAN, BASE]
         written = generate_side_by_side(
             fitted, config.prompt, tasks, samples=config.samples, max_new_tokens=config.max_new_tokens,

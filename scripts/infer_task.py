@@ -38,6 +38,9 @@ class InferTaskConfig:
         None, "likelihoods count as their 1/T-th power: above 1 it is less sure (default: 1, or as calibrate finds)"
     )
     most: int = option(3, "how many tasks to print of each text")
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
 
     def validate(self) -> None:
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> int:
     try:
         config = parse_config(InferTaskConfig, argv, prog="infer_task.py")
         texts = _texts(config)
-        run = load_run(config.run, device=config.device)
+        run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
         found = infer_task(run.fitted, texts, prior=config.prior, unknown=config.unknown, calibration=_calibration(config, run))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -55,6 +55,9 @@ class ReportConfig:
         None,
         "YAML of the options that a sweep's fits share, as tau_sweep.py had it (default: the one of its table's name, beside it)",
     )
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
 
@@ -104,6 +107,7 @@ def make_page(config: ReportConfig) -> Page:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             device=config.device,
+            trust_remote_code=config.trust_remote_code,
         )
         return run_page(path, shown)
     if config.prompt is not None:

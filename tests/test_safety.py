@@ -22,7 +22,7 @@ from bora_pyro import Backbone
 from bora_pyro.errors import InputError
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
-from tests.tiny_base import line, map_run, quick_fit, save_base, script_main
+from tests.tiny_base import documents, line, map_run, quick_fit, save_base, script_main, write_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -242,6 +242,35 @@ def test_a_run_folder_cannot_ask_for_code_to_run(own_code, finished, tmp_path):
         load_run(run)
     assert not mark.exists()
     assert load_run(run, trust_remote_code=True).metrics == RunFolder.open(finished).read_metrics()
+    assert mark.exists()
+
+
+COMMANDS = {
+    "adapt": ["--data", "{table}", "--steps", "1", "--output_dir", "{out}"],
+    "generate": ["--prompt", "red", "--max_new_tokens", "2"],
+    "infer_task": ["--text", "red green"],
+    "export_adapters": ["--output_dir", "{out}"],
+    "compare_routing": ["--lengths", "all", "--output", "{out}.csv"],
+    "diagnose": ["--output", "{out}"],
+    "report": ["--samples", "0", "--output", "{out}.html"],
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_command_that_reads_a_run_can_be_told_to_run_its_base_s_code(own_code, finished, tmp_path, capsys, script):
+    if script == "compare_routing":
+        pytest.importorskip("sklearn")
+    base, mark = own_code
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"base_model": str(base)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    table = write_table(tmp_path / "new.csv", documents(("Dora",), number=2))
+    words = [str(run), *(word.format(table=table, out=tmp_path / "out") for word in COMMANDS[script])]
+    main = script_main(script)
+    assert main(words) == 2
+    assert "brings code of its own, which is not run" in capsys.readouterr().err
+    assert not mark.exists()
+    assert main([*words, "--trust_remote_code", "true"]) == 0
     assert mark.exists()
 
 

@@ -62,6 +62,7 @@ class RunOptions:
         max_new_tokens: the longest continuation.
         temperature: 0 takes the most probable token each time.
         device: where the model runs.
+        trust_remote_code: let a base model that brings code of its own run it.
     """
 
     adapters: bool = True
@@ -71,6 +72,7 @@ class RunOptions:
     max_new_tokens: int = 40
     temperature: float = 0.7
     device: str = "auto"
+    trust_remote_code: bool = False
 
 
 def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
@@ -127,7 +129,7 @@ def _of_adapters(
     from bora_pyro.saved_run import load_run
 
     try:
-        run = load_run(folder.path, device=options.device)
+        run = load_run(folder.path, device=options.device, trust_remote_code=options.trust_remote_code)
     except InputError as error:
         raise InputError(f"{error}; or leave out what needs the adapters: --adapters false") from None
     draws = None if run.posterior_config is None else options.draws
