@@ -191,7 +191,8 @@ def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
             "fit with --tau learned, or a number, to adapt"
         )
     likelihood = with_task_weights(model.likelihood, None)
-    new = BoRA(model.backbone, num_tasks, adapter=model.adapter, prior=Given(mean, precisions), likelihood=likelihood)
+    prior = Given(mean, precisions, penalty=model.prior.penalty)
+    new = BoRA(model.backbone, num_tasks, adapter=model.adapter, prior=prior, likelihood=likelihood)
     new.fixed = model.fixed
     return new
 

@@ -345,7 +345,8 @@ def write_posterior(folder: RunFolder, fitted: Fitted, data: TaskData, guide: st
     tensors |= {name: value for name, value in model.prior.state().items() if name.startswith("tau.")}
     if guide != "map":  # a point is where its sites are
         tensors |= {f"guide.{name}": value for name, value in fitted.guide.state_dict().items()}
-    metadata = {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)} | ({"prior": prior} if prior else {})
+    metadata = {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)}
+    metadata |= {"prior": prior, "penalty": model.prior.penalty} if prior else {}
     metadata |= digests(data, model.backbone)
     folder.save_tensors("posterior", tensors, metadata)
 

@@ -120,7 +120,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
             f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; known are {', '.join(GUIDES)}"
             f"{nearest(str(metadata.get('guide')), GUIDES)}"
         )
-    prior = _given(tensors) if given else None
+    prior = _given(tensors, metadata.get("penalty", "normal")) if given else None
     model, data = build_run(config, quiet=True, split_record=folder.read_split(), prior=prior)
     if posterior is not None:
         model.prior.every = 0
@@ -173,10 +173,11 @@ def _read_adaptation(folder: RunFolder) -> MapFitConfig:
     return dataclasses.replace(config, **data, **limits)
 
 
-def _given(tensors: dict[str, Tensor]) -> Given:
+def _given(tensors: dict[str, Tensor], penalty: str) -> Given:
     """The prior of new tasks, as their run folder has it."""
     means = {name.removeprefix(MEAN): value for name, value in tensors.items() if name.startswith(MEAN)}
-    return Given(means, {name: tensors[f"{_LEARNED}{name}"] for name in means if f"{_LEARNED}{name}" in tensors})
+    precisions = {name: tensors[f"{_LEARNED}{name}"] for name in means if f"{_LEARNED}{name}" in tensors}
+    return Given(means, precisions, penalty=penalty)
 
 
 def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> dict[str, Tensor]:

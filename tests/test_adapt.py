@@ -35,7 +35,7 @@ from bora_pyro.adapt_run import run_adapt
 from bora_pyro.adapters import ADAPTERS, SharedPlusTaskLoRA
 from bora_pyro.data.subset import subset
 from bora_pyro.evaluate import evaluate
-from bora_pyro.priors import Given, RandomPrecision, with_shared
+from bora_pyro.priors import Given, HierarchicalNorm, RandomPrecision, with_shared
 from bora_pyro.saved_run import load_run
 from bora_pyro.task_groups import task_groups
 from tests.linear_gaussian import COUNTS, SHAPE, LinearGaussian
@@ -67,12 +67,14 @@ def test_the_maximum_is_between_the_prior_and_the_documents(tau):
         torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-8, rtol=0)
 
 
-def test_the_density_is_the_hierarchy_s_with_its_mean_held():
+@pytest.mark.parametrize("prior", [HierarchicalNormal(TAU), HierarchicalNorm(20.0)], ids=repr)
+def test_the_density_is_the_hierarchy_s_with_its_mean_held(prior):
     """log p(θ | Θ) in the whitened form of both; Θ itself is flat."""
-    model = tiny_bora(targets=["q_proj"], prior=HierarchicalNormal(TAU))
+    model = tiny_bora(targets=["q_proj"], prior=prior)
     theta = random_weights(model)
     mean = {name: value.mean(0) for name, value in theta.items()}
-    given = tiny_bora(targets=["q_proj"], prior=Given(mean, {name: torch.tensor(TAU) for name in mean}))
+    precisions = {name: prior.precision(name, start) for name, start in model.starts.items()}
+    given = tiny_bora(targets=["q_proj"], prior=Given(mean, precisions, penalty=prior.penalty))
     one, other = model.sites_given(theta, mean), given.sites_given(theta, mean)
     assert {name: value for name, value in one.items() if not name.startswith("prior_mean.")}.keys() == other.keys()
     log_densities = [joint(m.weights, sites) for m, sites in ((model, one), (given, other))]
@@ -93,6 +95,18 @@ def test_what_can_be_no_prior_is_refused():
         assert "\n" not in str(caught.value)
 
 
+def test_the_family_of_the_fit_stays(fits):
+    """Under a norm, also behind what is shared, and in a run of adapted tasks that is adapted from in turn."""
+    for name, penalty in (("normal", "normal"), ("norm", "norm"), ("norm, shared and task", "norm"), ("random", "normal")):
+        model = given_model(fits(name), 2)
+        assert model.prior.penalty == penalty
+        assert given_model(adapt(fits(name), tiny_data((1, 1)), steps=1), 2).prior.penalty == penalty
+        assert f"{model.prior}".endswith(", penalty='norm')") == (penalty == "norm")
+        assert "tau=inf" not in f"{model.prior}"
+    with pytest.raises(InputError, match="penalty is 'norms'; allowed: normal, norm; did you mean 'norm'"):
+        Given({}, {}, penalty="norms")
+
+
 PRIORS = {
     "normal": lambda: HierarchicalNormal(30.0),
     "centered": lambda: HierarchicalNormal(30.0, form="centered"),
@@ -101,7 +115,10 @@ PRIORS = {
     "learned by layer": lambda: LearnedPrecision("layer", start=30.0, every=2),
     "random": lambda: RandomPrecision("gamma"),
     "independent": Independent,
+    "norm": lambda: HierarchicalNorm(50.0),
+    "norm, centered": lambda: HierarchicalNorm(50.0, form="centered"),
     "shared and task": lambda: with_shared(HierarchicalNormal(30.0), SharedPlusTaskLoRA.shared),
+    "norm, shared and task": lambda: with_shared(HierarchicalNorm(50.0), SharedPlusTaskLoRA.shared),
 }
 
 
@@ -111,7 +128,7 @@ def fits():
 
     def of(name):
         if name not in found:
-            adapter = SharedPlusTaskLoRA(rank=2) if name == "shared and task" else LoRA(rank=2)
+            adapter = SharedPlusTaskLoRA(rank=2) if "shared" in name else LoRA(rank=2)
             model = tiny_bora(targets=["q_proj", "fc1"], adapter=adapter, prior=PRIORS[name]())
             found[name] = fit(model, tiny_data(), epochs=3, token_budget=24, patience=0, learning_rate=0.05)
         return found[name]
@@ -394,6 +411,7 @@ def test_every_adapter_and_prior_comes_back_from_its_folder(inputs, tmp_path, ad
     # τ of what all share is infinite, and no part of the mean
     assert metrics["tau"] == found.fitted.tau() == pytest.approx(fitted.tau(), rel=1e-5)
     assert math.isfinite(metrics["tau"])
+    assert found.fitted.model.prior.penalty == ("norm" if prior == "norm" else "normal")
     written = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert written["tau"] == metrics["tau"]
     assert {name for name, tau in written["tau_by_group"].items() if tau is None} == {

@@ -76,6 +76,9 @@ class Prior(ABC):
         """
         raise InputError(f"the precision of deviations under {self} is not known; give its class a method `precision`")
 
+    #: Whether τ weighs half the squared deviation (``normal``) or its norm (``norm``).
+    penalty: str = "normal"
+
     #: Steps of a fit between two calls of ``learn``; 0: this prior has nothing to learn.
     every: int = 0
 

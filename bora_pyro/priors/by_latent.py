@@ -37,6 +37,7 @@ class ByLatent(Prior):
                 )
         self.priors, self.other = dict(priors), other
         self.every = other.every  # the only one here that may have something to learn
+        self.penalty = other.penalty
 
     def of(self, name: str) -> Prior:
         """The prior of the latent ``name``."""

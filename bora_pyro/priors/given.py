@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pyro
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.priors.base import Prior, StandardNormal, copies, flat
+from bora_pyro.priors.norm import standard_spherical_laplace
 
 #: Before the names of Θ in the state of the prior.
 MEAN = "tau.mean."
+#: What τ weighs: half the squared deviation, or its norm.
+PENALTIES = ("normal", "norm")
 
 
 class Given(Prior):
@@ -27,15 +31,21 @@ class Given(Prior):
 
     Args:
         means: Θ by latent, (layers, *shape).
-        precisions: τ by latent, a number or what broadcasts against (layers, *shape).
+        precisions: τ by latent, a number or what broadcasts against (layers, *shape); under ``norm`` that of the Normal with the
+            same variance, as :meth:`~bora_pyro.priors.HierarchicalNorm.precision` gives it.
+        penalty: ``normal``, or ``norm`` for the density of :class:`~bora_pyro.priors.HierarchicalNorm` around Θ.
 
     Raises:
-        InputError: the two have other names, or a τ is negative or not a number, or neither 0 nor infinite throughout.
+        InputError: the two have other names, or a τ is negative or not a number, or neither 0 nor infinite throughout; an unknown
+            penalty.
     """
 
     least_tasks = 1
 
-    def __init__(self, means: Mapping[str, Tensor], precisions: Mapping[str, Tensor]) -> None:
+    def __init__(self, means: Mapping[str, Tensor], precisions: Mapping[str, Tensor], *, penalty: str = "normal") -> None:
+        if penalty not in PENALTIES:
+            raise InputError(f"penalty is {penalty!r}; allowed: {', '.join(PENALTIES)}{nearest(str(penalty), PENALTIES)}")
+        self.penalty = penalty
         if means.keys() != precisions.keys():
             name = min(means.keys() ^ precisions.keys())
             raise InputError(
@@ -57,7 +67,10 @@ class Given(Prior):
         with tasks:
             if bool((tau == 0).all()):
                 return pyro.sample(f"theta.{name}", flat(copies(mean, start, tasks), start.dim()))
-            white = StandardNormal(torch.zeros_like(start), torch.ones_like(start)).to_event(start.dim())
+            if self.penalty == "norm":
+                white = standard_spherical_laplace(start)
+            else:
+                white = StandardNormal(torch.zeros_like(start), torch.ones_like(start)).to_event(start.dim())
             deviation = pyro.sample(f"theta.{name}_decentered", white)
             return pyro.deterministic(f"theta.{name}", mean + tau**-0.5 * deviation, event_dim=start.dim())
 
@@ -86,5 +99,8 @@ class Given(Prior):
             self.means[name] = state.get(f"{MEAN}{name}", self.means[name])
 
     def __repr__(self) -> str:
-        tau = torch.stack([value.float().log().mean() for value in self.tau.values()]).mean().exp() if self.tau else 0.0
-        return f"Given({len(self.means)} latents, tau={float(tau):g})"
+        logs = [value.float().log().mean() for value in self.tau.values()]
+        own = [value for value in logs if value < math.inf] or logs  # what tasks share has an infinite τ
+        tau = torch.stack(own).mean().exp() if own else 0.0
+        penalty = "" if self.penalty == "normal" else f", penalty={self.penalty!r}"
+        return f"Given({len(self.means)} latents, tau={float(tau):g}{penalty})"

@@ -81,6 +81,16 @@ class SphericalLaplace(TorchDistribution):
         return value.reshape(*value.shape, *[1] * self.event_dim)
 
 
+def standard_spherical_laplace(start: Tensor) -> TorchDistribution:
+    """One for each layer of ``start`` (layers, *shape), around 0, in which an entry has the standard deviation 1.
+
+    >>> standard_spherical_laplace(torch.zeros(4, 2, 3)).base_dist.rate  # √(n + 1)
+    tensor([2.6458, 2.6458, 2.6458, 2.6458])
+    """
+    rate = math.sqrt(start[0].numel() + 1)
+    return SphericalLaplace(torch.zeros_like(start), rate, event_dim=start.dim() - 1).to_event(1)
+
+
 class HierarchicalNorm(Prior):
     """p(θ_d | Θ) ∝ exp(−τ Σ ‖θ_d − Θ‖₂), the sum running over matrices, with p(Θ) ∝ 1.
 
@@ -104,6 +114,8 @@ class HierarchicalNorm(Prior):
         InputError: τ is 0, infinite, negative or not a number; an unknown form.
     """
 
+    penalty = "norm"
+
     def __init__(self, tau: float = 500.0, form: str = "noncentered") -> None:
         if form not in FORMS:
             raise InputError(f"form {form!r} is not known; it is one of {', '.join(FORMS)}{nearest(form, FORMS)}")
@@ -124,8 +136,7 @@ class HierarchicalNorm(Prior):
                 mean = copies(prior_mean, start, tasks)
                 return pyro.sample(f"theta.{name}", SphericalLaplace(mean, self.tau, event_dim=matrix).to_event(1))
             scale = self.scale(start)
-            white = SphericalLaplace(torch.zeros_like(start), self.tau * scale, event_dim=matrix).to_event(1)
-            deviation = pyro.sample(f"theta.{name}_decentered", white)
+            deviation = pyro.sample(f"theta.{name}_decentered", standard_spherical_laplace(start))
             return pyro.deterministic(f"theta.{name}", prior_mean + scale * deviation, event_dim=start.dim())
 
     def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
