@@ -176,7 +176,7 @@ def _put(whole: AutoGuide, tasks: Tensor, part: AutoGuide) -> None:
 
 
 def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
-    """The model of new tasks: backbone, adapter and likelihood of a fit, and its Θ and τ as the prior; they have no weights.
+    """The model of new tasks: backbone, adapter and likelihood of a fit, its Θ, τ and penalty as the prior; all count alike.
 
     Raises:
         InputError: τ of the fit is infinite, so that a new task has nothing of its own.
