@@ -26,7 +26,6 @@ from typing import Any
 
 import xarray as xr
 from matplotlib.figure import Figure
-from pyro.infer.autoguide import AutoDelta
 
 from bora_pyro import plots
 from bora_pyro.adapter_folders import GLOBAL_MEAN, adapter_folders
@@ -88,7 +87,7 @@ def export_adapters(
         run.posterior(seed=seed)  # a point estimate has none
     facts = CardFacts(base_model, license, repo_id, repr(run.fitted.model), run.adapted)
     scores = {folder: run.metrics["tasks"][folder] for folder in chosen.values()}
-    kind = "the MAP estimate" if isinstance(run.fitted.guide, AutoDelta) else "the posterior's mean"
+    kind = "the MAP estimate" if run.is_point else "the posterior's mean"
     described: dict[str, dict[str, Any]] = {}
     with whole_folder(output_dir, record=EXPORT, overwrite=overwrite) as aside:
         for one in _adapters(run, chosen, draws, seed):

@@ -79,7 +79,7 @@ class SavedRun:
         Raises:
             InputError: the run is a point estimate.
         """
-        if isinstance(self.fitted.guide, AutoDelta):
+        if self.is_point:
             how = (
                 "adapt with --guide normal"
                 if self.adapted
@@ -87,6 +87,11 @@ class SavedRun:
             )
             raise InputError(f"the run in {self.folder.path} is a point estimate and has no posterior; {how}")
         return Posterior(self.fitted, seed=seed)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the run is a point estimate, MAP, and no posterior."""
+        return isinstance(self.fitted.guide, AutoDelta)
 
     @property
     def scores(self) -> list[dict[str, Any]]:

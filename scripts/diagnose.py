@@ -155,16 +155,17 @@ def _picture(draw: Callable[..., Any], *arguments: Any, width: float = 7.0, heig
 
 def _check_draws(run: SavedRun, config: DiagnoseConfig) -> None:
     """Refuse draws where every run is a point."""
-    posterior = run.posterior_config or any((Path(path) / FIT).is_file() for path in config.compare or ())
+    posterior = not run.is_point or any((Path(path) / FIT).is_file() for path in config.compare or ())
     if config.draws is not None and not posterior:
+        how = f"fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
         raise InputError(
             f"draws is {config.draws}, but the run in {run.folder.path} is a MAP fit, a point, and has none; leave --draws out, "
-            f"or fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
+            f"or {'adapt with --guide normal' if run.adapted else how}"
         )
 
 
 def _draws(run: SavedRun, config: DiagnoseConfig) -> int | None:
-    return None if run.posterior_config is None else config.draws or DRAWS
+    return None if run.is_point else config.draws or DRAWS
 
 
 def _compared(run: SavedRun, config: DiagnoseConfig) -> dict[str, Any]:

@@ -64,6 +64,18 @@ def test_one_task_stands_near_no_other(runs, tmp_path):
     assert names(tmp_path / "out") == expected(of_one)
 
 
+def test_adapted_tasks_have_draws_where_their_guide_has(runs, tmp_path, capsys):
+    data = write_table(tmp_path / "new.csv", documents(("Dora", "Emil"), number=3))
+    options = {"data": data, "steps": 2, "learning_rate": 0.1, "run": str(runs["100"])}
+    for guide in ("map", "normal"):
+        run_adapt(AdaptConfig(**options, guide=guide, output_dir=str(tmp_path / guide)), quiet=True)
+    assert diagnose.main([str(tmp_path / "normal"), "--draws", "3", "--output", str(tmp_path / "out")]) == 0
+    assert arviz.from_netcdf(tmp_path / "out" / "shrinkage.nc")["posterior"].sizes["draw"] == 3
+    capsys.readouterr()
+    assert diagnose.main([str(tmp_path / "map"), "--draws", "3", "--output", str(tmp_path / "none")]) == 2
+    assert "leave --draws out, or adapt with --guide normal" in capsys.readouterr().err
+
+
 def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 

@@ -132,7 +132,7 @@ def _of_adapters(
         run = load_run(folder.path, device=options.device, trust_remote_code=options.trust_remote_code)
     except InputError as error:
         raise InputError(f"{error}; or leave out what needs the adapters: --adapters false") from None
-    draws = None if run.posterior_config is None else options.draws
+    draws = None if run.is_point else options.draws
     container = shrinkage(run.fitted, run.data, draws=draws)
     pictures: list[Picture] = []
     gram = task_gram(run.fitted).numpy()
