@@ -121,7 +121,7 @@ class Fitted:
         own = [name for name, tau in taus.items() if not bool(tau.isinf().all())]
         if not own:
             return math.inf
-        logs = sum(float(taus[name].log().mean()) * starts[name].numel() for name in own)
+        logs = sum(float(taus[name].cpu().double().log().mean()) * starts[name].numel() for name in own)
         return math.exp(logs / sum(starts[name].numel() for name in own))
 
     def tau_by_group(self, sites: dict[str, Tensor] | None = None) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class FewDocumentsConfig:
     learning_rates: list[str] = option(
         ["0.001", "0.003", "0.01", "0.03", "0.1"], "learning rates to choose from (default: 0.001 0.003 0.01 0.03 0.1)"
     )
-    steps: list[str] = option(["15", "60", "240"], "numbers of steps to choose from (default: 15 60 240)")
+    steps: list[str] = option(["15", "60", "240"], "numbers of steps of each task to choose from (default: 15 60 240)")
     threads: int = option(2, "CPU threads")
     output: str = option("results/few_documents.csv", "the table, a row a task and run")
 

@@ -49,6 +49,9 @@ class VarianceConfig:
     draws: int = option(12, "gradients of each estimator and batch")
     batches: int = option(2, "batches on which each is measured")
     seed: int = option(0, "of the draws")
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
     output: str = option("results/gradient_variance.csv", "the table, a row an estimator and part of the guide")
 
@@ -149,7 +152,7 @@ def measure(config: VarianceConfig) -> pd.DataFrame:
     """The variance of every estimator, and its ratio to ``exact_kl`` at equal cost."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = load_run(config.run, device="cpu")
+    run = load_run(config.run, device="cpu", trust_remote_code=config.trust_remote_code)
     estimators = Estimators(run, config.scale)
     batches = run.data.train.batches(token_budget=run.config.token_budget, seed=config.seed)
     rows = []

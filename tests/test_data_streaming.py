@@ -149,7 +149,7 @@ def test_what_cannot_be_streamed(source, message):
 
 def test_a_table_alone_cannot_be_streamed(tmp_path):
     (tmp_path / "speeches.csv").write_text("task,text\na,b\n")
-    with pytest.raises(InputError, match="cannot be streamed; .*or leave streaming out to read other tables"):
+    with pytest.raises(InputError, match=r"cannot be streamed; .*or leave streaming out to read other tables"):
         load_tasks(str(tmp_path / "speeches.csv"), word_tokenizer(), streaming=True)
 
 
