@@ -29,15 +29,13 @@ from matplotlib.figure import Figure
 
 from bora_pyro import plots
 from bora_pyro.adapter_folders import GLOBAL_MEAN, adapter_folders
+from bora_pyro.adapter_names import EXPORT
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.model import Weights
 from bora_pyro.model_card import PICTURE, CardFacts, adapter_card, export_card
 from bora_pyro.peft_format import save_peft
 from bora_pyro.saved_run import SavedRun
 from bora_pyro.whole_folder import whole_folder, write_record
-
-#: The file of an export that says what its folders are.
-EXPORT = "export.json"
 
 
 @dataclass(frozen=True)

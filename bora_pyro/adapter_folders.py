@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 #: The folder that holds Θ.
 GLOBAL_MEAN = "global-mean"
+#: The slug of a name without a letter or a digit that could stand in one.
+NAMELESS = "task"
 # What Windows takes for a device and no folder, in every folder.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 # Letters that Unicode does not decompose into an ASCII letter and an accent.
@@ -44,7 +46,7 @@ def task_slugs(names: Iterable[str], *, reserved: Iterable[str] = ()) -> dict[st
             continue
         folded = unicodedata.normalize("NFKD", name.casefold().translate(_FOLDS))
         letters = "".join(letter for letter in folded if not unicodedata.combining(letter))
-        base = re.sub(r"[^a-z0-9]+", "-", letters.lower()).strip("-")[:80].strip("-") or "task"
+        base = re.sub(r"[^a-z0-9]+", "-", letters.lower()).strip("-")[:80].strip("-") or NAMELESS
         slug, number = base, last.get(base, 1)
         while slug in used:
             number += 1

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import datasets
 
-from bora_pyro.adapter_folders import adapter_folders
+from bora_pyro.adapter_names import AdapterNames
 from bora_pyro.backbone import Backbone
 from bora_pyro.data.tables import read_table
 from bora_pyro.data.token_split import TokenSplit
@@ -98,6 +98,7 @@ def read_held_out(
     backbone: Backbone,
     tasks: Sequence[str],
     *,
+    names: AdapterNames | None = None,
     task_column: str = "task",
     text_column: str = "text",
     max_tokens: int = 256,
@@ -107,19 +108,21 @@ def read_held_out(
     Args:
         source: as for :func:`~bora_pyro.data.read_table`.
         backbone: the base, with its tokenizer.
-        tasks: names of the adapters' folders; a task of the table has that name, or is one whose folder it is in a run.
+        tasks: names of the adapters' folders.
+        names: what is known of the tasks in them; a task of the table has its name, or that of its folder.
         task_column: column with the name of the task.
         text_column: column with the text.
         max_tokens: longer documents are cut.
 
     Raises:
-        InputError: the table cannot be read, or has no document of these tasks; the base has no tokenizer.
+        InputError: the table cannot be read, or has no document of these tasks; a task whose folder is not known; the base
+            has no tokenizer.
     """
     tokenizer = tokenizer_of(backbone)
     table, _ = read_table(source, task_column=task_column, text_column=text_column)
     place = {task: d for d, task in enumerate(tasks)}
-    folders = adapter_folders(table["task"])
-    rows = [(name if name in place else folders[name], text) for name, text in zip(table["task"], table["text"], strict=True)]
+    folders = (names or AdapterNames(tuple(tasks))).folders_of(table["task"], among=tasks)
+    rows = [(folders[name], text) for name, text in zip(table["task"], table["text"], strict=True)]
     own = [(task, text) for task, text in rows if task in place]
     if not own:
         raise InputError(f"{source} has no document of {', '.join(tasks[:3])}{', ...' if len(tasks) > 3 else ''}")

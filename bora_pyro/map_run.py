@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bora_pyro.adapter_folders import GLOBAL_MEAN, adapter_folders
+from bora_pyro.adapter_names import write_task_names
 from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone import Backbone
 from bora_pyro.config import AUTO, DATA, LEARNED, MODEL, PRIOR, MapFitConfig
@@ -321,13 +322,14 @@ def _newest_tau(model: BoRA, report: Mapping[str, Any]) -> float | None:
 
 
 def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:
-    """Write the adapters at the guide's centre in PEFT form: a folder a task, and one for Θ."""
+    """Write the adapters at the guide's centre in PEFT form: a folder a task, one for Θ, and the tasks' names beside them."""
     slugs, mean = adapter_folders(fitted.tasks), None
     fitted.model.backbone.model.config.name_or_path = base_model
     for d, theta, of_all in fitted.each_task():
         save_peft(folder.adapters / slugs[fitted.tasks[d]], fitted.model, theta)
         mean = mean or of_all
     save_peft(folder.adapters / GLOBAL_MEAN, fitted.model, mean or {})
+    write_task_names(folder.adapters, {slug: name for name, slug in slugs.items()})
 
 
 def write_posterior(folder: RunFolder, fitted: Fitted, data: TaskData, guide: str, *, prior: str = "") -> None:

@@ -17,6 +17,7 @@ import pandas as pd
 from torch import Tensor
 
 from bora_pyro.adapter_folders import GLOBAL_MEAN
+from bora_pyro.adapter_names import AdapterNames, write_task_names
 from bora_pyro.data.files import read_file
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.peft_format import CONFIG, write_peft
@@ -36,26 +37,47 @@ def read_adapters(folder: str | Path, tasks: Sequence[str] | None = None) -> dic
 
     Args:
         folder: where the PEFT folders lie.
-        tasks: names of folders; default: all.
+        tasks: names of folders, or of the tasks in them (:mod:`bora_pyro.adapter_names`); default: all.
 
     Raises:
         InputError: no such folder, fewer than two adapters, or as for :func:`~bora_pyro.peft_import.read_peft`.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give one in which each adapter has a folder of its own")
-    names = sorted(entry.name for entry in folder.iterdir() if (entry / CONFIG).is_file())
+    folder, names = Path(folder), _folders(folder)
+    own = adapter_names(folder)
     if tasks is None:
-        tasks = [name for name in names if name != GLOBAL_MEAN and "--draw-" not in name]
-    elif unknown := [task for task in tasks if task not in names]:
-        raise InputError(f"{folder} has no adapter {unknown[0]!r}, of {len(names)}{nearest(unknown[0], names)}")
+        tasks = own.folders
+    else:
+        found = {task: own.folder_of(task) or (task if task in names else None) for task in tasks}
+        if unknown := [task for task in tasks if found[task] is None]:
+            raise InputError(f"{folder} has no adapter {unknown[0]!r}, of {len(names)}{own.nearest(unknown[0])}")
+        tasks = [place for place in found.values() if place is not None]
     if len(dict.fromkeys(tasks)) < 2:
         raise InputError(f"{folder} has {len(tasks)} adapters of tasks; give a folder with two or more folders with {CONFIG}")
     return {task: read_peft(folder / task) for task in dict.fromkeys(tasks)}
 
 
-def read_documents(file: str, tasks: Sequence[str]) -> list[float]:
+def adapter_names(folder: str | Path) -> AdapterNames:
+    """The adapters of tasks in a folder, Θ and draws passed over, and the names of those tasks as far as they are known.
+
+    Raises:
+        InputError: no such folder, or as for :meth:`~bora_pyro.adapter_names.AdapterNames.read`.
+    """
+    return AdapterNames.read(folder, (name for name in _folders(folder) if name != GLOBAL_MEAN and "--draw-" not in name))
+
+
+def _folders(folder: str | Path) -> list[str]:
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder} is no folder; give one in which each adapter has a folder of its own")
+    return sorted(entry.name for entry in Path(folder).iterdir() if (entry / CONFIG).is_file())
+
+
+def read_documents(file: str, tasks: Sequence[str], names: AdapterNames | None = None) -> list[float]:
     """N_d of each task from a table with the columns ``task`` and ``documents``; other rows are passed over.
+
+    Args:
+        file: the table.
+        tasks: names of the adapters' folders.
+        names: what is known of the tasks in them; a row may have the name of the task or of its folder.
 
     Raises:
         InputError: the table cannot be read, lacks a column or a task, names one twice, or has a number that is not positive.
@@ -64,17 +86,20 @@ def read_documents(file: str, tasks: Sequence[str]) -> list[float]:
     for column in ("task", "documents"):
         if column not in table.columns:
             raise InputError(f"{file} has no column {column!r}; it has {', '.join(map(str, table.columns))}")
-    rows = table[table["task"].astype(str).isin(list(tasks))]
-    numbers = pd.to_numeric(rows["documents"], errors="coerce")
+    given = table["task"].astype(str)
+    folders = (names or AdapterNames(tuple(tasks))).folders_of(given, among=tasks)
+    numbers = pd.to_numeric(table["documents"], errors="coerce")
     found: dict[str, float] = {}
-    for task, number in zip(rows["task"].astype(str), numbers, strict=True):
+    for name, number in zip(given, numbers, strict=True):
+        if (task := folders[name]) is None or task not in tasks:
+            continue
         if task in found:
             raise InputError(f"{file} names the task {task!r} twice; give each one row")
         if not 0 < number < math.inf:
             raise InputError(f"{file} has no positive number of documents of the task {task!r}")
         found[task] = float(number)
     if missing := [task for task in tasks if task not in found]:
-        raise InputError(f"{file} has no row of the task {missing[0]!r}{nearest(missing[0], table['task'].astype(str))}")
+        raise InputError(f"{file} has no row of the task {missing[0]!r}{nearest(missing[0], given)}")
     return [found[task] for task in tasks]
 
 
@@ -121,6 +146,7 @@ def write_pooled(
     *,
     options: dict[str, Any] | None = None,
     documents: Sequence[float] | None = None,
+    names: AdapterNames | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -131,6 +157,7 @@ def write_pooled(
         pooled: what :func:`~bora_pyro.pooling.pool` has given.
         options: how it was made, for ``pooling.json``.
         documents: N_d, for ``tasks.csv``.
+        names: what is known of the tasks' names; where something is, it goes to ``tasks.json``.
         base_model: what the adapters call their base; default: the name that it was loaded by.
         overwrite: replace an earlier result.
 
@@ -143,6 +170,9 @@ def write_pooled(
     with whole_folder(output_dir, record=POOLING, overwrite=overwrite) as aside:
         for name, factors in {**pooled.factors, GLOBAL_MEAN: pooled.mean}.items():
             write_peft(aside / name, pooled.backbone, factors, alpha=pooled.alpha, base_model=base_model)
+        known = {} if names is None else {folder: names.tasks[folder] for folder in pooled.tasks if folder in names.tasks}
+        if known:
+            write_task_names(aside, known)
         groups.to_csv(aside / "groups.csv", index=False)
         tasks.to_csv(aside / "tasks.csv", index=False)
         content = {

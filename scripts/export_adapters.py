@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from bora_pyro.adapter_export import EXPORT, export_adapters
+from bora_pyro.adapter_export import export_adapters
+from bora_pyro.adapter_names import EXPORT
 from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.hub import check_repo_id, push_folder

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import transformers
 
+from bora_pyro.adapter_names import AdapterNames
 from bora_pyro.backbone import Backbone
 from bora_pyro.command_line import check_choices, option, parse_config, run_script
 from bora_pyro.deviations import SPACES
@@ -26,7 +27,7 @@ from bora_pyro.held_out_shrinkage import HeldOut, held_out_shrinkage, read_held_
 from bora_pyro.partial_pooling import Estimator, FixedShrinkage, JamesStein, MarginalLikelihood
 from bora_pyro.peft_import import PeftAdapter
 from bora_pyro.pooling import FULL, Pooled, pool
-from bora_pyro.pooling_run import POOLING, group_table, read_adapters, read_documents, task_table, write_pooled
+from bora_pyro.pooling_run import POOLING, adapter_names, group_table, read_adapters, read_documents, task_table, write_pooled
 from bora_pyro.shown_text import name_line
 from bora_pyro.whole_folder import check_place
 
@@ -41,7 +42,7 @@ class PoolConfig:
         False, "let a hub model run its own code on this machine; a file cannot say so", line_only=True
     )
     same_base: bool = option(True, "refuse adapters that name another base than base_model")
-    tasks: list[str] | None = option(None, "names of folders (default: all but global-mean and draws)")
+    tasks: list[str] | None = option(None, "names of folders or of the tasks in them (default: all but global-mean and draws)")
     documents: str | None = option(None, "table with the columns task and documents: estimate tau and the noise by them")
     held_out: str | None = option(
         None, "texts of the tasks that no adapter was trained on, a table: take the share at which they are predicted best"
@@ -89,8 +90,8 @@ def run(config: PoolConfig) -> Pooled:
     check_place(config.output_dir, record=POOLING, overwrite=config.overwrite)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    adapters = read_adapters(config.folder, config.tasks)
-    documents = None if config.documents is None else read_documents(config.documents, list(adapters))
+    adapters, names = read_adapters(config.folder, config.tasks), adapter_names(config.folder)
+    documents = None if config.documents is None else read_documents(config.documents, list(adapters), names)
     targets = next(iter(adapters.values())).targets
     backbone = Backbone.from_pretrained(config.base_model, targets=targets, trust_remote_code=config.trust_remote_code)
     backbone.model.config.name_or_path = config.base_model
@@ -99,7 +100,7 @@ def run(config: PoolConfig) -> Pooled:
     if documents is not None:
         estimator = MarginalLikelihood(documents)
     elif config.held_out is not None:
-        found = _held_out(config, adapters, backbone)
+        found = _held_out(config, adapters, names, backbone)
         estimator = FixedShrinkage(found.share)
         options["held_out_perplexities"] = {f"{share:g}": perplexity for share, perplexity in found.perplexities.items()}
     elif config.noise is not None:
@@ -108,17 +109,18 @@ def run(config: PoolConfig) -> Pooled:
         estimator = FixedShrinkage(config.shrinkage or 0.0)
     pooled = pool(adapters, backbone, estimator, space=config.space, rank=config.rank, same_base=config.same_base)
     options["estimator"] = repr(estimator)
-    write_pooled(config.output_dir, pooled, options=options, documents=documents, overwrite=config.overwrite)
+    write_pooled(config.output_dir, pooled, options=options, documents=documents, names=names, overwrite=config.overwrite)
     _report(pooled, documents)
     return pooled
 
 
-def _held_out(config: PoolConfig, adapters: dict[str, PeftAdapter], backbone: Backbone) -> HeldOut:
+def _held_out(config: PoolConfig, adapters: dict[str, PeftAdapter], names: AdapterNames, backbone: Backbone) -> HeldOut:
     assert config.held_out is not None
     documents = read_held_out(
         config.held_out,
         backbone,
         list(adapters),
+        names=names,
         task_column=config.task_column,
         text_column=config.text_column,
         max_tokens=config.max_tokens,

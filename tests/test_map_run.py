@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -161,7 +160,8 @@ def test_a_run_folder_from_end_to_end(main, inputs, tmp_path, more, sites):
     data = data_of(inputs)
     assert folder.read_split() == data.split_record
     base = Backbone.from_pretrained(inputs["base_model"]).model
-    assert sorted(entry.name for entry in folder.adapters.iterdir()) == sorted([*SLUGS.values(), "global-mean"])
+    assert sorted(entry.name for entry in folder.adapters.iterdir()) == sorted([*SLUGS.values(), "global-mean", "tasks.json"])
+    assert json.loads((folder.adapters / "tasks.json").read_text()) == {slug: name for name, slug in SLUGS.items()}
     assert metrics["base_test_perplexity"] == pytest.approx(perplexity(base, data.test), rel=1e-5)
     logarithm = 0.0
     for d, slug in enumerate(SLUGS.values()):
@@ -503,7 +503,7 @@ def test_a_saved_adapter_names_its_base(main, inputs, tmp_path):
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 6, ["fc2", "v_proj"])
     with safe_open(folder.path / "posterior.safetensors", framework="pt") as file:
         assert "Pooled()" in file.metadata()["model"]
-    assert all(Path(path).is_dir() for path in folder.adapters.iterdir())
+    assert all(path.is_dir() for path in folder.adapters.iterdir() if path.name != "tasks.json")
 
 
 def test_peak_memory_of_this_process():

@@ -8,10 +8,12 @@ import shutil
 import pandas as pd
 import pytest
 
+from bora_pyro.adapter_names import write_task_names
 from bora_pyro.errors import InputError
 from bora_pyro.evaluate import evaluate
 from bora_pyro.held_out_shrinkage import read_held_out
 from bora_pyro.peft_import import read_peft
+from bora_pyro.pooling_run import adapter_names, read_adapters, read_documents
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
 from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
@@ -47,7 +49,9 @@ def test_a_runs_adapters_are_pooled(fitted, tmp_path, capsys, how):
     how = [str(fitted / word) if word.endswith(".csv") else word for word in how]
     assert main(arguments(fitted, tmp_path / "out", *how)) == 0
     tasks = ["ada", "borge-b", "cleo"]
-    assert names(tmp_path / "out") == sorted([*tasks, "global-mean", "groups.csv", "pooling.json", "tasks.csv"])
+    assert names(tmp_path / "out") == sorted([*tasks, "global-mean", "groups.csv", "pooling.json", "tasks.csv", "tasks.json"])
+    stored = [(place / "tasks.json").read_bytes() for place in (tmp_path / "out", fitted / "run" / "adapters")]
+    assert stored[0] == stored[1]
     stored = json.loads((tmp_path / "out" / "pooling.json").read_text())
     groups = pd.read_csv(tmp_path / "out" / "groups.csv")
     assert groups["group"].tolist() == list(stored["groups"])
@@ -95,7 +99,28 @@ def test_the_whole_rank_and_another_base_name(fitted, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main([*words, "--shrinkage", "0.5", "--same_base", "false", "--rank", "full", "--tasks", "ada", "cleo"]) == 0
     assert 2 < read_peft(tmp_path / "out" / "ada").rank <= 4
-    assert names(tmp_path / "out") == ["ada", "cleo", "global-mean", "groups.csv", "pooling.json", "tasks.csv"]
+    assert names(tmp_path / "out") == ["ada", "cleo", "global-mean", "groups.csv", "pooling.json", "tasks.csv", "tasks.json"]
+
+
+def test_tasks_whose_names_make_one_folder_are_told_apart(fitted, tmp_path):
+    folder = shutil.copytree(fitted / "run" / "adapters", tmp_path / "adapters")
+    for before, after in (("ada", "task"), ("borge-b", "task-2")):
+        (folder / before).rename(folder / after)
+    backbone, rows = load_run(fitted / "run", device="cpu").fitted.model.backbone, ["東京", "cleo", "大阪"]
+    table = write_table(tmp_path / "later.csv", pd.DataFrame({"task": rows, "text": ["red", "red red", "red red red"]}))
+    numbers = write_table(tmp_path / "numbers.csv", pd.DataFrame({"task": rows, "documents": [2, 3, 1]}))
+    (folder / "tasks.json").unlink()
+    tasks = list(read_adapters(folder))
+    for read in (lambda: read_held_out(table, backbone, tasks), lambda: read_documents(numbers, tasks)):
+        with pytest.raises(InputError, match="the folder of the task '東京' is not known: it may be any of task, task-2"):
+            read()
+    write_task_names(folder, {"task": "大阪", "task-2": "東京", "cleo": "Cleo"})
+    split = read_held_out(table, backbone, tasks, names=adapter_names(folder))
+    lengths = dict(zip([tasks[d] for d in split.task.tolist()], split.lengths.tolist(), strict=True))
+    assert lengths["task-2"] < lengths["cleo"] < lengths["task"]
+    found = dict(zip(tasks, read_documents(numbers, tasks, adapter_names(folder)), strict=True))
+    assert found == {"task": 1, "task-2": 2, "cleo": 3}
+    assert list(read_adapters(folder, ["東京", "cleo"])) == ["task-2", "cleo"]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_the_command_fits_in_two_processes_and_writes_once(tmp_path):
     metrics = run.read_metrics()
     assert metrics["test_perplexity"] < metrics["base_test_perplexity"]
     assert all(task["deviation_norm"] > 0 for task in metrics["tasks"].values())
-    assert len([*run.adapters.iterdir()]) == len(metrics["tasks"]) + 1
+    assert len([*run.adapters.iterdir()]) == len(metrics["tasks"]) + 2  # Θ's, and the tasks' names
 
     # the same with the base in parts
     parts = options | {"output_dir": str(tmp_path / "parts"), "shard_base": "true"}
