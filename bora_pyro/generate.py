@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.backbone import Backbone
-from bora_pyro.data.encode import encoder
-from bora_pyro.errors import InputError
+from bora_pyro.data.encode import encoder, start_token
+from bora_pyro.data.files import check_unicode
+from bora_pyro.errors import InputError, shown
 from bora_pyro.model import BoRA
 from bora_pyro.predictive import Draws
 from bora_pyro.texts import tokenizer_of
@@ -74,7 +75,8 @@ def generate(
 
     Args:
         model: the BoRA model; its backbone has a tokenizer.
-        prompt: the beginning, as a text (the start token is put in front) or as token ids, (tokens,), taken as they are.
+        prompt: the beginning, as a text (the start token is put in front, and stands alone where the text is empty) or as token
+            ids, (tokens,), taken as they are.
         draws: gives the draws, the same ones each time; it is called for each token.
         task_index: d, whose adapter writes.
         max_new_tokens: the longest text, in tokens. It ends earlier where the model ends the document, or where the base can
@@ -83,8 +85,8 @@ def generate(
         seed: of the tokens that are drawn.
 
     Raises:
-        InputError: no draw; a prompt that is empty or fills all that the base can read; a task, a number of tokens or a
-            temperature out of range; a base without tokenizer.
+        InputError: no draw; a prompt without a token, with half a character, or that fills all that the base can read; a task, a
+            number of tokens or a temperature out of range; a base without tokenizer.
     """
     if not 0 <= task_index < model.num_tasks:
         nearest = min(max(task_index, 0), model.num_tasks - 1)
@@ -93,7 +95,7 @@ def generate(
     tokenizer = tokenizer_of(model.backbone, "read and write texts with")
     tokens = prompt_tokens(model.backbone, tokenizer, prompt)
     room = max_new_tokens if model.backbone.context is None else min(max_new_tokens, model.backbone.context - len(tokens))
-    generator = torch.Generator().manual_seed(seed)
+    generator, ends = torch.Generator().manual_seed(seed), end_tokens(model.backbone, tokenizer)
     written, log_probs, epistemic = [], [], []
     for _ in range(room):
         log_p, information = next_token(model, tokens, draws=draws, task_index=task_index)
@@ -101,7 +103,7 @@ def generate(
         written.append(token)
         log_probs.append(float(log_p[token]))
         epistemic.append(float(information))
-        if token == tokenizer.eos_token_id:
+        if token in ends:
             break
         tokens = torch.cat([tokens, torch.tensor([token])])
     return Generated(
@@ -158,11 +160,12 @@ def _drawn(log_p: Tensor, temperature: float, generator: torch.Generator) -> int
 
 
 def prompt_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int] | Tensor) -> Tensor:
-    """(tokens,) int64: a text as its document begins, token ids as they are."""
+    """(tokens,) int64: a text as its document begins, of an empty one the start alone; token ids as they are."""
     if isinstance(prompt, str):
-        [ids] = encoder(tokenizer, 10**9)({"text": [prompt], "task": [""]})["input_ids"] or [[]]
+        check_unicode(prompt, f"the prompt {shown(prompt)}")
+        [ids] = encoder(tokenizer, 10**9)({"text": [prompt], "task": [""]})["input_ids"] or [[start_token(tokenizer)]]
         # a document's end mark would say that there is nothing to continue
-        tokens = torch.tensor(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids, dtype=torch.int64)
+        tokens = torch.tensor(ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids, dtype=torch.int64)
     else:
         tokens = torch.as_tensor(prompt, dtype=torch.int64).cpu()
     if tokens.dim() != 1 or not len(tokens):
@@ -178,6 +181,12 @@ def prompt_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompt
             f"{backbone.context - 1} tokens or fewer"
         )
     return tokens
+
+
+def end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a document: the tokenizer's, and those that the base's own settings name, as chat models do."""
+    named = getattr(backbone.model.generation_config, "eos_token_id", None)
+    return {token for token in (tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])) if token is not None}
 
 
 def check_generation(max_new_tokens: int, temperature: float) -> None:

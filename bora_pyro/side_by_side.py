@@ -11,24 +11,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.backbone import Change
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError
 from bora_pyro.fitted import Fitted
-from bora_pyro.generate import check_generation, prompt_tokens
+from bora_pyro.generate import check_generation, end_tokens, prompt_tokens
 from bora_pyro.model import Weights
 from bora_pyro.slots import Slot
 from bora_pyro.texts import tokenizer_of
-
-#: Who writes beside the tasks and Θ: the base alone.
-BASE = "base"
+from bora_pyro.writers import Writers
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,14 @@ def generate_side_by_side(
 
     Args:
         fitted: a fit.
-        prompts: one beginning or several.
-        tasks: names of tasks; ``base`` is the base without an adapter, ``global-mean`` is Θ.
+        prompts: one beginning or several; an empty one is the document's start.
+        tasks: names of tasks or of their folders; ``base`` is the base without an adapter, ``global-mean`` or ``Θ`` is Θ. Where a
+            task has such a name it is the task, and the others are ``plain base`` and ``plain global-mean``. One that is named
+            twice writes once.
         samples: continuations of each prompt by each task.
         max_new_tokens: the longest continuation; shorter where the base reads no more.
-        temperature: 0 takes the most probable token, above 0 tokens are drawn with probabilities ∝ p^(1/temperature).
+        temperature: 0 takes the most probable token, above 0 tokens are drawn with probabilities ∝ p^(1/temperature), whatever
+            the base's own ``generation_config`` says.
         top_p: draw among the most probable tokens that have this much probability together.
         seed: of the draws. A batch of other rows draws other tokens.
 
@@ -101,48 +102,69 @@ def generate_side_by_side(
         )
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; give a probability above 0, up to 1")
-    backbone = fitted.model.backbone
+    backbone, writers = fitted.model.backbone, Writers(fitted.tasks)
     tokenizer = tokenizer_of(backbone, "read and write texts with")
-    weights, row_of = _weights(fitted, tasks)
+    tasks = list(dict.fromkeys(map(writers.named, [tasks] if isinstance(tasks, str) else tasks)))
+    weights, row_of = _weights(fitted, tasks, writers)
     begun = [prompt_tokens(backbone, tokenizer, prompt) for prompt in prompts]
     asked = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
-    longest = max(len(tokens) for tokens in begun)
-    input_ids, mask = _left_padded([begun[n] for n, _, _ in asked], tokenizer)
-    rows = torch.tensor([row_of[task] for _, task, _ in asked], device=backbone.device)
-    room = max_new_tokens if backbone.context is None else min(max_new_tokens, backbone.context - longest)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
-    config = GenerationConfig(
-        max_new_tokens=room, pad_token_id=_pad(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        return_dict_in_generate=True, output_logits=True, **drawn,
-    )  # fmt: skip
-    change = _with_base(fitted.model.change(weights, rows.clamp(min=0)), rows < 0)
-    with torch.random.fork_rng(), backbone.changed(change, len(asked)) as model:
+    ends, written = end_tokens(backbone, tokenizer), dict[int, Written]()
+    with torch.random.fork_rng(), _neutral(backbone.model):
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=input_ids.to(backbone.device), attention_mask=mask.to(backbone.device), generation_config=config
-        )
-    new = output.sequences[:, longest:].cpu()
-    log_p = torch.stack([step.float().log_softmax(-1).cpu() for step in output.logits], 1)  # (rows, tokens, vocabulary)
-    of_new = log_p.gather(2, new[..., None])[..., 0]
-    written = []
-    for (n, task, sample), tokens, log_prob in zip(asked, new, of_new, strict=True):
-        length = _length(tokens, tokenizer.eos_token_id)
-        text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        written.append(Written(prompts[n], task, sample, text, tokens[:length], log_prob[:length]))
-    return written
+        for room, places in _by_room([len(begun[n]) for n, _, _ in asked], max_new_tokens, backbone.context).items():
+            input_ids, mask = _left_padded([begun[asked[place][0]] for place in places], tokenizer)
+            config = GenerationConfig(
+                max_new_tokens=room, pad_token_id=_pad(tokenizer), eos_token_id=sorted(ends) or None,
+                return_dict_in_generate=True, output_logits=True, **drawn,
+            )  # fmt: skip
+            rows = torch.tensor([row_of[asked[place][1]] for place in places], device=backbone.device)
+            change = _with_base(fitted.model.change(weights, rows.clamp(min=0)), rows < 0)
+            with backbone.changed(change, len(places)) as model:
+                output = model.generate(
+                    input_ids=input_ids.to(backbone.device), attention_mask=mask.to(backbone.device), generation_config=config
+                )
+            new = output.sequences[:, input_ids.shape[1] :].cpu()
+            log_p = torch.stack([step.float().log_softmax(-1).cpu() for step in output.logits], 1)  # (rows, tokens, vocabulary)
+            of_new = log_p.gather(2, new[..., None])[..., 0]
+            for place, tokens, log_prob in zip(places, new, of_new, strict=True):
+                n, task, sample = asked[place]
+                length = _length(tokens, ends)
+                text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+                written[place] = Written(prompts[n], task, sample, text, tokens[:length], log_prob[:length])
+    return [written[place] for place in range(len(asked))]
 
 
-def _weights(fitted: Fitted, tasks: Sequence[str]) -> tuple[Weights, dict[str, int]]:
+def _weights(fitted: Fitted, tasks: Sequence[str], writers: Writers) -> tuple[Weights, dict[str, int]]:
     """θ of the tasks that are asked for and Θ, (rows, layers, *shape), and the row of each name; −1 is the base's."""
-    known = (*fitted.tasks, GLOBAL_MEAN, BASE)
-    for task in tasks:
-        if task not in known:
-            raise InputError(f"task {task!r} is not in this fit, which has {len(fitted.tasks)}{nearest(task, known)}")
-    index = sorted({fitted.tasks.index(task) for task in tasks if task in fitted.tasks})
+    index = sorted({writers.tasks[task] for task in tasks if task in writers.tasks})
     theta, mean = fitted.weights_of()(torch.tensor(index or [0]))
     weights = {name: torch.cat([value[: len(index)], mean[name][None]]) for name, value in theta.items()}
-    rows = {task: index.index(fitted.tasks.index(task)) for task in tasks if task in fitted.tasks}
-    return weights, {BASE: -1, GLOBAL_MEAN: len(index)} | rows  # a task of such a name is the task
+    rows = {task: index.index(writers.tasks[task]) for task in tasks if task in writers.tasks}
+    return weights, {writers.base: -1, writers.mean: len(index)} | rows
+
+
+def _by_room(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> dict[int, list[int]]:
+    """Rows that can be continued by equally many tokens, by that number: no prompt takes room from a shorter one."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        room = max_new_tokens if context is None else min(max_new_tokens, context - length)
+        groups.setdefault(room, []).append(row)
+    return groups
+
+
+@contextmanager
+def _neutral(model: PreTrainedModel) -> Iterator[None]:
+    """The model without generation settings of its own: transformers adds them to those that it is given.
+
+    A penalty for repetition or a beam search that a base comes with would take other tokens than the most probable ones.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _with_base(change: Change, is_base: Tensor) -> Change:
@@ -176,6 +198,6 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(number for number in ids if number is not None)
 
 
-def _length(tokens: Tensor, end: int | None) -> int:
+def _length(tokens: Tensor, ends: Collection[int]) -> int:
     """How many tokens a row has up to its end; what follows pads it."""
-    return next((n + 1 for n, token in enumerate(tokens.tolist()) if token == end), len(tokens))
+    return next((n + 1 for n, token in enumerate(tokens.tolist()) if token in ends), len(tokens))

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.backbone import Backbone
 from bora_pyro.data.encode import encoder
+from bora_pyro.data.files import check_unicode
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import pad_token_id
 from bora_pyro.errors import InputError, shown
@@ -32,12 +33,14 @@ def token_split(
         max_tokens: longer texts are cut; default, and at most: what the base reads.
 
     Raises:
-        InputError: what is no text, or one without a token; a base without tokenizer; max_tokens below 2.
+        InputError: what is no text, or one without a token or with half a character; a base without tokenizer; max_tokens
+            below 2.
     """
     tokenizer, texts = tokenizer_of(backbone), list(texts)
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise InputError(f"text {number} of {len(texts)} is {shown(text)}; give texts")
+        check_unicode(text, f"text {number} ({shown(text)})")
     encode = encoder(tokenizer, longest_read(backbone, max_tokens))
     # a tokenizer reads no empty list
     columns = encode({"text": texts, "task": [""] * len(texts)}) if texts else {"input_ids": [], "characters": []}

@@ -24,7 +24,8 @@ from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.saved_run import load_run
 from bora_pyro.shown_text import escaped, name_line
-from bora_pyro.side_by_side import BASE, Written, generate_side_by_side
+from bora_pyro.side_by_side import Written, generate_side_by_side
+from bora_pyro.writers import BASE, Writers
 
 #: A column narrower than this is no pleasure to read: tasks then stand below each other.
 LEAST_WIDTH = 28
@@ -38,8 +39,8 @@ class GenerateConfig:
     prompt: list[str] = option([], "beginning of a text; may be repeated (no default: one is needed)", whole=True)
     task: list[str] = option(
         [],
-        f"who continues it; may be repeated: names of tasks, {BASE} (no adapter), {GLOBAL_MEAN} (default: these two and the "
-        "first two tasks)",
+        f"who continues it; may be repeated: names of tasks or of their folders, {BASE} (no adapter), {GLOBAL_MEAN} (Θ); where a "
+        f"task is called so, 'plain {BASE}', 'plain {GLOBAL_MEAN}' (default: these two and the first two tasks)",
         whole=True,
     )
     samples: int = option(1, "continuations of each prompt by each task")
@@ -103,7 +104,8 @@ def main(argv: list[str]) -> int:
     try:
         config = parse_config(GenerateConfig, argv, prog="generate.py")
         fitted = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code).fitted
-        tasks = config.task or [*fitted.tasks[:2], GLOBAL_MEAN, BASE]
+        writers = Writers(fitted.tasks)
+        tasks = config.task or [*fitted.tasks[:2], writers.mean, writers.base]
         written = generate_side_by_side(
             fitted, config.prompt, tasks, samples=config.samples, max_new_tokens=config.max_new_tokens,
             temperature=config.temperature, top_p=config.top_p, seed=config.seed,

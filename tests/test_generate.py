@@ -101,6 +101,13 @@ def test_what_is_said_of_a_written_text_is_what_predictive_says_of_it(case):
     torch.testing.assert_close(written.epistemic, predicted.epistemic[len(ids) - 1 :], rtol=1e-4, atol=1e-5)
 
 
+def test_an_empty_text_is_continued_from_the_start_token(case):
+    model, draws = case
+    options = {"draws": lambda: draws[:1], "task_index": TASK, "max_new_tokens": 4}
+    written = generate(model, "", **options)
+    assert written.tokens.tolist() == generate(model, [model.backbone.tokenizer.bos_token_id], **options).tokens.tolist()
+
+
 def test_the_base_alone(case):
     model, _ = case
     written = generate(model, PROMPT, draws=lambda: [None], task_index=TASK, max_new_tokens=1)
@@ -203,7 +210,8 @@ BAD = {
     "tokens": ({"max_new_tokens": 0}, r"max_new_tokens is 0; give a whole number from 1 up"),
     "temperature": ({"temperature": -1.0}, r"temperature is -1.0; give 0 for the most probable token, or a finite number"),
     "no draw": ({"draws": list}, r"0 draws given; a text needs 1 or more"),
-    "empty": ({"prompt": ""}, r"the prompt has the shape \(0,\); give one text"),
+    "empty": ({"prompt": []}, r"the prompt has the shape \(0,\); give one text"),
+    "half": ({"prompt": "a\udcff"}, r"the prompt 'a\\udcff' has half a surrogate pair, '\\udcff'; write the whole character"),
     "two": ({"prompt": [[5], [6]]}, r"the prompt has the shape \(2, 1\); give one text"),
     "foreign": ({"prompt": [5, 10**6]}, r"the prompt has token ids from 5 to 1000000; give ids from 0 to"),
 }

@@ -48,6 +48,7 @@ def test_it_is_as_sure_as_it_was_right_on_the_validation_documents(run, capsys, 
         (["--calibrate", "true", "--temperature", "3"], "calibrate finds the temperature"),
         (["--temperature", "0"], "temperature is 0"),
         (["--unknown", "1"], "unknown is 1"),
+        (["--text", "a\udcff"], r"text 2 ('a\udcff') has half a surrogate pair"),
     ],
 )
 def test_bad_input(run, change, words, capsys):

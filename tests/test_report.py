@@ -290,7 +290,7 @@ def test_runs_that_are_not_finished_are_named(folders, tmp_path, main, capsys):
         (["{tmp}/empty"], "has no finished run; give a run"),
         (["{run}", "--samples", "-1"], "samples is -1; give a whole number from 0 up"),
         (["{run}", "--samples", "0", "--prompt", "red"], "leave one of the two out"),
-        (["{run}", "--prompt", ""], "the prompt has the shape|the prompt"),
+        (["{run}", "--prompt", "red " * 60], "the prompt has .* tokens and the base reads 32"),
         (["{run}", "--temperature", "-1"], "temperature is -1.0"),
         (["{run}", "--output", "{tmp}"], "cannot be written"),
         (["{tmp}/empty", "--prompt", "red"], "is no run, and its page has no samples"),

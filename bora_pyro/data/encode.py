@@ -82,6 +82,21 @@ def encoder(
     return encode
 
 
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text begins with: bos, or eos where there is no bos.
+
+    Raises:
+        InputError: there is neither.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so the first token of a text cannot "
+            "be predicted; set tokenizer.bos_token, or use the tokenizer of a causal language model"
+        )
+    return int(start)
+
+
 @dataclass
 class _Document:
     """A document's tokens: the head stands in front of every piece of the body.
@@ -131,13 +146,7 @@ class _Forms:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer, self.chat_template = tokenizer, chat_template
-        self.end = tokenizer.eos_token_id
-        self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.end
-        if self.start is None:
-            raise InputError(
-                f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so the first token of a text cannot "
-                "be predicted; set tokenizer.bos_token, or use the tokenizer of a causal language model"
-            )
+        self.start, self.end = start_token(tokenizer), tokenizer.eos_token_id
 
     def texts(self, texts: Sequence[str], prompts: Sequence[str] | None) -> Iterator[_Document]:
         """The documents of texts, behind their prompts where there are some."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from bora_pyro.adapter_folders import GLOBAL_MEAN
 from bora_pyro.report.blocks import Samples
 from bora_pyro.saved_run import SavedRun
 from bora_pyro.shown_text import replaced
-from bora_pyro.side_by_side import BASE, generate_side_by_side
+from bora_pyro.side_by_side import generate_side_by_side
+from bora_pyro.writers import Writers
 
 _BEGINNING = 8  # tokens of a document, its start included, that are a prompt where none is given
-_NOTES = {BASE: "no adapter", GLOBAL_MEAN: "Θ, the mean of all tasks"}
 
 
 def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_tokens: int, temperature: float) -> Samples:
@@ -35,11 +34,13 @@ def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_t
     counts = dict(zip(run.data.tasks, run.data.train.documents_per_task, strict=True))
     order = sorted(counts, key=lambda task: -counts[task])
     chosen = [order[n] for n in np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)]
-    notes = _NOTES | {task: f"{counts[task]:,} training document{'s' * (counts[task] != 1)}" for task in chosen}
+    writers = Writers(run.data.tasks)
+    notes = {writers.base: "no adapter", writers.mean: "Θ, the mean of all tasks"}
+    notes |= {task: f"{counts[task]:,} training document{'s' * (counts[task] != 1)}" for task in chosen}
     texts = generate_side_by_side(
         run.fitted,
         prompt,
-        list(dict.fromkeys([BASE, GLOBAL_MEAN, *chosen])),
+        [writers.base, writers.mean, *chosen],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
