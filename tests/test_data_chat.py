@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from bora_pyro.backbone import BUILTIN_BASES
 from bora_pyro.data import load_tasks, read_table, table
 from bora_pyro.data.chat import chat_messages, load_chat_template, read_chats
+from bora_pyro.data.encode import encoder
 from bora_pyro.data.tokenise import tokenise
 from bora_pyro.errors import InputError
 from tests.data_fixtures import CHAT, END, START, UNKNOWN, SlowWords, word_tokenizer
@@ -128,6 +129,48 @@ def test_the_assistant_may_have_the_first_word():
     assert documents == [([START, RED], [-100, RED], 3)]
 
 
+DEFAULTS = "{% if messages[0].role != 'system' %}system : green red </s> {% endif %}"
+
+
+@pytest.mark.parametrize(
+    "words", ["red", "green", "assistant", "system : green", ": red", "  red ", [{"type": "text", "text": "red"}]]
+)
+@pytest.mark.parametrize("before", ["", DEFAULTS])
+def test_words_of_the_first_turn_that_stand_before_it_too(words, before):
+    text = "(m.content if m.content is string else m.content[0].text)|trim"
+    template, marked = before + PLAIN.replace("m.content", text), before + MARKED.replace("m.content", text)
+    chat = [{"role": "assistant", "content": words}, *CHAT[:2]]
+    [(_, expected, _)], _ = encode([chat], template=marked)
+    [(_, labels, _)], _ = encode([chat], template=template)
+    assert labels == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "template"),
+    [
+        (None, PLAIN.replace("m.content", "m.content or 'red'")),
+        ([], PLAIN.replace("m.content", "'red'")),
+        ("red", PLAIN.replace("m.content", "'red'")),
+        ("one", "{% if messages[0].content == 'one' %}two {% endif %}" + PLAIN),
+    ],
+)
+def test_a_first_turn_that_does_not_show_is_refused(content, template):
+    chat = [{"role": "assistant", "content": content, "tool_calls": [1]}, *CHAT[:2]]
+    with pytest.raises(InputError, match=r"begins with the assistant's turn, .* marks it with {% generation %}") as caught:
+        encode([chat], template=template)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_message_that_calls_a_tool_is_written_as_transformers_writes_it():
+    tokenizer = word_tokenizer()
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "red"}], "name": None}
+    chat = [CHAT[0], call, {"role": "tool", "content": "blue"}, CHAT[3]]
+    template = PLAIN.replace("m.content", "m.tool_calls[0].name if m.tool_calls else m.content")
+    [(ids, observed, _)] = read_chats(tokenizer, [json.dumps(chat_messages(chat, "here"))], template)
+    assert ids == tokenizer.apply_chat_template(chat, chat_template=template, return_dict=True)["input_ids"]
+    assert [token for token, own in zip(ids, observed, strict=True) if own] == [RED, END, TWO, END]
+
+
 def test_a_chat_is_cut_and_one_without_the_assistant_dropped():
     documents, result = encode([CHAT], template=PLAIN, max_tokens=9)
     assert documents == [(IDS[:9], LABELS[:9], len(" green blue </s>"))]
@@ -139,15 +182,19 @@ def test_a_chat_is_cut_and_one_without_the_assistant_dropped():
 def test_a_chat_is_split_and_pieces_without_the_assistant_left_out():
     documents, result = encode([CHAT], template=PLAIN, max_tokens=4, long_documents="split")
     # behind the first token, by threes: [: red </s>] [assistant : green] [blue </s> user] [: one </s>] [assistant : two] [</s>]
-    first = IDS[0]
     assert [document[:2] for document in documents] == [
-        ([first, *_HEADER, GREEN], [-100, -100, -100, GREEN]),
-        ([first, BLUE, END, UNKNOWN], [-100, BLUE, END, -100]),
-        ([first, *_HEADER, TWO], [-100, -100, -100, TWO]),
-        ([first, END], [-100, END]),
+        ([START, *_HEADER, GREEN], [-100, -100, -100, GREEN]),
+        ([START, BLUE, END, UNKNOWN], [-100, BLUE, END, -100]),
+        ([START, *_HEADER, TWO], [-100, -100, -100, TWO]),
+        ([START, END], [-100, END]),
     ]
     assert sum(document[2] for document in documents) == len(" green blue </s>") + len(" two </s>")
     assert (result.num_documents, result.num_split) == (1, 1)
+    # a tokenizer without bos: the token before the piece stands there, and nothing that the text does not have
+    forms = encoder(word_tokenizer(bos=False), 4, long_documents="split", chat_template=PLAIN)
+    found = forms({"task": ["a"], "messages": [json.dumps(CHAT)]})
+    assert found["input_ids"] == [IDS[k : k + 4] for k in (3, 6, 12, 15)]
+    assert found["observed"] == [[False, *(token >= 0 for token in LABELS[k + 1 : k + 4])] for k in (3, 6, 12, 15)]
 
 
 def test_a_note_says_what_was_dropped():

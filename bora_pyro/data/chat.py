@@ -2,7 +2,8 @@
 
 A template that marks what the assistant says with ``{% generation %}`` is taken at its word. Of one that does not, a turn of the
 assistant is all that the template writes behind the request for one (``add_generation_prompt``), with the end of the turn, and of
-the chat where it is the last. One that writes a turn differently when others follow, as some do that think, is refused.
+the chat where it is the last; of a first turn, which nobody has requested, all from its words on. A template that writes a turn
+differently when others follow, as some do that think, is refused.
 
 >>> from transformers import AutoTokenizer
 >>> from bora_pyro.backbone import BUILTIN_BASES
@@ -30,13 +31,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.files import one_line
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 from bora_pyro.regular_file import read_regular
 
 Messages = list[dict[str, Any]]
-#: The role whose turns are predicted.
-ASSISTANT = "assistant"
-#: The largest file of a template that is read; those of chat models take some kilobytes.
+#: The role whose turns are predicted, and the one that a prompt has.
+ASSISTANT, USER = "assistant", "user"
+#: The longest template in bytes: a run keeps it in its config.yaml.
+TEMPLATE_BYTES = 2**16
+#: The largest file that is read at all.
 MAX_TEMPLATE_BYTES = 2**20
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -63,7 +66,7 @@ def chat_messages(cell: Any, where: str) -> Messages:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise InputError(f"{where} has the message {message!r:.60}; give each a role, a text, and a content")
-    # tables fill the keys that a message lacks with None
+    # tables fill the keys that a message lacks with None, and transformers, too, gives templates no key that is None
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
@@ -80,6 +83,10 @@ def load_chat_template(given: str | Path | None) -> str | None:
         template = read_regular(Path(given).expanduser(), most=MAX_TEMPLATE_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"chat_template {str(given)!r} cannot be read ({one_line(error)}); give a .jinja file") from None
+    if len(template.encode()) > TEMPLATE_BYTES:
+        raise InputError(
+            f"chat_template {str(given)!r} has {len(template.encode())} bytes; a template has {TEMPLATE_BYTES} at most"
+        )
     if "{%" not in template and "{{" not in template:
         raise InputError(f"chat_template {str(given)!r} is no template in Jinja: it has neither '{{{{' nor '{{%'")
     return template
@@ -152,8 +159,7 @@ def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: 
             # a request may hold more than the turn will, the beginning of a thought, but begins where the others end
             differs = first < len(asked) and first < _common(written(messages[:n])["input_ids"], asked)
         else:  # no request can be written: the turn begins where its words do
-            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-            begin = max(text.find(str(message.get("content", "")).strip()), 0)
+            begin = _first_words(tokenizer, messages, template)
             first, differs = sum(stop <= begin for stop in stops), False
         until = written(messages[: n + 1])["input_ids"]
         last = _common(ids, until)
@@ -169,6 +175,62 @@ def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: 
     return ids, observed, stops
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
+def _first_words(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> int:
+    """The character at which the words of the first message begin: where chats that differ in these words alone differ.
+
+    Its words may stand elsewhere too, as in the header of the turn or in a system prompt that the template adds.
+    """
+
+    def written(content: Any) -> str:
+        chat = [{**messages[0], "content": content}, *messages[1:]]
+        return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+
+    content = messages[0].get("content")
+    others = [_instead(content, words) for words in ("A", "B")]
+    texts = [written(other) for other in others] if None not in others else ["", ""]
+    begin = _common(*texts)
+    if begin == len(texts[0]) or not written(content).startswith(texts[0][:begin]):
+        raise InputError(
+            f"the chat begins with the {ASSISTANT}'s turn, and the chat template does not show where that begins; give one that "
+            "marks it with {% generation %} ... {% endgeneration %}: --chat_template FILE.jinja"
+        )
+    return begin
+
+
+def _instead(content: Any, words: str) -> Any:
+    """A content of the same form with other words; None where it has none."""
+    if isinstance(content, str):
+        return words
+    if not isinstance(content, list) or not content:
+        return None
+    first, *others = content
+    if isinstance(first, Mapping) and isinstance(first.get("text"), str):
+        return [{**first, "text": words}, *others]
+    return None
+
+
+def request(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> list[int]:
+    """Tokens of a chat in which a user says the prompt, up to where the assistant answers.
+
+        >>> from transformers import AutoTokenizer
+        >>> from bora_pyro.backbone import BUILTIN_BASES
+        >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
+        >>> template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}I say:{% endif %}"
+        >>> tokenizer.decode(request(tokenizer, "Hi", template))
+        'Hi I say:'
+
+    Raises:
+        InputError: the template cannot write it.
+    """
+    try:
+        encoding = tokenizer.apply_chat_template(
+            [{"role": USER, "content": prompt}], chat_template=template, add_generation_prompt=True, return_dict=True
+        )
+    except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
+        raise InputError(f"the chat template cannot write the prompt {shown(prompt)} ({one_line(error)})") from None
+    return list(encoding["input_ids"])
+
+
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many tokens, or characters, two texts have in common at their beginning."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

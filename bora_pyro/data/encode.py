@@ -56,7 +56,8 @@ def encoder(
         max_tokens: longest document in tokens, with start and end.
         long_documents: ``cut`` leaves out what is beyond, the end included; ``split`` makes pieces, so that every token is
             predicted once: each begins with the start and the whole prompt, without which its text would mean something else,
-            and the last one has the end. A prompt that leaves no room for a token of the text makes no document.
+            and the last one has the end. A piece of a chat begins with bos, or where the tokenizer has none with the token before
+            it. A prompt that leaves no room for a token of the text makes no document.
         chat_template: a template in Jinja; default: the tokenizer's own.
 
     Raises:
@@ -99,10 +100,12 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass
 class _Document:
-    """A document's tokens: the head stands in front of every piece of the body.
+    """A document's tokens: a head stands in front of every piece of the body.
 
     Attributes:
         head: only read: the start, and the prompt.
+        later: the head of the pieces behind the first, as long as the other; of a text that has none they begin with the token
+            before them.
         body: the tokens behind it.
         characters: of the text of the whole body, where all of it is predicted.
         stops: up to which character of it each token of the body goes; 0 where it is not known, but for the ends that are asked.
@@ -110,6 +113,7 @@ class _Document:
     """
 
     head: list[int]
+    later: list[int] | None
     body: list[int]
     characters: int
     stops: Callable[[list[int]], np.ndarray]
@@ -123,15 +127,20 @@ class _Document:
         cut, plain = len(self.body) > room and not split, len(self.body) <= room and self.observed is None
         widths = None if plain else self._widths(room)
         for first in range(0, len(self.body), room) if split else (0,):
-            body = self.body[first : first + room]
+            head, body = self._head(first), self.body[first : first + room]
             observed = [True] * len(body) if self.observed is None else self.observed[first : first + room]
             if any(observed):
                 yield {
-                    "input_ids": self.head + body,
+                    "input_ids": head + body,
                     "observed": [False] * len(self.head) + observed,
                     "characters": self.characters if widths is None else int(widths[first : first + room][observed].sum()),
                     "cut": cut,
                 }
+
+    def _head(self, first: int) -> list[int]:
+        if not first:
+            return self.head
+        return self.body[first - 1 : first] if self.later is None else self.later
 
     def _widths(self, room: int) -> np.ndarray:
         """How many characters each token of the body stands for, or those of a piece of `room` tokens together."""
@@ -175,7 +184,8 @@ class _Forms:
                     found[end - 1] = len(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
             return found
 
-        return _Document([self.start, *prompt], body, len(text), known)
+        head = [self.start, *prompt]
+        return _Document(head, head, body, len(text), known)
 
     def _tokens(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[int] | None]]:
         """Ids of each text without a start and an end that the tokenizer adds, and where each one's characters stop."""
@@ -201,9 +211,10 @@ class _Forms:
             # the first token is predicted where the assistant has the first word, and then there is a start before it
             first = 0 if observed[:1] == [True] else 1
             head = ids[:1] if first else [self.start]
+            bos = self.tokenizer.bos_token_id  # what a chat begins with is no beginning of a piece
             behind = np.array(stops[first:], dtype=np.int64) - (stops[0] if first and stops else 0)
 
             def known(_: list[int], stops: np.ndarray = behind) -> np.ndarray:
                 return stops
 
-            yield _Document(head, ids[first:], 0, known, observed[first:])
+            yield _Document(head, None if bos is None else [bos], ids[first:], 0, known, observed[first:])

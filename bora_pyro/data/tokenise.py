@@ -25,7 +25,7 @@ from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 
 # Changes with what `tokenise` makes of a document, so that no older cache is read.
-_FORM = 2
+_FORM = 3
 
 
 class Tokenised(NamedTuple):
