@@ -21,7 +21,7 @@ from bora_pyro.foreign import sample_texts
 from bora_pyro.guides import map_guide
 from bora_pyro.loop import Loop
 from bora_pyro.predictive import predictive
-from tests.data_fixtures import END, START, UNKNOWN, SlowWords, word_tokenizer
+from tests.data_fixtures import CHAT_TEMPLATE, END, START, UNKNOWN, SlowWords, word_tokenizer
 from tests.tiny import random_weights, tiny_bora
 
 RED, GREEN, BLUE, ONE, TWO, THREE = range(3, 9)
@@ -232,3 +232,28 @@ def test_bad_masks_give_one_line():
             TokenSplit(tokens, lengths, task=one, characters=one, num_tasks=1, observed=torch.tensor(observed))
     with pytest.raises(InputError, match=r"offsets \(1\) and lengths \(1\) leave the 2 tokens"):
         TokenSplit(tokens, lengths, task=one, characters=one, num_tasks=1, offsets=torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("cells", "options", "words"),
+    [
+        (
+            {"p": "red red red", "text": "blue"},
+            {"prompt_column": "p", "completion_column": "text"},
+            "6 documents without a token to predict within 4 were dropped); give prompts that leave room for a token of their "
+            "completions within 4, and",
+        ),
+        (
+            {"m": [{"role": "user", "content": "red"}, {"role": "Assistant", "content": "blue"}]},
+            {"messages_column": "m", "chat_template": CHAT_TEMPLATE},
+            "6 documents without a token to predict within 4 were dropped); give chats in which a turn of the role 'assistant' "
+            "begins within 4 tokens, and",
+        ),
+    ],
+)
+def test_where_nothing_is_left_the_error_says_why(cells, options, words):
+    rows = [{"task": task, **cells} for task in "ab" for _ in range(3)]
+    with pytest.raises(InputError, match="no training document is left") as caught:
+        load_tasks(table(rows), word_tokenizer(), max_tokens=4, **options)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -26,7 +26,7 @@ import datasets
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.chat import load_chat_template
+from bora_pyro.data.chat import ASSISTANT, load_chat_template
 from bora_pyro.data.digest import documents_digest
 from bora_pyro.data.files import SPLITS
 from bora_pyro.data.rows import Columns
@@ -226,7 +226,14 @@ def load_tasks(
     what = "of text" if prompt_column is None and messages_column is None else f"to predict within {max_tokens}"
     notes += _token_notes([*done.values()], what, max_tokens)
     if not len(done["train"].split):
-        raise InputError("no training document is left; give texts that the tokenizer knows, and a split that trains")
+        if messages_column is not None:
+            give = f"chats in which a turn of the role {ASSISTANT!r} begins within {max_tokens} tokens"
+        elif prompt_column is not None:
+            give = f"prompts that leave room for a token of their completions within {max_tokens}"
+        else:
+            give = "texts that the tokenizer knows"
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise InputError(f"no training document is left{why}; give {give}, and a split that trains")
     return TaskData(
         tasks=tasks,
         train=done["train"].split,
