@@ -164,6 +164,7 @@ def fit_deviations(
         validation_perplexity=joined_perplexity(fits, [validation for _, validation in sizes]),
         seconds=sum(found.seconds for found in fits),
         documents=data.train.documents_per_task,
+        chat_template=data.chat_template,
     )
 
 

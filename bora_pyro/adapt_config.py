@@ -48,7 +48,7 @@ class AdaptConfig:
     )
     completion_column: str | None = option(None, "column with the text behind the prompt (default: see text_column)", group=DATA)
     messages_column: str | None = option(None, "column with a chat (default: see text_column)", group=DATA)
-    chat_template: str | None = option(None, "a .jinja file that writes chats (default: as in the fit)", group=DATA)
+    chat_template: str | None = option(None, "a .jinja file that writes chats, or its text (default: as in the fit)", group=DATA)
     group_column: str | None = option(
         None, "documents that agree here are one (default: doc_id where the table has it)", group=DATA
     )

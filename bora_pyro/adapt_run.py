@@ -16,6 +16,7 @@ import torch
 
 from bora_pyro.adapt import adapt, load_new_tasks
 from bora_pyro.adapt_config import CONTENT, NEW_DOCUMENTS, AdaptConfig
+from bora_pyro.data.chat import load_chat_template
 from bora_pyro.errors import InputError
 from bora_pyro.map_run import GIVEN, metrics_of, write_adapters, write_posterior
 from bora_pyro.run_folder import RunFolder
@@ -76,4 +77,5 @@ def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
         values |= {name: getattr(run.config, name) for name in CONTENT}
     elif config.text_column is None:
         values["text_column"] = "text"  # which says nothing beside a prompt or a chat
+    values["chat_template"] = load_chat_template(values["chat_template"])
     return dataclasses.replace(config, **values)

@@ -54,7 +54,9 @@ class MapFitConfig:
     messages_column: str | None = option(
         None, "column with a chat, a list of {role, content}; the assistant's turns are predicted (default: no chats)", group=DATA
     )
-    chat_template: str | None = option(None, "a .jinja file that writes chats (default: the tokenizer's own)", group=DATA)
+    chat_template: str | None = option(
+        None, "a .jinja file that writes chats, or its text (default: the tokenizer's own)", group=DATA
+    )
     group_column: str | None = option(
         None, "documents that agree here stay on one side of the split (default: doc_id where the table has it)", group=DATA
     )

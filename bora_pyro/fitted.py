@@ -49,6 +49,7 @@ class Fitted:
         validation_perplexity: of the state that was kept; None where there is no validation document.
         seconds: time in training steps and validation.
         documents: N_d, the training documents of each task, where they are known.
+        chat_template: the template that has written the training documents, where they are chats; prompts are written by it too.
     """
 
     model: BoRA
@@ -59,6 +60,7 @@ class Fitted:
     validation_perplexity: float | None = None
     seconds: float = 0.0
     documents: list[int] = field(default_factory=list)
+    chat_template: str | None = None
 
     def sites(self) -> dict[str, Tensor]:
         """The guide's central value of every sample site: for MAP the estimate itself."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.backbone import Backbone
+from bora_pyro.data.chat import request
 from bora_pyro.data.encode import encoder, start_token
 from bora_pyro.data.files import check_unicode
 from bora_pyro.errors import InputError, shown
@@ -159,10 +160,21 @@ def _drawn(log_p: Tensor, temperature: float, generator: torch.Generator) -> int
     return int(torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator))
 
 
-def prompt_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int] | Tensor) -> Tensor:
-    """(tokens,) int64: a text as its document begins, of an empty one the start alone; token ids as they are."""
+def prompt_tokens(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[int] | Tensor,
+    chat_template: str | None = None,
+) -> Tensor:
+    """(tokens,) int64: a text as its document begins, of an empty one the start alone; token ids as they are.
+
+    With a chat's template a text is what a user says, and the tokens go up to where the answer begins.
+    """
     if isinstance(prompt, str):
         check_unicode(prompt, f"the prompt {shown(prompt)}")
+    if isinstance(prompt, str) and chat_template is not None:
+        tokens = torch.tensor(request(tokenizer, prompt, chat_template), dtype=torch.int64)
+    elif isinstance(prompt, str):
         [ids] = encoder(tokenizer, 10**9)({"text": [prompt], "task": [""]})["input_ids"] or [[start_token(tokenizer)]]
         # a document's end mark would say that there is nothing to continue
         tokens = torch.tensor(ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids, dtype=torch.int64)

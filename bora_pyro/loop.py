@@ -115,7 +115,8 @@ class Loop:
         self.packing = {"token_budget": token_budget, "accumulate": accumulate, "seed": seed, "processes": self.processes.size}
         self.packing["steps_per_epoch"] = self.steps_per_epoch
         self.total_steps = self.steps_per_epoch * epochs
-        self.fitted = Fitted(model, guide, data.tasks, documents=data.train.documents_per_task)
+        self.fitted = Fitted(model, guide, data.tasks, chat_template=data.chat_template)
+        self.fitted.documents = data.train.documents_per_task
         #: The steps that are done, and the epochs.
         self.steps_done = self.epoch = 0
         #: Where the epoch stands that has begun and not ended, JSON-able; empty between epochs.

@@ -24,8 +24,9 @@ from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone import Backbone
 from bora_pyro.config import AUTO, DATA, LEARNED, MODEL, PRIOR, MapFitConfig
 from bora_pyro.data import TaskData, load_tasks
+from bora_pyro.data.chat import load_chat_template, same_chat_template
 from bora_pyro.data.tables import check_source
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.fit import FitStopped, fit
 from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import CausalLM
@@ -81,7 +82,9 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
             base model and the options have been found to fit together.
         RunStopped: Ctrl-C or SIGTERM has come; the state of the fit is saved.
     """
-    config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume))
+    # a run keeps the template itself: its file may be edited, or stay behind
+    template = load_chat_template(config.chat_template)
+    config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume), chat_template=template)
     RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
     check_packages(config.trackers)
     standing = Standing()
@@ -202,13 +205,16 @@ def build_run(
 
 def _check_same_fit(config: MapFitConfig, stored: dict[str, Any]) -> None:
     """Refuse to go on with a run on other data, another model or another prior; how it is optimised may change."""
+    if same_chat_template(config.chat_template, stored.get("chat_template")):  # older runs have the name of its file
+        stored = stored | {"chat_template": config.chat_template}
     for field in dataclasses.fields(config):
         if field.metadata["line_only"]:
             continue
         name, value = field.name, getattr(config, field.name)
         if (field.metadata["group"] in (DATA, MODEL, PRIOR) or name == "seed") and value != stored.get(name, value):
             raise InputError(
-                f"{name} is {value!r}, but the run in {config.output_dir} has {stored[name]!r}; resume it with "
+                f"{name} is {shown(value, characters=300)}, but the run in {config.output_dir} has "
+                f"{shown(stored[name], characters=300)}; resume it with "
                 f"--config {config.output_dir}/config.yaml --resume true, or give another --output_dir"
             )
 

@@ -181,7 +181,8 @@ def _fit(
     config: PosteriorFitConfig, run: SavedRun, guide: AutoGuide, folder: RunFolder, tracking: Tracking, *, quiet: bool
 ) -> Fitted:
     if not [*guide.parameters()]:
-        return Fitted(run.fitted.model, guide, run.data.tasks, validation_perplexity=run.fitted.validation_perplexity)
+        of_run = run.fitted.validation_perplexity
+        return Fitted(run.fitted.model, guide, run.data.tasks, validation_perplexity=of_run, chat_template=run.data.chat_template)
     options = {name: getattr(config, name) for name in FIT_OPTIONS} | {"token_budget": _token_budget(config, run)}
     options |= {"learning_rate": config.learning_rate, "temperature": config.temperature, "guide": guide}
     return fit_into(folder, run.fitted.model, run.data, quiet=quiet, tracking=tracking, **options)

@@ -144,6 +144,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         validation_perplexity=metrics.get("validation_perplexity"),
         seconds=metrics.get("fit_seconds") or 0.0,
         documents=data.train.documents_per_task,
+        chat_template=data.chat_template,
     )
     return SavedRun(folder, config, fitted, data, metrics, posterior, adapted=given)
 

@@ -61,6 +61,7 @@ def generate_side_by_side(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    raw: bool = False,
 ) -> list[Written]:
     """Continue each prompt by each task, all rows in one batch, each under its own adapter at the guide's centre.
 
@@ -75,7 +76,8 @@ def generate_side_by_side(
 
     Args:
         fitted: a fit.
-        prompts: one beginning or several; an empty one is the document's start.
+        prompts: one beginning or several; an empty one is the document's start. Where the fit was one of chats, a prompt is what
+            a user says, and the text is the answer.
         tasks: names of tasks or of their folders; ``base`` is the base without an adapter, ``global-mean`` or ``Θ`` is Θ. Where a
             task has such a name it is the task, and the others are ``plain base`` and ``plain global-mean``. One that is named
             twice writes once.
@@ -85,6 +87,7 @@ def generate_side_by_side(
             the base's own ``generation_config`` says.
         top_p: draw among the most probable tokens that have this much probability together.
         seed: of the draws. A batch of other rows draws other tokens.
+        raw: take prompts as beginnings of texts, also where the fit was one of chats.
 
     Returns:
         A text for each prompt, task and sample, in this order.
@@ -106,7 +109,8 @@ def generate_side_by_side(
     tokenizer = tokenizer_of(backbone, "read and write texts with")
     tasks = list(dict.fromkeys(map(writers.named, [tasks] if isinstance(tasks, str) else tasks)))
     weights, row_of = _weights(fitted, tasks, writers)
-    begun = [prompt_tokens(backbone, tokenizer, prompt) for prompt in prompts]
+    template = None if raw else fitted.chat_template
+    begun = [prompt_tokens(backbone, tokenizer, prompt, template) for prompt in prompts]
     asked = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
     ends, written = end_tokens(backbone, tokenizer), dict[int, Written]()

@@ -25,6 +25,7 @@ import pandas as pd
 
 from bora_pyro.checkpoint import Checkpoints
 from bora_pyro.config import MapFitConfig
+from bora_pyro.data.chat import same_chat_template
 from bora_pyro.errors import InputError
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.sweep import rows_of_run
@@ -117,6 +118,7 @@ def difference(asked: MapFitConfig) -> str | None:
     for field in dataclasses.fields(asked):
         value, there = getattr(asked, field.name), stored.get(field.name, getattr(MapFitConfig(), field.name))
         same = value == there or (field.name == "data" and Path(value).resolve() == Path(str(there)).resolve())
+        same = same or (field.name == "chat_template" and same_chat_template(value, there))
         if field.name not in _HOW and not same:
             return f"{field.name} {there}, where {value} is asked for"
     return None

@@ -147,14 +147,14 @@ _TextLoader.add_constructor("tag:yaml.org,2002:str", _as_written)
 class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, but ``none`` stands in quotes where it is a text: without them it is None to the command line.
 
-    Texts with letters that are not printed, line ends of other systems among them, stand in double quotes, escaped.
+    Texts with letters that are not printed, line ends of other systems among them, stand in double quotes, escaped. Lines, as of
+    a chat template, stand as lines.
     """
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    word = value.strip().lower()
-    style = "'" if word in ("none", "null") else None
     unprintable = any(not letter.isprintable() and letter != "\n" for letter in value)
+    style = "'" if value.strip().lower() in ("none", "null") else "|" if "\n" in value else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if unprintable else style)
 
 

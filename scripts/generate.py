@@ -36,7 +36,9 @@ class GenerateConfig:
     """Continue prompts by several tasks of a finished run, in one batch."""
 
     run: str = option("", "folder of a finished fit, its output_dir", positional=True)
-    prompt: list[str] = option([], "beginning of a text; may be repeated (no default: one is needed)", whole=True)
+    prompt: list[str] = option(
+        [], "beginning of a text, or what a user says to a fit of chats; may be repeated (no default: one is needed)", whole=True
+    )
     task: list[str] = option(
         [],
         f"who continues it; may be repeated: names of tasks or of their folders, {BASE} (no adapter), {GLOBAL_MEAN} (Θ); where a "
@@ -51,6 +53,7 @@ class GenerateConfig:
     trust_remote_code: bool = option(
         False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
     )
+    raw: bool = option(False, "take prompts as beginnings of texts, also where the fit was one of chats")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     json: bool = option(False, "print a line of JSON a text instead of a table")
 
@@ -62,8 +65,8 @@ class GenerateConfig:
             raise InputError("no prompt is given; give the beginning of a text, as in --prompt 'It was'")
 
 
-def side_by_side(written: list[Written], width: int) -> Table:
-    """A column a task where they fit, else a row a task; a block of rows a prompt."""
+def side_by_side(written: list[Written], width: int, *, between: str = "") -> Table:
+    """A column a task where they fit, else a row a task; a block of rows a prompt, and ``between`` it and its continuation."""
     tasks = list(dict.fromkeys(text.task for text in written))
     if width // max(len(tasks), 1) >= LEAST_WIDTH:
         table = Table(box=box.SIMPLE_HEAD, expand=True)
@@ -72,7 +75,7 @@ def side_by_side(written: list[Written], width: int) -> Table:
         for start in range(0, len(written), len(tasks) * (samples := _samples(written))):
             block = written[start : start + len(tasks) * samples]
             for sample in range(samples):
-                table.add_row(*(_shown(text) for text in block if text.sample == sample))
+                table.add_row(*(_shown(text, between) for text in block if text.sample == sample))
             table.add_section()
         return table
     table = Table(box=box.SIMPLE_HEAD, show_lines=False)
@@ -81,7 +84,7 @@ def side_by_side(written: list[Written], width: int) -> Table:
     for number, text in enumerate(written):
         if number and text.prompt != written[number - 1].prompt:
             table.add_section()
-        table.add_row(Text(name_line(text.task)), _shown(text))
+        table.add_row(Text(name_line(text.task)), _shown(text, between))
     return table
 
 
@@ -89,8 +92,8 @@ def _samples(written: list[Written]) -> int:
     return 1 + max(text.sample for text in written)
 
 
-def _shown(text: Written) -> Text:
-    return Text.assemble((escaped(text.prompt, keep="\n\t"), "dim"), escaped(text.text, keep="\n\t"))
+def _shown(text: Written, between: str) -> Text:
+    return Text.assemble((escaped(text.prompt, keep="\n\t"), "dim"), between, escaped(text.text, keep="\n\t"))
 
 
 def _json_line(record: dict[str, Any]) -> str:
@@ -108,7 +111,7 @@ def main(argv: list[str]) -> int:
         tasks = config.task or [*fitted.tasks[:2], writers.mean, writers.base]
         written = generate_side_by_side(
             fitted, config.prompt, tasks, samples=config.samples, max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+            temperature=config.temperature, top_p=config.top_p, seed=config.seed, raw=config.raw,
         )  # fmt: skip
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -126,7 +129,8 @@ def main(argv: list[str]) -> int:
             print(_json_line(record))
         return 0
     console = Console()
-    console.print(side_by_side(written, console.width))
+    chat = fitted.chat_template is not None and not config.raw
+    console.print(side_by_side(written, console.width, between="\n" if chat else ""))
     return 0
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bora_pyro import infer_task
+from bora_pyro.generate import generate
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
 from tests.tiny_base import WORDS, line, quick_fit, save_base, script_main
@@ -91,7 +92,7 @@ def test_prompts_and_completions_from_end_to_end(inputs, tmp_path):
     assert again["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-6)
 
 
-def test_chats_from_end_to_end(inputs, tmp_path):
+def test_chats_from_end_to_end(inputs, tmp_path, monkeypatch, capsys):
     options, folder = inputs
     rows = [
         {"task": row["task"], "doc_id": row["doc_id"], "talk": [
@@ -123,6 +124,36 @@ def test_chats_from_end_to_end(inputs, tmp_path):
     assert metrics["test_perplexity"] < 0.8 * metrics["base_test_perplexity"]
     saved = load_run(run.path)
     assert [saved.data.test.document(n).tolist() for n in range(6)] == [ids for ids, _ in documents]
+
+    # the run has the template itself: it goes on from the file, and is read where the file is another
+    assert run.read_config()["chat_template"] == TEMPLATE
+    assert script_main()(line({**options, "output_dir": run.path, "resume": "true"})) == 0
+    template.write_text("{{ 'red' if add_generation_prompt else 'blue' }}")
+    assert script_main()(line({**options, "output_dir": run.path, "resume": "true"})) == 2
+    assert "chat_template is \"{{ 'red'" in capsys.readouterr().err
+    again = load_run(run.path)
+    assert [again.data.test.document(n).tolist() for n in range(6)] == [ids for ids, _ in documents]
+    new = write_lines(folder / "new_chats.jsonl", [{**row, "task": "Dora"} for row in rows[:4]])
+    words = line({"data": new, "output_dir": tmp_path / "new", "steps": 1, "messages_column": "talk"})
+    assert script_main("adapt")([str(run.path), *words]) == 0
+    adapted = load_run(tmp_path / "new")
+    assert adapted.fitted.chat_template == TEMPLATE
+    splits = (again.data.train, again.data.validation, again.data.test)
+    assert adapted.data.train.document(0).tolist() in [part.document(n).tolist() for part in splits for n in range(len(part))]
+
+    # a prompt is what a user says, and the adapters answer
+    capsys.readouterr()
+    words = [str(run.path), "--prompt", "one two", "--max_new_tokens", "6", "--task", "Ada"]
+    for raw, begun in ((["--json"], "user: one two</s>\nassistant:"), (["--json", "--raw"], "</s>one two")):
+        assert script_main("generate")([*words, *raw]) == 0
+        ids = tokenizer(begun, add_special_tokens=False)["input_ids"]
+        theta, _ = again.fitted.weights()
+        expected = generate(again.fitted.model, ids, draws=lambda: [theta], task_index=0, max_new_tokens=6)  # noqa: B023
+        record = json.loads(capsys.readouterr().out)
+        assert (record["prompt"], record["text"]) == ("one two", expected.text)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert script_main("generate")(words) == 0
+    assert [row.strip() for row in capsys.readouterr().out.splitlines()].count("one two") == 1  # a line of its own
 
 
 def test_all_of_it_together_and_a_posterior_around_it(inputs, tmp_path):

@@ -21,6 +21,24 @@ def test_what_is_written_is_read_back():
     assert (as_text["whole"], as_text["yes"], as_text["nothing"]) == ("3", "true", None)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}\n  {{ m.content }}\n{% endfor %}",
+        "\n  {{ a }}  \n\n",
+        "  {{ a }}\n\t{{ b }} \n",
+        "{{ a }}\n",
+        "\ufeff{{ a }}\r\n\x85\u2028# {{ b }}: 'x' \"y\" \\n\x1b\U0001f600\n---\n...\n",
+        "%YAML {{ a }}\n" + "x" * 300 + " y" * 100,
+    ],
+)
+def test_lines_are_read_back_in_either_form(template):
+    for as_text in (False, True):
+        written = dump_mapping({"chat_template": template, "after": 1})
+        assert parse_mapping(written.encode(), as_text=as_text)["chat_template"] == template
+    assert parse_mapping(dump_mapping({"a": [template, template]}).encode()) == {"a": [template, template]}
+
+
 def test_a_bomb_is_refused_before_it_goes_off():
     levels = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]

@@ -92,6 +92,20 @@ def load_chat_template(given: str | Path | None) -> str | None:
     return template
 
 
+def same_chat_template(one: Any, other: Any) -> bool:
+    """Whether two options are the same template, be it by its text or by its file.
+
+    >>> same_chat_template("{{ messages }}", "{{ messages }}"), same_chat_template("{{ messages }}", "no.jinja")
+    (True, False)
+    """
+    try:
+        return one == other or (
+            isinstance(one, str) and isinstance(other, str) and load_chat_template(one) == load_chat_template(other)
+        )
+    except InputError:  # a file that is gone
+        return False
+
+
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
     """The template that writes the chats: the one that is given, or the tokenizer's own.
 

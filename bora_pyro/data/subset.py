@@ -48,7 +48,8 @@ def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | N
         some = split.subset(kept.sort().values)
         return some.replace(task=place[some.task], num_tasks=len(names))
 
-    return TaskData(names, part(data.train, max_train_documents), part(data.validation), part(data.test))
+    parts = (part(data.train, max_train_documents), part(data.validation), part(data.test))
+    return TaskData(names, *parts, chat_template=data.chat_template)
 
 
 def tasks_to_leave_out(data: TaskData, number: int, *, least_documents: int = 1, seed: int = 0) -> list[str]:

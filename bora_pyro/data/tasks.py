@@ -26,7 +26,7 @@ import datasets
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.chat import ASSISTANT, load_chat_template
+from bora_pyro.data.chat import ASSISTANT, chat_template_of, load_chat_template
 from bora_pyro.data.digest import documents_digest
 from bora_pyro.data.files import SPLITS
 from bora_pyro.data.rows import Columns
@@ -63,6 +63,7 @@ class TaskData:
         split_record: where each group of each task went, JSON-able; `load_tasks` takes it again.
         notes: one line on each thing that a user should know: what was dropped or cut, and which tasks are not in every split.
         task_weights: (D,) factors of the tasks' log-likelihoods, for ``CausalLM(task_weights=...)``; None: all count alike.
+        chat_template: the template that has written the documents, where they are chats.
     """
 
     tasks: list[str]
@@ -72,6 +73,7 @@ class TaskData:
     split_record: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     task_weights: Tensor | None = None
+    chat_template: str | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -242,6 +244,7 @@ def load_tasks(
         split_record=record,
         notes=notes,
         task_weights=None if task_weights is None else weights_of(task_weights, tasks, known=names),
+        chat_template=None if messages_column is None else chat_template_of(tokenizer, form["chat_template"]),
     )
 
 

@@ -19,13 +19,14 @@ def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_t
     Args:
         run: the finished run.
         number: how many tasks write: the ones with most and fewest training documents, and others evenly between.
-        prompt: the beginning; None: that of the first test document.
+        prompt: the beginning, or what a user says to a fit of chats; None: the beginning of the first test document.
         max_new_tokens: the longest continuation.
         temperature: as for :func:`bora_pyro.side_by_side.generate_side_by_side`.
 
     Raises:
         InputError: a prompt that cannot be continued.
     """
+    raw = prompt is None  # a document's beginning, of a chat too, is no user's words
     if prompt is None:
         documents, tokenizer = run.data.test if run.data.test.num_tokens else run.data.train, run.fitted.model.backbone.tokenizer
         assert tokenizer is not None  # the documents were read with it
@@ -43,5 +44,6 @@ def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_t
         [writers.base, writers.mean, *chosen],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        raw=raw,
     )
     return Samples(prompt, [(replaced(text.task), notes[text.task], text.text) for text in texts])
