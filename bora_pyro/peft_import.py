@@ -12,43 +12,37 @@
 
 A folder may come from anywhere, so nothing in it is trusted: no pickle is opened, no link out of the folder is followed, and
 whatever is not plain LoRA on linear layers is refused by name, rather than read as something that it is not.
+Layers with ranks and scales of their own are read as layers with one r and one α that change by the same.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bora_pyro.adapters import Adapter, LoRA
 from bora_pyro.backbone import BUILTIN_BASES, Backbone
+from bora_pyro.data.bounds import largest_text
 from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.peft_config import PeftConfig, read_peft_config, shown_json
 from bora_pyro.peft_format import CONFIG, PREFIX, TENSORS, Factors
 
-#: The largest files that are looked at: a configuration takes kilobytes, the header of the tensors some 150 bytes a matrix.
-CONFIG_BYTES, HEADER_BYTES = 2**20, 2**24
+#: The largest header of the tensors that is looked at; it takes some 150 bytes a matrix.
+HEADER_BYTES = 2**24
 
 _KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.(?P<factor>lora_A|lora_B)\.weight")
 _DTYPES = ("F32", "F16", "BF16")
-# Options of PEFT's that are read below, or that say nothing about what the adapter adds when it predicts. The tensors' names
-# tell which layers are adapted. Any other option must be off.
-_READ = {"bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "target_modules", "task_type", "use_rslora"}
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
-    "qalora_group_size", "revision",
-}  # fmt: skip
-# First values that leave the base as it is; others (PiSSA, OLoRA, LoftQ, ...) move a part of the base into the adapter.
-_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +52,11 @@ class PeftAdapter:
     Attributes:
         folder: where it was read.
         base_model: what the folder calls its base; empty where it does not say.
-        rank: r.
-        alpha: α; of rsLoRA, whose scale is α/√r, the α that gives the same scale as α/r.
+        rank: r; where layers have ranks of their own, the largest, the others padded with zeros.
+        alpha: α; of rsLoRA, whose scale is α/√r, the α that gives the same scale as α/r. Where layers have scales of their own,
+            their B makes up for it.
         factors: ``lora_A`` (r, in) and ``lora_B`` (out, r) by path of the layer, float32.
+        config: what the folder says, where it was read from one.
     """
 
     folder: Path
@@ -68,6 +64,7 @@ class PeftAdapter:
     rank: int
     alpha: float
     factors: Factors
+    config: PeftConfig | None = None
 
     @property
     def scaling(self) -> float:
@@ -77,10 +74,13 @@ class PeftAdapter:
     @property
     def targets(self) -> list[str]:
         """The kinds of layers that are adapted, as ``Backbone(targets=...)`` takes them."""
-        return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", "", path) for path in self.factors))
+        return list(dict.fromkeys(map(_kind, self.factors)))
 
-    def check(self, backbone: Backbone, *, same_base: bool = True) -> None:
-        """Raise where the adapter is not one of this base.
+    def on(self, backbone: Backbone, *, same_base: bool = True) -> PeftAdapter:
+        """The adapter with matrices for every target layer of a base.
+
+        Where the folder adapts some layers of a kind only (by ``layers_to_transform``, ``exclude_modules``, a pattern or whole
+        paths), the others have zeros, which change nothing, and a note is logged.
 
         Args:
             backbone: the base, with the layers that are to be adapted.
@@ -89,30 +89,46 @@ class PeftAdapter:
         Raises:
             InputError: another base, layers that lack matrices or have none to change, other shapes.
         """
-        own = str(backbone.model.config.name_or_path or "")
+        own, kinds = str(backbone.model.config.name_or_path or ""), set(self.targets)
         if same_base and self.base_model and own and _base(self.base_model) != _base(own):
             raise InputError(
                 f"{self.folder} is an adapter of {self.base_model!r}, not of {own!r}; load that base, or say that they are one "
                 "(same_base false)"
             )
         shapes = {path: (slot.in_features, slot.out_features) for slot in backbone.slots for path in slot.paths}
-        if missing := [path for path in shapes if path not in self.factors]:
-            raise InputError(
-                f"{self.folder} has no matrices of {missing[0]!r}, which is to be adapted; it has those of "
-                f"{', '.join(self.targets)}: load the base with these targets"
-            )
+        missing = [path for path in shapes if path not in self.factors]
+        for path in missing:
+            if _kind(path) not in kinds:
+                raise InputError(
+                    f"{self.folder} has no matrices of {path!r}, which is to be adapted; it has those of "
+                    f"{', '.join(self.targets)}: load the base with these targets"
+                )
+            if self.config is None or self.config.needs(path):
+                raise InputError(
+                    f"{self.folder} has no matrices of {path!r}, though it adapts every layer of that kind; give the base that "
+                    "it belongs to"
+                )
         if extra := [path for path in self.factors if path not in shapes]:
             raise InputError(
                 f"{self.folder} has matrices of {extra[0]!r}, which is no target layer of the base; load the base with the "
                 f"targets {', '.join(self.targets)}, or give the base that they belong to"
             )
-        for path, (in_features, out_features) in shapes.items():
-            a, b = self.factors[path]["lora_A"], self.factors[path]["lora_B"]
+        for path, of_layer in self.factors.items():
+            (in_features, out_features), a, b = shapes[path], of_layer["lora_A"], of_layer["lora_B"]
             if (a.shape[1], b.shape[0]) != (in_features, out_features):
                 raise InputError(
                     f"{self.folder} maps {a.shape[1]} features to {b.shape[0]} in {path!r}, the base maps {in_features} to "
                     f"{out_features}; give the base that the adapter belongs to"
                 )
+        if not missing:
+            return self
+        _check_size(self.folder, self.rank, [*shapes.values()])
+        _log.warning("note: %s adapts %d of %d layers; the others stay as they are", self.folder, len(self.factors), len(shapes))
+        filled = self.factors | {path: self._zeros(*shapes[path]) for path in missing}
+        return replace(self, factors={path: filled[path] for path in shapes})
+
+    def _zeros(self, in_features: int, out_features: int) -> dict[str, Tensor]:
+        return {"lora_A": torch.zeros(self.rank, in_features), "lora_B": torch.zeros(out_features, self.rank)}
 
     def __repr__(self) -> str:
         return f"PeftAdapter({str(self.folder)!r}, rank={self.rank}, alpha={self.alpha:g}, {len(self.factors)} layers)"
@@ -132,15 +148,14 @@ def load_peft(folder: str | Path, model: BoRA | Backbone, *, same_base: bool = T
         folder: a PEFT folder.
         model: the model whose latents are wanted; of a backbone alone they are those of ``LoRA`` with the folder's own r and α.
             Where the model's scale α/r is another, B is scaled, so that the layers change as the folder says.
-        same_base: as for :meth:`PeftAdapter.check`.
+        same_base: as for :meth:`PeftAdapter.on`.
 
     Raises:
-        InputError: as for :func:`read_peft` and :meth:`PeftAdapter.check`; another rank than the model's, or matrices that
+        InputError: as for :func:`read_peft` and :meth:`PeftAdapter.on`; another rank than the model's, or matrices that
             its adapter cannot have.
     """
-    found = read_peft(folder)
     backbone = model.backbone if isinstance(model, BoRA) else model
-    found.check(backbone, same_base=same_base)
+    found = read_peft(folder).on(backbone, same_base=same_base)
     adapter: Adapter = model.adapter if isinstance(model, BoRA) else LoRA(found.rank, found.alpha)
     scaling = getattr(adapter, "scaling", found.scaling)
     weights: Weights = {}
@@ -183,16 +198,35 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give one with {CONFIG} and {TENSORS}")
     file = _inside(folder, CONFIG)
-    config = _config(file)
-    rank, alpha = _rank_and_alpha(file, config)
+    config = read_peft_config(file)
     if not (folder / TENSORS).exists() and any((folder / name).exists() for name in ("adapter_model.bin", "adapter_model.pt")):
         raise InputError(
             f"{folder} has its weights as a pickle, which can run code and is never read; save it again as {TENSORS} "
             "(save_pretrained of a present-day PEFT does)"
         )
-    factors = _factors(_inside(folder, TENSORS), rank)
-    _check_selected(file, config["target_modules"], factors)
-    return PeftAdapter(folder, str(config.get("base_model_name_or_path") or ""), rank, alpha, factors)
+    factors = _factors(_inside(folder, TENSORS), config)
+    for path in factors:
+        if not config.names(path):
+            raise InputError(f"{file} does not name {path!r} among its target_modules, so that PEFT leaves its matrices out")
+    rank = max(of_layer["lora_A"].shape[0] for of_layer in factors.values())
+    _check_size(folder, rank, [(found["lora_A"].shape[1], found["lora_B"].shape[0]) for found in factors.values()])
+    same = {path: _same_form(of_layer, rank, config.scaling_of(path) / config.scaling) for path, of_layer in factors.items()}
+    alpha = config.alpha * (math.sqrt(config.rank) if config.stabilised else 1.0)
+    return PeftAdapter(folder, config.base_model, rank, alpha * (rank / config.rank), same, config)
+
+
+def _check_size(folder: Path, rank: int, shapes: Sequence[tuple[int, int]]) -> None:
+    """Refuse an adapter that grows beyond memory where all layers have the rank of one."""
+    size = 4 * rank * sum(map(sum, shapes))
+    if size > largest_text():
+        raise InputError(f"{folder} takes {size} bytes with r = {rank} in all layers, which is more than is read here")
+
+
+def _same_form(factors: dict[str, Tensor], rank: int, scale: float) -> dict[str, Tensor]:
+    """The same change as matrices of another rank, with zeros behind, and B multiplied by a scale."""
+    more = rank - factors["lora_A"].shape[0]
+    a, b = factors["lora_A"], factors["lora_B"] if scale == 1 else factors["lora_B"] * scale
+    return {"lora_A": pad(a, (0, 0, 0, more)), "lora_B": pad(b, (0, more))} if more else {"lora_A": a, "lora_B": b}
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -208,46 +242,7 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        if (size := file.stat().st_size) > CONFIG_BYTES:
-            raise InputError(f"{file} has {size} bytes; the configuration of an adapter has {CONFIG_BYTES} at most")
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} cannot be read ({' '.join(str(error).split())}); give the one that PEFT wrote") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} holds no mapping; give the one that PEFT wrote")
-    allowed = {"peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": (None, "none"), "init_lora_weights": _STARTS}
-    for name, values in allowed.items():
-        value = config.get(name)
-        if not any(value is one or (isinstance(value, str) and value == one) for one in values):
-            words = ", ".join("not given" if one is None else json.dumps(one) for one in values)
-            raise InputError(f"{file} has {name} {_shown(value)}; read are LoRA adapters whose {name} is {words}")
-    for name, value in config.items():
-        if name not in _READ | _NEUTRAL and value:
-            raise InputError(
-                f"{file} has {name} {_shown(value)}; only plain LoRA and rsLoRA with one r and alpha are read: {name} must be off"
-            )
-    targets = config.get("target_modules")
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
-        raise InputError(f"{file} has target_modules {_shown(targets)}; it is a text or a list of texts")
-    return config
-
-
-def _rank_and_alpha(file: Path, config: dict[str, Any]) -> tuple[int, float]:
-    rank, alpha, stabilised = config.get("r"), config.get("lora_alpha"), config.get("use_rslora", False)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
-        raise InputError(f"{file} has r {_shown(rank)}; it is a whole number from 1 up")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
-        raise InputError(f"{file} has lora_alpha {_shown(alpha)}; it is a positive, finite number")
-    if not isinstance(stabilised, bool):
-        raise InputError(f"{file} has use_rslora {_shown(stabilised)}; it is true or false")
-    return rank, float(alpha) * math.sqrt(rank) if stabilised else float(alpha)
-
-
-def _factors(file: Path, rank: int) -> Factors:
+def _factors(file: Path, config: PeftConfig) -> Factors:
     factors: Factors = {}
     try:
         _check_header(file)
@@ -255,6 +250,7 @@ def _factors(file: Path, rank: int) -> Factors:
             keys = opened.keys()
             for key in keys:
                 path, factor = _parsed(file, key)
+                rank = config.rank_of(path)
                 view = opened.get_slice(key)
                 shape, dtype = view.get_shape(), view.get_dtype()
                 if len(shape) != 2 or shape[0 if factor == "lora_A" else 1] != rank or 0 in shape:
@@ -292,27 +288,18 @@ def _parsed(file: Path, key: str) -> tuple[str, str]:
     match = _KEY.fullmatch(key)
     if match is None:
         raise InputError(
-            f"{file} has {_shown(key)}, which is no LoRA matrix of a linear layer; those are called "
+            f"{file} has {shown_json(key)}, which is no LoRA matrix of a linear layer; those are called "
             f"{PREFIX}<layer>.lora_A.weight and .lora_B.weight"
         )
     return match["path"], match["factor"]
 
 
-def _check_selected(file: Path, targets: str | Sequence[str], factors: Factors) -> None:
-    """Refuse matrices that PEFT would leave out. A pattern is not run: its author may mean it never to end."""
-    if isinstance(targets, str):
-        return
-    for path in factors:
-        if not any(path == target or path.endswith(f".{target}") for target in targets):
-            raise InputError(f"{file} does not name {path!r} among its target_modules, so that PEFT leaves its matrices out")
+def _kind(path: str) -> str:
+    """A layer's path without its number."""
+    return re.sub(r"\.\d+(?=\.|$)", "", path)
 
 
 def _base(name: str) -> str:
     """A base's name, the same for one folder by whatever path."""
     place = BUILTIN_BASES.get(name, Path(name))
     return str(place.resolve()) if place.exists() else name
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -109,7 +109,7 @@ def pool(
         space: ``delta_w``, in a common frame; ``weights``, entry by entry of A and B, which means something only for adapters of
             a common start.
         rank: of the result; default the largest of the adapters; ``full`` keeps all of it, whose rank is up to Σ_d r_d.
-        same_base: as for :meth:`PeftAdapter.check`.
+        same_base: as for :meth:`PeftAdapter.on`.
 
     Raises:
         InputError: fewer than two adapters, one that is not of the base, or options that do not go together.
@@ -120,11 +120,10 @@ def pool(
         raise InputError(f"space {space!r} is not known; it is one of {', '.join(SPACES)}{nearest(str(space), SPACES)}")
     if rank is not None and rank != FULL and (not isinstance(rank, int) or rank < 1):
         raise InputError(f"rank is {rank!r}; give a whole number from 1 up, or {FULL}")
-    for adapter in adapters.values():
-        adapter.check(backbone, same_base=same_base)
+    given = {task: adapter.on(backbone, same_base=same_base) for task, adapter in adapters.items()}
     if space == "weights":
-        return _pool_weights(dict(adapters), backbone, estimator, rank)
-    return _pool_delta_w(dict(adapters), backbone, estimator, rank)
+        return _pool_weights(given, backbone, estimator, rank)
+    return _pool_delta_w(given, backbone, estimator, rank)
 
 
 def frame(a: Sequence[Tensor]) -> Tensor:

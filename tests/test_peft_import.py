@@ -14,7 +14,17 @@ from safetensors.torch import load_file, save_file
 from bora_pyro import Backbone, BoRA, InputError, LoRA, save_peft
 from bora_pyro.adapters import ADAPTERS
 from bora_pyro.peft_import import HEADER_BYTES, load_peft, read_peft
-from tests.tiny import ARCHITECTURES, of_task, peft_warnings, random_ids, random_weights, tiny_backbone, tiny_bora, tiny_model
+from tests.tiny import (
+    ARCHITECTURES,
+    loaded_peft,
+    of_task,
+    peft_warnings,
+    random_ids,
+    random_weights,
+    tiny_backbone,
+    tiny_bora,
+    tiny_model,
+)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KEY = "base_model.model.model.decoder.layers.1.self_attn.q_proj.lora_{}.weight"
@@ -56,6 +66,36 @@ BY_PEFT = {
     "fused, transposed": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "all transposed": ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": True}),
     "stabilised": ("qwen3", {"target_modules": ["q_proj", "o_proj"], "use_rslora": True}),
+    "some layers": ("opt", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "one layer": ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": 0}),
+    "pattern of some": ("opt", {"target_modules": r".*\.layers\.0\.self_attn\.(q|v)_proj"}),
+    "paths of some": ("opt", {"target_modules": ["layers.0.fc1", "layers.1.fc1", "layers.1.self_attn.q_proj"]}),
+    "all but one": ("opt", {"target_modules": ["fc1"], "exclude_modules": ["model.decoder.layers.0.fc1"]}),
+    "all but a pattern": ("opt", {"target_modules": ["fc1", "fc2"], "exclude_modules": r".*layers\.1\.fc2"}),
+    "ranks": ("opt", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 5, "layers.1.self_attn.q_proj": 1}}),
+    "alphas": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 2, "v_proj": 9}},
+    ),
+    "ranks and alphas": (
+        "gpt2",
+        {
+            "target_modules": "all-linear",
+            "fan_in_fan_out": True,
+            "rank_pattern": {"c_attn|h.1.mlp.c_fc": 4},
+            "alpha_pattern": {"c_fc": 1, "h.0.attn.c_proj": 3},
+        },
+    ),
+    "all of it": (
+        "opt",
+        {
+            "target_modules": ["q_proj", "fc1"],
+            "layers_to_transform": [0],
+            "use_rslora": True,
+            "rank_pattern": {"fc1": 2},
+            "alpha_pattern": {"q_proj": 7},
+        },
+    ),
     "narrow": ("llama", {"target_modules": ["k_proj", "v_proj"], "init_lora_weights": "gaussian"}),
 }
 
@@ -157,7 +197,7 @@ def half(value):
     return value
 
 
-PLAIN = "only plain LoRA and rsLoRA with one r and alpha are read: {} must be off"
+PLAIN = "only plain LoRA and rsLoRA are read: {} must be off"
 REFUSED = {
     "another method": (config(peft_type="IA3"), '*peft_type "IA3"; read are LoRA adapters whose peft_type is "LORA"'),
     "no method": (config(peft_type=...), "*peft_type null; *"),
@@ -166,8 +206,13 @@ REFUSED = {
     "moved base": (config(init_lora_weights="pissa_niter_4"), '*init_lora_weights "pissa_niter_4"; *'),
     "DoRA": (config(use_dora=True), f"*use_dora true; {PLAIN.format('use_dora')}"),
     "whole modules": (config(modules_to_save=["lm_head"]), f'*modules_to_save ["lm_head"]; {PLAIN.format("modules_to_save")}'),
-    "ranks": (config(rank_pattern={"q_proj": 4}), f'*rank_pattern {{"q_proj": 4}}; {PLAIN.format("rank_pattern")}'),
-    "alphas": (config(alpha_pattern={"q_proj": 4}), f'*alpha_pattern {{"q_proj": 4}}; {PLAIN.format("alpha_pattern")}'),
+    "ranks": (config(rank_pattern={"q_proj": 4}), "*q_proj.lora_*of shape *2*, which does not go with r = 4"),
+    "rank 0 of a layer": (config(rank_pattern={"q": 0}), '*rank_pattern with 0 for "q"; it is a whole number from 1 up'),
+    "alpha 0 of a layer": (config(alpha_pattern={"q": 0}), '*alpha_pattern with 0 for "q"; it is a positive, finite number'),
+    "ranks in a list": (config(rank_pattern=["q_proj"]), '*rank_pattern ["q_proj"]; it is a mapping of names of layers'),
+    "a pattern to run": (config(alpha_pattern={"(a+)+b": 4}), '*with the pattern "(a+)+b", which is not run; write *'),
+    "a long pattern": (config(rank_pattern={"." * 401: 2}), "*with the pattern *, which is not run*"),
+    "many patterns": (config(rank_pattern={f"q{n}": 2 for n in range(4097)}), "*with 4097 names of layers; *"),
     "bias of B": (config(lora_bias=True), f"*lora_bias true; {PLAIN.format('lora_bias')}"),
     "tokens": (config(trainable_token_indices=[3]), f"*trainable_token_indices [[]3]; {PLAIN.format('trainable_token_indices')}"),
     "of the future": (config(use_magic={"a": 1}), f'*use_magic {{"a": 1}}; {PLAIN.format("use_magic")}'),
@@ -221,6 +266,29 @@ def test_what_is_refused(folder, damage, message):
     assert "\n" not in said
     pattern = message.replace("{folder}", str(folder)).replace('["', '[[]"')
     assert fnmatchcase(said, pattern), said
+
+
+def test_layers_that_are_not_adapted_are_noted(tmp_path, caplog):
+    expected = trained_by_peft(tmp_path / "theirs", "opt", r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[1])
+    model = tiny_bora("opt", targets=["q_proj", "v_proj"], adapter=LoRA(rank=2, alpha=8))
+    weights = load_peft(tmp_path / "theirs", model)
+    assert caplog.messages == [f"note: {tmp_path / 'theirs'} adapts 2 of 4 layers; the others stay as they are"]
+    assert all(not value[0].any() and value[1].any() for value in weights.values())
+    save_peft(tmp_path / "ours", model, weights)
+    with torch.no_grad():
+        logits = loaded_peft(tiny_model("opt"), tmp_path / "ours")(input_ids=random_ids()).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_rank_for_all_layers_may_be_more_than_memory(folder, monkeypatch):
+    size = sum(value.numel() * 4 for value in load_file(folder / TENSORS).values())
+    monkeypatch.setattr("bora_pyro.peft_import.largest_text", lambda: size)
+    assert read_peft(folder).rank == 2
+    change = {KEY.format("A"): torch.ones(3, 32), KEY.format("B"): torch.ones(32, 3)}
+    tensors(lambda state: state.update(change))(folder)
+    config(rank_pattern={"layers.1.self_attn.q_proj": 3})(folder)
+    with pytest.raises(InputError, match=f"takes {size * 3 // 2} bytes with r = 3 in all layers"):
+        read_peft(folder)
 
 
 def test_a_link_within_the_folder_is_followed(folder):
