@@ -349,7 +349,7 @@ class RunFolder:
         foreign = []
         for name, written in _WITHIN.items():
             for entry in (self.path / name).rglob("*"):
-                within = entry.relative_to(self.path / name).as_posix() + "/" * (entry.is_dir() and not entry.is_symlink())
+                within = entry.relative_to(self.path / name).as_posix() + "/" * entry.is_dir()
                 if not written.fullmatch(within):
                     foreign.append(f"{name}/{within}")
         return sorted(foreign)

@@ -5,7 +5,7 @@
 In each seed some tasks are left out, BoRA (learned τ) and one pooled adapter are fitted to the others, and the left-out tasks
 come with 0, 5, 10, ... training documents each:
 
-- ``bora``: Θ and τ of the fit stay, only the new deviations are inferred (``bora_pyro.adapt``).
+- ``bora``: Θ and τ of the fit stay, only the new deviations are inferred, as ``bora_pyro.adapt`` does.
 - ``scratch``: LoRA from its start, without a prior.
 - ``pooled``: the pooled adapter as it is; documents do not change it.
 - ``pooled_tuned``: the pooled adapter, trained further on the new documents without a prior.
@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 import transformers
 
-from bora_pyro.adapt import adapt, fit_deviations
+from bora_pyro.adapt import fit_deviations, given_model
 from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.config import MapFitConfig
 from bora_pyro.data.subset import subset, tasks_to_leave_out
@@ -52,6 +52,8 @@ FITS: dict[str, type[LearnedPrecision | Pooled]] = {"bora": LearnedPrecision, "p
 #: What the column ``documents`` has in the rows of those fits; their ``steps`` are epochs.
 OTHERS = "others"
 KEYS = ["seed", "arm", "documents", "split", "learning_rate", "steps", "task"]
+#: Tokens of a batch of the new tasks' documents.
+TOKEN_BUDGET = 2048
 #: More than any task has.
 ALL = 10**9
 
@@ -242,17 +244,21 @@ class Curve:
         print(f"seed {seed}: {arm}, {how}: {split} {scores.perplexity():.2f} in {seconds:.1f} s", file=sys.stderr)
 
     def fitted(self, setting: Setting, arm: str, data: TaskData, rate: float, steps: int, seed: int) -> Fitted:
-        """The new tasks as an arm has them."""
-        options: dict[str, Any] = {"steps": max(steps, 1), "learning_rate": rate or 0.01, "seed": seed}
-        options["token_budget"] = 2048
-        if arm == "bora":
-            return adapt(setting.bora, data, **options)
+        """The new tasks as an arm has them: all of them in the same steps."""
         model = setting.pooled.model
-        mean = model.starts if arm == "scratch" else setting.pooled.weights()[1]
-        if arm == "pooled":
-            data = dataclasses.replace(data, train=data.validation)  # none
-        flat = Given(mean, {name: torch.tensor(0.0) for name in mean})
-        return fit_deviations(BoRA(model.backbone, len(data.tasks), adapter=model.adapter, prior=flat), data, **options)
+        if arm == "bora":
+            new = given_model(setting.bora, len(data.tasks))
+        else:
+            mean = model.starts if arm == "scratch" else setting.pooled.weights()[1]
+            flat = Given(mean, {name: torch.tensor(0.0) for name in mean})
+            new = BoRA(model.backbone, len(data.tasks), adapter=model.adapter, prior=flat)
+        batches = 0 if arm == "pooled" else len(data.train.batches(token_budget=TOKEN_BUDGET, seed=seed))
+        if not batches:
+            return fit_deviations(new, dataclasses.replace(data, train=data.validation))  # none: the prior's centre
+        return fit(
+            new, data, epochs=-(-steps // batches), learning_rate=rate, token_budget=TOKEN_BUDGET, patience=0,
+            task_subsampling=False, seed=seed,
+        )  # fmt: skip
 
 
 def summary(table: Any) -> Any:
