@@ -30,6 +30,7 @@ from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.fitted import Fitted
 from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.priors import Given
 from bora_pyro.texts import token_split
 
 #: What the candidate that is no task is called; the second where a task has the first name.
@@ -102,9 +103,14 @@ class TaskProbabilities:
 
     @property
     def log_prob(self) -> Tensor:
-        """(texts, candidates) log p(d | text)."""
-        bias = torch.tensor([self.calibration.bias.get(task, 0.0) for task in self.known] + [0.0] * self.unknown)
-        return (self.log_likelihood / self.calibration.temperature + self.log_prior + bias).log_softmax(1)
+        """(texts, candidates) log p(d | text). A calibration is of the known tasks, and leaves p(unknown | text) as it is."""
+        known = slice(len(self.known))
+        bias = torch.tensor([self.calibration.bias.get(task, 0.0) for task in self.known])
+        logits = self.log_likelihood[:, known] / self.calibration.temperature + self.log_prior[known] + bias
+        if not self.unknown:
+            return logits.log_softmax(1)
+        log_unknown = (self.log_likelihood + self.log_prior).log_softmax(1)[:, -1:]
+        return torch.cat([logits.log_softmax(1) + (-log_unknown.expm1()).log(), log_unknown], 1)
 
     @property
     def probabilities(self) -> Tensor:
@@ -216,7 +222,7 @@ def infer_task(
         prior: p(d): ``documents``, in proportion to the tasks' training documents; ``flat``; or a number by name of the task, 0
             where it is left out, scaled to sum to 1.
         unknown: probability beforehand that a text is of none of these tasks, from 0 (not considered) to below 1. Its
-            likelihood is the prior predictive, ∫ p(text | θ) Normal(θ; Θ, I/τ) dθ, an average over ``draws`` of it.
+            likelihood is the prior predictive, ∫ p(text | θ) p(θ) dθ, an average over ``draws`` of :func:`prior_of_unknown`.
         calibration: what :meth:`TaskProbabilities.calibrate` has found on held-out documents, or a temperature alone.
         draws: of the prior predictive.
         max_tokens: longer texts are cut; default, and at most: what the base reads.
@@ -248,6 +254,8 @@ def infer_task(
         model = given_model(fitted, draws)
         if not all(bool((model.prior.precision(name, start) > 0).all()) for name, start in model.starts.items()):
             raise InputError("tau is 0, so that tasks are independent and say nothing of an unknown one; leave unknown out")
+        assert isinstance(model.prior, Given)
+        model.prior = prior_of_unknown(fitted, model.prior)
         with torch.no_grad(), poutine.seed(rng_seed=seed):
             theta = model.weights()
         of_draws = log_likelihoods(model, split, theta, token_budget=token_budget)
@@ -255,6 +263,29 @@ def infer_task(
         log_prior = torch.cat([log_prior + math.log1p(-unknown), torch.tensor([math.log(unknown)], dtype=torch.float64)])
         names.append(UNKNOWN if UNKNOWN not in names else NONE_OF_THEM)
     return TaskProbabilities(names, log_likelihood, log_prior, split.predicted, unknown=unknown > 0).at(calibration)
+
+
+@torch.no_grad()
+def prior_of_unknown(fitted: Fitted, prior: Given) -> Given:
+    """The prior of a task of which nothing is known, no wider than the tasks' own deviations are.
+
+    A point's τ is what shrinks deviations best, not what they measure: 1/√τ can be ten times their root mean square, and draws
+    so wide read every text worse than any task does. Each kind of layer and factor has the larger of the two precisions.
+
+    Args:
+        fitted: whose tasks they are.
+        prior: Θ and τ of the fit.
+    """
+    squares = dict.fromkeys(prior.means, 0.0)
+    for index in torch.arange(len(fitted.tasks)).split(64):
+        theta, mean = fitted.weights_of()(index)
+        for name in squares:
+            squares[name] += float((theta[name] - mean[name]).double().square().sum())
+    precisions = {}
+    for name, tau in prior.tau.items():
+        numbers = len(fitted.tasks) * prior.means[name].numel()
+        precisions[name] = tau.clamp(min=numbers / squares[name] if squares[name] else math.inf)
+    return Given(prior.means, precisions, penalty=prior.penalty)
 
 
 @torch.inference_mode()

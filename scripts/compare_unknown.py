@@ -5,9 +5,8 @@
 In each seed some tasks are left out and BoRA (learned τ) is fitted to the others; then the test documents of all are asked about.
 Scores of "none of them", the higher the surer:
 
-- ``prior predictive``: log p(unknown | text) of ``infer_task(..., unknown=0.5)``, as it is, and calibrated on the validation
-  documents of the known tasks.
-- ``doubt``: minus the largest p(d | text) among the known tasks, calibrated.
+- ``prior predictive``: log p(unknown | text) of ``infer_task(..., unknown=0.5)``.
+- ``doubt``: minus the largest p(d | text) among the known tasks, calibrated on their validation documents.
 - ``bag of words``: minus the largest p(d | text) of scikit-learn's logistic regression on TF-IDF.
 
 Reported are the AUROC of each (0.5 is chance), and for the first how often ``unknown`` is the most probable answer for documents
@@ -38,7 +37,7 @@ from bora_pyro.fitted import Fitted
 from bora_pyro.map_run import build_run
 from bora_pyro.model import BoRA
 from bora_pyro.results_table import read_results, write_results
-from bora_pyro.routing import TaskCalibration, TaskProbabilities, infer_task
+from bora_pyro.routing import TaskProbabilities, infer_task
 from bora_pyro.shown_text import name_line
 
 KEYS = ["seed", "method", "tokens"]
@@ -120,10 +119,9 @@ def compare(config: UnknownConfig, seed: int) -> list[dict[str, Any]]:
         among = [of_known_tasks(of) for of in found]
         validation = beginnings(old.validation, tokens)
         chosen = infer_task(fitted, validation, prior="flat").calibrate(validation.task)
-        for name, calibration in (("prior predictive", TaskCalibration()), ("prior predictive, calibrated", chosen)):
-            log_prob = [of.at(calibration).log_prob for of in found]
-            said = [float((value.argmax(1) == len(old.tasks)).double().mean()) for value in log_prob]
-            rows.append(row(name, [value[:, -1] for value in log_prob], false_alarms=said[0], found=said[1]))
+        log_prob = [of.log_prob for of in found]
+        said = [float((value.argmax(1) == len(old.tasks)).double().mean()) for value in log_prob]
+        rows.append(row("prior predictive", [value[:, -1] for value in log_prob], false_alarms=said[0], found=said[1]))
         rows.append(row("doubt", [-of.at(chosen).log_prob.max(1).values for of in among]))
         words = BagOfWords(fitted, old, tokens, among[0].log_prior)
         rows.append(row("bag of words", [-words.log_prob(split).max(1).values for split in (known, unknown)]))

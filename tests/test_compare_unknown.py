@@ -33,11 +33,11 @@ def test_the_command(tmp_path, capsys):
     words += ["--threads", "1", "--output", str(output)]
     assert main(words) == 0
     table = pd.read_csv(output, dtype={"tokens": str})
-    assert list(table["method"]) == ["prior predictive", "prior predictive, calibrated", "doubt", "bag of words"] * 4
+    assert list(table["method"]) == ["prior predictive", "doubt", "bag of words"] * 4
     assert set(table["documents"]) == {8}
     assert set(table["documents_unknown"]) == {8}
     assert table["auroc"].between(0, 1).all()
-    said = table[table["method"].str.startswith("prior predictive")]
+    said = table[table["method"] == "prior predictive"]
     assert said[["false_alarms", "found"]].stack().between(0, 1).all()
     # tasks have words of their own: who has seen none of them doubts
     assert (table.loc[(table["method"] == "bag of words") & (table["tokens"] == "all"), "auroc"] > 0.6).all()

@@ -20,7 +20,8 @@ from bora_pyro import (
     infer_task,
     load_tasks,
 )
-from bora_pyro.routing import UNKNOWN, TaskCalibration, TaskProbabilities, log_likelihoods
+from bora_pyro.priors import Given
+from bora_pyro.routing import UNKNOWN, TaskCalibration, TaskProbabilities, log_likelihoods, prior_of_unknown
 from tests.tiny import tiny_bora, tiny_data, tiny_split
 from tests.tiny_base import documents, save_base
 
@@ -91,6 +92,16 @@ def test_an_unknown_task_has_the_prior_predictive(fitted):
     torch.testing.assert_close(found.log_likelihood[:, -1:], of_mean, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_unknown_deviates_no_more_than_the_tasks_do(fitted):
+    theta, mean = fitted.weights()
+    wide = Given(mean, {name: torch.tensor(1e-9) for name in mean})
+    for name, tau in prior_of_unknown(fitted, wide).tau.items():
+        torch.testing.assert_close(tau**-0.5, (theta[name] - mean[name]).square().mean().sqrt())
+    narrow = Given(mean, {name: torch.tensor(1e9) for name in mean})
+    for name, tau in prior_of_unknown(fitted, narrow).tau.items():
+        torch.testing.assert_close(tau, narrow.tau[name])
+
+
 def test_the_temperature_that_calibrates():
     """Likelihoods that count every word ten times are right at T = 10."""
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +140,8 @@ def test_a_task_may_be_called_unknown():
     names, nothing = ["a", UNKNOWN, "none of the tasks"], torch.zeros(3, dtype=torch.float64)
     beside = TaskProbabilities(names, nothing.expand(4, 3), nothing, torch.ones(4), unknown=True)
     odds = beside.at(TaskCalibration(bias={UNKNOWN: 2.0})).log_prob[0]
-    torch.testing.assert_close(odds, torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64).log_softmax(0))
+    known = torch.tensor([0.0, 2.0], dtype=torch.float64).softmax(0)
+    torch.testing.assert_close(odds.exp(), torch.cat([known * 2 / 3, torch.tensor([1 / 3], dtype=torch.float64)]))
     with pytest.raises(InputError, match="the bias of task 'unknow' is of none of the 2 candidates; did you mean 'unknown'"):
         beside.at(TaskCalibration(bias={"unknow": 1.0}))
 
