@@ -18,8 +18,8 @@ from bora_pyro.adapt import adapt, load_new_tasks
 from bora_pyro.adapt_config import CONTENT, NEW_DOCUMENTS, AdaptConfig
 from bora_pyro.data.chat import load_chat_template
 from bora_pyro.errors import InputError
-from bora_pyro.map_run import GIVEN, metrics_of, write_adapters, write_posterior
 from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_results import GIVEN, metrics_of, write_adapters, write_posterior
 from bora_pyro.saved_run import SavedRun, load_run
 
 

@@ -21,21 +21,15 @@ from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES, make_parameters
-from bora_pyro.map_run import (
-    FIT_OPTIONS,
-    fit_into,
-    metrics_of,
-    resumes,
-    start_tracking,
-    write_adapters,
-    write_posterior,
-)
+from bora_pyro.map_run import FIT_OPTIONS, fit_into, resumes, start_tracking
 from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
 from bora_pyro.predictive import predictive
 from bora_pyro.resuming import Standing, fitted_options, say_nothing_is_left, take_up
 from bora_pyro.run_checks import stored_result
-from bora_pyro.run_folder import CONFIG, FIT, SPLIT, RunFolder
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_layout import CONFIG, FIT, SPLIT
+from bora_pyro.run_results import metrics_of, write_adapters, write_posterior
 from bora_pyro.saved_run import SavedRun, load_run, sampled_tau
 from bora_pyro.trackers import Tracking, check_packages
 

@@ -26,7 +26,8 @@ from bora_pyro.config import RUN
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError, shown
 from bora_pyro.fit_state import as_before
-from bora_pyro.run_folder import CONFIG, RunFolder
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_layout import CONFIG
 
 C = TypeVar("C")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import METRICS, RunFolder
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_layout import METRICS
 
 # What metrics.json must have for a run to be read back.
 _NEEDED = ("test_perplexity", "train_documents", "test_documents", "tasks")

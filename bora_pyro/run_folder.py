@@ -22,10 +22,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +35,28 @@ from torch import Tensor
 from bora_pyro.errors import InputError
 from bora_pyro.inside import check_links
 from bora_pyro.regular_file import check_regular, read_regular
+from bora_pyro.run_layout import (
+    ADAPTERS,
+    CHECKPOINTS,
+    CONFIG,
+    FIT,
+    HEADER,
+    LOCK,
+    LOG,
+    METRICS,
+    SOURCE,
+    SPLIT,
+    clear,
+    foreign_entries,
+    is_ours,
+)  # fmt: skip
 from bora_pyro.run_record import strange_metric, strange_record
 from bora_pyro.safetensors_file import DAMAGE, DIGEST, is_intact, write_safetensors
 from bora_pyro.whole_file import check_writable, replace_file, unusable, unwritable
 from bora_pyro.yaml_file import YamlError, dump_mapping, read_mapping
 
-CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
-#: By which a posterior knows the fit again around which it was made.
-SOURCE = "source.json"
-CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
-#: The folders in which trackers keep their files.
-TRACKED = ("tensorboard", "wandb")
-#: Held by the process that is at work in the folder.
-LOCK = ".lock"
-# What stands in the folders of a run, by what was written there; anything else is somebody's own.
-_WITHIN = {
-    ADAPTERS: re.compile(r"\.?tasks\.json(\.tmp)?|[^/]+/(adapter_config\.(json|tmp)|adapter_model\.safetensors)?"),
-    CHECKPOINTS: re.compile(r"\.?step-\d+\.safetensors(\.tmp)?|task-rows-\w+"),
-    DIAGNOSTICS: re.compile(r"\.?[\w-]+\.(png|csv|nc)(\.tmp)?"),
-}
 #: The largest log, split or result that is read; those of 10,000 tasks take some megabytes.
 MAX_BYTES = 2**30
-# The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
-_HEADER = "# bora_pyro run: the resolved configuration"
 
 
 class RunFolder:
@@ -119,7 +116,7 @@ class RunFolder:
             if resume:
                 run._drop_half_line()
             else:
-                run._clear(names)
+                clear(run.path, names)
         except BaseException as error:
             run.__exit__()
             if isinstance(error, OSError | ValueError):
@@ -138,7 +135,7 @@ class RunFolder:
     @classmethod
     def holds_run(cls, path: str | Path) -> bool:
         """Whether a run can be resumed there."""
-        return cls(Path(path))._is_ours()
+        return is_ours(Path(path))
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -169,7 +166,7 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.yaml``, which makes the folder a run."""
-        text = f"{_HEADER}\n{dump_mapping(config)}"
+        text = f"{HEADER}\n{dump_mapping(config)}"
         replace_file(self.path / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self.checkpoints.mkdir(exist_ok=True)
         self.adapters.mkdir(exist_ok=True)
@@ -320,8 +317,8 @@ class RunFolder:
             check_links(self.path, "output_dir")
         if resume and CONFIG not in names:
             raise InputError(f"output_dir {self.path} holds no run to resume; check the path, or leave --resume out to start one")
-        foreign = self._foreign(names) + (self._foreign_within() if overwrite and not resume else [])
-        if foreign and not (resume and self._is_ours()):
+        foreign = foreign_entries(self.path, names, within=overwrite and not resume)
+        if foreign and not (resume and is_ours(self.path)):
             raise InputError(
                 f"output_dir {self.path} holds {foreign[0]!r}, which no run wrote; give another --output_dir, or move it away"
             )
@@ -331,39 +328,6 @@ class RunFolder:
                 f"output_dir {self.path} holds another run; give --overwrite true to replace it,{go_on} or another --output_dir"
             )
         return names
-
-    def _is_ours(self) -> bool:
-        file = self.path / CONFIG
-        return file.is_file() and file.read_bytes().startswith(_HEADER.encode())
-
-    def _foreign(self, names: list[str]) -> list[str]:
-        """The entries that no run wrote: all of them where ``config.yaml`` is not ours."""
-        if not self._is_ours():
-            return [name for name in names if not _is_temporary(name, (CONFIG,))]
-        files = (CONFIG, FIT, SOURCE, LOG, METRICS, SPLIT, REPORT, "posterior.safetensors")
-        ours = (*files, CHECKPOINTS, ADAPTERS, DIAGNOSTICS, *TRACKED)
-        return [n for n in names if not (n in ours or _is_temporary(n, ours))]
-
-    def _foreign_within(self) -> list[str]:
-        """The same of what stands in its folders, whose own entries are looked at too."""
-        foreign = []
-        for name, written in _WITHIN.items():
-            for entry in (self.path / name).rglob("*"):
-                within = entry.relative_to(self.path / name).as_posix() + "/" * entry.is_dir()
-                if not written.fullmatch(within):
-                    foreign.append(f"{name}/{within}")
-        return sorted(foreign)
-
-    def _clear(self, names: list[str]) -> None:
-        """Delete a run's entries, ``config.yaml`` last: until then an interrupted deletion still looks like a run."""
-        for name in sorted(names, key=lambda name: name == CONFIG):
-            if name == LOCK:
-                continue
-            entry = self.path / name
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
 
     def _drop_half_line(self) -> None:
         """Cut off what a killed run left of its last record, so that the next one starts on a line of its own."""
@@ -387,10 +351,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_temporary(name: str, files: Sequence[str]) -> bool:
-    return name == LOCK or name in [f".{file}.tmp" for file in files]
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:

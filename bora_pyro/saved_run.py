@@ -34,7 +34,7 @@ from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.fitted import Fitted
 from bora_pyro.guides import GUIDES, make_parameters
-from bora_pyro.map_run import GIVEN, build_run
+from bora_pyro.map_run import build_run
 from bora_pyro.model import BoRA
 from bora_pyro.posterior import Posterior
 from bora_pyro.posterior_config import FIXED, PosteriorFitConfig
@@ -42,7 +42,9 @@ from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.priors.given import MEAN
 from bora_pyro.resuming import check_same
 from bora_pyro.run_checks import check_data, read_metrics
-from bora_pyro.run_folder import CONFIG, FIT, RunFolder
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_layout import CONFIG, FIT
+from bora_pyro.run_results import GIVEN
 from bora_pyro.safetensors_file import not_a_number
 
 # What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, what a prior has learned, and the

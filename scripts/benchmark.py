@@ -55,7 +55,8 @@ from bora_pyro.benchmark_arms import ARMS, Arm, Work, alternate, nano_tokenizer
 from bora_pyro.command_line import check_choices, option, parse_config, run_script, to_yaml
 from bora_pyro.data import TaskData, load_tasks, read_table
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.map_run import find_device, peak_memory_bytes
+from bora_pyro.map_run import find_device
+from bora_pyro.memory import peak_memory_bytes
 from bora_pyro.priors.base import check_tau
 
 

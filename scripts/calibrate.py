@@ -53,7 +53,7 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.foreign import SCORES, auroc_by_score, sample_texts, text_scores
 from bora_pyro.plots.style import plain_log_ticks
 from bora_pyro.predictive import Draws, TokenPredictions, predictive
-from bora_pyro.run_folder import DIAGNOSTICS
+from bora_pyro.run_layout import DIAGNOSTICS
 from bora_pyro.saved_run import SavedRun, load_run
 
 DRAWS = 8  # of a posterior

@@ -47,7 +47,7 @@ from bora_pyro.model import Weights
 from bora_pyro.posterior import Posterior
 from bora_pyro.predictive import Draws, predictive
 from bora_pyro.results_table import read_results, write_results
-from bora_pyro.run_folder import METRICS
+from bora_pyro.run_layout import METRICS
 from bora_pyro.saved_run import SavedRun, load_run
 
 MEMBERS = 4

@@ -29,7 +29,7 @@ from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.deviations import task_gram
 from bora_pyro.diagnostics import compare_priors, held_out, shrinkage
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import DIAGNOSTICS, FIT
+from bora_pyro.run_layout import DIAGNOSTICS, FIT
 from bora_pyro.saved_run import SavedRun, load_run
 from bora_pyro.shown_text import name_line
 

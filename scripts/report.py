@@ -24,7 +24,7 @@ import transformers
 from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
 from bora_pyro.report import Page, RunOptions, check_output, run_page, runs_page, sweep_page, write_page
-from bora_pyro.run_folder import CONFIG, REPORT
+from bora_pyro.run_layout import CONFIG, REPORT
 from bora_pyro.sweep import read_sweep
 from bora_pyro.yaml_file import YamlError, read_mapping
 

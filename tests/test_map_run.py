@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from bora_pyro import Backbone, InputError, load_tasks
 from bora_pyro.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from bora_pyro.config import MapFitConfig
-from bora_pyro.map_run import peak_memory_bytes, run_map_fit
+from bora_pyro.map_run import run_map_fit
+from bora_pyro.memory import peak_memory_bytes
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.saved_run import load_run
 from bora_pyro.signals import StopSignals

@@ -14,7 +14,8 @@ from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.posterior_run import run_posterior_fit
 from bora_pyro.report import RunOptions, render, run_page
 from bora_pyro.report.blocks import number_text, short_number
-from bora_pyro.run_folder import LOCK, RunFolder
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_layout import LOCK
 from bora_pyro.saved_run import load_run
 from bora_pyro.side_by_side import generate_side_by_side
 from bora_pyro.sweep import at_best_rates, read_sweep, runs, sweep_table, write_sweep

@@ -14,7 +14,8 @@ import torch
 
 from bora_pyro.adapter_folders import task_slugs
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import DIAGNOSTICS, REPORT, TRACKED, RunFolder
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_layout import DIAGNOSTICS, REPORT, TRACKED
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import types
 import pytest
 
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import LOCK, RunFolder
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_layout import LOCK
 from bora_pyro.saved_run import load_run
 from bora_pyro.trackers import TRACKERS, Tracking, check_packages, check_trackers, track
 from bora_pyro.trackers.tracking import POINTS

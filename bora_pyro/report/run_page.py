@@ -19,7 +19,6 @@ import numpy as np
 from bora_pyro.adapt_config import AdaptConfig
 from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError
-from bora_pyro.map_run import GIVEN
 from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.report.blocks import (
     Cell,
@@ -40,7 +39,9 @@ from bora_pyro.report.blocks import (
 )
 from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
-from bora_pyro.run_folder import CONFIG, FIT, RunFolder
+from bora_pyro.run_folder import RunFolder
+from bora_pyro.run_layout import CONFIG, FIT
+from bora_pyro.run_results import GIVEN
 from bora_pyro.shown_text import replaced
 from bora_pyro.versions import versions
 
