@@ -302,4 +302,7 @@ def _kind(path: str) -> str:
 def _base(name: str) -> str:
     """A base's name, the same for one folder by whatever path."""
     place = BUILTIN_BASES.get(name, Path(name))
-    return str(place.resolve()) if place.exists() else name
+    try:
+        return str(place.resolve()) if place.exists() else name
+    except (OSError, ValueError):  # longer than a path can be, or with a NUL byte
+        return name

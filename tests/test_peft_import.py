@@ -342,6 +342,15 @@ def test_another_base_by_its_name(folder, tmp_path):
     assert load_peft(folder, model)
 
 
+def test_a_base_whose_name_no_path_can_have(folder):
+    model = tiny_bora("opt")
+    model.backbone.model.config.name_or_path = "facebook/opt-350m"
+    for name in ("x" * 5000, "a\0b"):
+        config(base_model_name_or_path=name)(folder)
+        with pytest.raises(InputError, match="is an adapter of"):
+            load_peft(folder, model)
+
+
 def test_an_adapter_that_cannot_have_these_matrices(folder):
     with pytest.raises(
         InputError, match=r"has the rank 2, which LoRA\(rank=4, alpha=4.0\) cannot have; give the model an adapter"
