@@ -22,14 +22,15 @@ from typing import Any, TypeVar
 from bora_pyro.backbone import Backbone
 from bora_pyro.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.command_line import parse_config
-from bora_pyro.config import RUN
+from bora_pyro.config import RUN, MapFitConfig
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError, shown
 from bora_pyro.fit_state import as_before
+from bora_pyro.posterior_config import PosteriorFitConfig
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.run_layout import CONFIG
 
-C = TypeVar("C")
+C = TypeVar("C", MapFitConfig, PosteriorFitConfig)
 
 
 def check_same(
@@ -163,7 +164,7 @@ def take_up(config: C) -> tuple[C, Standing]:
     Raises:
         InputError: as for `Standing.of`, or the run's configuration cannot be read.
     """
-    folder = RunFolder.open(config.output_dir)  # type: ignore[attr-defined]
+    folder = RunFolder.open(config.output_dir)
     standing = Standing.of(folder, config)
     if standing.steps_left:
         return config, standing
@@ -172,7 +173,7 @@ def take_up(config: C) -> tuple[C, Standing]:
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
     own = {name: getattr(stored, name) for name in fitted_options(type(config))}
-    return dataclasses.replace(config, **own), standing  # type: ignore[type-var]
+    return dataclasses.replace(config, **own), standing
 
 
 def fitted_options(kind: type) -> list[str]:

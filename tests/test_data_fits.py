@@ -144,11 +144,11 @@ def test_chats_from_end_to_end(inputs, tmp_path, monkeypatch, capsys):
     # a prompt is what a user says, and the adapters answer
     capsys.readouterr()
     words = [str(run.path), "--prompt", "one two", "--max_new_tokens", "6", "--task", "Ada"]
+    theta, _ = again.fitted.weights()
     for raw, begun in ((["--json"], "user: one two</s>\nassistant:"), (["--json", "--raw"], "</s>one two")):
         assert script_main("generate")([*words, *raw]) == 0
         ids = tokenizer(begun, add_special_tokens=False)["input_ids"]
-        theta, _ = again.fitted.weights()
-        expected = generate(again.fitted.model, ids, draws=lambda: [theta], task_index=0, max_new_tokens=6)  # noqa: B023
+        expected = generate(again.fitted.model, ids, draws=lambda: [theta], task_index=0, max_new_tokens=6)
         record = json.loads(capsys.readouterr().out)
         assert (record["prompt"], record["text"]) == ("one two", expected.text)
     monkeypatch.setenv("COLUMNS", "60")
