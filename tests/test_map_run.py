@@ -7,32 +7,26 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 import yaml
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from bora_pyro import Backbone, InputError, load_tasks
-from bora_pyro.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from bora_pyro import Backbone, load_tasks
+from bora_pyro.checkpoint import Checkpoints
 from bora_pyro.config import MapFitConfig
 from bora_pyro.map_run import run_map_fit
 from bora_pyro.memory import peak_memory_bytes
 from bora_pyro.run_folder import RunFolder
-from bora_pyro.saved_run import load_run
-from bora_pyro.signals import StopSignals
-from tests.tiny_base import SCRIPTS, documents, line, quick_fit, script_main, write_table
+from tests.tiny_base import SCRIPTS, finished_run, line, quick_fit, script_main, without_times
 
 SLUGS = {"Ada": "ada", "Børge B.": "borge-b", "Cleo": "cleo"}
-TIMES = ("fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes")
 CONTRACT = {
     "test_perplexity", "base_test_perplexity", "validation_perplexity", "test_bits_per_character", "tau", "epochs",
     "fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "tasks",
@@ -52,16 +46,6 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def main():
     return script_main()
-
-
-def run(main, options, folder, **more):
-    """Exit code 0, and what the run left."""
-    assert main(line({**options, "output_dir": folder, **more})) == 0
-    return RunFolder.open(folder)
-
-
-def without_times(metrics):
-    return {key: value for key, value in metrics.items() if key not in TIMES}
 
 
 def data_of(options):
@@ -108,7 +92,7 @@ def loaded_peft(base, folder):
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_a_run_folder_from_end_to_end(main, inputs, tmp_path, more, sites):
-    folder = run(main, inputs, tmp_path / "run", **more)
+    folder = finished_run(main, inputs, tmp_path / "run", **more)
     frozen = more.get("adapter") == "lora_frozen_a"
     assert sorted(entry.name for entry in folder.path.iterdir()) == [
         "adapters", "checkpoints", "config.yaml", "metrics.json", "metrics.jsonl", "posterior.safetensors", "split.json",
@@ -203,7 +187,7 @@ def test_config_file_and_line_the_line_wins(main, inputs, tmp_path):
 
 @pytest.mark.parametrize("tau", [50, "inf"])
 def test_the_configuration_of_a_run_gives_the_run_again(main, inputs, tmp_path, tau):
-    first = run(main, inputs, tmp_path / "first", tau=tau, seed=7, overwrite="true")
+    first = finished_run(main, inputs, tmp_path / "first", tau=tau, seed=7, overwrite="true")
     second = tmp_path / "second"
     assert main(["--config", str(first.path / "config.yaml"), "--output_dir", str(second)]) == 0
     second = RunFolder.open(second)
@@ -213,254 +197,21 @@ def test_the_configuration_of_a_run_gives_the_run_again(main, inputs, tmp_path, 
         torch.testing.assert_close(value, second.load_tensors("posterior")[name], rtol=0, atol=0)
     # it says nothing of overwriting: without a new folder the run is safe
     assert main(["--config", str(first.path / "config.yaml")]) == 2
-    other = run(main, inputs, tmp_path / "other", tau=tau, seed=8)
+    other = finished_run(main, inputs, tmp_path / "other", tau=tau, seed=8)
     assert other.read_metrics()["test_perplexity"] != first.read_metrics()["test_perplexity"]
     assert other.read_split() != first.read_split()
 
 
 def test_overwrite_replaces_the_whole_run(main, inputs, tmp_path, capsys):
-    first = run(main, inputs, tmp_path / "run", epochs=2)
+    first = finished_run(main, inputs, tmp_path / "run", epochs=2)
     before = {file: file.read_bytes() for file in first.path.rglob("*") if file.is_file()}
     assert main(line({**inputs, "output_dir": first.path})) == 2
     assert "--overwrite true to replace it" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in first.path.rglob("*") if file.is_file()} == before
     (first.adapters / "an-older-task").mkdir()
-    again = run(main, inputs, tmp_path / "run", epochs=1, overwrite="true")
+    again = finished_run(main, inputs, tmp_path / "run", epochs=1, overwrite="true")
     assert len(again.read_log()) == again.read_metrics()["epochs"] == 1
     assert not (again.adapters / "an-older-task").exists()
-
-
-# Going on
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-def killed_at(monkeypatch, epoch):
-    """The next run dies once that epoch is in the log and before its checkpoint."""
-    log = RunFolder.log
-
-    def log_and_die(folder, record):
-        log(folder, record)
-        if record["epoch"] == epoch:
-            raise Killed
-
-    monkeypatch.setattr(RunFolder, "log", log_and_die)
-
-
-@pytest.mark.parametrize(("every", "killed"), [(1, 3), (2, 4), (3, 2)])
-def test_a_killed_run_is_resumed_to_what_it_would_have_been(main, inputs, tmp_path, monkeypatch, every, killed):
-    options = {**inputs, "epochs": 5, "checkpoint_every": every}
-    straight = run(main, options, tmp_path / "straight")
-    with monkeypatch.context() as patch:
-        killed_at(patch, killed)
-        with pytest.raises(Killed):
-            main(line({**options, "output_dir": tmp_path / "run"}))
-    assert len(RunFolder.open(tmp_path / "run").read_log()) == killed
-    assert not (tmp_path / "run" / "metrics.json").exists()
-    assert main(["--config", str(tmp_path / "run" / "config.yaml"), "--resume", "true"]) == 0
-    resumed = RunFolder.open(tmp_path / "run")
-    assert [entry["epoch"] for entry in resumed.read_log()] == [1, 2, 3, 4, 5]  # one line an epoch, none twice
-    assert without_times(resumed.read_metrics()) == without_times(straight.read_metrics())
-    for name, value in straight.load_tensors("posterior").items():
-        torch.testing.assert_close(resumed.load_tensors("posterior")[name], value, rtol=0, atol=0)
-
-
-def test_resuming_a_finished_run_changes_nothing(main, inputs, tmp_path):
-    first = run(main, inputs, tmp_path / "run")
-    metrics, log = first.read_metrics(), first.read_log()
-    again = run(main, inputs, tmp_path / "run", resume="true")
-    assert again.read_log() == log
-    assert without_times(again.read_metrics()) == without_times(metrics)
-    assert again.read_metrics()["fit_seconds"] == metrics["fit_seconds"]
-
-
-def test_a_finished_run_of_fewer_epochs_goes_on(main, inputs, tmp_path):
-    first = run(main, inputs, tmp_path / "run", epochs=2)
-    log = first.read_log()
-    again = run(main, inputs, tmp_path / "run", epochs=4, learning_rate=0.01, resume="true")
-    assert again.read_log()[:2] == log
-    assert [entry["epoch"] for entry in again.read_log()] == [1, 2, 3, 4]
-    assert again.read_metrics()["epochs"] == again.read_config()["epochs"] == 4
-    assert again.read_log()[2]["learning_rate"] < 0.01  # the schedule of four epochs
-
-
-@pytest.mark.parametrize(
-    "change", [{"rank": 3}, {"tau": 1000.0}, {"likelihood_unit": "documents"}, {"seed": 1}, {"num_tasks": 2}, {"data": "other"}]
-)
-def test_resuming_as_another_run_is_refused_and_changes_nothing(main, inputs, tmp_path, capsys, change):
-    if "data" in change:
-        change = {"data": write_table(tmp_path / "other.csv", documents(seed=1))}
-    run(main, inputs, tmp_path / "run", epochs=1)
-    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    capsys.readouterr()
-    assert main(line({**inputs, "output_dir": tmp_path / "run", "resume": "true", **change})) == 2
-    (name, value) = next(iter(change.items()))
-    message = capsys.readouterr().err
-    assert message.startswith(f"error: {name} is {value!r}, but the run in ")
-    assert "--resume true" in message
-    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
-
-
-def test_resuming_where_no_checkpoint_was_written_starts_anew(main, inputs, tmp_path, monkeypatch):
-    straight = run(main, inputs, tmp_path / "straight")
-    with monkeypatch.context() as patch:
-        killed_at(patch, 1)
-        with pytest.raises(Killed):
-            main(line({**inputs, "output_dir": tmp_path / "run"}))
-    resumed = run(main, inputs, tmp_path / "run", resume="true")
-    assert [entry["epoch"] for entry in resumed.read_log()] == [1, 2]
-    assert without_times(resumed.read_metrics()) == without_times(straight.read_metrics())
-
-
-def stopped_at(monkeypatch, step):
-    """The next run is told to stop after so many steps."""
-    asked = []
-    monkeypatch.setattr(StopSignals, "__call__", lambda signals: asked.append(signals) or len(asked) == step)
-
-
-def files_of(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def refused(main, options, capsys, **more):
-    """A run that is resumed in vain, and leaves all as it was; returns why."""
-    before = files_of(Path(options["output_dir"]))
-    capsys.readouterr()
-    assert main(line({**options, "resume": "true", **more})) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert files_of(Path(options["output_dir"])) == before
-    return error
-
-
-ALTERED = {
-    "rows appended": (
-        lambda rows: pd.concat([rows, documents(("Ada",), number=1, seed=5)]),
-        r"group 'row 31' of task 'Ada' is not in the split record; use the table that was split",
-    ),
-    "a text replaced": (
-        lambda rows: rows.assign(text=[*rows.text[:-1], "nine south south"]),
-        r"checkpoint .* is of other documents: .*; use the data that it was fitted to, or start afresh with --overwrite true",
-    ),
-    "rows in another order": (lambda rows: rows[::-1], r"is not in the split record|is of other documents"),
-    "a task appended": (lambda rows: pd.concat([rows, documents(("Dan",))]), None),
-}
-
-
-@pytest.mark.parametrize(("alter", "message"), ALTERED.values(), ids=ALTERED)
-@pytest.mark.parametrize("finished", [False, True], ids=["stopped", "finished"])
-def test_a_run_goes_on_with_its_own_documents_alone(main, inputs, tmp_path, monkeypatch, capsys, alter, message, finished):
-    table = tmp_path / "documents.csv"
-    options = {**inputs, "data": write_table(table), "output_dir": tmp_path / "run", "token_budget": 64, "tau": 100}
-    with monkeypatch.context() as patch:
-        if not finished:
-            stopped_at(patch, 4)
-        assert main(line(options)) == (0 if finished else 130)
-    split = (tmp_path / "run" / "split.json").read_bytes()
-    write_table(table, alter(documents()))
-    if message is not None:
-        assert re.search(message, refused(main, options, capsys, epochs=3))
-        write_table(table)
-    assert main(line({**options, "epochs": 3, "resume": "true"})) == 0  # a task that the run does not have is left out
-    assert (tmp_path / "run" / "split.json").read_bytes() == split
-    assert len(RunFolder.open(tmp_path / "run").read_log()) == 3
-
-
-def test_a_run_goes_on_with_its_own_base_alone(main, inputs, tmp_path, capsys):
-    base = shutil.copytree(inputs["base_model"], tmp_path / "base")
-    options = {**inputs, "base_model": base, "output_dir": tmp_path / "run", "epochs": 1}
-    assert main(line(options)) == 0
-    weights = load_file(base / "model.safetensors")
-    save_file(weights | {"model.decoder.layers.0.fc1.weight": weights["model.decoder.layers.0.fc1.weight"] + 0.05},
-              base / "model.safetensors", {"format": "pt"})  # fmt: skip
-    error = refused(main, options, capsys, epochs=2)
-    assert re.search(r"checkpoint .* is of another base model: its weights .*, or start afresh with --overwrite true", error)
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    assert main(line({**options, "epochs": 2, "resume": "true", "precision": "bfloat16"})) == 0
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{")], ids=["gone", "damaged"])
-def test_a_split_that_is_lost_is_made_again(main, inputs, tmp_path, capsys, damage):
-    options = {**inputs, "output_dir": tmp_path / "run", "epochs": 1}
-    folder = run(main, inputs, tmp_path / "run", epochs=1)
-    split = folder.read_split()
-    damage(folder.path / "split.json")
-    assert main(line({**options, "resume": "true"})) == 0
-    assert folder.read_split() == split
-    # where nothing says whether it would be the same one it is not guessed
-    for file in Checkpoints(folder.checkpoints).files():
-        groups, progress = load_checkpoint(file)
-        del progress["data"]
-        save_checkpoint(file, groups, progress)
-    damage(folder.path / "split.json")
-    assert "split.json cannot be read" in refused(main, options, capsys)
-
-
-def test_notes_of_a_resumed_run_are_those_of_the_run(main, inputs, tmp_path):
-    rows = pd.concat([documents(), documents(("Bo",), number=2)])
-    options = {**inputs, "data": write_table(tmp_path / "t.csv", rows), "small_tasks": "drop"}
-    notes = run(main, options, tmp_path / "run", epochs=1).read_metrics()["notes"]
-    assert notes == ["1 task with fewer than 3 documents left out: 'Bo'"]
-    assert run(main, options, tmp_path / "run", epochs=2, resume="true").read_metrics()["notes"] == notes
-
-
-def test_with_nothing_left_a_run_says_what_it_was(main, inputs, tmp_path, capsys):
-    folder = run(main, inputs, tmp_path / "run", epochs=3)
-    before = files_of(folder.path)
-    capsys.readouterr()
-    options = {**inputs, "output_dir": folder.path, "resume": "true", "learning_rate": 0.5, "token_budget": 128}
-    assert main(line({**options, "epochs": 2, "precision": "bfloat16"})) == 0
-    said = capsys.readouterr()
-    assert (
-        "note: nothing is left to fit: 3 epochs are done; what was fitted stays as it is, with the options of its config.yaml"
-        in said.err
-    )
-    assert f"{json.loads(before[folder.path / 'metrics.json'])['test_perplexity']:,.2f}" in said.out
-    assert files_of(folder.path) == before
-    # a result that is lost is made again, and is that of the options that it was fitted with
-    for name in ("metrics.json", "posterior.safetensors"):
-        (folder.path / name).unlink()
-    assert main(line({**options, "epochs": 2, "precision": "bfloat16"})) == 0
-    after = files_of(folder.path)
-    for name in ("config.yaml", "posterior.safetensors", "metrics.jsonl", "split.json"):
-        assert after[folder.path / name] == before[folder.path / name], name
-    assert without_times(folder.read_metrics()) == without_times(json.loads(before[folder.path / "metrics.json"]))
-
-
-def test_a_finished_run_that_goes_on_is_not_finished(main, inputs, tmp_path, monkeypatch):
-    folder = run(main, inputs, tmp_path / "run", tau=100)
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 1)
-        options = {**inputs, "tau": 100, "output_dir": folder.path, "epochs": 4, "learning_rate": 0.01, "resume": "true"}
-        assert main(line(options)) == 130
-    assert folder.read_config()["epochs"] == 4
-    with pytest.raises(InputError, match="is not finished: it has no metrics"):
-        load_run(folder.path)
-    assert main(line(options)) == 0
-    assert (load_run(folder.path).metrics["epochs"], folder.read_metrics()["learning_rate"]) == (4, 0.01)
-
-
-def test_batches_of_another_size_wait_for_the_next_epoch(main, inputs, tmp_path, monkeypatch, capsys):
-    options = {**inputs, "output_dir": tmp_path / "run", "token_budget": 64, "tau": 100}
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 2)
-        assert main(line(options)) == 130
-    error = refused(main, options, capsys, token_budget=128)
-    assert "token_budget is 128, but checkpoint " in error
-    assert "stands within an epoch of token_budget 64; give that until the epoch's end" in error
-    assert main(line({**options, "epochs": 1, "resume": "true"})) == 0
-    assert main(line({**options, "token_budget": 128, "resume": "true"})) == 0
-    steps = [entry["step"] for entry in RunFolder.open(tmp_path / "run").read_log()]
-    assert len(steps) == 2
-
-
-def test_tasks_that_were_not_drawn_are_not_drawn_later(main, inputs, tmp_path, capsys):
-    run(main, inputs, tmp_path / "run", epochs=1)
-    error = refused(main, {**inputs, "output_dir": tmp_path / "run"}, capsys, task_subsampling="true")
-    assert "is of a fit with task_subsampling false; give that, or start afresh" in error
 
 
 # What a person sees
@@ -499,7 +250,7 @@ def test_quiet_says_nothing(inputs, tmp_path, capsys):
 
 
 def test_a_saved_adapter_names_its_base(main, inputs, tmp_path):
-    folder = run(main, inputs, tmp_path / "run", epochs=1, alpha=6, tau="inf")
+    folder = finished_run(main, inputs, tmp_path / "run", epochs=1, alpha=6, tau="inf")
     config = json.loads((folder.adapters / "cleo" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == inputs["base_model"]
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 6, ["fc2", "v_proj"])

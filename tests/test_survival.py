@@ -22,16 +22,9 @@ from bora_pyro.guides import normal_guide
 from bora_pyro.run_folder import RunFolder
 from bora_pyro.signals import StopSignals
 from tests.tiny import tiny_bora, tiny_data
-from tests.tiny_base import SCRIPTS, line, quick_fit, script_main
+from tests.tiny_base import SCRIPTS, line, quick_fit, script_main, without_times
 
 KILLS = 36
-TIMES = ("seconds", "fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes")
-
-
-def without_times(metrics):
-    if isinstance(metrics, list):
-        return [without_times(entry) for entry in metrics]
-    return {key: value for key, value in metrics.items() if key not in TIMES}
 
 
 def test_a_fit_that_is_killed_many_times_is_the_one_that_never_was(tmp_path):

@@ -21,6 +21,12 @@ def test_what_is_written_is_read_back():
     assert (as_text["whole"], as_text["yes"], as_text["nothing"]) == ("3", "true", None)
 
 
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "\x1b[2J", "naïve ☃", "two\nlines", "none", " x ", "a\tb"])
+def test_every_text_comes_back_from_yaml(text):
+    for as_text in (False, True):
+        assert parse_mapping(dump_mapping({"data": text}).encode(), as_text=as_text) == {"data": text}
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -16,9 +16,12 @@ from bora_pyro import Backbone, BoRA, LoRA, TaskData
 from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TokenSplit
 from bora_pyro.map_run import run_map_fit
+from bora_pyro.run_folder import RunFolder
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TOKENS = 12  # of the toy tasks, the start included
+# In what a fit reports these are of the machine.
+TIMES = ("seconds", "fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes")
 
 WORDS = {
     "Ada": ["red", "green", "blue", "grey"],
@@ -131,6 +134,19 @@ def quick_fit(folder):
         "epochs": 2,
         "threads": 1,
     }
+
+
+def finished_run(main, options, folder, **more):
+    """What the script leaves, which must have ended with exit code 0."""
+    assert main(line({**options, "output_dir": folder, **more})) == 0
+    return RunFolder.open(folder)
+
+
+def without_times(metrics):
+    """Metrics, or a list of an epoch's each, without what two runs of the same fit may differ in."""
+    if isinstance(metrics, list):
+        return [without_times(entry) for entry in metrics]
+    return {key: value for key, value in metrics.items() if key not in TIMES}
 
 
 def map_run(options):
