@@ -29,7 +29,7 @@ demo: setup  ## fit the embedded base model to the embedded data, into runs/demo
 # the tests' models are tiny: a second thread would only wait for the first
 test: export OMP_NUM_THREADS := 1
 test: setup  ## run the tests and the docstrings' snippets (ARGS="-k config" passes options on)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 figures: setup  ## draw the figures and tables of paper_figures/ again, from the stored results
 	$(BIN)/python paper_figures/draw_all.py
@@ -37,10 +37,11 @@ figures: setup  ## draw the figures and tables of paper_figures/ again, from the
 notebooks: setup  ## run the notebooks again and store them with their outputs
 	$(BIN)/python notebooks/execute.py notebooks/prior_strength.py notebooks/posterior.py
 
-lint: setup  ## check style, format and types
+lint: setup  ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup  ## put the code into the one format
 	$(BIN)/ruff check --fix .

@@ -9,24 +9,24 @@
 ['base_test_bits_per_character', 'base_test_perplexity']
 """
 
-from bora_pyro.adapt import adapt
 from bora_pyro.adapters import Adapter, FrozenALoRA, LoRA
-from bora_pyro.backbone import Backbone
+from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.data import TaskData, load_tasks, table, talk_of_norway
 from bora_pyro.errors import InputError
-from bora_pyro.evaluate import Scores, evaluate
-from bora_pyro.fit import fit
-from bora_pyro.fitted import Fitted
+from bora_pyro.exchange.load import load_peft, read_peft
+from bora_pyro.exchange.pooling.pool import pool
+from bora_pyro.exchange.save import save_peft
 from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_guide
-from bora_pyro.likelihoods import CausalLM
+from bora_pyro.inference.adapt import adapt
+from bora_pyro.inference.evaluate import Scores, evaluate
+from bora_pyro.inference.fit import fit
+from bora_pyro.inference.fitted import Fitted
+from bora_pyro.likelihoods.next_tokens import CausalLM
 from bora_pyro.model import BoRA
-from bora_pyro.peft_format import save_peft
-from bora_pyro.peft_import import load_peft, read_peft
-from bora_pyro.pooling import pool
-from bora_pyro.posterior import Posterior
+from bora_pyro.predict.generate import generate_side_by_side
+from bora_pyro.predict.infer_task import infer_task
+from bora_pyro.predict.posterior import Posterior
 from bora_pyro.priors import Given, HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
-from bora_pyro.routing import infer_task
-from bora_pyro.side_by_side import generate_side_by_side
 
 __version__ = "0.1.0"
 __all__ = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Iterable
 
-from bora_pyro.shown_text import escaped
+_JOINERS = "\u200c\u200d"
 
 
 class InputError(ValueError):
@@ -48,3 +49,19 @@ def shown(value: object, *, characters: int = 60) -> str:
     """
     text = repr(value)
     return text if len(text) <= characters + 3 else f"{text[:characters]}..."
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """The text with what cannot be seen as Python writes it, for a terminal; ``keep`` are letters to leave alone."""
+    return mapped(text, lambda letter: repr(letter)[1:-1], keep=keep)
+
+
+def mapped(text: str, change: Callable[[str], str], *, keep: str = "") -> str:
+    """The text with each letter that cannot be seen changed; ``keep`` are letters to leave alone."""
+    if text.isprintable():
+        return text
+    return "".join(letter if _can_be_seen(letter) or letter in keep else change(letter) for letter in text)
+
+
+def _can_be_seen(letter: str) -> bool:
+    return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"

@@ -17,15 +17,14 @@ from pyro import poutine
 from torch import Tensor
 
 from bora_pyro.adapters import Adapter, LoRA
-from bora_pyro.backbone import Backbone, Change
-from bora_pyro.data.batches import Batch
-from bora_pyro.data.task_draw import TaskDraw
+from bora_pyro.backbone.backbone import Backbone, Change
+from bora_pyro.backbone.head import UnprojectedLogits
+from bora_pyro.backbone.slots import Slot
+from bora_pyro.data.batch import Batch, TaskDraw
 from bora_pyro.errors import InputError
-from bora_pyro.likelihoods import CausalLM, Likelihood
+from bora_pyro.likelihoods.next_tokens import CausalLM, Likelihood
 from bora_pyro.priors import HierarchicalNormal, Prior
-from bora_pyro.slots import Slot
-from bora_pyro.task_plate import TaskPlate
-from bora_pyro.token_loss import UnprojectedLogits
+from bora_pyro.priors.task_plate import TaskPlate
 
 #: Adapter tensors by ``<slot>.<latent>``: (D, layers, *shape) for all tasks, (layers, *shape) for one.
 Weights = dict[str, Tensor]

@@ -37,18 +37,19 @@ import transformers
 from IPython.display import display
 from scipy.stats import spearmanr
 
-from bora_pyro import fit, plots
-from bora_pyro.calibration import area_under_risk_coverage, calibration, foreign_auroc, reliability, risk_coverage
-from bora_pyro.config import MapFitConfig
+from bora_pyro import fit
 from bora_pyro.data import TokenSplit
+from bora_pyro.diagnostics import plots
+from bora_pyro.diagnostics.calibration import area_under_risk_coverage, calibration, foreign_auroc, reliability, risk_coverage
+from bora_pyro.diagnostics.plots.style import BLUE, VERMILLION, plain_log_ticks
 from bora_pyro.guides import normal_guide
-from bora_pyro.map_run import run_map_fit
-from bora_pyro.plots.style import BLUE, VERMILLION, plain_log_ticks
-from bora_pyro.posterior import Posterior
-from bora_pyro.posterior_config import PosteriorFitConfig
-from bora_pyro.posterior_run import run_posterior_fit
-from bora_pyro.predictive import predictive
-from bora_pyro.saved_run import load_run, sampled_tau
+from bora_pyro.predict.mixture import predictive
+from bora_pyro.predict.posterior import Posterior
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
+from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.posterior_fit import run_posterior_fit
+from bora_pyro.runs.saved import load_run, sampled_tau
 
 # What is fitted. BORA_PYRO_NOTEBOOK=small makes it in seconds, to see that everything runs.
 FIT = {

@@ -38,12 +38,12 @@ from IPython.display import Markdown, display
 from scipy.stats import spearmanr
 
 import bora_pyro as bp
-from bora_pyro import plots
-from bora_pyro.deviations import task_gram
-from bora_pyro.diagnostics import compare_priors, held_out, shrinkage
-from bora_pyro.plots.style import GREY, LIGHT, tau_text
-from bora_pyro.plots.sweeps import gain_by_task
-from bora_pyro.sweep import at_best_rates, best_rates, best_tau, read_sweep, runs, summary, tau_order
+from bora_pyro.diagnostics import plots
+from bora_pyro.diagnostics.deviations import task_gram
+from bora_pyro.diagnostics.plots.style import GREY, LIGHT, tau_text
+from bora_pyro.diagnostics.plots.sweeps import gain_by_task
+from bora_pyro.diagnostics.shrinkage import compare_priors, held_out, shrinkage
+from bora_pyro.diagnostics.sweep_table import at_best_rates, best_rates, best_tau, read_sweep, runs, summary, tau_order
 
 # What the three fits are made of. BORA_PYRO_NOTEBOOK=small makes them in seconds, to see that everything runs.
 DOCUMENTS = {"max_tokens": 128, "max_train_documents": 8, "max_eval_documents": 6}

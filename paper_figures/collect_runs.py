@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import pandas as pd
 from common import run
 
-from bora_pyro.command_line import option
+from bora_pyro.diagnostics.sweep_table import number_text, with_run, write_sweep
 from bora_pyro.errors import InputError
-from bora_pyro.run_folder import RunFolder
-from bora_pyro.sweep import number_text, rows_of_run, with_run, write_sweep
+from bora_pyro.options.field import option
+from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.results_table import rows_of_run
 
 
 @dataclass(kw_only=True)

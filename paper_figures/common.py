@@ -1,6 +1,7 @@
 """What the scripts of this folder share: the paper's reported numbers, where a picture or table goes, and one way to end.
 
-The reported numbers come in the form of a sweep table (``bora_pyro.sweep``), so that the same functions draw them and ours.
+The reported numbers come in the form of a sweep table (``bora_pyro.diagnostics.sweep_table``), so that the same functions draw
+them and ours.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bora_pyro.command_line import option, parse_config
+from bora_pyro.diagnostics.sweep_table import at_best_rates, best_tau, read_sweep, sweep_table
 from bora_pyro.errors import InputError
-from bora_pyro.sweep import at_best_rates, best_tau, read_sweep, sweep_table
+from bora_pyro.options.command_line import parse_config
+from bora_pyro.options.field import option
 
 REPORTED = Path(__file__).parent / "reported"
 SWEEP = "results/presidents.parquet"

@@ -29,8 +29,9 @@ import simulation_based_calibration_figure as calibration_figure
 import table1
 import table2
 
-from bora_pyro.command_line import option, parse_config
 from bora_pyro.errors import InputError
+from bora_pyro.options.command_line import parse_config
+from bora_pyro.options.field import option
 
 _OF_A_SWEEP: tuple[ModuleType, ...] = (figure1, figure2, figure3, figure4, figure5, table1, table2)
 

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from common import output_option, read_table, run, save
 
-from bora_pyro.command_line import option
-from bora_pyro.plots import few_documents_curve, style
+from bora_pyro.diagnostics.plots import few_documents_curve, style
+from bora_pyro.options.field import option
 
 COLUMNS = ["arm", "documents", "seed", "split", "log_likelihood", "tokens"]
 

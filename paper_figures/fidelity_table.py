@@ -1,8 +1,8 @@
 """What each difference between the paper and its released code changes, on one corpus.
 
-A row a variant of ``scripts/compare_variants.py``, at its own τ and learning rate of lowest validation perplexity (by the lowest
-seed), mean ± sd over seeds. All are scored in one way, so that the ratio to the first variant, seed by seed, says what the
-change costs or brings. The paper has no such table.
+A row a variant of ``scripts/experiments/compare_variants.py``, at its own τ and learning rate of lowest validation perplexity (by
+the lowest seed), mean ± sd over seeds. All are scored in one way, so that the ratio to the first variant, seed by seed, says what
+the change costs or brings. The paper has no such table.
 
     python paper_figures/fidelity_table.py --fidelity results/fidelity.csv
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import pandas as pd
 from common import markdown, mean_sd, output_option, read_table, run, save_text
 
-from bora_pyro.command_line import option
 from bora_pyro.errors import InputError
+from bora_pyro.options.field import option
 
 COLUMNS = ["variant", "tau", "learning_rate", "seed", "validation_perplexity", "test_perplexity", "base_test_perplexity"]
 

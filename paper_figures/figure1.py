@@ -17,7 +17,7 @@ import pandas as pd
 from common import corpus, output_option, read_sweep, reported, run, save, sweep_option
 from matplotlib.axes import Axes
 
-from bora_pyro.plots import style
+from bora_pyro.diagnostics.plots import style
 
 
 @dataclass(kw_only=True)

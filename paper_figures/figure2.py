@@ -20,10 +20,10 @@ import pandas as pd
 from common import corpus, output_option, read_sweep, reported_sweep, run, save, sweep_option
 from matplotlib.axes import Axes
 
-from bora_pyro.plots import style, tau_curve
-from bora_pyro.plots.labels import legend_above
-from bora_pyro.plots.style import tau_axis
-from bora_pyro.sweep import at_best_rates, runs
+from bora_pyro.diagnostics.plots import style, tau_curve
+from bora_pyro.diagnostics.plots.labels import legend_above
+from bora_pyro.diagnostics.plots.style import tau_axis
+from bora_pyro.diagnostics.sweep_table import at_best_rates, runs
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ from common import (
     sweep_option,
 )
 
-from bora_pyro.plots import style, task_gain
+from bora_pyro.diagnostics.plots import style, task_gain
 
 
 @dataclass(kw_only=True)

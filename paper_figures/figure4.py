@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 from common import best_between_limits, corpus, output_option, read_sweep, run, save, sweep_option
 
-from bora_pyro.plots import deviation_by_documents, style
-from bora_pyro.plots.style import tau_text
-from bora_pyro.sweep import at_best_rates
+from bora_pyro.diagnostics.plots import deviation_by_documents, style
+from bora_pyro.diagnostics.plots.style import tau_text
+from bora_pyro.diagnostics.sweep_table import at_best_rates
 
 
 @dataclass(kw_only=True)

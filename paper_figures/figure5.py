@@ -28,9 +28,9 @@ from common import (
 )
 from matplotlib.axes import Axes
 
-from bora_pyro.plots import place_labels, style
-from bora_pyro.plots.style import tau_text
-from bora_pyro.plots.sweeps import documents_axis
+from bora_pyro.diagnostics.plots import place_labels, style
+from bora_pyro.diagnostics.plots.style import tau_text
+from bora_pyro.diagnostics.plots.sweeps import documents_axis
 
 
 @dataclass(kw_only=True)

@@ -2,8 +2,8 @@
 
 The paper samples θ_d itself (centred) and takes a learning rate proportional to τ, as a remedy for a global mean that moves
 slowly: only the prior's gradient reaches it. In the non-centred form, θ_d = Θ + z_d / √τ, every task's gradient reaches Θ.
-The paper has no such figure. The rates are AdamW's largest: where the table of ``scripts/compare_forms.py`` has a factor of τ,
-as it has for the centred form, the figure has the product.
+The paper has no such figure. The rates are AdamW's largest: where the table of ``scripts/experiments/compare_forms.py`` has a
+factor of τ, as it has for the centred form, the figure has the product.
 
     python paper_figures/forms_figure.py --forms results/forms.csv
 """
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 from common import output_option, read_table, run, save
 
-from bora_pyro.command_line import option
-from bora_pyro.plots import form_curves, style
-from bora_pyro.plots.style import tau_text
+from bora_pyro.diagnostics.plots import form_curves, style
+from bora_pyro.diagnostics.plots.style import tau_text
+from bora_pyro.options.field import option
 
 VALUES = ["objective", "test_perplexity"]
 COLUMNS = ["form", "tau", "learning_rate", "step", *VALUES]

@@ -18,10 +18,10 @@ import pandas as pd
 from common import output_option, read_table, run, save
 from matplotlib.axes import Axes
 
-from bora_pyro.command_line import option
+from bora_pyro.diagnostics.plots import scale_scatter, style
+from bora_pyro.diagnostics.plots.style import BLUE, GREY
 from bora_pyro.errors import InputError
-from bora_pyro.plots import scale_scatter, style
-from bora_pyro.plots.style import BLUE, GREY
+from bora_pyro.options.field import option
 
 COLUMNS = ["guide", "quantity", "documents", "nuts_sd", "sd"]
 OF_SUMMARY = ["guide", "log_density", "probability_difference"]

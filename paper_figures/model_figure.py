@@ -13,7 +13,7 @@ from common import output_option, run, save
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from bora_pyro.plots import style
+from bora_pyro.diagnostics.plots import style
 
 
 @dataclass(kw_only=True)

@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from common import output_option, read_table, reported, run, save
 
-from bora_pyro.command_line import check_choices, option
+from bora_pyro.diagnostics.plots import style, task_dendrogram, task_pca
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.plots import style, task_dendrogram, task_pca
+from bora_pyro.options.field import check_choices, option
 
 
 @dataclass(kw_only=True)
@@ -61,8 +61,8 @@ def write_gram(folder: str, space: str, path: str) -> None:
     """Store the tasks' Gram matrix of a run, six digits an entry."""
     import transformers
 
-    from bora_pyro.deviations import task_gram  # only here, as they load the language model
-    from bora_pyro.saved_run import load_run
+    from bora_pyro.diagnostics.deviations import task_gram  # only here, as they load the language model
+    from bora_pyro.runs.saved import load_run
 
     transformers.utils.logging.disable_progress_bar()
 

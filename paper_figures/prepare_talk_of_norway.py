@@ -14,10 +14,10 @@ from pathlib import Path
 
 from common import run
 
-from bora_pyro.command_line import check_choices, option
 from bora_pyro.data.files import SPLITS, table_ending
 from bora_pyro.data.talk_of_norway import SELECTIONS, talk_of_norway
 from bora_pyro.errors import InputError
+from bora_pyro.options.field import check_choices, option
 
 COLUMNS = ["task", "text", "doc_id", "split"]
 

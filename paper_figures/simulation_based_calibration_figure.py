@@ -15,8 +15,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from common import output_option, read_table, run, save
 
-from bora_pyro.command_line import option
-from bora_pyro.plots import rank_histogram, style
+from bora_pyro.diagnostics.plots import rank_histogram, style
+from bora_pyro.options.field import option
 
 COLUMNS = ["case", "guide", "quantity", "bin", "count"]
 _SYMBOLS = {"mean": "Θ", "theta": "θ", "deviation": "θ − Θ", "distance": "‖θ − Θ‖", "tau": "τ"}

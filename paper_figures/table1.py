@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from common import corpus, markdown, mean_sd, output_option, read_sweep, reported, run, save_text, sweep_option
 
-from bora_pyro.sweep import at_best_rates, best_rates, runs, tau_order
+from bora_pyro.diagnostics.sweep_table import at_best_rates, best_rates, runs, tau_order
 
 
 @dataclass(kw_only=True)

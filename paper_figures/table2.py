@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 from common import corpus, markdown, output_option, read_sweep, reported_sweep, run, save_text, sweep_option
 
-from bora_pyro.sweep import at_best_rates, tau_order
+from bora_pyro.diagnostics.sweep_table import at_best_rates, tau_order
 
 
 @dataclass(kw_only=True)

@@ -11,17 +11,18 @@ import sys
 
 import transformers
 
-from bora_pyro.adapt_config import AdaptConfig, parse_config
-from bora_pyro.adapt_run import run_adapt
-from bora_pyro.command_line import run_script
+from bora_pyro.cli import CONFIGURATIONS
 from bora_pyro.errors import InputError
-from bora_pyro.progress import print_table
+from bora_pyro.options.command_line import run_script
+from bora_pyro.runs.adapt import run_adapt
+from bora_pyro.runs.config.adapt import AdaptConfig, parse_config
+from bora_pyro.runs.progress import print_table
 
 
 def main(argv: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = parse_config(AdaptConfig, argv, prog="adapt.py")
+        config = parse_config(AdaptConfig, argv, prog="adapt.py", others=CONFIGURATIONS)
         metrics = run_adapt(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,8 +34,11 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
-from bora_pyro import plots
-from bora_pyro.calibration import (
+from bora_pyro.data import TokenSplit, read_table
+from bora_pyro.data.files import read_file
+from bora_pyro.data.tokenise import tokenise
+from bora_pyro.diagnostics import plots
+from bora_pyro.diagnostics.calibration import (
     Calibration,
     Predictions,
     area_under_risk_coverage,
@@ -44,17 +47,15 @@ from bora_pyro.calibration import (
     reliability,
     risk_coverage,
 )
-from bora_pyro.choices import ChoicePredictions, Question, choose
-from bora_pyro.command_line import option, parse_config, run_script
-from bora_pyro.data import TokenSplit, read_table
-from bora_pyro.data.files import read_file
-from bora_pyro.data.tokenise import tokenise
+from bora_pyro.diagnostics.plots.style import plain_log_ticks
+from bora_pyro.diagnostics.unknown_texts import SCORES, auroc_by_score, sample_texts, text_scores
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.foreign import SCORES, auroc_by_score, sample_texts, text_scores
-from bora_pyro.plots.style import plain_log_ticks
-from bora_pyro.predictive import Draws, TokenPredictions, predictive
-from bora_pyro.run_layout import DIAGNOSTICS
-from bora_pyro.saved_run import SavedRun, load_run
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import option
+from bora_pyro.predict.mixture import Draws, TokenPredictions, predictive
+from bora_pyro.predict.multiple_choice import ChoicePredictions, Question, choose
+from bora_pyro.runs.layout import DIAGNOSTICS
+from bora_pyro.runs.saved import SavedRun, load_run
 
 DRAWS = 8  # of a posterior
 POINTS = 200  # of a risk-coverage curve

@@ -24,14 +24,15 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
-from bora_pyro import plots
-from bora_pyro.command_line import option, parse_config, run_script
-from bora_pyro.deviations import task_gram
-from bora_pyro.diagnostics import compare_priors, held_out, shrinkage
+from bora_pyro.diagnostics import plots
+from bora_pyro.diagnostics.deviations import task_gram
+from bora_pyro.diagnostics.shrinkage import compare_priors, held_out, shrinkage
 from bora_pyro.errors import InputError
-from bora_pyro.run_layout import DIAGNOSTICS, FIT
-from bora_pyro.saved_run import SavedRun, load_run
-from bora_pyro.shown_text import name_line
+from bora_pyro.files.text import name_line
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import option
+from bora_pyro.runs.layout import DIAGNOSTICS, FIT
+from bora_pyro.runs.saved import SavedRun, load_run
 
 DRAWS = 50  # of a posterior
 QUANTILES = (0.05, 0.95)  # of the draws
@@ -147,7 +148,7 @@ def _pictures(tasks: list[str], container: Any, gram: np.ndarray) -> Iterator[tu
 
 
 def _picture(draw: Callable[..., Any], *arguments: Any, width: float = 7.0, height: float = 4.5) -> Figure:
-    """One picture by a function of :mod:`bora_pyro.plots`, which takes an axis last; sizes in inches."""
+    """One picture by a function of :mod:`bora_pyro.diagnostics.plots`, which takes an axis last; sizes in inches."""
     figure = Figure(figsize=(width, height))
     draw(*arguments, figure.subplots())
     return figure

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from bora_pyro.adapter_export import export_adapters
-from bora_pyro.adapter_names import EXPORT
-from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
-from bora_pyro.hub import check_repo_id, push_folder
-from bora_pyro.saved_run import load_run
-from bora_pyro.whole_folder import check_place
+from bora_pyro.exchange.names import EXPORT
+from bora_pyro.files.atomic import check_place
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import option
+from bora_pyro.report.export import export_adapters
+from bora_pyro.report.hub import check_repo_id, push_folder
+from bora_pyro.runs.saved import load_run
 
 
 @dataclass(kw_only=True)

@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bora_pyro.adapter_folders import GLOBAL_MEAN
-from bora_pyro.command_line import option, parse_config, run_script
-from bora_pyro.errors import InputError
-from bora_pyro.saved_run import load_run
-from bora_pyro.shown_text import escaped, name_line
-from bora_pyro.side_by_side import Written, generate_side_by_side
-from bora_pyro.writers import BASE, Writers
+from bora_pyro.errors import InputError, escaped
+from bora_pyro.files.slugs import GLOBAL_MEAN
+from bora_pyro.files.text import name_line
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import option
+from bora_pyro.predict.authors import BASE, Writers
+from bora_pyro.predict.generate import Written, generate_side_by_side
+from bora_pyro.runs.saved import load_run
 
 #: A column narrower than this is no pleasure to read: tasks then stand below each other.
 LEAST_WIDTH = 28

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from bora_pyro.command_line import option, parse_config, run_script
 from bora_pyro.errors import InputError
-from bora_pyro.routing import PRIORS, TaskCalibration, infer_task
-from bora_pyro.saved_run import SavedRun, load_run
-from bora_pyro.shown_text import name_line
+from bora_pyro.files.text import name_line
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import option
+from bora_pyro.predict.infer_task import PRIORS, TaskCalibration, infer_task
+from bora_pyro.runs.saved import SavedRun, load_run
 
 #: Documents to calibrate by: each is read for every task.
 MOST = 512

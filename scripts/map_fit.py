@@ -13,18 +13,20 @@ import sys
 
 import transformers
 
-from bora_pyro.command_line import run_script
-from bora_pyro.config import MapFitConfig, parse_config
+from bora_pyro.cli import CONFIGURATIONS
 from bora_pyro.errors import InputError
-from bora_pyro.map_run import RunStopped, run_map_fit
-from bora_pyro.processes import is_first
-from bora_pyro.progress import print_table
+from bora_pyro.inference.processes import is_first
+from bora_pyro.options.command_line import run_script
+from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
+from bora_pyro.runs.fitting import RunStopped
+from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.progress import print_table
 
 
 def main(argv: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = parse_config(MapFitConfig, argv, prog="map_fit.py")
+        config = parse_config(MapFitConfig, argv, prog="map_fit.py", others=CONFIGURATIONS)
         metrics = run_map_fit(config)
     except InputError as error:
         if is_first():

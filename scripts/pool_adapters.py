@@ -18,18 +18,27 @@ import pandas as pd
 import torch
 import transformers
 
-from bora_pyro.adapter_names import AdapterNames
-from bora_pyro.backbone import Backbone
-from bora_pyro.command_line import check_choices, option, parse_config, run_script
-from bora_pyro.deviations import SPACES
+from bora_pyro.backbone.backbone import Backbone
+from bora_pyro.diagnostics.deviations import SPACES
 from bora_pyro.errors import InputError
-from bora_pyro.held_out_shrinkage import HeldOut, held_out_shrinkage, read_held_out
-from bora_pyro.partial_pooling import Estimator, FixedShrinkage, JamesStein, MarginalLikelihood
-from bora_pyro.peft_import import PeftAdapter
-from bora_pyro.pooling import FULL, Pooled, pool
-from bora_pyro.pooling_run import POOLING, adapter_names, group_table, read_adapters, read_documents, task_table, write_pooled
-from bora_pyro.shown_text import name_line
-from bora_pyro.whole_folder import check_place
+from bora_pyro.exchange.load import PeftAdapter
+from bora_pyro.exchange.names import AdapterNames
+from bora_pyro.exchange.pooling.folder import (
+    POOLING,
+    adapter_names,
+    group_table,
+    read_adapters,
+    read_documents,
+    task_table,
+    write_pooled,
+)
+from bora_pyro.exchange.pooling.held_out import HeldOut, held_out_shrinkage, read_held_out
+from bora_pyro.exchange.pooling.hierarchy import Estimator, FixedShrinkage, JamesStein, MarginalLikelihood
+from bora_pyro.exchange.pooling.pool import FULL, Pooled, pool
+from bora_pyro.files.atomic import check_place
+from bora_pyro.files.text import name_line
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import check_choices, option
 
 
 @dataclass(kw_only=True)

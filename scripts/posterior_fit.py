@@ -11,18 +11,19 @@ import sys
 
 import transformers
 
-from bora_pyro.command_line import run_script
+from bora_pyro.cli import CONFIGURATIONS
 from bora_pyro.errors import InputError
-from bora_pyro.map_run import RunStopped
-from bora_pyro.posterior_config import PosteriorFitConfig, parse_config
-from bora_pyro.posterior_run import run_posterior_fit
-from bora_pyro.progress import print_table
+from bora_pyro.options.command_line import run_script
+from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig, parse_config
+from bora_pyro.runs.fitting import RunStopped
+from bora_pyro.runs.posterior_fit import run_posterior_fit
+from bora_pyro.runs.progress import print_table
 
 
 def main(argv: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = parse_config(PosteriorFitConfig, argv, prog="posterior_fit.py")
+        config = parse_config(PosteriorFitConfig, argv, prog="posterior_fit.py", others=CONFIGURATIONS)
         metrics = run_posterior_fit(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 import transformers
 
-from bora_pyro.command_line import option, parse_config, run_script
+from bora_pyro.diagnostics.sweep_table import read_sweep
 from bora_pyro.errors import InputError
+from bora_pyro.files.safe_yaml import YamlError, read_mapping
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import option
 from bora_pyro.report import Page, RunOptions, check_output, run_page, runs_page, sweep_page, write_page
-from bora_pyro.run_layout import CONFIG, REPORT
-from bora_pyro.sweep import read_sweep
-from bora_pyro.yaml_file import YamlError, read_mapping
+from bora_pyro.runs.layout import CONFIG, REPORT
 
 SAMPLES, PICTURES = "samples", "pictures"
 _DEFAULTS = RunOptions()

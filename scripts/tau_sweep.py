@@ -22,29 +22,31 @@ import pandas as pd
 import transformers
 from matplotlib.figure import Figure
 
-from bora_pyro.command_line import check_choices, option, parse_config, run_script
-from bora_pyro.config import MapFitConfig
 from bora_pyro.data import TaskData
-from bora_pyro.errors import InputError
-from bora_pyro.map_run import build_run
-from bora_pyro.plots import style, tau_curve
-from bora_pyro.priors import Prior, prior_from_tau, with_shared
-from bora_pyro.sweep import (
+from bora_pyro.diagnostics.plots import style, tau_curve
+from bora_pyro.diagnostics.plots.warm_path import warm_curve, warm_summary
+from bora_pyro.diagnostics.sweep_table import (
     LEARNED,
     best_rates,
     best_tau,
     number_text,
     read_sweep,
-    rows_of_run,
     runs,
     summary,
     tau_order,
     with_run,
     write_sweep,
 )
-from bora_pyro.sweep_runs import SEARCHES, Fits, Run, can_resume, finished_rows, interrupts, next_rates
-from bora_pyro.warm_path import WarmPoint, warm_curve, warm_path, warm_summary
-from bora_pyro.whole_file import replace_file
+from bora_pyro.errors import InputError
+from bora_pyro.files.atomic import replace_file
+from bora_pyro.inference.warm_path import WarmPoint, warm_path
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import check_choices, option
+from bora_pyro.priors import Prior, prior_from_tau, with_shared
+from bora_pyro.runs.build import build_run
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.results_table import rows_of_run
+from bora_pyro.runs.sweep import SEARCHES, Fits, Run, can_resume, finished_rows, interrupts, next_rates
 
 # What a warm path hands to every fit.
 _FIT_OPTIONS = ("learning_rate", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bora_pyro import LearnedPrecision, fit
-from bora_pyro.checkpoint import Checkpoints
+from bora_pyro.inference.checkpoint import Checkpoints
 from tests.tiny_base import toy_data, toy_model
 
 EPOCHS = 60

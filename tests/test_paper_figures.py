@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import load_tasks
+from bora_pyro.diagnostics.sweep_table import read_sweep, runs, sweep_table, write_sweep
 from bora_pyro.errors import InputError
-from bora_pyro.sweep import read_sweep, runs, sweep_table, write_sweep
+from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from tests.data_fixtures import word_tokenizer
 from tests.tiny_base import map_run, quick_fit
 
@@ -421,8 +421,8 @@ def test_runs_become_a_sweep_with_the_rates_of_adamw(script, finished, tmp_path,
 
 @pytest.mark.parametrize("space", ["delta_w", "weights"])
 def test_a_run_leaves_its_gram_table(script, finished, tmp_path, space):
-    from bora_pyro.deviations import task_gram
-    from bora_pyro.saved_run import load_run
+    from bora_pyro.diagnostics.deviations import task_gram
+    from bora_pyro.runs.saved import load_run
 
     path = tmp_path / "new" / "gram.csv"
     argv = ["--run", finished / "tau100", "--space", space, "--gram", path, "--output", tmp_path / "p.png"]

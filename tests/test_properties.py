@@ -16,14 +16,14 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from bora_pyro.adapter_folders import task_slugs
-from bora_pyro.command_line import parse_config, to_yaml
-from bora_pyro.config import MapFitConfig
 from bora_pyro.data.files import read_file
 from bora_pyro.data.tables import read_table
 from bora_pyro.errors import InputError
-from bora_pyro.posterior_config import PosteriorFitConfig
-from bora_pyro.yaml_file import dump_mapping, parse_mapping
+from bora_pyro.files.safe_yaml import dump_mapping, parse_mapping
+from bora_pyro.files.slugs import task_slugs
+from bora_pyro.options.command_line import parse_config, to_yaml
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 
 # the same examples on every machine, however slow it is
 quick = settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import bora_pyro
-from bora_pyro.config import MapFitConfig, parse_config
-from bora_pyro.map_run import run_map_fit
-from bora_pyro.posterior_config import PosteriorFitConfig
-from bora_pyro.posterior_run import run_posterior_fit
+from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
+from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
+from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.posterior_fit import run_posterior_fit
 from tests.tiny_base import script_main
 
 ROOT = Path(__file__).parents[1]

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from bora_pyro import Backbone, BoRA, LoRA, TaskData
-from bora_pyro.config import MapFitConfig, parse_config
 from bora_pyro.data import TokenSplit
-from bora_pyro.map_run import run_map_fit
-from bora_pyro.run_folder import RunFolder
+from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
+from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.map_fit import run_map_fit
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TOKENS = 12  # of the toy tasks, the start included
@@ -85,14 +85,22 @@ def write_table(path, table=None):
     return str(path)
 
 
-def script_main(name="map_fit"):
-    """``main`` of a script, which is no package member."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.append(str(SCRIPTS))  # where Python itself looks for what a script shares with its neighbours
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+def script(name):
+    """A script as a module; it lies in ``scripts/`` or in a folder below, and is no package member."""
+    [file] = SCRIPTS.rglob(f"{name}.py")
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # where Python itself looks for what a script shares with its neighbours
+    if (loaded := sys.modules.get(name)) is not None and getattr(loaded, "__file__", None) == str(file):
+        return loaded
+    spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+def script_main(name="map_fit"):
+    """``main`` of a script."""
+    return script(name).main
 
 
 def toy_split(counts, *, seed, length=9, noise=0.1):

@@ -10,8 +10,8 @@ import torch
 
 from bora_pyro import HierarchicalNormal, InputError, LearnedPrecision, fit
 from bora_pyro.guides import GUIDES
-from bora_pyro.loop import Loop
-from bora_pyro.processes import processes
+from bora_pyro.inference.loop import Loop
+from bora_pyro.inference.processes import processes
 from tests.tiny import tiny_bora, tiny_data
 
 COUNTS = (3, 0, 1, 4, 2, 9, 2)

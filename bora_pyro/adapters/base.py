@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError
-from bora_pyro.slots import Slot
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bora_pyro.adapters.base import TensorSpec
 from bora_pyro.adapters.lora import LoRA
+from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError
-from bora_pyro.slots import Slot
 
 
 @dataclass(frozen=True)

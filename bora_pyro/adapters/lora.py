@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bora_pyro.adapters.base import Adapter, TensorSpec, uniform_fan_in, zeros
+from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError
-from bora_pyro.slots import Slot
 
 
 class RowLinear(torch.autograd.Function):

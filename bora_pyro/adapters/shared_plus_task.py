@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bora_pyro.adapters.base import TensorSpec
 from bora_pyro.adapters.lora import LoRA
-from bora_pyro.slots import Slot
+from bora_pyro.backbone.slots import Slot
 
 
 @dataclass(frozen=True)

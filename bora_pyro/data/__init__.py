@@ -1,6 +1,6 @@
 """The data axis: what is a task, and what is a document? Tables of documents become tasks, and tasks become token batches."""
 
-from bora_pyro.data.batches import Batch
+from bora_pyro.data.batch import Batch
 from bora_pyro.data.split import split_by_group
 from bora_pyro.data.tables import read_table, table
 from bora_pyro.data.talk_of_norway import talk_of_norway

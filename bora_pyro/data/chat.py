@@ -6,7 +6,7 @@ the chat where it is the last; of a first turn, which nobody has requested, all 
 differently when others follow, as some do that think, is refused.
 
 >>> from transformers import AutoTokenizer
->>> from bora_pyro.backbone import BUILTIN_BASES
+>>> from bora_pyro.backbone.backbone import BUILTIN_BASES
 >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
 >>> template = (
 ...     "{% for message in messages %}{{ message.role }}: {{ message.content }}\\n{% endfor %}"
@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.files import one_line
 from bora_pyro.errors import InputError, shown
-from bora_pyro.regular_file import read_regular
+from bora_pyro.files.regular import read_regular
 
 Messages = list[dict[str, Any]]
 #: The role whose turns are predicted, and the one that a prompt has.
@@ -227,7 +227,7 @@ def request(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> l
     """Tokens of a chat in which a user says the prompt, up to where the assistant answers.
 
         >>> from transformers import AutoTokenizer
-        >>> from bora_pyro.backbone import BUILTIN_BASES
+        >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
         >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
         >>> template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}I say:{% endif %}"
         >>> tokenizer.decode(request(tokenizer, "Hi", template))

@@ -5,7 +5,7 @@ predicted one, the end (eos) makes the model say where a document stops. A promp
 read. A chat is what the tokenizer's chat template makes of it, and of its tokens the assistant's are predicted.
 
 >>> from transformers import AutoTokenizer
->>> from bora_pyro.backbone import BUILTIN_BASES
+>>> from bora_pyro.backbone.backbone import BUILTIN_BASES
 >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
 >>> columns = encoder(tokenizer, 64)({"task": ["a"], "prompt": ["A graph is"], "text": [" a set"]})
 >>> list(zip(tokenizer.convert_ids_to_tokens(columns["input_ids"][0]), columns["observed"][0]))[-3:]

@@ -23,9 +23,9 @@ import datasets
 import pandas as pd
 import pyarrow.parquet
 
-from bora_pyro.data.bounds import check_cells, read_bounded
 from bora_pyro.data.folder_check import check_folder
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.files.limits import check_cells, read_bounded
 
 TABLE_ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 SPLITS = ("train", "validation", "test")
@@ -48,7 +48,7 @@ def read_file(path: Path) -> pd.DataFrame:
 
     Raises:
         InputError: the ending is unknown; the file is not UTF-8, not a gzip file, or malformed; or it is larger, expanded, than
-            :mod:`bora_pyro.data.bounds` allows.
+            :mod:`bora_pyro.files.limits` allows.
     """
     if not path.is_file():
         raise InputError(f"file {str(path)!r} is no regular file; give one of {', '.join(TABLE_ENDINGS)}")

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from bora_pyro.data.bounds import read_bounded
 from bora_pyro.errors import InputError, shown
-from bora_pyro.inside import check_links
-from bora_pyro.yaml_file import YamlError, parse_mapping
+from bora_pyro.files.limits import read_bounded
+from bora_pyro.files.regular import check_links
+from bora_pyro.files.safe_yaml import YamlError, parse_mapping
 
 # How the files begin that `datasets` would unpack, whatever their names are.
 _PACKED = {
@@ -41,7 +41,7 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         InputError: a link, or a name in README.md, dataset_dict.json or state.json, leads out of the folder; a file is an
-            archive, or a gzip file that expands to more than :func:`~bora_pyro.data.bounds.largest_text`.
+            archive, or a gzip file that expands to more than :func:`~bora_pyro.files.limits.largest_text`.
     """
     check_links(folder, "folder")
     for file in _files(folder):

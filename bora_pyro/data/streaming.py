@@ -5,7 +5,7 @@ batch at a time, and of a data file what its reader takes at once: a row group o
 of one on a hub. The file of tokens lies beside the others in the cache of ``datasets`` and is gone with the process.
 
 >>> from transformers import AutoTokenizer
->>> from bora_pyro.backbone import BUILTIN_BASES
+>>> from bora_pyro.backbone.backbone import BUILTIN_BASES
 >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
 >>> rows = datasets.Dataset.from_dict({"task": ["Ada", "Bo"], "text": ["A set of nodes.", "An edge."]})
 >>> table, tokens, notes = stream_documents(rows, tokenizer, Columns(), max_tokens=16)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bora_pyro.data.files import one_line, read_file, table_ending
 from bora_pyro.errors import InputError, nearest, shown
-from bora_pyro.regular_file import read_regular
-from bora_pyro.yaml_file import YamlError, parse_mapping
+from bora_pyro.files.regular import read_regular
+from bora_pyro.files.safe_yaml import YamlError, parse_mapping
 
 #: The largest .yaml or .json file of weights; that of a million tasks has some 16 MiB. A table may be larger.
 MAX_BYTES = 2**25

@@ -120,7 +120,7 @@ def load_tasks(
     """Read, split and tokenise.
 
         >>> from transformers import AutoTokenizer
-        >>> from bora_pyro.backbone import BUILTIN_BASES
+        >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
         >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
         >>> rows = {"task": ["ada", "bob"] * 5, "text": [f"document {n}" for n in range(10)]}
         >>> load_tasks(datasets.Dataset.from_dict(rows), tokenizer, max_tokens=16)
@@ -158,8 +158,8 @@ def load_tasks(
             tasks that it does not have are left out.
         task_weights: a factor of the log-likelihood of each task, by name, or a file of them (`bora_pyro.data.task_weights`);
             1 where none is given.
-        new_tasks: the tasks are new ones that a fit is adapted to (`bora_pyro.adapt`): one is enough, and without `split_column`
-            all their documents train.
+        new_tasks: the tasks are new ones that a fit is adapted to (`bora_pyro.inference.adapt`): one is enough, and without
+            `split_column` all their documents train.
 
     Raises:
         InputError: the data or an argument cannot be used; the message says which and what to do.

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bora_pyro.data.batches import Batches, pack
+from bora_pyro.data.batch import IGNORED, Batch
 from bora_pyro.errors import InputError
-from bora_pyro.token_loss import IGNORED
 
 # Documents are sorted by length within chunks: large enough that a batch's documents are nearly of one length, small enough
 # (a share of the split) that who meets whom in a batch changes from epoch to epoch.
@@ -235,3 +234,65 @@ def _predicted(observed: Tensor | None, offsets: Tensor, lengths: Tensor) -> Ten
     # numpy adds up from each bound to the next, and from the last to the end, where none may stand
     bounds = bounds[:-1] if bounds[-1] == len(observed) else bounds
     return torch.from_numpy(np.add.reduceat(observed.numpy(), bounds, dtype=np.int64)[::2])[which]
+
+
+class Batches(Sequence[Batch]):
+    """The batches of one epoch, built one by one as they are read."""
+
+    def __init__(self, split: TokenSplit, members: list[np.ndarray]) -> None:
+        self._split = split
+        self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def tasks(self) -> list[Tensor]:
+        """The tasks of each batch's documents, rising, without building it."""
+        return [self._split.task[torch.from_numpy(members)].unique() for members in self._members]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(rows, tokens) of each batch, padding included, without building it."""
+        return [(len(members), int(self._split.lengths[torch.from_numpy(members)].max())) for members in self._members]
+
+    @overload
+    def __getitem__(self, position: int) -> Batch: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[Batch]: ...
+    def __getitem__(self, position: int | slice) -> Batch | list[Batch]:
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        split = self._split
+        index = torch.from_numpy(self._members[position])
+        lengths = split.lengths[index]  # (rows,)
+        columns = torch.arange(int(lengths.max()))  # (tokens,)
+        mask = columns < lengths[:, None]  # (rows, tokens)
+        # Padding reads a document's last token, so that no index leaves the tensor, and is then overwritten.
+        where = split.offsets[index][:, None] + columns.minimum(lengths[:, None] - 1)
+        input_ids = split.tokens[where].to(torch.int64).masked_fill(~mask, split.pad_token_id)
+        read = columns == 0 if split.observed is None else ~split.observed[where]
+        labels = input_ids.masked_fill(~mask | read, IGNORED)
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=mask.to(torch.int64),
+            labels=labels,
+            task=split.task[index],
+            index=index,
+            scale=float(len(self)),
+        )
+
+
+def pack(lengths: np.ndarray, order: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Cut `order` into runs with rows x longest <= token_budget."""
+    members: list[np.ndarray] = []
+    start = longest = 0
+    for position, length in enumerate(lengths[order]):
+        widened = max(longest, int(length))
+        if position > start and (position - start + 1) * widened > token_budget:
+            members.append(order[start:position].copy())
+            start, widened = position, int(length)
+        longest = widened
+    if len(order):
+        members.append(order[start:].copy())
+    return members

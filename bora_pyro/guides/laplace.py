@@ -11,9 +11,9 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.data.tasks import TaskData
-from bora_pyro.document_gradients import diagonal_fisher
 from bora_pyro.errors import InputError
 from bora_pyro.guides.base import tensor_key
+from bora_pyro.guides.curvature import diagonal_fisher
 from bora_pyro.model import BoRA, Weights
 
 #: The least precision: where the prior is flat and the data say nothing, the posterior would have none.

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from bora_pyro.data.tasks import TaskData
-from bora_pyro.document_gradients import kronecker_fisher
+from bora_pyro.guides.curvature import kronecker_fisher
 from bora_pyro.guides.laplace import LEAST, LaplaceGuide, start_sites
 from bora_pyro.model import BoRA, Weights
 
@@ -89,7 +89,7 @@ class KroneckerLaplaceGuide(LaplaceGuide):
         model: the BoRA model.
         sites: the MAP.
         curvature: by latent, ``<latent>.short``: L, (D, layers, r, r), and ``<latent>.long``: v, (D, layers, n), as
-            :func:`~bora_pyro.document_gradients.kronecker_fisher` gives them.
+            :func:`~bora_pyro.guides.curvature.kronecker_fisher` gives them.
     """
 
     def begin(self, name: str, curvature: Weights) -> None:

@@ -22,8 +22,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bora_pyro.errors import InputError
+from bora_pyro.files.atomic import replace_file
 from bora_pyro.report.blocks import Page
-from bora_pyro.whole_file import replace_file
 
 # Control characters, halves of surrogate pairs, and what is no character at all. Marks of direction stay: each text that others
 # have written is isolated from what stands around it.

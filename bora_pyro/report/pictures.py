@@ -4,8 +4,8 @@
     >>> str(picture.svg)[:11], "var(--blue)" in picture.svg
     ('<svg viewBo', True)
 
-Colours of ``bora_pyro.plots.style`` become CSS variables by their names there, which the page's style sheet defines. Texts are
-outlines, so that nothing depends on the reader's fonts; a screen reader gets the title and the caption.
+Colours of ``bora_pyro.diagnostics.plots.style`` become CSS variables by their names there, which the page's style sheet defines.
+Texts are outlines, so that nothing depends on the reader's fonts; a screen reader gets the title and the caption.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bora_pyro.plots import style as figure_style
-from bora_pyro.plots.style import BLACK, BLUE, GREEN, GREY, LIGHT, LIGHT_BLUE, ORANGE, PURPLE, SKY, SMALL, VERMILLION
+from bora_pyro.diagnostics.plots import style as figure_style
+from bora_pyro.diagnostics.plots.style import BLACK, BLUE, GREEN, GREY, LIGHT, LIGHT_BLUE, ORANGE, PURPLE, SKY, SMALL, VERMILLION
+from bora_pyro.files.text import replaced
 from bora_pyro.report.blocks import Picture
-from bora_pyro.shown_text import replaced
 
 #: Inches; the smallest letters are then above 8 pixels at a phone's width, and 14 on a desk.
 WIDTH, HEIGHT = 4.1, 3.2

@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bora_pyro.adapt_config import AdaptConfig
-from bora_pyro.config import MapFitConfig
 from bora_pyro.errors import InputError
-from bora_pyro.posterior_config import PosteriorFitConfig
+from bora_pyro.files.text import replaced
 from bora_pyro.report.blocks import (
     Cell,
     Column,
@@ -39,11 +37,13 @@ from bora_pyro.report.blocks import (
 )
 from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
-from bora_pyro.run_folder import RunFolder
-from bora_pyro.run_layout import CONFIG, FIT
-from bora_pyro.run_results import GIVEN
-from bora_pyro.shown_text import replaced
-from bora_pyro.versions import versions
+from bora_pyro.runs.config.adapt import AdaptConfig
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
+from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.layout import CONFIG, FIT
+from bora_pyro.runs.results import GIVEN
+from bora_pyro.runs.versions import versions
 
 _FITTED_HERE = ("output_dir", "overwrite", "resume")  # options that say where, not what
 # What the page of a run calls it, and its configuration.
@@ -125,9 +125,9 @@ def _of_adapters(
 ) -> tuple[list[Picture], dict[str, float] | None, Samples | None]:
     """Pictures of the shrinkage, effective parameters by task, samples: all that needs the adapters themselves."""
     # they bring ArviZ and the base's libraries: a page of numbers alone does without
-    from bora_pyro.deviations import task_gram
-    from bora_pyro.diagnostics import shrinkage
-    from bora_pyro.saved_run import load_run
+    from bora_pyro.diagnostics.deviations import task_gram
+    from bora_pyro.diagnostics.shrinkage import shrinkage
+    from bora_pyro.runs.saved import load_run
 
     try:
         run = load_run(folder.path, device=options.device, trust_remote_code=options.trust_remote_code)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from bora_pyro import plots
+from bora_pyro.diagnostics import plots
 from bora_pyro.report.blocks import Picture
 from bora_pyro.report.pictures import WIDTH, draw_picture, name_labels
 
@@ -24,7 +24,7 @@ def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray) -
     Args:
         tasks: their names.
         container: what :func:`bora_pyro.diagnostics.shrinkage` gives.
-        gram: (D, D), of ΔW_d − ΔW_Θ (:func:`bora_pyro.deviations.task_gram`).
+        gram: (D, D), of ΔW_d − ΔW_Θ (:func:`bora_pyro.diagnostics.deviations.task_gram`).
     """
     names = list(name_labels(tasks).values())
     groups = {

@@ -12,14 +12,15 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
+from bora_pyro.diagnostics.sweep_table import KEY, LEARNED
 from bora_pyro.errors import InputError
+from bora_pyro.files.text import replaced
 from bora_pyro.report.blocks import Cell, Column, Lines, Number, Page, Pictures, Section, Table, short_number
 from bora_pyro.report.sweep_page import HERE, MOST, options_block, perplexity_number, score_cell, sweep_pictures, tau_cell
-from bora_pyro.run_folder import RunFolder
-from bora_pyro.run_layout import CONFIG, REPORT
-from bora_pyro.shown_text import replaced
-from bora_pyro.sweep import KEY, LEARNED, rows_of_run
-from bora_pyro.versions import versions
+from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.layout import CONFIG, REPORT
+from bora_pyro.runs.results_table import rows_of_run
+from bora_pyro.runs.versions import versions
 
 
 def runs_page(folder: str | Path, output: str | Path) -> Page:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from bora_pyro.files.text import replaced
+from bora_pyro.predict.authors import Writers
+from bora_pyro.predict.generate import generate_side_by_side
 from bora_pyro.report.blocks import Samples
-from bora_pyro.saved_run import SavedRun
-from bora_pyro.shown_text import replaced
-from bora_pyro.side_by_side import generate_side_by_side
-from bora_pyro.writers import Writers
+from bora_pyro.runs.saved import SavedRun
 
 _BEGINNING = 8  # tokens of a document, its start included, that are a prompt where none is given
 
@@ -21,7 +21,7 @@ def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_t
         number: how many tasks write: the ones with most and fewest training documents, and others evenly between.
         prompt: the beginning, or what a user says to a fit of chats; None: the beginning of the first test document.
         max_new_tokens: the longest continuation.
-        temperature: as for :func:`bora_pyro.side_by_side.generate_side_by_side`.
+        temperature: as for :func:`bora_pyro.predict.generate.generate_side_by_side`.
 
     Raises:
         InputError: a prompt that cannot be continued.

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bora_pyro import plots
+from bora_pyro.diagnostics import plots
+from bora_pyro.diagnostics.sweep_table import LEARNED, at_best_rates, best_rates, best_tau, runs, tau_order
 from bora_pyro.errors import InputError
+from bora_pyro.files.text import replaced
 from bora_pyro.report.blocks import (
     Cell,
     Column,
@@ -27,9 +29,7 @@ from bora_pyro.report.blocks import (
 )
 from bora_pyro.report.pictures import draw_picture, name_labels
 from bora_pyro.report.run_pictures import MANY_TASKS
-from bora_pyro.shown_text import replaced
-from bora_pyro.sweep import LEARNED, at_best_rates, best_rates, best_tau, runs, tau_order
-from bora_pyro.versions import versions
+from bora_pyro.runs.versions import versions
 
 #: Whose versions a page has that nothing was fitted for.
 HERE = "this page"
@@ -41,7 +41,7 @@ def sweep_page(table: pd.DataFrame, *, title: str, options: Mapping[str, Any] | 
     """Make the page of a sweep.
 
     Args:
-        table: as :func:`bora_pyro.sweep.read_sweep` gives it.
+        table: as :func:`bora_pyro.diagnostics.sweep_table.read_sweep` gives it.
         title: its name.
         options: those that all its fits share, where they are known.
 

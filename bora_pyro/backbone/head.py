@@ -1,0 +1,100 @@
+"""The loss of each token from the last hidden states, without the logits of all tokens at once.
+
+    >>> head = torch.nn.Linear(4, 10, bias=False).requires_grad_(False)
+    >>> states = torch.randn(2, 3, 4)
+    >>> targets = torch.tensor([[5, 6, -100], [7, -100, -100]])
+    >>> logits = UnprojectedLogits(states, head)
+    >>> loss = logits.token_losses(targets)
+    >>> expected = torch.nn.functional.cross_entropy(logits().flatten(0, 1), targets.flatten(), reduction="none")
+    >>> torch.allclose(loss.flatten(), expected, atol=1e-6)
+    True
+
+A vocabulary of 50,000 makes the float32 logits of a batch, and their gradient, larger than everything else in a step. The head
+is frozen, so that only the hidden states need a gradient, and that is computed chunk by chunk beside the loss itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bora_pyro.data.batch import IGNORED
+
+#: Entries of the logits that are held at once. On CPUs a chunk should stay in the cache, on GPUs it should fill the device.
+CHUNK_ENTRIES = {"cpu": 2**21, "cuda": 2**27}
+
+
+def chunk_tokens(device: torch.device, vocabulary: int) -> int:
+    """How many tokens have their logits held at one time."""
+    return max(64, CHUNK_ENTRIES.get(device.type, CHUNK_ENTRIES["cuda"]) // vocabulary)
+
+
+@dataclass(frozen=True)
+class UnprojectedLogits:
+    """Next-token logits before the head: called, it gives them; a loss needs them a chunk at a time only.
+
+    Attributes:
+        states: the last hidden states (rows, tokens, hidden).
+        head: the frozen linear map to the vocabulary.
+    """
+
+    states: Tensor
+    head: nn.Linear
+
+    def __call__(self) -> Tensor:
+        """The logits, (rows, tokens, vocabulary)."""
+        return self.head(self.states)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits."""
+        return torch.Size([*self.states.shape[:-1], len(self.head.weight)])
+
+    def expand(self, *shape: int) -> UnprojectedLogits:
+        """The same for more rows, as ``Tensor.expand``; the last entry, the vocabulary, cannot change."""
+        return UnprojectedLogits(self.states.expand(*shape[:-1], self.states.shape[-1]), self.head)
+
+    def token_losses(self, targets: Tensor) -> Tensor:
+        """−log p of each target in nats, float32; 0 where it is -100.
+
+        Args:
+            targets: (rows, tokens) int64.
+        """
+        return TokenLosses.apply(self.states, self.head.weight, self.head.bias, targets)
+
+
+class TokenLosses(torch.autograd.Function):
+    """−log softmax(h Wᵀ + b)[target], and its gradient in h, over chunks of the tokens that have a target."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        width = states.shape[-1]
+        flat, observed = targets.flatten(), (targets.flatten() != IGNORED).nonzero()[:, 0]
+        hidden, target = states.reshape(-1, width)[observed], flat[observed]
+        losses = torch.zeros(flat.shape, dtype=torch.float32, device=states.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunk = chunk_tokens(states.device, len(weight))
+        for start in range(0, len(target), chunk):
+            part, label = slice(start, start + chunk), target[start : start + chunk, None]
+            # in one call each: nothing is rounded in between, and the logits are freed at once
+            log_p = torch.log_softmax(F.linear(hidden[part], weight, bias), -1, dtype=torch.float32)
+            losses[observed[part]] = -log_p.gather(1, label)[:, 0]
+            if gradient is not None:
+                p = log_p.exp_()
+                p.scatter_add_(1, label, p.new_full((), -1.0).expand_as(label))
+                torch.mm(p.to(weight.dtype), weight, out=gradient[part])
+        if gradient is not None:
+            ctx.save_for_backward(gradient, observed)
+            ctx.shape = states.shape
+        return losses.view(targets.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        gradient, observed = ctx.saved_tensors
+        scaled = gradient * outputs[0].flatten()[observed, None].to(gradient.dtype)
+        whole = gradient.new_zeros(ctx.shape).view(-1, ctx.shape[-1]).index_copy_(0, observed, scaled)
+        return whole.view(ctx.shape), None, None, None

@@ -1,0 +1,127 @@
+"""The linear layers of a model that are to be adapted, in groups of one kind stacked over its depth: the *slots*.
+
+>>> from transformers import GPT2Config, GPT2LMHeadModel
+>>> from bora_pyro.backbone.slots import find_slots
+>>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+>>> [(slot.name, slot.layers, slot.in_features, slot.out_features) for slot in find_slots(model)]
+[('c_attn', 2, 8, 24)]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bora_pyro.errors import InputError, nearest
+
+#: The layers that are adapted where the user names none: attention's queries and values, as in the LoRA and BoRA papers.
+USUAL_TARGETS = {
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    "bloom": ("query_key_value",),
+    "falcon": ("query_key_value",),
+}
+DEFAULT_TARGETS = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One kind of linear layer, stacked over the layers of the model.
+
+    Attributes:
+        name: short name without dots, unique in the model (``q_proj``, ``mlp_c_proj``).
+        paths: the module path in each layer, in the order of the model.
+        in_features, out_features: sizes of the linear map.
+        fan_in_fan_out: the weight is stored (in, out), as GPT-2's ``Conv1D`` does.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool = False
+
+    @property
+    def layers(self) -> int:
+        """How many layers of the model have this slot."""
+        return len(self.paths)
+
+
+def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear layer by its path, the embedding and the head left out."""
+    ends = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in ends
+    }  # fmt: skip
+
+
+def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = None) -> list[Slot]:
+    """Group the target layers of ``model`` into slots: same place in the block, same shape.
+
+    Args:
+        model: a causal language model.
+        targets: as for :class:`Backbone`.
+
+    Raises:
+        InputError: a target that no linear layer has.
+    """
+    linear = linear_modules(model)
+    kinds: dict[str, list[str]] = {}
+    for path in linear:
+        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), []).append(path)
+    names = _short_names(list(kinds))
+    if targets is None:
+        targets = USUAL_TARGETS.get(model.config.model_type, DEFAULT_TARGETS)
+    elif targets == "all-linear" or list(targets) == ["all-linear"]:
+        targets = list(kinds)
+    elif isinstance(targets, str):
+        targets = [targets]
+    chosen: dict[str, None] = {}
+    for target in targets:
+        # with and without the stars: a short name may reach across a list of layers ("experts.up_proj")
+        matching = [kind for kind in kinds if any(f".{path}".endswith(f".{target}") for path in (kind, kind.replace(".*", "")))]
+        if not matching:
+            valid = sorted({*names.values(), "all-linear"})
+            raise InputError(
+                f"target {target!r} names no linear layer of this model; valid: {', '.join(valid)}{nearest(target, valid)}"
+            )
+        chosen.update(dict.fromkeys(matching))
+    slots = []
+    for kind in (kind for kind in kinds if kind in chosen):
+        shapes: dict[tuple[int, int, bool], list[str]] = {}
+        for path in kinds[kind]:
+            shapes.setdefault(linear_shape(linear[path]), []).append(path)
+        for (in_features, out_features, transposed), paths in shapes.items():
+            # some models change the width of a layer with depth: each shape is a slot of its own
+            name = names[kind].replace(".", "_") + ("" if len(shapes) == 1 else f"_{out_features}x{in_features}")
+            slots.append(Slot(name, tuple(paths), in_features, out_features, transposed))
+    return slots
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1], True
+    weight = module.weight
+    assert isinstance(module, nn.Linear) and isinstance(weight, Tensor)
+    return module.in_features, module.out_features, False
+
+
+def _short_names(kinds: Sequence[str]) -> dict[str, str]:
+    """For each pattern of paths its shortest suffix that no other pattern shares."""
+    names = {}
+    for kind in kinds:
+        parts = [part for part in kind.split(".") if part != "*"]
+        for length in range(1, len(parts) + 1):
+            suffix = ".".join(parts[-length:])
+            others = (other.replace(".*", "") for other in kinds if other != kind)
+            if not any(other == suffix or other.endswith("." + suffix) for other in others):
+                break
+        names[kind] = suffix
+    return names

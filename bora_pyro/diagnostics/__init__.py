@@ -1,0 +1,1 @@
+"""What a fit has learned, as ArviZ containers, tables and pictures: shrinkage, deviations, calibration, sweeps."""

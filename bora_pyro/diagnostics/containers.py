@@ -1,0 +1,78 @@
+"""Tensors of a model as labelled arrays, and groups of them as a container of the installed ArviZ.
+
+>>> import torch
+>>> rms = {"q_proj.lora_A": torch.ones(3, 2), "q_proj.lora_B": torch.ones(3, 2), "fc1.lora_A": torch.ones(3, 2)}
+>>> array = by_latent(rms, ("task", "layer"))
+>>> dict(array.sizes), array["factor"].values.tolist()
+({'task': 3, 'layer': 2, 'module': 2, 'factor': 2}, ['A', 'B'])
+>>> array.sel(module="fc1", factor="B").isnull().all().item()  # what a module lacks
+True
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from bora_pyro.inference.fitted import Fitted
+
+
+def as_container(groups: Mapping[str, xr.Dataset], fitted: Fitted) -> Any:
+    """The groups as the installed ArviZ holds them."""
+    tree = xr.DataTree.from_dict(
+        {"/": xr.Dataset(attrs={"inference_library": "bora_pyro", "model": repr(fitted.model)}), **groups}
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
+        import arviz  # here, for it takes seconds
+    return arviz.InferenceData.from_datatree(tree) if hasattr(arviz, "InferenceData") else tree
+
+
+def by_latent(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArray:
+    """(*dims) by ``<module>.<latent>`` -> (*dims, module, factor); NaN where a module lacks a layer or a latent."""
+    modules = list(dict.fromkeys(name.partition(".")[0] for name in values))
+    by_factor: dict[str, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        module, _, latent = name.partition(".")
+        by_factor.setdefault(latent.removeprefix("lora_"), {})[module] = value
+    arrays = [by_module(of_module, dims).reindex(module=modules) for of_module in by_factor.values()]
+    return xr.concat(arrays, _names("factor", by_factor), join="outer").transpose(*dims, "module", "factor")
+
+
+def by_module(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArray:
+    """(*dims) by name of the module -> (*dims, module)."""
+    arrays = [xr.DataArray(value.cpu().double().numpy(), dims=dims) for value in values.values()]
+    if "layer" in dims:
+        arrays = [array.assign_coords(layer=np.arange(array.sizes["layer"])) for array in arrays]
+    return xr.concat(arrays, _names("module", values), join="outer").transpose(*dims, "module")
+
+
+def _names(dim: str, names: Iterable[str]) -> xr.Variable:
+    """A coordinate of plain text, which netCDF takes."""
+    return xr.Variable(dim, np.array(list(names), dtype=np.str_))
+
+
+def of_layers(tau: Tensor, deviation: Tensor) -> Tensor:
+    """τ of each task and layer, (D or 1, layers or 1): the geometric mean where it varies within a layer."""
+    whole = tau.reshape([1] * (deviation.dim() - tau.dim()) + [*tau.shape])
+    entries = whole.flatten(2).double()
+    return entries[..., 0] if entries.shape[2] == 1 else entries.log().mean(2).exp()
+
+
+def tau_array(values: Mapping[str, Tensor]) -> xr.DataArray:
+    """τ with those of the dimensions task and layer over which some latent's varies."""
+    tasks, layers = (max(value.shape[dim] for value in values.values()) for dim in (0, 1))
+    if layers == 1:
+        values = {name: value[:, :1] for name, value in values.items()}
+    array = by_latent({name: value.expand(tasks, max(layers, 1)) for name, value in values.items()}, ("task", "layer"))
+    return array.squeeze([dim for dim, size in (("task", tasks), ("layer", layers)) if size == 1], drop=True)
+
+
+def stack_draws(draws: Sequence[xr.Dataset]) -> xr.Dataset:
+    """The draws as those of one chain."""
+    return xr.concat(draws, "draw", join="exact").assign_coords(draw=np.arange(len(draws))).expand_dims(chain=[0])

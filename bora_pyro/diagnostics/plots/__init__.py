@@ -1,0 +1,35 @@
+"""Plots of sweeps and of fits: each function takes data and an axis, and returns the axis.
+
+>>> import matplotlib.pyplot as plt, numpy as np
+>>> with style():
+...     figure, ax = plt.subplots()
+...     ax = task_pca(np.diag([1.0, 2.0, 3.0]), ["ada", "bo", "cy"], ax)
+>>> ax.get_xlabel()
+'component 1 (64% of the variance)'
+>>> plt.close(figure)
+
+Colours are Okabe and Ito's; markers and lines repeat what they say, so that a figure may be read in grey.
+"""
+
+from bora_pyro.diagnostics.plots.calibration import reliability_diagram, risk_coverage_curves, scores_by_origin, token_uncertainty
+from bora_pyro.diagnostics.plots.few_documents import few_documents_curve
+from bora_pyro.diagnostics.plots.geometry import task_dendrogram, task_pca
+from bora_pyro.diagnostics.plots.labels import place_labels
+from bora_pyro.diagnostics.plots.learning import learning_curves
+from bora_pyro.diagnostics.plots.posterior import rank_histogram, scale_scatter
+from bora_pyro.diagnostics.plots.shrinkage import (
+    deviation_by_documents,
+    deviation_heatmap,
+    pooling_factors,
+    shrinkage_forest,
+    shrinkage_ridge,
+)
+from bora_pyro.diagnostics.plots.style import STYLE, style
+from bora_pyro.diagnostics.plots.sweeps import compare_forest, form_curves, task_gain, tau_curve, tau_path
+
+__all__ = [
+    "STYLE", "compare_forest", "deviation_by_documents", "deviation_heatmap", "few_documents_curve", "form_curves",
+    "learning_curves", "place_labels", "pooling_factors", "rank_histogram", "reliability_diagram", "risk_coverage_curves",
+    "scale_scatter", "scores_by_origin", "shrinkage_forest", "shrinkage_ridge", "style", "task_dendrogram", "task_gain",
+    "task_pca", "tau_curve", "tau_path", "token_uncertainty",
+]  # fmt: skip

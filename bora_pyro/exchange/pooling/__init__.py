@@ -1,0 +1,1 @@
+"""Adapters that were trained apart, put under the hierarchy afterwards."""

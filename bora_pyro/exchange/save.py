@@ -1,0 +1,128 @@
+"""Adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+What is written here loads with ``peft.PeftModel.from_pretrained(base, folder)`` and gives the same logits::
+
+    base = AutoModelForCausalLM.from_pretrained("facebook/opt-350m")
+    model = PeftModel.from_pretrained(base, "runs/speeches/adapters/abraham-lincoln")
+
+Only keys that every PEFT version knows are written, so that servers with an older one read them too.
+:mod:`bora_pyro.exchange.load` reads such folders back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bora_pyro.backbone.backbone import Backbone
+from bora_pyro.errors import InputError
+from bora_pyro.files.atomic import unwritable
+from bora_pyro.files.tensors import write_safetensors
+from bora_pyro.model import BoRA, Weights
+
+#: LoRA's matrices by the path of the layer: ``lora_A`` (r, in) and ``lora_B`` (out, r).
+Factors = dict[str, dict[str, Tensor]]
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+#: What stands before a layer's path in the names of the tensors.
+PREFIX = "base_model.model."
+
+
+def save_peft(folder: Path, model: BoRA, weights: Weights, *, base_model: str | None = None) -> None:
+    """Write one adapter.
+
+        >>> import tempfile, bora_pyro as bp
+        >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(Path(folder) / "start", model, model.starts)
+        ...     sorted(file.name for file in (Path(folder) / "start").iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+
+    Args:
+        folder: made if need be.
+        model: the model that the weights belong to.
+        weights: one task's (or Θ's) latents by name, (layers, *shape) each.
+        base_model: what the folder calls the base; default: the name that it was loaded by.
+
+    Raises:
+        InputError: the adapter has no LoRA form.
+    """
+    rank, alpha = getattr(model.adapter, "rank", None), getattr(model.adapter, "alpha", None)
+    factors: Factors = {}
+    for slot in model.backbone.slots:
+        for layer, path in enumerate(slot.paths):
+            latents = {name: weights[f"{slot.name}.{name}"][layer] for name in model.adapter.latents(slot)}
+            factors[path] = model.adapter.lora(latents | model.fixed_of(slot, layer))
+    if not factors or rank is None or alpha is None:
+        raise InputError(f"{model.adapter} cannot be written as a PEFT folder: it has no rank and alpha")
+    # PEFT scales by lora_alpha/r, where r is the rank that is written: that of two pairs is twice the adapter's
+    written = rank_of(factors)
+    write_peft(folder, model.backbone, factors, alpha=alpha * (written / rank), base_model=base_model)
+
+
+def write_peft(
+    folder: Path, backbone: Backbone, factors: Mapping[str, Mapping[str, Tensor]], *, alpha: float, base_model: str | None = None
+) -> None:
+    """Write the LoRA matrices of one adapter.
+
+    Args:
+        folder: made if need be.
+        backbone: the base; its slots are the layers that are adapted.
+        factors: the matrices of each of those layers, all of one rank r.
+        alpha: α; a layer changes by (α/r) B A.
+        base_model: as for :func:`save_peft`.
+
+    Raises:
+        InputError: some targets are ``Conv1D`` and others ``Linear``, or the folder cannot be written.
+    """
+    config = _config(backbone, rank_of(factors), alpha, base_model)
+    state = {
+        f"{PREFIX}{path}.{name}.weight": value.detach().float().cpu().contiguous()
+        for path, of_layer in factors.items()
+        for name, value in of_layer.items()
+    }
+    temporary = folder / "adapter_config.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / TENSORS, state, {"format": "pt"})
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / CONFIG)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def rank_of(factors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """r of the matrices, which all have one."""
+    return next(iter(factors.values()))["lora_A"].shape[-2]
+
+
+def _config(backbone: Backbone, rank: int, alpha: float, base_model: str | None) -> dict[str, Any]:
+    transposed = {slot.fan_in_fan_out for slot in backbone.slots}
+    if len(transposed) > 1:
+        raise InputError("a PEFT folder cannot mix Conv1D and Linear targets; fit them as two models")
+    return {
+        "base_model_name_or_path": backbone.model.config.name_or_path if base_model is None else base_model,
+        "bias": "none",
+        "fan_in_fan_out": transposed.pop(),
+        "inference_mode": True,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": _target_modules(backbone),
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _target_modules(backbone: Backbone) -> list[str]:
+    """Last names of the targets where those names mean nothing else in the model, else their whole paths."""
+    paths = {path for slot in backbone.slots for path in slot.paths}
+    ends = {path.rsplit(".", 1)[-1] for path in paths}
+    named = {path for path, _ in backbone.model.named_modules() if path.rsplit(".", 1)[-1] in ends}
+    return sorted(ends if named == paths else paths)

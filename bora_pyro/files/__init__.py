@@ -1,0 +1,1 @@
+"""Safe reading and atomic writing: regular files only, limits, YAML, tensors, names of folders."""

@@ -1,0 +1,108 @@
+"""Gradients of single documents: what the data say of a task's adapter, one document at a time.
+
+>>> import bora_pyro as bp
+>>> from bora_pyro.data import TokenSplit
+>>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
+>>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2)
+>>> theta = {name: start.expand(2, *start.shape) for name, start in model.starts.items()}
+>>> gradients = document_gradients(model, theta, split.batches()[0])
+>>> gradients["q_proj.lora_B"].shape  # (documents, layers, out, r)
+torch.Size([2, 4, 256, 2])
+"""
+
+from __future__ import annotations
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bora_pyro.data.batch import Batch
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.errors import InputError
+from bora_pyro.likelihoods.next_tokens import task_weight
+from bora_pyro.model import BoRA, Weights
+
+
+def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
+    """∇ log p(w_n | θ_d) of each document with respect to its own task's weights, without the scales of mini-batch and task.
+
+    Args:
+        model: the BoRA model.
+        theta: θ of all tasks, or of those that the batch speaks of, (D, layers, *shape) by name.
+        batch: the documents, on the model's device.
+
+    Returns:
+        (rows, layers, *shape) by name of the latent.
+    """
+    rows = {name: value.detach().index_select(0, batch.row).requires_grad_() for name, value in theta.items()}
+    change = model.change(rows, torch.arange(len(batch.task), device=batch.task.device))
+    logits = model.backbone.unprojected(batch.input_ids, change)
+    trace = poutine.trace(model.likelihood).get_trace(logits, batch)
+    log_likelihood = sum(site["fn"].log_prob(site["value"]).sum() for site in map(trace.nodes.get, trace.observation_nodes))
+    return dict(zip(rows, torch.autograd.grad(log_likelihood, list(rows.values())), strict=True))
+
+
+def _weighted(model: BoRA, batch: Batch, values: Tensor) -> Tensor:
+    """What each document adds, (rows, ...), as often as its task's weight says."""
+    weight = task_weight(model.likelihood, batch.task)
+    return values * weight.view(-1, *[1] * (values.dim() - 1))
+
+
+def diagonal_fisher(model: BoRA, theta: Weights, split: TokenSplit, *, token_budget: int = 4096) -> Weights:
+    """The diagonal of the empirical Fisher information, w_d Σ_n (∇ log p(w_n | θ_d))² over each task's documents, w_d its weight.
+
+    Args:
+        model: the BoRA model.
+        theta: θ of all tasks, (D, layers, *shape) by name.
+        split: the documents.
+        token_budget: tokens of a batch, padding included.
+
+    Returns:
+        h: (D, layers, *shape) by name; 0 for a task without documents.
+    """
+    fisher = {name: torch.zeros(value.shape, device=value.device) for name, value in theta.items()}
+    for batch in split.batches(token_budget=token_budget):
+        on_device = batch.to(model.backbone.device)
+        for name, gradient in document_gradients(model, theta, on_device).items():
+            fisher[name].index_add_(0, on_device.task, _weighted(model, on_device, gradient.square()))
+    return fisher
+
+
+def kronecker_fisher(
+    model: BoRA, theta: Weights, split: TokenSplit | None, temperature: float = 1.0, *, token_budget: int = 4096
+) -> Weights:
+    """Kronecker factors of the empirical Fisher information of each task, layer and matrix: L ⊗ diag(v) / temperature.
+
+    From the documents' gradients G_n, with r rows (the shorter dimension of the matrix) and n columns: L = Σ G_n G_nᵀ / t and
+    v = Σ diag(G_nᵀ G_n), t = Σ ‖G_n‖², so that the trace is that of the Fisher information itself.
+
+    Args:
+        model: the BoRA model.
+        theta: θ of all tasks, (D, layers, *shape) by name; the latents' shapes are matrices.
+        split: the documents; None is none.
+        temperature: the information is divided by it.
+        token_budget: tokens of a batch, padding included.
+
+    Returns:
+        ``<latent>.short``, L: (D, layers, r, r), and ``<latent>.long``, v: (D, layers, n).
+    """
+    factors: Weights = {}
+    for name, value in theta.items():
+        if value.dim() < 4:
+            raise InputError(
+                f"latent {name!r} is no matrix, (D, layers, rows, columns); use the guide laplace, which is diagonal"
+            )
+        r, n = sorted(value.shape[-2:])
+        factors[f"{name}.short"] = value.new_zeros((*value.shape[:-2], r, r))
+        factors[f"{name}.long"] = value.new_zeros((*value.shape[:-2], n))
+    for batch in split.batches(token_budget=token_budget) if split is not None else []:
+        on_device = batch.to(model.backbone.device)
+        for name, gradient in document_gradients(model, theta, on_device).items():
+            g = gradient if gradient.shape[-2] <= gradient.shape[-1] else gradient.mT  # (documents, layers, r, n)
+            factors[f"{name}.short"].index_add_(0, on_device.task, _weighted(model, on_device, g @ g.mT))
+            factors[f"{name}.long"].index_add_(0, on_device.task, _weighted(model, on_device, g.square().sum(-2)))
+    for name in theta:
+        trace = factors[f"{name}.long"].sum(-1)[..., None, None]
+        short = factors[f"{name}.short"] / (temperature * trace)
+        factors[f"{name}.short"] = torch.where(trace > 0, short, 0.0)
+    return factors

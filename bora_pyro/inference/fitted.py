@@ -1,0 +1,162 @@
+"""What a fit gives: the guide at its best state, its adapters, and how well they predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from bora_pyro.data.batch import looked_at
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.inference.evaluate import Scores, evaluate
+from bora_pyro.inference.processes import Processes
+from bora_pyro.inference.task_rows import task_sites
+from bora_pyro.model import BoRA, Weights
+
+# Tasks whose adapters are made at one time.
+_CHUNK = 64
+
+
+@dataclass
+class Fitted:
+    """A fitted model: the guide at its best state, and how it came there.
+
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+        >>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2)), data, epochs=1)
+        >>> theta, mean = fitted.weights()
+        >>> theta["q_proj.lora_B"].shape, mean["q_proj.lora_B"].shape, fitted.documents
+        (torch.Size([2, 4, 256, 2]), torch.Size([4, 256, 2]), [5, 5])
+
+    Attributes:
+        model, guide: what was fitted.
+        tasks: names of the tasks; the position is the task's index d.
+        history: one entry an epoch (loss in nats a training observation, validation perplexity, tokens a second, ...; the path
+            of τ where the prior learns it).
+        best_epoch: the epoch whose state was kept; 0 is the start.
+        validation_perplexity: of the state that was kept; None where there is no validation document.
+        seconds: time in training steps and validation.
+        documents: N_d, the training documents of each task, where they are known.
+        chat_template: the template that has written the training documents, where they are chats; prompts are written by it too.
+    """
+
+    model: BoRA
+    guide: AutoGuide
+    tasks: list[str]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    validation_perplexity: float | None = None
+    seconds: float = 0.0
+    documents: list[int] = field(default_factory=list)
+    chat_template: str | None = None
+
+    def sites(self) -> dict[str, Tensor]:
+        """The guide's central value of every sample site: for MAP the estimate itself."""
+        return {name: value.detach() for name, value in self.guide.median().items()}
+
+    def weights(self) -> tuple[Weights, Weights]:
+        """θ of all tasks, (D, layers, *shape), and Θ, (layers, *shape), by name of the latent."""
+        device = self.model.backbone.device
+        # those of many tasks may lie in a file, and so on the CPU
+        return self.model.weights_given({name: value.to(device) for name, value in self.sites().items()})
+
+    def weights_of(self) -> Callable[[Tensor], tuple[Weights, Weights]]:
+        """A function that gives θ of some tasks, (n,) rising, and Θ: for as many tasks as there is no memory for at once."""
+        if len(self.tasks) <= _CHUNK:
+            theta, mean = self.weights()
+            return lambda index: ({name: value.index_select(0, index.to(value.device)) for name, value in theta.items()}, mean)
+        sites, of_tasks = self.sites(), task_sites(self.guide)
+
+        def some(index: Tensor) -> tuple[Weights, Weights]:
+            device = self.model.backbone.device
+            rows = {name: sites[name].index_select(0, index.to(sites[name].device)).to(device) for name in of_tasks}
+            return self.model.weights_given(sites | rows, looked_at(index.to(device)))
+
+        averages: Weights = {}
+        names = [name for name in self.model.starts if self.model.prior.averages(name)]
+        for index in torch.arange(len(self.tasks)).split(_CHUNK) if names else ():
+            theta, _ = some(index)
+            for name in names:
+                share = theta[name].sum(0) / len(self.tasks)
+                averages[name] = averages[name] + share if name in averages else share
+
+        def weights(index: Tensor) -> tuple[Weights, Weights]:
+            theta, mean = some(index)
+            return theta, mean | averages
+
+        return weights
+
+    def each_task(self) -> Iterator[tuple[int, Weights, Weights]]:
+        """Each task's index, its θ and Θ, (layers, *shape) by name, one task after another."""
+        weights = self.weights_of()
+        for index in torch.arange(len(self.tasks)).split(_CHUNK):
+            theta, mean = weights(index)
+            for row, d in enumerate(index.tolist()):
+                yield d, {name: value[row] for name, value in theta.items()}, mean
+
+    def deviation_norms(self) -> Tensor:
+        """‖θ_d − Θ‖ over all latents of a task: (D,)."""
+        norms = []
+        for _, theta, mean in self.each_task():
+            norms.append(torch.stack([(theta[name] - mean[name]).square().sum() for name in theta]).sum().sqrt())
+        return torch.stack(norms)
+
+    def tau(self) -> float:
+        """τ; where it differs between groups of weights, the geometric mean over the entries of a task's own adapter.
+
+        What all tasks share, and has an infinite τ, is left out, unless that is all there is.
+        """
+        starts, sites = self.model.starts, self.sites()
+        taus = {name: self.model.prior.precision(name, start, sites) for name, start in starts.items()}
+        own = [name for name, tau in taus.items() if not bool(tau.isinf().all())]
+        if not own:
+            return math.inf
+        logs = sum(float(taus[name].cpu().double().log().mean()) * starts[name].numel() for name in own)
+        return math.exp(logs / sum(starts[name].numel() for name in own))
+
+    def tau_by_group(self, sites: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """τ of each latent: a number, or a list over layers or tasks where it differs there; ``sites`` are the guide's own."""
+        sites = self.sites() if sites is None else sites
+        precisions = {name: self.model.prior.precision(name, start, sites) for name, start in self.model.starts.items()}
+        return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}
+
+    def evaluate(self, split: TokenSplit, *, name: str = "test", processes: Processes | None = None) -> dict[str, Any]:
+        """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them.
+
+        Args:
+            split: the documents.
+            name: of the split, in the names of the results.
+            processes: those of the fit, where each holds a part of the base: the others call ``help_evaluate`` meanwhile.
+        """
+        in_step = (processes or Processes()).in_step
+        weights, documents = self.weights_of(), split.documents_per_task
+        base, adapted = evaluate(self.model, split, None, lambda index: weights(index)[0], in_step=in_step)
+        return {
+            f"{name}_perplexity": adapted.perplexity(),
+            f"base_{name}_perplexity": base.perplexity(),
+            f"{name}_bits_per_character": adapted.bits_per_character(),
+            f"base_{name}_bits_per_character": base.bits_per_character(),
+            "tasks": [self._of_task(d, base, adapted, name, documents[d]) for d in range(len(self.tasks))],
+        }
+
+    def help_evaluate(self, split: TokenSplit, processes: Processes) -> None:
+        """Pass through the base as often as another process does, which evaluates a split with this one's part of the base."""
+        if processes.lockstep:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            evaluate(self.model, split, None, None, documents=nothing, in_step=processes.in_step)
+
+    def _of_task(self, d: int, base: Scores, adapted: Scores, name: str, documents: int) -> dict[str, Any]:
+        return {
+            "name": self.tasks[d],
+            f"{name}_documents": documents,
+            f"base_{name}_perplexity": base.perplexity(d),
+            f"{name}_perplexity": adapted.perplexity(d),
+            f"{name}_bits_per_character": adapted.bits_per_character(d),
+        }

@@ -1,0 +1,1 @@
+"""What a fitted model says of texts: the task, continuations, mixtures of draws, choices."""

@@ -1,0 +1,344 @@
+"""Which task is a text of? p(d | text) ∝ p(d) p(text | θ_d), exact under the model.
+
+>>> import bora_pyro as bp
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+>>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+>>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=1)), data, epochs=4)
+>>> found = infer_task(fitted, ["ada prefers nothing", "bob prefers it"])
+>>> found.best, found.probabilities.shape
+(['ada', 'bob'], torch.Size([2, 2]))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from scipy import optimize
+from torch import Tensor
+
+from bora_pyro.backbone.texts import token_split
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.inference.adapt import given_model
+from bora_pyro.inference.fitted import Fitted
+from bora_pyro.likelihoods.next_tokens import NextTokens
+from bora_pyro.model import BoRA, Weights
+from bora_pyro.priors import Given
+
+#: What the candidate that is no task is called; the second where a task has the first name.
+UNKNOWN, NONE_OF_THEM = "unknown", "none of the tasks"
+PRIORS = ("documents", "flat")
+
+
+@dataclass(frozen=True)
+class TaskCalibration:
+    """What makes p(d | text) as sure as it is right: p(d | text) ∝ p(d) p(text | θ_d)^(1/T) exp(b_d).
+
+    >>> TaskCalibration(temperature=4.0, bias={"ada": 0.5})
+    TaskCalibration(temperature=4.0, bias={'ada': 0.5})
+
+    Attributes:
+        temperature: T. Tokens of one text are not the independent pieces of evidence that the model takes them for, so that
+            p(d | text) at T = 1 is surer than it is right.
+        bias: b_d by name of the task, 0 where it is not named. Some tasks' adapters read every text well, those of many or of
+            general documents; the others would rarely be answered.
+
+    Raises:
+        InputError: a temperature that is not a finite number above 0, a bias that is not finite.
+    """
+
+    temperature: float = 1.0
+    bias: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; give a finite number above 0")
+        for name, value in self.bias.items():
+            if not math.isfinite(value):
+                raise InputError(f"the bias of task {name!r} is {value}; give a finite number")
+
+
+@dataclass(frozen=True)
+class TaskProbabilities:
+    """p(d | text) of some texts.
+
+    Attributes:
+        tasks: names of the candidates; ``unknown`` is the last where it was asked for.
+        log_likelihood: (texts, candidates) float64, log p(text | θ_d) in nats.
+        log_prior: (candidates,) float64, log p(d).
+        tokens: (texts,) predicted tokens of each.
+        calibration: how much the likelihoods count.
+        unknown: whether the last candidate is none of the tasks.
+
+    Raises:
+        InputError: the calibration has a bias of a task that is not among the candidates.
+    """
+
+    tasks: list[str]
+    log_likelihood: Tensor
+    log_prior: Tensor
+    tokens: Tensor
+    calibration: TaskCalibration = TaskCalibration()
+    unknown: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.calibration.bias:
+            if name not in self.known:
+                raise InputError(
+                    f"the bias of task {name!r} is of none of the {len(self.known)} candidates{nearest(name, self.known)}"
+                )
+
+    @property
+    def known(self) -> list[str]:
+        """The candidates that are tasks of the fit."""
+        return self.tasks[: len(self.tasks) - self.unknown]
+
+    @property
+    def log_prob(self) -> Tensor:
+        """(texts, candidates) log p(d | text). A calibration is of the known tasks, and leaves p(unknown | text) as it is."""
+        known = slice(len(self.known))
+        bias = torch.tensor([self.calibration.bias.get(task, 0.0) for task in self.known])
+        logits = self.log_likelihood[:, known] / self.calibration.temperature + self.log_prior[known] + bias
+        if not self.unknown:
+            return logits.log_softmax(1)
+        log_unknown = (self.log_likelihood + self.log_prior).log_softmax(1)[:, -1:]
+        return torch.cat([logits.log_softmax(1) + (-log_unknown.expm1()).log(), log_unknown], 1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(texts, candidates) p(d | text)."""
+        return self.log_prob.exp()
+
+    @property
+    def best(self) -> list[str]:
+        """The most probable task of each text."""
+        return [self.tasks[d] for d in self.log_prob.argmax(1).tolist()]
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """(texts,) log p(text) = log Σ_d p(d) p(text | θ_d), in nats: the prediction of a text whose task nobody has said.
+
+        Token by token it is the average of the tasks' predictions, weighted by p(d | the tokens before); no calibration is in it.
+        """
+        return (self.log_likelihood + self.log_prior).logsumexp(1)
+
+    def at(self, calibration: TaskCalibration | float) -> TaskProbabilities:
+        """The same with another calibration, or at a temperature without biases."""
+        calibration = calibration if isinstance(calibration, TaskCalibration) else TaskCalibration(calibration)
+        return replace(self, calibration=calibration)
+
+    def calibrate(self, task: Tensor) -> TaskCalibration:
+        """The calibration under which these texts' own tasks are most probable, with b_d ~ Normal(0, 1) and log T ~ Normal(0, 2).
+
+        Give it documents that no adapter has seen, then use what it finds. Temperature scaling is that of Guo et al. (ICML 2017,
+        On Calibration of Modern Neural Networks); the biases are Platt's, drawn to 0 by their prior.
+
+        Args:
+            task: (texts,) int64, the index of each text's own task.
+
+        Returns:
+            The posterior's mode. ``unknown`` has no part in it.
+
+        Raises:
+            InputError: not a task a text, an index of no known task, or of one with p(d) = 0.
+        """
+        known = len(self.known)
+        if task.shape != self.tokens.shape or not len(task) or not 0 <= int(task.min()) <= int(task.max()) < known:
+            raise InputError(
+                f"{len(task)} tasks of {len(self.tokens)} texts given; give the index of each, from 0 to {known - 1}"
+            )
+        if (impossible := task[self.log_prior[task].isinf()]).numel():
+            raise InputError(f"a text is of task {self.tasks[int(impossible[0])]!r}, whose p(d) is 0; give it a prior above 0")
+        evidence, prior = self.log_likelihood[:, :known].log_softmax(1), self.log_prior[:known]
+
+        def loss(values: Any) -> tuple[float, Any]:
+            """Of (log T, b), with its gradient."""
+            x = torch.tensor(values, requires_grad=True)
+            logits = evidence * torch.exp(-x[0]) + prior + x[1:]
+            value = F.cross_entropy(logits, task, reduction="sum") + x[0].square() / 8 + x[1:].square().sum() / 2
+            (gradient,) = torch.autograd.grad(value, x)
+            return value.item(), gradient.numpy()
+
+        with torch.enable_grad():
+            result = optimize.minimize(
+                loss,
+                torch.zeros(known + 1, dtype=torch.float64).numpy(),
+                jac=True,
+                method="L-BFGS-B",
+                options={"ftol": 1e-15, "gtol": 1e-8, "maxiter": 1000, "maxcor": 30},
+            )
+        log_temperature, *bias = result.x.tolist()
+        found = dict(zip(self.tasks, bias, strict=False))
+        return TaskCalibration(math.exp(log_temperature), found)
+
+    def table(self, *, most: int = 3) -> pd.DataFrame:
+        """The most probable candidates of each text with their probabilities, a row a text; ``unknown``'s always has a column."""
+        values, index = self.probabilities.topk(min(most, len(self.tasks)), dim=1)
+        columns = {}
+        for place in range(values.shape[1]):
+            columns[f"task {place + 1}"] = [self.tasks[d] for d in index[:, place].tolist()]
+            columns[f"p {place + 1}"] = values[:, place].tolist()
+        if self.unknown:
+            columns["p unknown"] = self.probabilities[:, -1].tolist()
+        return pd.DataFrame(columns)
+
+
+def infer_task(
+    fitted: Fitted,
+    texts: str | Sequence[str] | TokenSplit,
+    *,
+    prior: str | Mapping[str, float] = "documents",
+    unknown: float = 0.0,
+    calibration: TaskCalibration | float = 1.0,
+    draws: int = 8,
+    max_tokens: int | None = None,
+    token_budget: int = 8192,
+    seed: int = 0,
+) -> TaskProbabilities:
+    """p(d | text) ∝ p(d) p(text | θ_d), with θ at the guide's centre.
+
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+        >>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2)), data, epochs=1)
+        >>> found = infer_task(fitted, "a tree", prior={"ada": 3, "bob": 1}, unknown=0.5)
+        >>> found.tasks, [round(p, 3) for p in found.log_prior.exp().tolist()]
+        (['ada', 'bob', 'unknown'], [0.375, 0.125, 0.5])
+
+    A text is read once for all candidates: the rows of a forward pass are pairs of a text and a task.
+
+    Args:
+        fitted: a fit.
+        texts: texts, or tokenised documents, whose tasks are not looked at.
+        prior: p(d): ``documents``, in proportion to the tasks' training documents; ``flat``; or a number by name of the task, 0
+            where it is left out, scaled to sum to 1.
+        unknown: probability beforehand that a text is of none of these tasks, from 0 (not considered) to below 1. Its
+            likelihood is the prior predictive, ∫ p(text | θ) p(θ) dθ, an average over ``draws`` of :func:`prior_of_unknown`.
+        calibration: what :meth:`TaskProbabilities.calibrate` has found on held-out documents, or a temperature alone.
+        draws: of the prior predictive.
+        max_tokens: longer texts are cut; default, and at most: what the base reads.
+        token_budget: tokens of a forward pass, padding included.
+        seed: of the draws.
+
+    Raises:
+        InputError: no text, an unknown prior or task, a probability out of range, a base without tokenizer; a calibration of
+            other tasks.
+    """
+    if not 0 <= unknown < 1:
+        raise InputError(f"unknown is {unknown}; give the probability of a text of no task, from 0 to below 1")
+    if unknown and draws < 1:
+        raise InputError(f"draws is {draws}; give a whole number from 1 up")
+    split = texts if isinstance(texts, TokenSplit) else _split(fitted, texts, max_tokens)
+    if not len(split):
+        raise InputError("there is no text; give one or more")
+    log_prior = _log_prior(fitted, prior)
+    names, weights = list(fitted.tasks), fitted.weights_of()
+    parts = []
+    for index in torch.arange(len(names)).split(_chunk(split, token_budget)):
+        parts.append(log_likelihoods(fitted.model, split, weights(index)[0], token_budget=token_budget))
+    log_likelihood = torch.cat(parts, 1)
+    if unknown:
+        if math.isinf(fitted.tau()):
+            raise InputError(
+                "tau is inf, one adapter for all tasks, so that a text of none is predicted as theirs are; leave unknown out"
+            )
+        model = given_model(fitted, draws)
+        if not all(bool((model.prior.precision(name, start) > 0).all()) for name, start in model.starts.items()):
+            raise InputError("tau is 0, so that tasks are independent and say nothing of an unknown one; leave unknown out")
+        assert isinstance(model.prior, Given)
+        model.prior = prior_of_unknown(fitted, model.prior)
+        with torch.no_grad(), poutine.seed(rng_seed=seed):
+            theta = model.weights()
+        of_draws = log_likelihoods(model, split, theta, token_budget=token_budget)
+        log_likelihood = torch.cat([log_likelihood, of_draws.logsumexp(1, keepdim=True) - math.log(draws)], 1)
+        log_prior = torch.cat([log_prior + math.log1p(-unknown), torch.tensor([math.log(unknown)], dtype=torch.float64)])
+        names.append(UNKNOWN if UNKNOWN not in names else NONE_OF_THEM)
+    return TaskProbabilities(names, log_likelihood, log_prior, split.predicted, unknown=unknown > 0).at(calibration)
+
+
+@torch.no_grad()
+def prior_of_unknown(fitted: Fitted, prior: Given) -> Given:
+    """The prior of a task of which nothing is known, no wider than the tasks' own deviations are.
+
+    A point's τ is what shrinks deviations best, not what they measure: 1/√τ can be ten times their root mean square, and draws
+    so wide read every text worse than any task does. Each kind of layer and factor has the larger of the two precisions.
+
+    Args:
+        fitted: whose tasks they are.
+        prior: Θ and τ of the fit.
+    """
+    squares = dict.fromkeys(prior.means, 0.0)
+    for index in torch.arange(len(fitted.tasks)).split(64):
+        theta, mean = fitted.weights_of()(index)
+        for name in squares:
+            squares[name] += float((theta[name] - mean[name]).double().square().sum())
+    precisions = {}
+    for name, tau in prior.tau.items():
+        numbers = len(fitted.tasks) * prior.means[name].numel()
+        precisions[name] = tau.clamp(min=numbers / squares[name] if squares[name] else math.inf)
+    return Given(prior.means, precisions, penalty=prior.penalty)
+
+
+@torch.inference_mode()
+def log_likelihoods(model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: int = 8192) -> Tensor:
+    """log p(document | θ) of each document under each adapter: (documents, adapters) float64, in nats.
+
+    Args:
+        model: the BoRA model.
+        split: the documents.
+        theta: (adapters, layers, *shape) by name.
+        token_budget: tokens of a forward pass, whose rows are pairs of a document and an adapter.
+    """
+    adapters = len(next(iter(theta.values())))
+    result = torch.empty((len(split), adapters), dtype=torch.float64)
+    device = model.backbone.device
+    for batch in split.batches(token_budget=max(1, token_budget // adapters)):
+        rows = len(batch.index)
+        input_ids, labels = (value.repeat_interleave(adapters, 0).to(device) for value in (batch.input_ids, batch.labels))
+        adapter = torch.arange(adapters, device=device).repeat(rows)
+        found = NextTokens(model.backbone.unprojected(input_ids, model.change(theta, adapter))).log_prob(labels)
+        result[batch.index] = found.double().cpu().view(rows, adapters)
+    return result
+
+
+def _chunk(split: TokenSplit, token_budget: int) -> int:
+    """Tasks that one text is read for in a pass."""
+    return max(1, min(64, token_budget // int(split.lengths.max())))
+
+
+def _split(fitted: Fitted, texts: str | Sequence[str], max_tokens: int | None) -> TokenSplit:
+    if not isinstance(texts, Iterable):
+        raise InputError(f"texts is {shown(texts)}; give a text, or a list of texts")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    return token_split(fitted.model.backbone, texts, task=[0] * len(texts), num_tasks=len(fitted.tasks), max_tokens=max_tokens)
+
+
+def _log_prior(fitted: Fitted, prior: str | Mapping[str, float]) -> Tensor:
+    """(D,) float64."""
+    if isinstance(prior, Mapping):
+        for name, value in prior.items():
+            if name not in fitted.tasks:
+                raise InputError(f"task {name!r} is not in this fit, which has {len(fitted.tasks)}{nearest(name, fitted.tasks)}")
+            if not 0 <= value < math.inf:
+                raise InputError(f"the prior of task {name!r} is {value}; give a finite number from 0 up")
+        numbers = torch.tensor([float(prior.get(name, 0.0)) for name in fitted.tasks], dtype=torch.float64)
+    elif prior == "documents":
+        if not fitted.documents:
+            raise InputError("the fit does not know its numbers of documents; give prior='flat', or a number by task")
+        numbers = torch.tensor(fitted.documents, dtype=torch.float64)
+    elif prior == "flat":
+        numbers = torch.ones(len(fitted.tasks), dtype=torch.float64)
+    else:
+        raise InputError(f"prior is {prior!r}; allowed: {', '.join(PRIORS)}, or a number by task{nearest(str(prior), PRIORS)}")
+    if not numbers.sum() > 0:
+        raise InputError("the prior gives every task 0; give at least one a number above 0")
+    return (numbers / numbers.sum()).log()

@@ -1,0 +1,204 @@
+"""A fitted posterior in use: draws of all tasks' adapters, predictions that say how sure they are, generated text.
+
+>>> import bora_pyro as bp
+>>> from bora_pyro.guides import normal_guide
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, num_tasks=2, max_train_documents=2, max_eval_documents=1)
+>>> model = bp.BoRA(backbone, len(data.tasks), adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=1000))
+>>> posterior = Posterior(bp.fit(model, data, guide=normal_guide(model), epochs=1))
+>>> predictions = posterior.predict(["A graph is a set of nodes."], task=data.tasks[0], draws=3)
+>>> bool((predictions.epistemic > -1e-6).all()), predictions.log_likelihood.shape  # (draws, texts)
+(True, torch.Size([3, 1]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta
+from torch import Tensor
+
+from bora_pyro.backbone.texts import token_split
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.inference.fitted import Fitted
+from bora_pyro.model import Weights
+from bora_pyro.predict.mixture import Draws, TokenPredictions, predictive
+from bora_pyro.predict.mixture_text import Generated, generate
+
+
+class Posterior:
+    """Draws from a fitted guide, each known by its number: the same number gives the same draw, so none need be kept.
+
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2))
+        >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+        >>> posterior = Posterior(bp.fit(model, data, guide=bp.normal_guide(model), epochs=1))
+        >>> first, again, other = (posterior.draw(k)["q_proj.lora_A"] for k in (0, 0, 1))
+        >>> bool((first == again).all()), bool((first == other).all())
+        (True, False)
+
+    Args:
+        fitted: a fit whose guide has a spread.
+        seed: of the draws.
+
+    Raises:
+        InputError: the fit is a point estimate.
+    """
+
+    def __init__(self, fitted: Fitted, *, seed: int = 0) -> None:
+        if isinstance(fitted.guide, AutoDelta):
+            raise InputError(
+                "this fit is a point estimate (guide 'map') and has no posterior; fit one around it with "
+                "scripts/posterior_fit.py --run RUN, or give fit() another guide"
+            )
+        self.fitted, self.model, self.tasks, self.seed = fitted, fitted.model, fitted.tasks, seed
+
+    def mean(self) -> Weights:
+        """θ of all tasks at the centre of the posterior, (D, layers, *shape) by name."""
+        return self.fitted.weights()[0]
+
+    def sites(self, number: int) -> dict[str, Tensor]:
+        """The sample sites of draw ``number``."""
+        # 1000 seeds apart: the posterior of another seed shares no draw
+        with torch.no_grad(), poutine.seed(rng_seed=(self.seed * 1_000_003 + number) % 2**32):
+            return {name: value.detach() for name, value in self.fitted.guide().items()}
+
+    def draw(self, number: int) -> Weights:
+        """θ of all tasks in draw ``number``, (D, layers, *shape) by name."""
+        return self.model.weights_given(self.sites(number))[0]
+
+    def draws(self, number: int) -> Iterator[Weights]:
+        """The first ``number`` draws, one at a time.
+
+        Raises:
+            InputError: fewer than one.
+        """
+        _check_number(number)
+        return (self.draw(k) for k in range(number))
+
+    def deviation_scales(self, *, draws: int = 16) -> Tensor:
+        """How unsure each task's deviation is, in units of the prior's scale: 1 where the documents have said nothing, (D,).
+
+        The root mean square over all entries of the posterior standard deviation of √τ (θ_d − Θ), from so many draws. Latents
+        whose prior has no finite precision above 0 are left out.
+
+        Raises:
+            InputError: fewer than two draws, or no such latent.
+        """
+        if draws < 2:
+            raise InputError(f"draws is {draws}; a standard deviation needs 2 or more")
+        sums: dict[str, list[Tensor]] = {}
+        for number in range(draws):
+            for name, value in self._white_deviations(self.sites(number)).items():
+                total = sums.setdefault(name, [torch.zeros_like(value, dtype=torch.float64) for _ in range(2)])
+                total[0] += value
+                total[1] += value.double().square()
+        if not sums:
+            raise InputError(f"under {self.model.prior} deviations have no scale of their own; give a tau above 0 and below inf")
+        variances = {name: (square - plain.square() / draws) / (draws - 1) for name, (plain, square) in sums.items()}
+        entries = sum(value[0].numel() for value in variances.values())
+        return (torch.stack([value.flatten(1).sum(1) for value in variances.values()]).sum(0) / entries).clamp(min=0).sqrt()
+
+    def _white_deviations(self, sites: dict[str, Tensor]) -> dict[str, Tensor]:
+        theta, mean = self.model.weights_given(sites)
+        tau = {name: self.model.prior.precision(name, start, sites) for name, start in self.model.starts.items()}
+        finite = {name: value for name, value in tau.items() if bool(((value > 0) & value.isfinite()).all())}
+        return {name: value.sqrt() * (theta[name] - mean[name]) for name, value in finite.items()}
+
+    def score(self, split: TokenSplit, *, draws: int = 8, token_budget: int = 4096) -> TokenPredictions:
+        """Predict every token of a split of the fit's data under the mixture of ``draws`` draws."""
+        _check_number(draws)
+        return predictive(self.model, split, lambda: self.draws(draws), token_budget=token_budget)
+
+    def predict(
+        self, texts: str | Sequence[str], task: str, *, draws: int = 8, max_tokens: int | None = None
+    ) -> TokenPredictions:
+        """How well, and how surely, the adapter of a task predicts some texts.
+
+        Args:
+            texts: one text or several; each is a document.
+            task: name of the task.
+            draws: K, the size of the mixture. Memory does not grow with it.
+            max_tokens: longer texts are cut; default: what the base reads.
+
+        Returns:
+            What the mixture says of each token: ``perplexity()``, ``total``, ``aleatoric`` and ``epistemic`` uncertainty, and
+            ``log_likelihood`` of each text under each draw.
+
+        Raises:
+            InputError: no such task, no text, fewer than one draw, or a base without tokenizer.
+        """
+        return predictive(self.model, self.split_of(texts, task, max_tokens=max_tokens), self._draws(draws))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        task: str,
+        *,
+        how: Literal["mixture", "mean", "draw"] = "mixture",
+        draws: int = 8,
+        draw: int = 0,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generated:
+        """Continue a text as the adapter of a task would; see :func:`~bora_pyro.predict.mixture_text.generate`.
+
+        Args:
+            prompt: the beginning, as a text or as token ids.
+            task: name of the task.
+            how: ``mixture`` averages the probabilities of ``draws`` draws at each token, ``mean`` takes the adapter at the
+                posterior's centre, ``draw`` the one draw of number ``draw``.
+            draws: K, the size of the mixture. Time grows with it, memory does not.
+            draw: the number of the one draw.
+            max_new_tokens: the longest text, in tokens.
+            temperature: 0 takes the most probable token; above 0 tokens are drawn.
+            seed: of the tokens that are drawn.
+
+        Raises:
+            InputError: no such task, an unknown ``how``, fewer than one draw, or as for ``generate``.
+        """
+        if how not in ("mixture", "mean", "draw"):
+            raise InputError(f"how is {how!r}; allowed: mixture, mean, draw{nearest(str(how), ('mixture', 'mean', 'draw'))}")
+        # the mean and one draw are made once, the draws of a mixture again for every token
+        one = self.mean() if how == "mean" else self.draw(draw) if how == "draw" else None
+        chosen: Draws = self._draws(draws) if one is None else lambda: [one]
+        return generate(
+            self.model, prompt, draws=chosen, task_index=self.index(task), max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed,
+        )  # fmt: skip
+
+    def split_of(self, texts: str | Sequence[str], task: str, *, max_tokens: int | None = None) -> TokenSplit:
+        """Texts as a split of which all documents are one task's."""
+        d, texts = self.index(task), [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise InputError("there is no text; give one or more")
+        return token_split(self.model.backbone, texts, task=[d] * len(texts), num_tasks=len(self.tasks), max_tokens=max_tokens)
+
+    def index(self, task: str) -> int:
+        """d, the position of a task.
+
+        Raises:
+            InputError: no such task.
+        """
+        if task not in self.tasks:
+            raise InputError(f"task {task!r} is not in this fit, which has {len(self.tasks)}{nearest(task, self.tasks)}")
+        return self.tasks.index(task)
+
+    def _draws(self, number: int) -> Draws:
+        _check_number(number)
+        return lambda: self.draws(number)
+
+    def __repr__(self) -> str:
+        return f"Posterior({type(self.fitted.guide).__name__}, {len(self.tasks)} tasks)"
+
+
+def _check_number(number: int) -> None:
+    if number < 1:
+        raise InputError(f"draws is {number}; give a whole number from 1 up")

@@ -1,0 +1,146 @@
+"""The adapters of a finished run as one folder to hand on: tasks, Θ, posterior draws, and what they are.
+
+    >>> import tempfile
+    >>> from bora_pyro.runs.config.map_fit import MapFitConfig
+    >>> from bora_pyro.runs.map_fit import run_map_fit
+    >>> from bora_pyro.runs.saved import load_run
+    >>> options = {"num_tasks": 2, "rank": 2, "max_train_documents": 2, "max_eval_documents": 2, "epochs": 1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     metrics = run_map_fit(MapFitConfig(output_dir=f"{folder}/run", **options), quiet=True)
+    ...     exported = export_adapters(load_run(f"{folder}/run"), f"{folder}/export")
+    ...     sorted(entry.name for entry in exported.iterdir())[:3]
+    ['README.md', 'algorithms', 'algorithms-approximation']
+
+All adapters lie in one flat folder, ``<task>``, ``global-mean`` and ``<task>--draw-<k>``, because servers look adapters up by
+the name of a folder in one place: vLLM's file system resolver reads ``<folder>/<name>/adapter_config.json``, LoRAX takes a local
+path or a name, and PEFT loads ``subfolder=<name>`` of a repository on the hub. The name in a request is then the folder's. The
+folder of a task has no two dashes in a row, so that none can be taken for a draw's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from matplotlib.figure import Figure
+
+from bora_pyro.diagnostics import plots
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.exchange.names import EXPORT
+from bora_pyro.exchange.save import save_peft
+from bora_pyro.files.atomic import whole_folder, write_record
+from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
+from bora_pyro.model import Weights
+from bora_pyro.report.model_card import PICTURE, CardFacts, adapter_card, export_card
+from bora_pyro.runs.saved import SavedRun
+
+
+@dataclass(frozen=True)
+class _Exported:
+    folder: str
+    task: str | None  # None: Θ
+    weights: Weights
+    draw: int | None = None
+
+
+def export_adapters(
+    run: SavedRun,
+    output_dir: str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    draws: int = 0,
+    seed: int = 0,
+    base_name: str | None = None,
+    license: str | None = None,
+    repo_id: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the adapters of a run as PEFT folders in one folder, which appears when all of it is written.
+
+    Args:
+        run: the run, a MAP fit or a posterior.
+        output_dir: the folder to make.
+        tasks: names of tasks, or of their folders; default: all.
+        draws: K, draws of a posterior, each a folder a task and one of Θ; draw k of a seed is that of
+            :class:`~bora_pyro.predict.posterior.Posterior`.
+        seed: of the draws.
+        base_name: what the adapters call their base, as a server calls it that they are meant for; default: the run's.
+        license: of the adapters, as the hub abbreviates it; default: none, for whoever publishes to say.
+        repo_id: ``USER/NAME`` of the repository that the cards' snippets load from; default: the folder itself.
+        overwrite: replace an earlier export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: no such task; draws of a point estimate, or fewer than none; a folder that is taken or cannot be written.
+    """
+    chosen, base_model = _chosen(run, tasks), base_name or run.config.base_model
+    if draws < 0:
+        raise InputError(f"draws is {draws}; give a whole number from 0 up")
+    if draws:
+        run.posterior(seed=seed)  # a point estimate has none
+    facts = CardFacts(base_model, license, repo_id, repr(run.fitted.model), run.adapted)
+    scores = {folder: run.metrics["tasks"][folder] for folder in chosen.values()}
+    kind = "the MAP estimate" if run.is_point else "the posterior's mean"
+    described: dict[str, dict[str, Any]] = {}
+    with whole_folder(output_dir, record=EXPORT, overwrite=overwrite) as aside:
+        for one in _adapters(run, chosen, draws, seed):
+            place = aside / one.folder
+            save_peft(place, run.fitted.model, one.weights, base_model=base_model)
+            what = kind if one.draw is None else f"draw {one.draw} of the posterior"
+            of_task = scores.get(one.folder.partition("--")[0])
+            adapter_card(facts, one.task, one.folder, what, of_task).save(place / "README.md")
+            described[one.folder] = {"task": one.task, "what": what} | ({} if one.draw is None else {"draw": one.draw})
+        picture = _picture(run, aside / PICTURE)
+        title = f"{len(chosen)} tasks over {Path(base_model).name}"
+        export_card(facts, title, scores, list(described), picture=picture).save(aside / "README.md")
+        content = {"base_model": base_model, "model": repr(run.fitted.model), "seed": seed if draws else None}
+        write_record(aside, EXPORT, content | {"adapters": described})
+    return Path(output_dir)
+
+
+def _chosen(run: SavedRun, tasks: Sequence[str] | None) -> dict[str, str]:
+    """Folders of the tasks that are wanted, by name."""
+    slugs = adapter_folders(run.fitted.tasks)
+    if tasks is None:
+        return slugs
+    names = {slug: name for name, slug in slugs.items()} | {name: name for name in slugs}
+    if unknown := [task for task in tasks if task not in names]:
+        raise InputError(f"task {unknown[0]!r} is not in this run, which has {len(slugs)}{nearest(unknown[0], names)}")
+    wanted = {names[task] for task in tasks}
+    return {name: slug for name, slug in slugs.items() if name in wanted}
+
+
+def _adapters(run: SavedRun, chosen: dict[str, str], draws: int, seed: int) -> Iterator[_Exported]:
+    """Each adapter with its folder, one draw after another."""
+    fitted, mean = run.fitted, None
+    for d, theta, of_all in fitted.each_task():
+        mean = mean or of_all
+        if fitted.tasks[d] in chosen:
+            yield _Exported(chosen[fitted.tasks[d]], fitted.tasks[d], theta)
+    yield _Exported(GLOBAL_MEAN, None, mean or {})
+    for draw in range(draws):
+        drawn, of_draw = fitted.model.weights_given(run.posterior(seed=seed).sites(draw))
+        for name, folder in chosen.items():
+            d = fitted.tasks.index(name)
+            yield _Exported(f"{folder}--draw-{draw}", name, {latent: value[d] for latent, value in drawn.items()}, draw)
+        yield _Exported(f"{GLOBAL_MEAN}--draw-{draw}", None, of_draw, draw)
+
+
+def _picture(run: SavedRun, file: Path) -> bool:
+    """Draw how far each task of the run stands from Θ; not of a run in which none does."""
+    if all(row["deviation_norm"] == 0 for row in run.scores):
+        return False
+    task = {"task": run.fitted.tasks}
+    distance = xr.DataArray([[[row["deviation_norm"] for row in run.scores]]], dims=("chain", "draw", "task"), coords=task)
+    documents = xr.DataArray([row["train_documents"] for row in run.scores], dims="task", coords=task)
+    container = {"posterior": {"distance": distance}, "constant_data": {"train_documents": documents}}
+    with plots.style():
+        figure = Figure(figsize=(7.0, 1.5 + 0.22 * len(run.scores)))
+        plots.shrinkage_forest(container, figure.subplots())
+        figure.savefig(file)
+    return True

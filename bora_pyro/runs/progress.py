@@ -1,0 +1,214 @@
+"""What a person sees of a fit: its progress while it runs, and a table of the tasks when it is done.
+
+    >>> metrics = {"base_test_perplexity": 31.5, "test_perplexity": 20.25, "tasks": {
+    ...     "drawing": {"name": "drawing", "train_documents": 40, "test_documents": 9, "base_test_perplexity": 31.5,
+    ...                 "test_perplexity": 20.25, "deviation_norm": None}}}
+    >>> print_table(metrics)
+                      train        test         base      adapted
+      task        documents   documents   perplexity   perplexity   ‖θ_d − Θ‖
+     ─────────────────────────────────────────────────────────────────────────
+      drawing            40           9        31.50        20.25           –
+    <BLANKLINE>
+      all tasks          40           9        31.50        20.25           –
+
+Progress goes to stderr, so that a program's result can be piped; a terminal gets a bar with the newest numbers beneath it, a
+log file (and a terminal that cannot move its cursor) plain lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich import box
+from rich import progress as rich_progress
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bora_pyro.files.text import NAME_LENGTH, name_line
+
+_MISSING = "–"
+
+
+class _Bar(rich_progress.Progress):
+    """A bar, the steps and the time left in one line, the newest numbers in another: both fit into 80 columns."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.numbers)
+
+
+class Progress:
+    """Progress of a fit, as a context manager.
+
+        >>> with Progress(2, enabled=False) as progress:
+        ...     progress.update(1, loss=3.2, epoch=1)
+        ...     progress.update(2, loss=3.1, epoch=1, validation_perplexity=20.9)
+
+    Args:
+        total_steps: optimiser steps of the whole fit; the attribute may be set later, once it is known.
+        epochs: epochs of the whole fit; None leaves them out.
+        enabled: False shows nothing.
+        start: steps that were done before, for a resumed fit; None takes the first update as the first step of this fit.
+        file: where to show it; stderr where None.
+        interval: seconds between plain lines, where there is no terminal. An epoch's end has a line in any case.
+        clock: seconds that only grow; tests bring their own.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        epochs: int | None = None,
+        enabled: bool = True,
+        start: int | None = None,
+        file: TextIO | None = None,
+        interval: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps, self.start, self.interval, self.clock = total_steps, start, interval, clock
+        self._epochs = "" if epochs is None else f"/{epochs}"
+        self._console = Console(file=file or sys.stderr, highlight=False)
+        draws = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._plain = enabled and not draws
+        self._bar: _Bar | None = None
+        if enabled and draws:
+            self._bar = _Bar(
+                rich_progress.TextColumn("{task.description}"),
+                rich_progress.BarColumn(bar_width=None),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.TextColumn("steps,"),
+                rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("left"),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("starting", total=total_steps, completed=start or 0)
+        self._seen: dict[str, float | int] = {}  # the newest value of each quantity
+        self._begin = self._last = clock()
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        self._begin = self._last = self.clock()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        epoch: int | None = None,
+        validation_perplexity: float | None = None,
+        tau: float | None = None,
+    ) -> None:
+        """Show that ``step`` steps are done; quantities that are left out keep their last value.
+
+        Args:
+            step: optimiser steps done so far, over the whole fit.
+            loss: training loss in nats a token.
+            tokens_per_second: training speed.
+            epoch: the epoch that runs, from 1.
+            validation_perplexity: given once an epoch, at its end; a line of its own records it.
+            tau: precision of the prior, where the fit learns it.
+        """
+        given = {"epoch": epoch, "loss": loss, "tokens_per_second": tokens_per_second, "perplexity": validation_perplexity}
+        given["tau"] = None if tau is None else float(f"{tau:.3g}")
+        self.start = step - 1 if self.start is None else self.start
+        self._seen |= {key: value for key, value in given.items() if value is not None}
+        if self._bar is not None:
+            self._bar.numbers = self._describe(without="epoch")
+            named = self._describe(only="epoch") or "fitting"
+            self._bar.update(self._task, total=self.total_steps, completed=step, description=named)
+            if validation_perplexity is not None:
+                self._bar.console.print(self._line(step), markup=False)
+        elif self._plain and (validation_perplexity is not None or self.clock() - self._last >= self.interval):
+            self._last = self.clock()
+            self._console.print(self._line(step), markup=False, soft_wrap=True)
+
+    def _describe(self, *, only: str = "", without: str = "") -> str:
+        formats = {
+            "epoch": f"epoch {{}}{self._epochs}",
+            "loss": "loss {:.4f}",
+            "tokens_per_second": "{:,.0f} tokens/s",
+            "perplexity": "validation perplexity {:.2f}",
+            "tau": "τ {:g}",
+        }
+        shown = [key for key in formats if key in self._seen and key != without and only in ("", key)]
+        return "  ".join(formats[key].format(self._seen[key]) for key in shown)
+
+    def _line(self, step: int) -> str:
+        elapsed = self.clock() - self._begin
+        line = f"step {step}/{self.total_steps}  {self._describe()}  {_duration(elapsed)}"
+        if self.start is not None and self.start < step < self.total_steps:
+            left = elapsed * (self.total_steps - step) / (step - self.start)
+            line += f", about {_duration(left)} left"
+        return line
+
+
+def result_table(metrics: Mapping[str, Any]) -> Table:
+    """The tasks of a fit, one a row, and all of them in the last row.
+
+    Args:
+        metrics: what ``metrics.json`` holds; a value that is None or not there prints as "–".
+    """
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("task", overflow="fold", max_width=NAME_LENGTH)
+    headings = ("train\ndocuments", "test\ndocuments", "base\nperplexity", "adapted\nperplexity", "\n‖θ_d − Θ‖")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    tasks = metrics.get("tasks") or {}
+    for slug, task in tasks.items():
+        # Text, not str: a task's name may hold what looks like rich's markup.
+        table.add_row(Text(name_line(task.get("name") or slug, characters=None)), *_cells(task))
+    table.add_section()
+    counts = {
+        key: sum(known) if (known := [t[key] for t in tasks.values() if t.get(key) is not None]) else None
+        for key in ("train_documents", "test_documents")
+    }
+    table.add_row("all tasks", *_cells({**metrics, **counts, "deviation_norm": None}))
+    return table
+
+
+def print_table(metrics: Mapping[str, Any], *, file: TextIO | None = None) -> None:
+    """Print ``result_table`` to stdout: fitted to a terminal's width, elsewhere plain and as wide as it needs to be.
+
+    Names of more than ``NAME_LENGTH`` letters take several lines.
+    """
+    file = file or sys.stdout
+    table = result_table(metrics)
+    console = Console(file=file)
+    if console.is_terminal:
+        console.print(table)
+        return
+    width = Console(width=10_000).measure(table).maximum  # nothing is cut
+    plain = Console(file=file, color_system=None, width=width)
+    with plain.capture() as captured:
+        plain.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    # A pipe of a narrow encoding gets "?" for θ, never an error at the end of a fit.
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    file.write("\n".join(lines).strip("\n").encode(encoding, "replace").decode(encoding) + "\n")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    counts = [_MISSING if row.get(key) is None else f"{row[key]:,}" for key in ("train_documents", "test_documents")]
+    measures = ("base_test_perplexity", "test_perplexity", "deviation_norm")
+    return counts + [_MISSING if row.get(key) is None else f"{row[key]:,.2f}" for key in measures]
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

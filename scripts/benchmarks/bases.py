@@ -1,0 +1,290 @@
+"""What the benchmarks share: bases of every size, the step of our fit, PEFT's model on the same layers, and how both are timed.
+
+>>> backbone = load_base("random:tiny")
+>>> [(slot.name, slot.layers) for slot in backbone.slots]
+[('v_proj', 2), ('q_proj', 2)]
+>>> peft_model(backbone, rank=2).num_parameters(only_trainable=True)
+512
+
+This module needs the extra ``peft``; the rest of the library does not import it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pyro
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bora_pyro.adapters import LoRA
+from bora_pyro.backbone.attention import NAME as SHORT_SDPA
+from bora_pyro.backbone.backbone import BUILTIN_BASES, Backbone
+from bora_pyro.data.batch import Batch
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.guides import GUIDES
+from bora_pyro.inference.loop import Loop
+from bora_pyro.model import BoRA
+from bora_pyro.priors import prior_from_tau
+
+_OPT = {"model_type": "opt", "dropout": 0.0, "max_position_embeddings": 1024}
+
+
+def _opt(vocabulary: int, width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": vocabulary, "hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width}
+    return {**_OPT, **sizes, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
+
+
+#: Bases with random weights: the time of a step does not depend on what the weights are. All but the first two have the sizes of
+#: the published models; every vocabulary holds that of builtin:nano.
+RANDOM_BASES: dict[str, dict[str, Any]] = {
+    "random:tiny": _opt(4096, 32, 2, 2, ffn_dim=64),
+    "random:40m": _opt(16_384, 512, 10, 8),
+    "random:opt-125m": _opt(50_272, 768, 12, 12, max_position_embeddings=2048),
+    "random:opt-350m": _opt(
+        50_272, 1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False, max_position_embeddings=2048
+    ),
+    "random:llama-1b": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+
+LEARNING_RATE, GRADIENT_CLIP = 1e-3, 1.0
+Step = Callable[[], object]
+
+
+def check_base(name: str) -> None:
+    """Raise ``InputError`` where a name begins as a random base's and is none."""
+    if name.startswith("random:") and name not in RANDOM_BASES:
+        raise InputError(f"no random base {name!r}; there is {', '.join(RANDOM_BASES)}{nearest(name, RANDOM_BASES)}")
+
+
+def load_base(
+    name: str,
+    *,
+    targets: Sequence[str] | str | None = None,
+    precision: str = "float32",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Backbone:
+    """A frozen base: one of ``RANDOM_BASES`` with weights by the seed, a path, a hub id, or builtin:nano.
+
+    Raises:
+        InputError: there is no such base, or it has no such targets.
+    """
+    check_base(name)
+    dtype = getattr(torch, precision)
+    if name not in RANDOM_BASES:
+        return Backbone.from_pretrained(name, targets=targets, precision=dtype, device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**RANDOM_BASES[name]), dtype=dtype)
+    return Backbone(model.to(device), targets=targets)
+
+
+def outline(name: str, *, targets: Sequence[str] | str | None = None) -> Backbone:
+    """A base of ``RANDOM_BASES`` or an embedded one without its weights: its sizes, in no memory.
+
+        >>> outline("random:llama-1b").model.num_parameters()
+        1235814400
+
+    Raises:
+        InputError: it has no such targets.
+    """
+    config = (
+        AutoConfig.for_model(**RANDOM_BASES[name]) if name in RANDOM_BASES else AutoConfig.from_pretrained(BUILTIN_BASES[name])
+    )
+    with torch.device("meta"):
+        return Backbone(AutoModelForCausalLM.from_config(config), targets=targets)
+
+
+def bora_loop(
+    backbone: Backbone,
+    split: TokenSplit,
+    *,
+    rank: int,
+    tau: float,
+    token_budget: int,
+    guide: str = "map",
+    seed: int = 0,
+) -> Loop:
+    """The loop of ``bora_pyro.inference.fit`` on one split, ready for its first step."""
+    model = BoRA(backbone, split.num_tasks, adapter=LoRA(rank=rank), prior=prior_from_tau(tau), seed=seed)
+    # nothing is validated: only steps are timed
+    none = TokenSplit.from_documents([], task=[], num_tasks=split.num_tasks)
+    data = TaskData([f"task {d}" for d in range(split.num_tasks)], train=split, validation=none, test=none)
+    return Loop(
+        model,
+        data,
+        GUIDES[guide](model),
+        learning_rate=LEARNING_RATE,
+        warmup=0.0,
+        token_budget=token_budget,
+        accumulate=1,
+        gradient_clip=GRADIENT_CLIP,
+        seed=seed,
+        epochs=1,
+    )
+
+
+def loop_step(loop: Loop, batch: Batch) -> float:
+    """What the loop does with each batch, without what it does once an epoch; returns the loss."""
+    return float(loop.step([batch], LEARNING_RATE, 0)[0])
+
+
+def peft_model(backbone: Backbone, *, rank: int, seed: int = 0, adapters: Sequence[str] = ("default",)) -> Any:
+    """PEFT's LoRA on the backbone's layers, with the backbone's own weights (shared, not copied) under modules of its own.
+
+    PEFT is spared what it need not pay for: no dropout, no key-value cache, and adapters in the base's precision, so that it does
+    not cast each layer's input. All adapters are trainable, the last one is active.
+
+    Args:
+        backbone: whose layers are adapted.
+        rank: rank and alpha of the adapters.
+        seed: of their start.
+        adapters: their names.
+    """
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=[path for slot in backbone.slots for path in slot.paths],
+        fan_in_fan_out=backbone.slots[0].fan_in_fan_out,
+    )
+    base = backbone.model
+    own = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # PEFT reads an attribute that transformers has renamed: theirs to settle
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(copy.deepcopy(base, own), lora, adapter_name=adapters[0], autocast_adapter_dtype=False)
+        for name in adapters[1:]:
+            model.add_adapter(name, lora, autocast_adapter_dtype=False)
+            model.set_adapter(name)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    model.config.use_cache = False
+    if base.config._attn_implementation == SHORT_SDPA:
+        model.set_attn_implementation("sdpa")  # transformers' own, whose backward pass ours replaces
+    return model.eval()
+
+
+def adamw(parameters: Sequence[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """The optimiser of all steps: fused, without weight decay."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+
+def optimise(optimizer: torch.optim.AdamW, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Clip, take the step, forget the gradients: what follows a backward pass."""
+    torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """How long one call takes, until the device has done all of it."""
+    start = now(device)
+    step()
+    return now(device) - start
+
+
+def now(device: torch.device) -> float:
+    """The clock, once the device has done all that was asked of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    modules = (torch, peft, transformers, pyro)
+    return gpu | {
+        "device": str(device),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {module.__name__: str(module.__version__) for module in modules},
+    }
+
+
+def place(where: dict[str, Any]) -> str:
+    """The machine in a few words."""
+    return str(where["gpu"]) if "gpu" in where else f"{where['cpu']}, {where['threads']} of {where['cores']} cores"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and range.
+
+    >>> spread([3.0, 1.0, 2.0])
+    {'min': 1.0, 'lower_quartile': 1.5, 'median': 2.0, 'upper_quartile': 2.5, 'max': 3.0}
+    """
+    points = {"min": 0, "lower_quartile": 25, "median": 50, "upper_quartile": 75, "max": 100}
+    return {name: float(np.percentile(values, percent)) for name, percent in points.items()}
+
+
+def at_least(config: Any, limits: dict[str, int]) -> None:
+    """Raise ``InputError`` where a whole number of a configuration is below its limit; None is none."""
+    for name, least in limits.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}; give a whole number from {least} up")
+
+
+def json_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON has them: it has no infinity, so that one is written as the command line takes it.
+
+    >>> json_options({"tau": float("inf"), "rank": 8})
+    {'tau': 'inf', 'rank': 8}
+    """
+    return {name: "inf" if value == float("inf") else value for name, value in options.items()}
+
+
+def check_output(output: str | None) -> None:
+    """Raise ``InputError`` where the name of the JSON file is that of a folder."""
+    if output is not None and Path(output).is_dir():
+        raise InputError(f"output {output!r} is a folder; give the name of a JSON file")
+
+
+def writable(name: str) -> Path:
+    """The file of that name; what cannot be written is known before the minutes of measuring.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    file = Path(name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not file.exists()
+        file.open("a", encoding="utf-8").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise InputError(f"output {name!r} cannot be written ({error.strerror}); give a JSON file that can") from None
+    return file

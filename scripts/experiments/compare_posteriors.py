@@ -1,0 +1,364 @@
+"""Compare posteriors with the MAP fit they begin from, on held-out documents: likelihood, calibration, time and memory.
+
+    python scripts/experiments/compare_posteriors.py --fit_config results/documentation.yaml --output
+    results/posteriors_documentation.csv
+
+The arms, each around the MAP fit with a learned τ of the same seed (split, start, order of the documents):
+
+- ``map``: the point estimate.
+- ``map_longer``: the point estimate, fitted for as many epochs more as the guides are: what of a gain is the training.
+- ``ensemble``: four MAP fits from other starts, their probabilities averaged (deep ensembles, Lakshminarayanan et al., 2017).
+- ``normal``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its weight.
+- ``laplace``, ``laplace_kronecker``: nothing fitted; ``..._tempered`` have the curvature divided by the temperature that
+  validation chooses.
+
+Learning rates and temperatures are chosen with the first seed, by the validation split: a learning rate by the perplexity of the
+posterior's mean, climbing from the grid's middle, Laplace's temperature by that of the mixture. The other seeds are run at that
+choice. The test split is only reported. Two rows a run: what the posterior's mean predicts, and what the mixture of draws does.
+``few`` columns are of the third of the tasks with the fewest training documents. What the output already has is not run again.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from pyro.infer.autoguide import AutoDelta
+from scipy import stats
+
+from bora_pyro.diagnostics.calibration import calibration
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.guides import GUIDES
+from bora_pyro.inference.fit import fit
+from bora_pyro.inference.fitted import Fitted
+from bora_pyro.model import Weights
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import option
+from bora_pyro.predict.mixture import Draws, predictive
+from bora_pyro.predict.posterior import Posterior
+from bora_pyro.runs.build import build_run
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.layout import METRICS
+from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.results_table import read_results, write_results
+from bora_pyro.runs.saved import SavedRun, load_run
+
+MEMBERS = 4
+RATES = (0.001, 0.003, 0.01, 0.03)
+MIDDLE = 0.01
+TEMPERATURES = (1.0, 1e-3, 1e-6)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a posterior is made: which guide, at which temperature and first scale; a temperature of None is chosen."""
+
+    guide: str
+    temperature: float | None = 1.0
+    scale: float = 0.5
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it is fitted, or read off the curvature."""
+        return not self.guide.startswith("laplace")
+
+
+ARMS = {
+    "map_longer": Arm("map"),
+    "normal": Arm("normal"),
+    "normal_tempered": Arm("normal", temperature=0.3),
+    "low_rank": Arm("low_rank"),
+    "laplace": Arm("laplace"),
+    "laplace_tempered": Arm("laplace", temperature=None),
+    "laplace_kronecker": Arm("laplace_kronecker"),
+    "laplace_kronecker_tempered": Arm("laplace_kronecker", temperature=None),
+}
+NAMES = ("map", *ARMS, "ensemble")
+KEYS = ["arm", "seed", "temperature", "learning_rate", "prediction"]
+
+
+@dataclass(kw_only=True)
+class PosteriorsConfig:
+    """Compare posteriors with the MAP fit they begin from, on held-out documents."""
+
+    fit_config: str = option("results/documentation.yaml", "YAML of the MAP fits' options")
+    data: str | None = option(None, "the documents (default: what fit_config names)")
+    arms: list[str] = option([*NAMES], f"which arms (default: {' '.join(NAMES)})")
+    seeds: int = option(3, "how many seeds, from 0")
+    epochs: int = option(6, "epochs of the fitted guides")
+    draws: int = option(8, "draws of a mixture")
+    map_learning_rate: float = option(0.03, "learning rate of the MAP fits")
+    threads: int = option(1, "CPU threads")
+    runs_dir: str = option("runs/posteriors", "where the MAP fits go")
+    output: str = option("results/posteriors_documentation.csv", "the table, two rows a run")
+
+    def validate(self) -> None:
+        """Check the values."""
+        for name in ("seeds", "epochs", "draws", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a whole number from 1 up")
+        for name in self.arms:
+            if name not in NAMES:
+                raise InputError(f"arm {name!r} is not known; known: {', '.join(NAMES)}{nearest(name, NAMES)}")
+        if not Path(self.fit_config).is_file():
+            raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
+        if not 0 < self.map_learning_rate < math.inf:
+            raise InputError(f"map_learning_rate is {self.map_learning_rate}; give a finite number above 0")
+
+
+class Comparison:
+    """The rows of one comparison, and the runs that fill them."""
+
+    table: Any
+
+    def __init__(self, config: PosteriorsConfig) -> None:
+        self.config, self.output = config, Path(config.output)
+        self.table = read_results(self.output, KEYS)
+
+    def run_all(self) -> None:
+        """Every arm with the first seed, where choices are made, then with the others."""
+        for seed in range(self.config.seeds):
+            run = self.map_run(seed)
+            for arm in self.config.arms:
+                self.run_arm(arm, run, seed)
+
+    def map_run(self, seed: int) -> SavedRun:
+        """The MAP fit of a seed, fitted where it is missing."""
+        folder = Path(self.config.runs_dir) / self.output.stem / f"map-seed{seed}"
+        if not (folder / METRICS).is_file():
+            words = [
+                "--config",
+                self.config.fit_config,
+                "--seed",
+                str(seed),
+                "--learning_rate",
+                str(self.config.map_learning_rate),
+            ]
+            words += [
+                "--tau",
+                "learned",
+                "--output_dir",
+                str(folder),
+                "--overwrite",
+                "true",
+                "--threads",
+                str(self.config.threads),
+            ]
+            run_map_fit(
+                parse_config(MapFitConfig, words + (["--data", self.config.data] if self.config.data else [])), quiet=True
+            )
+        run = load_run(folder, device="cpu")
+        run.fitted.model.prior.every = 0  # the posteriors have the τ that the fit has learned
+        return run
+
+    def run_arm(self, arm: str, run: SavedRun, seed: int) -> None:
+        """Fill the rows of an arm, as far as they are missing."""
+        if arm == "map":
+            self.fill(arm, run, seed, None, None, lambda: (run.fitted, None, run.fitted.seconds))
+        elif arm == "ensemble":
+            self.fill(arm, run, seed, None, None, lambda: self.ensemble(run, seed))
+        elif ARMS[arm].fitted:
+            for rate in self.rates(arm, seed):
+                self.fill(arm, run, seed, ARMS[arm].temperature, rate, partial(self.variational, ARMS[arm], run, seed, rate))
+        else:
+            for temperature in self.temperatures(arm, seed):
+                self.fill(arm, run, seed, temperature, None, partial(self.laplace, ARMS[arm], run, temperature))
+
+    def rates(self, arm: str, seed: int) -> Iterator[float]:
+        """The learning rates to run: climbing from the middle with the first seed, the chosen one with the others."""
+        if seed:
+            yield float(self.best(arm, "mean")["learning_rate"])
+            return
+        yield MIDDLE
+        for step in (1, -1):
+            place = RATES.index(MIDDLE) + step
+            while 0 <= place < len(RATES):
+                yield RATES[place]
+                if float(self.best(arm, "mean")["learning_rate"]) != RATES[place]:
+                    break
+                place += step
+            if float(self.best(arm, "mean")["learning_rate"]) != MIDDLE:
+                return
+
+    def temperatures(self, arm: str, seed: int) -> list[float]:
+        """The temperatures to run: all with the first seed where one is to be chosen, the chosen one with the others."""
+        fixed = ARMS[arm].temperature
+        if fixed is not None:
+            return [fixed]
+        return [float(self.best(arm, "mixture")["temperature"])] if seed else list(TEMPERATURES)
+
+    def best(self, arm: str, prediction: str) -> pd.Series:
+        """The run of the first seed with the lowest validation perplexity."""
+        rows = self.table[(self.table.arm == arm) & (self.table.seed == 0) & (self.table.prediction == prediction)]
+        return rows.loc[rows.validation_nll.idxmin()]
+
+    def fill(
+        self, arm: str, run: SavedRun, seed: int, temperature: float | None, rate: float | None, make: Callable[[], Any]
+    ) -> None:
+        """Make a posterior and add its rows, unless the table has them."""
+        own = self.table[(self.table.arm == arm) & (self.table.seed == seed)]
+        for name, value in (("temperature", temperature), ("learning_rate", rate)):
+            own = own[own[name].isna()] if value is None else own[np.isclose(own[name].astype(float), value)]
+        if len(own):
+            return
+        fitted, draws, seconds = make()
+        centre = fitted.weights()[0]
+        keys: dict[str, Any] = {"arm": arm, "seed": seed, "temperature": temperature, "learning_rate": rate}
+        common = {"seconds": round(seconds, 1), "state": state_ratio(fitted, run), "best_epoch": fitted.best_epoch}
+        if draws is None and not isinstance(fitted.guide, AutoDelta):
+            posterior = Posterior(fitted, seed=seed)
+            common["scale_correlation"] = self.scale_correlation(posterior, run)
+            draws = partial(posterior.draws, self.config.draws)
+        rows = [self.row(keys | {"prediction": "mean"} | common, run, lambda: [centre])] if arm != "ensemble" else []
+        if draws is not None:
+            rows.append(self.row(keys | {"prediction": "mixture"} | common, run, draws))
+        self.table = pd.DataFrame([*self.table.to_dict("records"), *rows])
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        write_results(self.table, self.output)
+        for row in rows:
+            print("{arm} seed {seed} T {temperature} rate {learning_rate} {prediction}: ".format(**row), end="")
+            print(
+                "validation {validation_perplexity:.3f}, test {test_perplexity:.3f}, ECE {test_ece:.4f}, {seconds} s".format(
+                    **row
+                )
+            )
+            sys.stdout.flush()
+
+    def row(self, keys: dict[str, Any], run: SavedRun, draws: Draws) -> dict[str, Any]:
+        """What a set of draws predicts of both held-out splits."""
+        row, few = dict(keys), few_tasks(run)
+        for name, split in (("validation", run.data.validation), ("test", run.data.test)):
+            start = time.perf_counter()
+            found = predictive(run.fitted.model, split, draws)
+            row[f"{name}_perplexity"] = found.perplexity()
+            row |= {f"{name}_{key}": value for key, value in asdict(calibration(found)).items() if key in ("nll", "ece", "brier")}
+            own = asdict(calibration(found, where=torch.isin(found.task, few)))
+            row |= {f"{name}_few_{key}": own[key] for key in ("nll", "ece")}
+            row[f"{name}_documents_nll"] = -float(found.log_predictive().sum()) / len(found.label)
+            row["predict_seconds"] = round(time.perf_counter() - start, 1)
+        return row
+
+    def variational(self, arm: Arm, run: SavedRun, seed: int, rate: float) -> tuple[Fitted, None, float]:
+        """A guide fitted around the MAP."""
+        assert arm.temperature is not None
+        guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=arm.scale)
+        options: dict[str, Any] = {"learning_rate": rate, "temperature": arm.temperature, "seed": seed}
+        budget = run.config.token_budget
+        fitted = fit(
+            run.fitted.model, run.data, guide=guide, epochs=self.config.epochs, patience=0, token_budget=budget, **options
+        )
+        return fitted, None, fitted.seconds
+
+    def laplace(self, arm: Arm, run: SavedRun, temperature: float) -> tuple[Fitted, None, float]:
+        """The curvature at the MAP."""
+        start = time.perf_counter()
+        guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, temperature=temperature)
+        return Fitted(run.fitted.model, guide, run.data.tasks), None, time.perf_counter() - start
+
+    def ensemble(self, run: SavedRun, seed: int) -> tuple[Fitted, Draws, float]:
+        """The MAP fit and three more, with other starts and orders on the same split."""
+        members: list[Weights] = [run.fitted.weights()[0]]
+        seconds = run.fitted.seconds
+        for number in range(1, MEMBERS):
+            config = replace(run.config, seed=1000 * number + seed)
+            # the documents are the run's own: with another seed a cap on their number would choose others
+            model, _ = build_run(config, quiet=True, split_record=run.folder.read_split())
+            fitted = fit(
+                model, run.data, epochs=config.epochs, learning_rate=config.learning_rate, token_budget=config.token_budget,
+                patience=config.patience, seed=config.seed,
+            )  # fmt: skip
+            members.append(fitted.weights()[0])
+            seconds += fitted.seconds
+        return run.fitted, lambda: members, seconds
+
+    def scale_correlation(self, posterior: Posterior, run: SavedRun) -> float:
+        """Rank correlation of a task's posterior scale with its number of training tokens."""
+        tokens = torch.zeros(len(run.data.tasks)).index_add_(0, run.data.train.task, run.data.train.predicted.float())
+        scales = posterior.deviation_scales(draws=max(2, self.config.draws))
+        if bool((scales == scales[0]).all()) or bool((tokens == tokens[0]).all()):
+            return math.nan  # a constant has no ranks
+        return float(stats.spearmanr(tokens.numpy(), scales.numpy()).statistic)
+
+    def summary(self) -> str:
+        """A Markdown table: each arm at its choice, mean ± sd over seeds."""
+        lines = [
+            "| arm | T | rate | of | NLL a token | perplexity | to MAP | ECE | NLL, few | ECE, few | seconds | state | ρ |",
+            "|" + "---|" * 13,
+        ]
+        reference = self.table[self.table.arm == "map"].set_index("seed").test_perplexity
+        for arm in self.config.arms:
+            for prediction in ("mean", "mixture"):
+                rows = self.table[(self.table.arm == arm) & (self.table.prediction == prediction)]
+                if arm in ARMS:
+                    chosen = self.best(arm, "mean" if ARMS[arm].fitted else "mixture")
+                    for name in ("temperature", "learning_rate"):
+                        rows = rows[rows[name].isna()] if pd.isna(chosen[name]) else rows[np.isclose(rows[name], chosen[name])]
+                if rows.empty:
+                    continue
+                rows = rows.set_index("seed")
+                cells = [_text(rows.temperature.iloc[0]), _text(rows.learning_rate.iloc[0]), prediction]
+                cells += [
+                    _mean_sd(rows.test_nll, 3),
+                    _mean_sd(rows.test_perplexity, 2),
+                    _mean_sd(rows.test_perplexity / reference, 3),
+                ]
+                cells += [_mean_sd(rows.test_ece, 4), _mean_sd(rows.test_few_nll, 3), _mean_sd(rows.test_few_ece, 4)]
+                cells += [f"{rows.seconds.mean():.0f}", f"{rows.state.mean():.1f}"]
+                rho = rows["scale_correlation"] if "scale_correlation" in rows else pd.Series(dtype=float)
+                lines.append(f"| {arm} | " + " | ".join([*cells, _mean_sd(rho.dropna(), 2)]) + " |")
+        return "\n".join(lines)
+
+
+def few_tasks(run: SavedRun) -> torch.Tensor:
+    """The third of the tasks with test documents that has the fewest training documents."""
+    train, test = run.data.train.documents_per_task, run.data.test.documents_per_task
+    ranked = sorted((number, d) for d, number in enumerate(train) if test[d])
+    return torch.tensor([d for _, d in ranked[: max(1, len(ranked) // 3)]])
+
+
+def state_ratio(fitted: Fitted, run: SavedRun) -> float:
+    """Numbers that a guide keeps, in units of the MAP's."""
+
+    def entries(guide: Any) -> int:
+        return sum(value.numel() for value in guide.state_dict().values())
+
+    return entries(fitted.guide) / entries(run.fitted.guide)
+
+
+def _text(value: Any) -> str:
+    return "–" if pd.isna(value) else f"{float(value):g}"
+
+
+def _mean_sd(values: pd.Series, digits: int) -> str:
+    if values.empty:
+        return "–"
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+
+
+def main(argv: list[str]) -> int:
+    """Run the comparison and print its table."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = parse_config(PosteriorsConfig, argv, prog="compare_posteriors.py")
+        torch.set_num_threads(config.threads)
+        comparison = Comparison(config)
+        comparison.run_all()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(comparison.summary())
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

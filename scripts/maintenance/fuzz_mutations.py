@@ -1,0 +1,185 @@
+"""Mutations of files, by their bytes and by their structure, for ``scripts/maintenance/fuzz.py``."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+# What parsers trip over, in any format.
+TOKENS = [
+    b'"', b'""', b"'", b"\\", b",", b"\t", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8",
+    b"\xed\xa0\x80", b"\xc2\x85", b"\x1b[2J", b"\\ud800", b"\\u0000", b"\\Uffffffff", b"1e999", b"-1", b"9" * 400, b"9" * 5000,
+    b"NaN", b"-Infinity", b"null", b"true", b"[" * 2000, b'{"a":' * 2000, b"{}", b"[]", b": ", b"- ", b"? ", b"# ", b"&a ", b"*a",
+    b"<<: ", b"!!python/object/apply:os.abort []", b"!!bool x", b"!!int ''", b"!!timestamp x", b"!!binary '?'", b"!!set {a}",
+    b"%TAG ! tag:a,2000:\n---\n", b"---\n", b"...\n", b"|\n", b">-\n", b"0b_", b"1:60", b"2020-13-45", b"=", b"~", b"PAR1",
+    b"../../x", b"task", b"text", b"x" * 3000,
+]  # fmt: skip
+VALUES: list[Any] = [
+    None, True, 0, -1, 2**63, 10**30, 1e308, math.nan, math.inf, "", "\ud800", "x" * 2000, "../..", [], [[]], {}, {"a": {}},
+    [None], "F32", "train", [2**62, 4], [0, -4], [1, 2, 3], {"x": "y"},
+]  # fmt: skip
+
+
+def _bytes(dice: random.Random, raw: bytes, others: list[bytes]) -> bytes:
+    """One mutation of bytes."""
+    a, b = sorted(dice.randrange(len(raw) + 1) for _ in range(2))
+    c = min(b, a + dice.randrange(1, 16))
+    other = dice.choice(others)
+    match dice.randrange(9):
+        case 0 if raw:  # a flipped bit
+            a = min(a, len(raw) - 1)
+            return raw[:a] + bytes([raw[a] ^ 1 << dice.randrange(8)]) + raw[a + 1 :]
+        case 1:
+            return raw[:a]
+        case 2:
+            return raw[:a] + raw[c:]
+        case 3:
+            return raw[:a] + dice.randbytes(dice.randrange(1, 9)) + raw[c:]
+        case 4:
+            return raw[:b] + raw[a:b] + raw[b:]
+        case 5:  # the end of another file
+            return raw[:a] + other[dice.randrange(len(other) + 1) :]
+        case 6:
+            return raw[:a] + dice.choice([0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1]).to_bytes(8, "little") + raw[a + 8 :]
+        case _:
+            return raw[:a] + dice.choice(TOKENS) + raw[dice.choice((a, c)) :]
+
+
+def _nested(dice: random.Random, value: Any) -> Any:
+    """One mutation somewhere in nested lists and mappings."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    if not keys or dice.random() < 0.2:
+        return dice.choice(VALUES)
+    key = dice.choice(keys)
+    match dice.randrange(8):
+        case 0:
+            del value[key]
+        case 1 if isinstance(value, dict):
+            value[dice.choice(["", "\ud800", "__metadata__", "a/b", "x" * 500, *keys])] = value.pop(key)
+        case 2 if isinstance(value, list):
+            value *= 2
+        case 3:
+            value[key] = dice.choice(VALUES)
+        case _:
+            value[key] = _nested(dice, value[key])
+    return value
+
+
+def _json(dice: random.Random, raw: bytes) -> bytes:
+    return json.dumps(_nested(dice, json.loads(raw)), ensure_ascii=dice.random() < 0.5).encode(errors="surrogatepass")
+
+
+def _lines(dice: random.Random, raw: bytes, change: Callable[[random.Random, bytes], bytes]) -> bytes:
+    lines = raw.split(b"\n")
+    n = dice.randrange(len(lines))
+    match dice.randrange(4):
+        case 0:
+            lines.insert(dice.randrange(len(lines) + 1), lines[n])
+        case 1:
+            dice.shuffle(lines)
+        case _ if lines[n].strip():
+            lines[n] = change(dice, lines[n])
+    return b"\n".join(lines)
+
+
+def _option(dice: random.Random, line: bytes) -> bytes:
+    key, _, value = line.partition(b":")
+    token = dice.choice(TOKENS)
+    return dice.choice(
+        [key + b": " + token, token + b": " + value, b"  " + line, b"\t" + line, key + b":\n- " + token + b"\n- a", b"- " + line]
+    )
+
+
+def _table(dice: random.Random, raw: bytes, separator: str = ",") -> bytes:
+    rows = list(csv.reader(io.StringIO(raw.decode()), delimiter=separator))
+    row = dice.choice(rows)
+    match dice.randrange(5):
+        case 0:
+            row.append(row[0])
+        case 1:
+            row.pop()
+        case 2:
+            row[:] = row * dice.randrange(2, 50)
+        case _:
+            row[dice.randrange(len(row))] = dice.choice(TOKENS).decode(errors="replace")
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator, quoting=dice.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL)), lineterminator="\n").writerows(
+        rows
+    )
+    return text.getvalue().encode(errors="surrogatepass")
+
+
+def _parquet(dice: random.Random, raw: bytes) -> bytes:
+    if dice.random() < 0.7:  # what the file says of itself stands at its end
+        n = len(raw) - 9 - dice.randrange(min(600, len(raw) - 9))
+        return raw[:n] + dice.randbytes(1) + raw[n + 1 :]
+    cells = [3, 2.5, math.nan, None, True, b"\xff", ["a"], {"a": 1}, "text", pd.Timestamp(0), pd.Timedelta(1), 2**70]
+    columns = {name: [dice.choice(cells)] * 3 for name in dice.sample(["task", "text", "doc_id", "task ", ""], 3)}
+    buffer = io.BytesIO()
+    try:
+        pd.DataFrame(columns).to_parquet(buffer)
+    except (ValueError, TypeError, OverflowError):  # a column that parquet has no type for
+        return raw
+    return buffer.getvalue()
+
+
+def _tensors(dice: random.Random, raw: bytes) -> bytes:
+    size = int.from_bytes(raw[:8], "little")
+    head, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    match dice.randrange(4):
+        case 0:  # NaN, infinity, numbers beyond float32's good sense
+            n = dice.randrange(0, len(body) - 3, 4)
+            body = body[:n] + dice.choice((b"\0\0\xc0\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f")) + body[n + 4 :]
+        case 1 if "progress" in head.get("__metadata__", {}):
+            head["__metadata__"]["progress"] = _json(dice, head["__metadata__"]["progress"].encode()).decode(errors="replace")
+        case 2:  # a tensor's own entry
+            name = dice.choice([name for name in head if name != "__metadata__"])
+            head[name] = _nested(dice, head[name])
+        case _:
+            head = _nested(dice, head)
+    text = json.dumps(head).encode()
+    length = len(text) if dice.random() < 0.9 else dice.choice([0, 2**40, 2**64 - 1, len(text) + 1])
+    return length.to_bytes(8, "little") + text + body
+
+
+FORMS: dict[str, Callable[[random.Random, bytes], bytes]] = {
+    "csv": _table,
+    "tsv": lambda dice, raw: _table(dice, raw, "\t"),
+    "json": _json,
+    "jsonl": lambda dice, raw: _lines(dice, raw, _json),
+    "yaml": lambda dice, raw: _lines(dice, raw, _option),
+    "parquet": _parquet,
+    "safetensors": _tensors,
+}
+
+
+def damaged(dice: random.Random, valid: list[bytes], form: str, *, packed: bool = False) -> bytes:
+    """A valid file with up to four mutations; those of its structure come first, for those of its bytes may leave none.
+
+    Args:
+        dice: what decides.
+        valid: files to begin from, before gzip.
+        form: their structure, a key of ``FORMS``.
+        packed: the file goes through gzip, and its bytes may be changed thereafter, too.
+    """
+    raw = dice.choice(valid)
+    for _ in range(dice.choice((0, 1, 1, 2))):
+        try:
+            raw = FORMS[form](dice, raw)
+        except (ValueError, LookupError, TypeError, AttributeError, csv.Error):  # the first mutation left no structure
+            break
+    for _ in range(dice.choice((0, 0, 1, 1, 2))):
+        raw = _bytes(dice, raw, valid)
+    if packed:
+        raw = gzip.compress(raw, 1, mtime=0)
+        for _ in range(dice.choice((0, 0, 0, 1, 2))):
+            raw = _bytes(dice, raw, [raw])
+    return raw

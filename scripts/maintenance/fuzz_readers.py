@@ -1,0 +1,150 @@
+"""What ``scripts/maintenance/fuzz.py`` feeds: everything of the library that reads a file, with valid files from a tiny fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pandas as pd
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+from bora_pyro.backbone.backbone import BUILTIN_BASES
+from bora_pyro.data.folder_check import check_folder
+from bora_pyro.data.split import apply_split
+from bora_pyro.data.tables import read_table
+from bora_pyro.exchange.load import load_peft
+from bora_pyro.files.tensors import read_digest
+from bora_pyro.guides import map_guide
+from bora_pyro.inference.checkpoint import Checkpoint
+from bora_pyro.inference.loop import Loop
+from bora_pyro.options.command_line import parse_config, to_yaml
+from bora_pyro.runs.build import build_run
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.results_table import rows_of_run
+from bora_pyro.runs.saved import load_run
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads one kind of file.
+
+    Attributes:
+        name: of the reader.
+        file: where the damaged file goes, in the folder of the files.
+        form: its structure, as ``fuzz_mutations.damaged`` takes it.
+        read: reads it; it has the path.
+        share: how many of the inputs it has, relative to the others.
+        valid: valid files to begin from.
+    """
+
+    name: str
+    file: Path
+    form: str
+    read: Callable[[Path], object]
+    share: float
+    valid: list[bytes]
+
+
+def readers(folder: Path) -> list[Reader]:
+    """All readers, with valid files in ``folder`` that a tiny fit has made."""
+    words = ["red green blue", 'one, "two"', "Ærlig\nsagt", "north east south west"]
+    rows = [
+        {"task": task, "text": f"{n} {words[n % 4]} {task}", "doc_id": f"s{n}"}
+        for task in ("Ada", "Bo B.", "東京")
+        for n in range(8)
+    ]
+    few = pd.DataFrame(rows).iloc[[0, 1, 8, 9, 16]]
+    config = _tiny_run(folder, rows)
+    run = folder / "run"
+    model, data = build_run(config, quiet=True)
+    loop = Loop(
+        model, data, map_guide(model), learning_rate=1e-2, warmup=0.1, token_budget=256, accumulate=1, gradient_clip=1.0, seed=0,
+        epochs=2,
+    )  # fmt: skip
+    split_of, _ = read_table(pd.DataFrame(rows))
+    saved, card = folder / "saved", folder / "card"
+    datasets.Dataset.from_list(rows[:2]).save_to_disk(saved)
+    card.mkdir()
+    few.to_csv(card / "train.csv", index=False)
+
+    tables = {"csv": few.to_csv(index=False).encode(), "tsv": few.to_csv(index=False, sep="\t").encode()}
+    tables["jsonl"] = few.to_json(orient="records", lines=True, force_ascii=False).encode()
+    tables["parquet"] = few.to_parquet()
+    options = to_yaml(config).encode()
+    short = b"tau: 1e3\nrank: 4\ntargets: [q_proj, v_proj]\nalpha: null\ndata: 'a b.csv'\noverwrite: yes # now\n"
+
+    def configuration(file: Path) -> None:
+        parse_config(MapFitConfig, ["--config", str(file)]).validate()
+
+    [newest] = (run / "checkpoints").iterdir()
+    adapter = run / "adapters" / "ada"
+
+    def signed(file: Path) -> Path:
+        """The file with the digest that its bytes now have: damage that somebody has meant."""
+        _, found, place = read_digest(file)
+        if place + len(found) <= file.stat().st_size and place > 8:
+            with file.open("r+b") as opened:
+                opened.seek(place)
+                opened.write(found.encode())
+        return file
+
+    def tensors(file: Path) -> None:
+        RunFolder(run).load_tensors(file.stem)
+        RunFolder(run).load_metadata(file.stem)
+
+    found = [
+        *(Reader(f"table .{name}", folder / f"t.{name}", name, read_table, 10, [raw]) for name, raw in tables.items()),
+        *(Reader(f"table .{n}.gz", folder / f"t.{n}.gz", n, read_table, 5, [tables[n]]) for n in ("csv", "jsonl")),
+        Reader("configuration", folder / "fit.yaml", "yaml", configuration, 12, [short, short, short, options]),
+        Reader("data card", card / "README.md", "yaml", lambda _: check_folder(card), 5, [
+            b"---\nlicense: mit\nconfigs:\n- config_name: a\n  data_files:\n  - split: train\n    path: train*.csv\n---\nText.\n"
+        ]),
+        _of(saved / "state.json", "saved data set", "json", lambda _: check_folder(saved), 5),
+        _of(run / "config.yaml", "run: config", "yaml", lambda _: RunFolder.open(run), 2),
+        _of(run / "metrics.json", "run: metrics", "json", lambda _: rows_of_run(run), 5),
+        _of(run / "metrics.jsonl", "run: log", "jsonl", lambda _: RunFolder(run).read_log(), 8),
+        _of(run / "split.json", "run: split", "json", lambda _: apply_split(split_of, RunFolder(run).read_split()), 8),
+        _of(run / "posterior.safetensors", "run: posterior", "safetensors", tensors, 2),
+        _of(run / "posterior.safetensors", "run: posterior, signed", "safetensors", lambda file: tensors(signed(file)), 8),
+        _of(adapter / "adapter_model.safetensors", "adapter", "safetensors", lambda _: load_peft(adapter, model), 8),
+        _of(adapter / "adapter_config.json", "adapter: config", "json", lambda _: load_peft(adapter, model), 4),
+        _of(newest, "run: checkpoint", "safetensors", lambda file: loop.load(Checkpoint(file)), 2),
+        _of(newest, "run: checkpoint, signed", "safetensors", lambda file: loop.load(Checkpoint(signed(file))), 6),
+    ]  # fmt: skip
+    for name, form in (
+        ("config.yaml", "yaml"),
+        ("metrics.json", "json"),
+        ("split.json", "json"),
+    ):
+        found.append(_of(run / name, f"whole run: {name}", form, lambda _: load_run(run, device="cpu"), 0.1))
+    posterior = run / "posterior.safetensors"
+
+    def whole_run(file: Path) -> None:
+        signed(file)
+        load_run(run, device="cpu")
+
+    return [*found, _of(posterior, "whole run: posterior.safetensors, signed", "safetensors", whole_run, 0.1)]
+
+
+def _of(file: Path, name: str, form: str, read: Callable[[Path], object], share: float) -> Reader:
+    return Reader(name, file, form, read, share, [file.read_bytes()])
+
+
+def _tiny_run(folder: Path, rows: list[dict[str, str]]) -> MapFitConfig:
+    base = folder / "base"
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
+    tokenizer.save_pretrained(base)
+    sizes = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)).save_pretrained(base)
+    data = folder / "rows.csv"
+    pd.DataFrame(rows).to_csv(data, index=False)
+    config = MapFitConfig(
+        data=str(data), base_model=str(base), max_tokens=16, token_budget=256, rank=2, targets=["v_proj", "fc2"], epochs=1,
+        device="cpu", threads=1, output_dir=str(folder / "run"),
+    )  # fmt: skip
+    run_map_fit(config, quiet=True)
+    return config

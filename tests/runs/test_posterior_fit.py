@@ -1,0 +1,367 @@
+"""A posterior fit from a MAP run folder to a run folder of its own, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bora_pyro import InputError
+from bora_pyro.guides import GUIDES
+from bora_pyro.inference.loop import Loop
+from bora_pyro.predict.mixture import predictive
+from bora_pyro.predict.posterior import Posterior
+from bora_pyro.runs.adapt import run_adapt
+from bora_pyro.runs.config.adapt import AdaptConfig
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig, parse_config
+from bora_pyro.runs.fitting import RunStopped
+from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.posterior_fit import _guide, _usual_scale, run_posterior_fit
+from bora_pyro.runs.saved import load_run
+from bora_pyro.runs.signals import StopSignals
+from tests import tiny_base
+from tests.tiny_base import line, quick_fit, script_main
+
+SPREAD = [name for name in GUIDES if name != "map"]
+
+
+@pytest.fixture(scope="module")
+def map_run(tmp_path_factory):
+    """The folder of a finished MAP fit with a learned τ."""
+    folder = tmp_path_factory.mktemp("map")
+    return tiny_base.map_run({**quick_fit(folder), "output_dir": folder / "run", "learning_rate": 0.03})
+
+
+@pytest.fixture(scope="module")
+def main():
+    return script_main("posterior_fit")
+
+
+def posterior_fit(map_run, folder, **options):
+    config = PosteriorFitConfig(run=str(map_run), output_dir=str(folder), epochs=1, draws=2, threads=1, **options)
+    return run_posterior_fit(config, quiet=True)
+
+
+@pytest.mark.parametrize("guide", SPREAD)
+def test_a_posterior_comes_back_from_its_folder(tmp_path, map_run, guide):
+    metrics = posterior_fit(map_run, tmp_path / "posterior", guide=guide)
+    run, start = load_run(tmp_path / "posterior"), load_run(map_run)
+    assert run.fitted.evaluate(run.data.test)["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-6)
+    mixture = run.posterior(seed=0).score(run.data.test, draws=2)
+    assert mixture.perplexity() == pytest.approx(metrics["mixture_test_perplexity"], rel=1e-6)
+    assert metrics["mixture"]["nll"] == pytest.approx(math.log(metrics["mixture_test_perplexity"]), rel=1e-6)
+    # the same τ, and the same documents on the same sides
+    assert run.fitted.tau_by_group() == start.fitted.tau_by_group()
+    assert run.folder.read_split() == start.folder.read_split()
+    assert json.loads((tmp_path / "posterior" / "metrics.json").read_text())["guide"] == guide
+    moved = (run.fitted.weights()[0]["fc2.lora_B"] - start.fitted.weights()[0]["fc2.lora_B"]).abs().max()
+    assert (moved == 0) == guide.startswith("laplace")
+
+
+@pytest.mark.parametrize("hyperprior", ["half_cauchy", "gamma"])
+def test_tau_as_a_random_variable(tmp_path, map_run, hyperprior):
+    metrics = posterior_fit(map_run, tmp_path / "posterior", tau=hyperprior)
+    run, start = load_run(tmp_path / "posterior"), load_run(map_run)
+    before = start.fitted.tau_by_group()
+    assert run.fitted.tau_by_group() == pytest.approx(metrics["tau_by_group"], rel=1e-6)
+    # it began at the τ of the run, and one epoch moves it, but not far
+    assert metrics["tau_by_group"] == pytest.approx(before, rel=0.5)
+    assert metrics["tau_by_group"] != pytest.approx(before, rel=1e-6)
+    posterior = run.posterior()
+    draws = [posterior.sites(k)["precision.fc2.lora_B"].item() for k in range(20)]
+    assert min(draws) < metrics["tau_by_group"]["fc2.lora_B"] < max(draws)
+
+
+def test_tau_of_a_limit_cannot_be_random(tmp_path, map_run):
+    words = (map_run / "config.yaml").read_text()
+    pooled = tmp_path / "pooled"
+    config = parse_config(MapFitConfig, ["--config", str(map_run / "config.yaml"), "--tau", "inf", "--output_dir", str(pooled)])
+    run_map_fit(config, quiet=True)
+    with pytest.raises(InputError, match=r"tau of the fit is inf, a limit"):
+        posterior_fit(pooled, tmp_path / "posterior", tau="gamma")
+    assert not (tmp_path / "posterior").exists()
+    assert words == (map_run / "config.yaml").read_text()
+    metrics = posterior_fit(pooled, tmp_path / "posterior")
+    assert metrics["tau"] is None or metrics["tau"] == "inf"
+    with pytest.raises(InputError, match=r"deviations have no scale of their own"):
+        load_run(tmp_path / "posterior").posterior().deviation_scales()
+
+
+def test_a_resumed_posterior_is_the_uninterrupted_one(tmp_path, map_run, monkeypatch):
+    options = {"run": str(map_run), "draws": 2, "epochs": 3, "threads": 1, "patience": 0}
+    whole = run_posterior_fit(PosteriorFitConfig(**options, output_dir=str(tmp_path / "whole")), quiet=True)
+    broken = PosteriorFitConfig(**options, output_dir=str(tmp_path / "broken"))
+
+    class Killed(Exception):
+        pass
+
+    from bora_pyro.runs import folder as run_folder
+
+    original = run_folder.RunFolder.log
+
+    def log(self, record):
+        if record["epoch"] == 2:
+            raise Killed
+        original(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "log", log)
+        with pytest.raises(Killed):
+            run_posterior_fit(broken, quiet=True)
+    with pytest.raises(InputError, match=r"is not finished"):
+        load_run(tmp_path / "broken")
+    broken.resume = True
+    resumed = run_posterior_fit(broken, quiet=True)
+    assert resumed["test_perplexity"] == pytest.approx(whole["test_perplexity"], rel=1e-6)
+    assert resumed["mixture_test_perplexity"] == pytest.approx(whole["mixture_test_perplexity"], rel=1e-6)
+    broken.temperature = 0.5
+    with pytest.raises(InputError, match=r"temperature is 0.5, but the run in .* has 1.0"):
+        run_posterior_fit(broken, quiet=True)
+
+
+@pytest.fixture
+def begun(tmp_path, map_run, monkeypatch):
+    """A copy of the MAP fit, and the configuration of a posterior around it that was stopped after an epoch and a step."""
+    source = Path(shutil.copytree(map_run, tmp_path / "source"))
+    config = PosteriorFitConfig(
+        run=str(source), output_dir=str(tmp_path / "posterior"), epochs=3, draws=2, threads=1, patience=0, token_budget=64
+    )
+    steps = Loop(
+        load_run(source).fitted.model, load_run(source).data, _guide(config, load_run(source)), learning_rate=1.0, warmup=0.0,
+        token_budget=64, accumulate=1, gradient_clip=1.0, seed=0, epochs=3,
+    ).steps_per_epoch  # fmt: skip
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignals, "__call__", lambda signals: asked.append(signals) or len(asked) == steps + 1)
+        with pytest.raises(RunStopped):
+            run_posterior_fit(config, quiet=True)
+    return dataclasses.replace(config, resume=True)
+
+
+def files_of(folder):
+    return {file: file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def refused(config, message):
+    before = files_of(config.output_dir)
+    with pytest.raises(InputError, match=message) as caught:
+        run_posterior_fit(config, quiet=True)
+    assert "\n" not in str(caught.value)
+    assert files_of(config.output_dir) == before
+
+
+def fit_again(source, **changes):
+    options = parse_config(MapFitConfig, ["--config", str(source / "config.yaml"), "--output_dir", str(source)])
+    run_map_fit(dataclasses.replace(options, overwrite=True, **changes), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({"learning_rate": 0.001}, "config.yaml"),
+        ({"seed": 3}, "config.yaml"),
+        (None, "split.json"),
+        ({}, "posterior.safetensors"),
+    ],
+    ids=str,
+)
+def test_a_posterior_goes_on_around_its_own_fit_alone(tmp_path, begun, changes, file):
+    source, message = (
+        tmp_path / "source",
+        rf"source/{file} is not what the posterior in .* began from, for the run was fitted again",
+    )
+    kept = (source / "config.yaml").read_bytes()
+    if changes is None:  # the same sites with documents on other sides
+        split = json.loads((source / "split.json").read_text())
+        (source / "split.json").write_text(json.dumps(split | {"fractions": None}))
+    elif changes:
+        fit_again(source, **changes)
+    else:  # other sites by the same options
+        fit_again(source, epochs=1)
+        (source / "config.yaml").write_bytes(kept)
+    refused(begun, message)
+
+
+def test_a_posterior_writes_nothing_of_its_source_again(tmp_path, begun):
+    folder = RunFolder(tmp_path / "posterior")
+    before = {name: (folder.path / name).stat().st_mtime_ns for name in ("fit.yaml", "split.json", "source.json")}
+    fit_again(tmp_path / "source")  # the same fit, bit by bit
+    metrics = run_posterior_fit(begun, quiet=True)
+    assert metrics["epochs"] == 3
+    assert {name: (folder.path / name).stat().st_mtime_ns for name in before} == before
+    whole = run_posterior_fit(dataclasses.replace(begun, output_dir=str(tmp_path / "whole"), resume=False), quiet=True)
+    assert whole["test_perplexity"] == metrics["test_perplexity"]
+    # an older posterior does not say which fit it was
+    (folder.path / "source.json").unlink()
+    assert run_posterior_fit(dataclasses.replace(begun, epochs=4), quiet=True)["epochs"] == 4
+
+
+def test_batches_of_a_posterior_wait_for_the_next_epoch(begun):
+    refused(dataclasses.replace(begun, token_budget=128), r"token_budget is 128, but .* within an epoch of token_budget 64; give")
+    refused(dataclasses.replace(begun, accumulate=2), r"accumulate is 2, but .* within an epoch of accumulate 1; give")
+
+
+def test_the_records_of_a_posterior_are_of_what_was_fitted(tmp_path, begun, capsys, monkeypatch):
+    metrics = run_posterior_fit(begun, quiet=True)
+    before = files_of(begun.output_dir)
+    other = dataclasses.replace(begun, epochs=2, learning_rate=0.5, draws=3)
+    assert run_posterior_fit(other) == metrics
+    assert "note: nothing is left to fit: 3 epochs are done" in capsys.readouterr().err
+    assert files_of(begun.output_dir) == before
+    (tmp_path / "posterior" / "metrics.json").unlink()
+    again = run_posterior_fit(other, quiet=True)
+    assert (again["learning_rate"], again["draws"], again["epochs"]) == (begun.learning_rate, 2, 3)
+    assert again["mixture_test_perplexity"] == metrics["mixture_test_perplexity"]
+    assert (tmp_path / "posterior" / "config.yaml").read_bytes() == before[tmp_path / "posterior" / "config.yaml"]
+    monkeypatch.setattr(StopSignals, "__call__", lambda signals: True)
+    with pytest.raises(RunStopped):
+        run_posterior_fit(dataclasses.replace(begun, epochs=4), quiet=True)
+    with pytest.raises(InputError, match=r"is not finished"):
+        load_run(begun.output_dir)
+
+
+def test_posterior_of_a_task(tmp_path, map_run):
+    posterior_fit(map_run, tmp_path / "posterior")
+    run = load_run(tmp_path / "posterior")
+    posterior = run.posterior(seed=3)
+    predictions = posterior.predict(["red green blue", "one two"], "Ada", draws=3)
+    assert predictions.log_likelihood.shape == (3, 2)
+    assert set(predictions.task.tolist()) == {posterior.tasks.index("Ada")}
+    # each draw is known by its number, and each is another one
+    torch.testing.assert_close(posterior.draw(1), posterior.draw(1), rtol=0, atol=0)
+    assert not torch.equal(posterior.draw(1)["fc2.lora_B"], posterior.draw(2)["fc2.lora_B"])
+    by_hand = torch.stack(
+        [
+            predictive(run.fitted.model, split, lambda k=k: [posterior.draw(k)]).log_likelihood[0]
+            for split in [posterior.split_of(["red green blue", "one two"], "Ada")]
+            for k in range(3)
+        ]
+    )
+    torch.testing.assert_close(predictions.log_likelihood, by_hand)
+    scales = posterior.deviation_scales(draws=8)
+    assert scales.shape == (3,)
+    assert bool(((scales > 0) & (scales < 1.5)).all())
+    assert repr(posterior) == "Posterior(NormalGuide, 3 tasks)"
+
+
+def test_the_command_says_what_came_of_it(tmp_path, map_run, main, capsys):
+    assert main([str(map_run), *line({"output_dir": tmp_path / "out", "epochs": 1, "draws": 2, "threads": 1})]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3].startswith("test perplexity: MAP ")
+    assert said[-2].startswith("calibration error (ECE): ")
+    assert said[-1] == f"run folder: {tmp_path / 'out'}"
+
+
+BAD = {
+    "no run": ([], "no run is given; name the folder of a MAP fit*"),
+    "foreign folder": (["{tmp}/none"], "run folder {tmp}/none does not exist*"),
+    "map": (["{run}", "--guide", "map"], "guide is 'map', the point estimate*"),
+    "unknown guide": (["{run}", "--guide", "norml"], "guide is 'norml'; allowed: normal, *; did you mean 'normal'?"),
+    "no draw": (["{run}", "--draws", "0"], "draws is 0; give a whole number from 1 up"),
+    "scale": (["{run}", "--scale", "0"], "scale is 0*; give a finite number above 0"),
+    "temperature": (["{run}", "--temperature", "inf"], "temperature is inf; give a finite number above 0"),
+    "tau": (
+        ["{run}", "--tau", "half_cauch"],
+        "tau is 'half_cauch'; allowed: fixed, half_cauchy, gamma; did you mean 'half_cauchy'?",
+    ),
+    "tau of laplace": (["{run}", "--tau", "gamma", "--guide", "laplace"], "guide laplace holds tau where it is*"),
+    "onto itself": (["{run}", "--output_dir", "{run}"], "output_dir {run} is the run itself*"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
+def test_bad_input(tmp_path, map_run, main, capsys, words, message):
+    from fnmatch import fnmatchcase
+
+    before = sorted(path.name for path in map_run.iterdir())
+    words = [word.format(run=map_run, tmp=tmp_path) for word in words]
+    if "--output_dir" not in words:
+        words += ["--output_dir", str(tmp_path / "out")]
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip()
+    assert fnmatchcase(said, "error: " + message.format(run=map_run, tmp=tmp_path)), said
+    assert not (tmp_path / "out").exists()
+    assert before == sorted(path.name for path in map_run.iterdir())
+
+
+@pytest.mark.parametrize(("tau", "scale"), [(100.0, 0.45), (10_000.0, 0.5), (1.0, 0.045), (0.0, 0.5), (math.inf, 0.5)])
+def test_the_usual_scale_is_narrow_where_the_prior_is_wide(tau, scale):
+    assert _usual_scale(tau) == pytest.approx(scale)
+
+
+def test_the_usual_scale_is_where_a_posterior_begins(tmp_path, map_run):
+    config = PosteriorFitConfig(run=str(map_run), output_dir=str(tmp_path / "posterior"))
+    run = load_run(map_run)
+    expected = _usual_scale(run.fitted.tau())
+    guide = _guide(config, run)
+    scales = [value.exp() for name, value in guide.state_dict().items() if name.startswith("log_scale/theta")]
+    assert scales
+    assert all(torch.allclose(value, torch.tensor(expected)) for value in scales)
+
+
+def test_a_posterior_that_is_not_fitted_says_so(tmp_path, map_run, monkeypatch):
+    metrics = posterior_fit(map_run, tmp_path / "good")
+    assert metrics["best_epoch"] == 1
+    assert not any("as it began" in note for note in metrics["notes"])
+    loop = sys.modules["bora_pyro.inference.fit"].Loop  # the package's own name `fit` is the function
+    monkeypatch.setattr(loop, "_validation_perplexity", lambda self: 2.0 + self.epoch)
+    metrics = posterior_fit(map_run, tmp_path / "bad", learning_rate=0.03)
+    assert metrics["best_epoch"] == 0
+    assert any("the posterior is as it began" in note and "(now 0.03; try 0.01)" in note for note in metrics["notes"])
+
+
+def test_a_posterior_of_a_posterior(tmp_path, map_run):
+    posterior_fit(map_run, tmp_path / "first")
+    with pytest.raises(InputError, match=r"is a posterior already; give the MAP fit"):
+        posterior_fit(tmp_path / "first", tmp_path / "second")
+
+
+def test_a_posterior_of_new_tasks_is_made_as_they_are_adapted(tmp_path, map_run, main, capsys):
+    data = tiny_base.write_table(tmp_path / "new.csv", tiny_base.documents(("Dora",), number=2))
+    run_adapt(AdaptConfig(run=str(map_run), data=data, steps=1, output_dir=str(tmp_path / "new")), quiet=True)
+    with pytest.raises(InputError, match=r"is a point estimate and has no posterior; adapt with --guide normal$"):
+        load_run(tmp_path / "new").posterior()
+    capsys.readouterr()
+    assert main([str(tmp_path / "new"), "--output_dir", str(tmp_path / "out")]) == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert "adapted from another fit; for a posterior of theirs adapt with --guide normal instead" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_point_estimate_has_no_posterior(map_run):
+    run = load_run(map_run)
+    with pytest.raises(InputError, match=r"is a point estimate and has no posterior; fit one around it"):
+        run.posterior()
+    with pytest.raises(InputError, match=r"this fit is a point estimate"):
+        Posterior(run.fitted)
+
+
+def test_bad_predictions(tmp_path, map_run):
+    posterior_fit(map_run, tmp_path / "posterior")
+    posterior = load_run(tmp_path / "posterior").posterior()
+    with pytest.raises(InputError, match=r"task 'Adda' is not in this fit, which has 3; did you mean 'Ada'\?"):
+        posterior.predict("red", "Adda")
+    with pytest.raises(InputError, match=r"draws is 0; give a whole number from 1 up"):
+        posterior.predict("red", "Ada", draws=0)
+    with pytest.raises(InputError, match=r"2 texts given, of which 1 have a token"):
+        posterior.predict(["red", ""], "Ada")
+    with pytest.raises(InputError, match=r"draws is 1; a standard deviation needs 2 or more"):
+        posterior.deviation_scales(draws=1)
+
+
+def test_scales_that_diverge_end_the_fit_at_the_best_state(tmp_path, map_run):
+    from bora_pyro.inference.fit import NonFiniteLossError
+
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"(the loss is not finite|a draw of the guide gives no numbers) .*the state of epoch 0 is kept. Use",
+    ):
+        posterior_fit(map_run, tmp_path / "posterior", learning_rate=1e6)

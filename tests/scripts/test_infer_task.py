@@ -1,0 +1,57 @@
+"""The command that says which task a text is of."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bora_pyro.predict.infer_task import infer_task as infer
+from bora_pyro.runs.saved import load_run
+from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
+
+main = script_main("infer_task")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("infer")
+    options = quick_fit(folder) | {"data": write_table(folder / "more.csv", documents(number=20)), "epochs": 2}
+    map_run(options | {"learning_rate": 0.1, "output_dir": folder / "run"})
+    return folder / "run"
+
+
+def said(capsys):
+    """The numbers in the rows of the table."""
+    rows = capsys.readouterr().out.splitlines()[1:]
+    return [[float(number) for number in re.findall(r"\b[01]\.\d+", row)] for row in rows]
+
+
+def test_it_is_as_sure_as_it_was_right_on_the_validation_documents(run, capsys, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The first text.\n\nAnd another one.\n", encoding="utf-8")
+    assert main([str(run), "--file", str(texts), "--calibrate", "true", "--most", "1"]) == 0
+    saved = load_run(run)
+    validation = saved.data.validation
+    calibration = infer(saved.fitted, validation).calibrate(validation.task)
+    expected = infer(saved.fitted, ["The first text.", "And another one."], calibration=calibration)
+    found = said(capsys)
+    assert [row[0] for row in found] == pytest.approx(expected.probabilities.max(1).values.tolist(), abs=1e-4)
+    assert main([str(run), "--file", str(texts), "--temperature", "1e6", "--prior", "flat"]) == 0
+    for row in said(capsys):  # at a high temperature the text says nothing
+        assert row == pytest.approx([1 / 3] * 3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--calibrate", "true", "--temperature", "3"], "calibrate finds the temperature"),
+        (["--temperature", "0"], "temperature is 0"),
+        (["--unknown", "1"], "unknown is 1"),
+        (["--text", "a\udcff"], r"text 2 ('a\udcff') has half a surrogate pair"),
+    ],
+)
+def test_bad_input(run, change, words, capsys):
+    assert main([str(run), "--text", "A text.", *change]) == 2
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in error
