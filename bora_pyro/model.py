@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bora_pyro.adapters import Adapter, LoRA
 from bora_pyro.backbone.backbone import Backbone, Change
-from bora_pyro.backbone.head import UnprojectedLogits
+from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.data.batch import Batch, TaskDraw
 from bora_pyro.errors import InputError
@@ -83,7 +83,7 @@ class BoRA:
 
     def __call__(self, batch: Batch) -> None:
         """Run the model on one batch of documents."""
-        self.likelihood(self.unprojected(batch, self.weights(batch)), batch)
+        self.likelihood(self.lazy_logits(batch, self.weights(batch)), batch)
 
     def plates(self, batch: Batch | TaskDraw | None = None) -> pyro.plate:
         """The plate of tasks, of all or of those that a batch speaks of: a guide's ``create_plates``."""
@@ -99,9 +99,9 @@ class BoRA:
         """Logits (rows, tokens, vocabulary) of a batch under each row's adapter, or under the base where there are none."""
         return self.backbone.logits(batch.input_ids, None if weights is None else self.change(weights, batch.row))
 
-    def unprojected(self, batch: Batch, weights: Weights | None) -> Tensor | UnprojectedLogits:
+    def lazy_logits(self, batch: Batch, weights: Weights | None) -> Tensor | LazyLogits:
         """As ``logits``, for a likelihood or a score, which need no more than a chunk of them at once."""
-        return self.backbone.unprojected(batch.input_ids, None if weights is None else self.change(weights, batch.row))
+        return self.backbone.lazy_logits(batch.input_ids, None if weights is None else self.change(weights, batch.row))
 
     def change(self, weights: Weights, task: Tensor) -> Change:
         """How the adapters in the rows ``task`` (rows,) of the weights change the outputs of the backbone's layers."""

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from bora_pyro.backbone.allocator import give_back_freed_memory
 from bora_pyro.backbone.attention import use_short_attention
 from bora_pyro.backbone.digest import weights_digest
-from bora_pyro.backbone.head import UnprojectedLogits
+from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_no_adapter
 from bora_pyro.backbone.slots import Slot, find_slots, linear_modules, linear_shape
 from bora_pyro.errors import InputError, nearest
@@ -190,7 +190,7 @@ class Backbone:
                 self._enter(stack, change, len(input_ids))
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
-    def unprojected(self, input_ids: Tensor, change: Change | None = None) -> Tensor | UnprojectedLogits:
+    def lazy_logits(self, input_ids: Tensor, change: Change | None = None) -> Tensor | LazyLogits:
         """As ``logits``, but the head is left to whoever needs the logits: a loss never holds those of all tokens at once.
 
         Models that do more than a linear map after their last hidden state, as Gemma 2's soft cap, give the logits themselves.
@@ -201,15 +201,15 @@ class Backbone:
             if change is not None:
                 self._enter(stack, change, len(input_ids))
             states = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return UnprojectedLogits(states, self.model.get_output_embeddings())
+        return LazyLogits(states, self.model.get_output_embeddings())
 
-    def idle(self, *, backward: bool = False) -> None:
+    def dummy_pass(self, *, backward: bool = False) -> None:
         """A pass whose result nobody wants: for processes that each hold a part of the base and need the others' parts."""
         two = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
         with torch.set_grad_enabled(backward):
             zero = torch.zeros((), device=self.device, requires_grad=backward)
-            output = self.unprojected(two, lambda slot, layer, x, output: output + zero.to(output))
-            states = output.states if isinstance(output, UnprojectedLogits) else output
+            output = self.lazy_logits(two, lambda slot, layer, x, output: output + zero.to(output))
+            states = output.states if isinstance(output, LazyLogits) else output
             if backward:
                 states.float().sum().backward()
 

@@ -3,7 +3,7 @@
     >>> head = torch.nn.Linear(4, 10, bias=False).requires_grad_(False)
     >>> states = torch.randn(2, 3, 4)
     >>> targets = torch.tensor([[5, 6, -100], [7, -100, -100]])
-    >>> logits = UnprojectedLogits(states, head)
+    >>> logits = LazyLogits(states, head)
     >>> loss = logits.token_losses(targets)
     >>> expected = torch.nn.functional.cross_entropy(logits().flatten(0, 1), targets.flatten(), reduction="none")
     >>> torch.allclose(loss.flatten(), expected, atol=1e-6)
@@ -34,7 +34,7 @@ def chunk_tokens(device: torch.device, vocabulary: int) -> int:
 
 
 @dataclass(frozen=True)
-class UnprojectedLogits:
+class LazyLogits:
     """Next-token logits before the head: called, it gives them; a loss needs them a chunk at a time only.
 
     Attributes:
@@ -54,9 +54,9 @@ class UnprojectedLogits:
         """Of the logits."""
         return torch.Size([*self.states.shape[:-1], len(self.head.weight)])
 
-    def expand(self, *shape: int) -> UnprojectedLogits:
+    def expand(self, *shape: int) -> LazyLogits:
         """The same for more rows, as ``Tensor.expand``; the last entry, the vocabulary, cannot change."""
-        return UnprojectedLogits(self.states.expand(*shape[:-1], self.states.shape[-1]), self.head)
+        return LazyLogits(self.states.expand(*shape[:-1], self.states.shape[-1]), self.head)
 
     def token_losses(self, targets: Tensor) -> Tensor:
         """−log p of each target in nats, float32; 0 where it is -100.

@@ -2,7 +2,7 @@
 
 Each process keeps a share of every decoder layer's weights; a layer is put together when its turn comes, forward and backward,
 and taken apart again. Embedding, last norm and head are whole in each. All processes must so pass through the layers together:
-`Processes.in_step` lets one that has nothing to do make an idle pass for the others.
+`Processes.lockstep` lets one that has nothing to do make an idle pass for the others.
 """
 
 from __future__ import annotations

@@ -92,12 +92,12 @@ class TaskDraw:
         index: (tasks,) int64, rising: the tasks.
         weight: (tasks,) float32: the factor of each one's log-prior. With S steps in an epoch, m_d of them with task d, S/m_d
             makes their average the log-prior of all tasks.
-        held: whether the guide's tensors have a row for each of these tasks alone, and not one for each task of the model.
+        rows_loaded: whether the guide's tensors have a row for each of these tasks alone, and not one for each task of the model.
     """
 
     index: Tensor
     weight: Tensor
-    held: bool = False
+    rows_loaded: bool = False
 
     def positions(self, task: Tensor) -> Tensor:
         """Where the tasks ``task`` (rows,) stand in ``index``; they must be there."""
@@ -114,6 +114,6 @@ class TaskDraw:
         return replace(self, index=self.index.to(device), weight=self.weight.to(device))
 
 
-def looked_at(index: Tensor) -> TaskDraw:
+def loaded_tasks(index: Tensor) -> TaskDraw:
     """The tasks ``index`` as held rows, each with weight 1: to look at their adapters, not to train them."""
-    return TaskDraw(index, torch.ones(len(index), device=index.device), held=True)
+    return TaskDraw(index, torch.ones(len(index), device=index.device), rows_loaded=True)

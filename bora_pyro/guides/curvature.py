@@ -36,7 +36,7 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
     """
     rows = {name: value.detach().index_select(0, batch.row).requires_grad_() for name, value in theta.items()}
     change = model.change(rows, torch.arange(len(batch.task), device=batch.task.device))
-    logits = model.backbone.unprojected(batch.input_ids, change)
+    logits = model.backbone.lazy_logits(batch.input_ids, change)
     trace = poutine.trace(model.likelihood).get_trace(logits, batch)
     log_likelihood = sum(site["fn"].log_prob(site["value"]).sum() for site in map(trace.nodes.get, trace.observation_nodes))
     return dict(zip(rows, torch.autograd.grad(log_likelihood, list(rows.values())), strict=True))

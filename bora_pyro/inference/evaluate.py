@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bora_pyro.data.batch import IGNORED, Batch, looked_at
+from bora_pyro.data.batch import IGNORED, Batch, loaded_tasks
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.likelihoods.next_tokens import NextTokens
 from bora_pyro.model import BoRA, Weights
@@ -65,7 +65,7 @@ def evaluate(
     *adapters: Weights | Callable[[Tensor], Weights] | None,
     token_budget: int = 8192,
     documents: Tensor | None = None,
-    in_step: Callable[[Iterable[Batch]], Iterable[Batch | None]] = iter,
+    lockstep: Callable[[Iterable[Batch]], Iterable[Batch | None]] = iter,
 ) -> list[Scores]:
     """Score a split under several sets of adapters in one pass over it.
 
@@ -85,26 +85,26 @@ def evaluate(
             tasks that it is given, (n,) rising; or None for the base alone.
         token_budget: tokens of a batch, padding included.
         documents: positions of the only documents to score, the others count as having no tokens; default: all.
-        in_step: ``Processes.in_step``, where several processes hold parts of the base.
+        lockstep: ``Processes.lockstep``, where several processes hold parts of the base.
 
     Returns:
         One :class:`Scores` for each of ``adapters``.
     """
     log_likelihood = [torch.zeros(split.num_documents, dtype=torch.float64) for _ in adapters]
     tokens = torch.zeros(split.num_documents, dtype=torch.int64)
-    for batch in in_step(split.batches(token_budget=token_budget, documents=documents)):
+    for batch in lockstep(split.batches(token_budget=token_budget, documents=documents)):
         if batch is None:
             for _ in adapters:
-                model.backbone.idle()
+                model.backbone.dummy_pass()
             continue
         on_device = batch.to(model.backbone.device)
         tokens[batch.index] = (batch.labels[:, 1:] != IGNORED).sum(-1)
-        drawn = replace(on_device, tasks=looked_at(on_device.task.unique()))
+        drawn = replace(on_device, tasks=loaded_tasks(on_device.task.unique()))
         for result, weights in zip(log_likelihood, adapters, strict=True):
             if callable(weights):
                 assert drawn.tasks is not None
-                logits = model.unprojected(drawn, weights(drawn.tasks.index))
+                logits = model.lazy_logits(drawn, weights(drawn.tasks.index))
             else:
-                logits = model.unprojected(on_device, weights)
+                logits = model.lazy_logits(on_device, weights)
             result[batch.index] = NextTokens(logits).log_prob(on_device.labels).double().cpu()
     return [Scores(result, tokens, split.characters, split.task) for result in log_likelihood]

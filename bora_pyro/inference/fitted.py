@@ -11,7 +11,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from bora_pyro.data.batch import looked_at
+from bora_pyro.data.batch import loaded_tasks
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.inference.evaluate import Scores, evaluate
 from bora_pyro.inference.processes import Processes
@@ -77,7 +77,7 @@ class Fitted:
         def some(index: Tensor) -> tuple[Weights, Weights]:
             device = self.model.backbone.device
             rows = {name: sites[name].index_select(0, index.to(sites[name].device)).to(device) for name in of_tasks}
-            return self.model.weights_given(sites | rows, looked_at(index.to(device)))
+            return self.model.weights_given(sites | rows, loaded_tasks(index.to(device)))
 
         averages: Weights = {}
         names = [name for name in self.model.starts if self.model.prior.averages(name)]
@@ -135,9 +135,9 @@ class Fitted:
             name: of the split, in the names of the results.
             processes: those of the fit, where each holds a part of the base: the others call ``help_evaluate`` meanwhile.
         """
-        in_step = (processes or Processes()).in_step
+        lockstep = (processes or Processes()).lockstep
         weights, documents = self.weights_of(), split.documents_per_task
-        base, adapted = evaluate(self.model, split, None, lambda index: weights(index)[0], in_step=in_step)
+        base, adapted = evaluate(self.model, split, None, lambda index: weights(index)[0], lockstep=lockstep)
         return {
             f"{name}_perplexity": adapted.perplexity(),
             f"base_{name}_perplexity": base.perplexity(),
@@ -148,9 +148,9 @@ class Fitted:
 
     def help_evaluate(self, split: TokenSplit, processes: Processes) -> None:
         """Pass through the base as often as another process does, which evaluates a split with this one's part of the base."""
-        if processes.lockstep:
+        if processes.sharded_base:
             nothing = torch.zeros(0, dtype=torch.int64)
-            evaluate(self.model, split, None, None, documents=nothing, in_step=processes.in_step)
+            evaluate(self.model, split, None, None, documents=nothing, lockstep=processes.lockstep)
 
     def _of_task(self, d: int, base: Scores, adapted: Scores, name: str, documents: int) -> dict[str, Any]:
         return {

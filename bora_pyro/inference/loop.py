@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuide
 from torch import Tensor
 
-from bora_pyro.data.batch import Batch, looked_at
+from bora_pyro.data.batch import Batch, loaded_tasks
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
@@ -28,8 +28,7 @@ from bora_pyro.inference.continuation import check_packing, check_same, digests
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.inference.processes import Processes, add_up_gradient
-from bora_pyro.inference.processes import shares as share_out
+from bora_pyro.inference.processes import Processes, all_reduce_gradient, partition_tasks
 from bora_pyro.inference.state import AllTasks, DrawnTasks, FitState
 from bora_pyro.inference.steps import EpochSteps
 from bora_pyro.inference.task_rows import MANY_TASKS, set_up
@@ -75,7 +74,7 @@ class Loop:
         task_memory: float = 4.0,
         folder: Path | None = None,
         processes: Processes | None = None,
-        shares: Sequence[Tensor] | None = None,
+        partition: Sequence[Tensor] | None = None,
     ) -> None:
         self.model, self.data, self.guide, self.seed = model, data, guide, seed
         self.learning_rate, self.warmup, self.gradient_clip = learning_rate, warmup, gradient_clip
@@ -90,11 +89,13 @@ class Loop:
             raise InputError(
                 "task_subsampling is false, but several processes share the tasks; leave it out, or start one process"
             )
-        if shares is None and self.processes.size > 1:
-            shares = share_out(data.train.tokens_per_task, self.processes.size)
-        self.shares = shares or ([torch.arange(model.num_tasks)] if task_subsampling else None)
+        if partition is None and self.processes.size > 1:
+            partition = partition_tasks(data.train.tokens_per_task, self.processes.size)
+        self.partition = partition or ([torch.arange(model.num_tasks)] if task_subsampling else None)
         self.mine = [self.processes.rank] if self.processes.size > 1 else None
-        own = None if self.shares is None else torch.cat([self.shares[n] for n in self.mine or range(len(self.shares))]).unique()
+        own = None
+        if self.partition is not None:
+            own = torch.cat([self.partition[n] for n in self.mine or range(len(self.partition))]).unique()
         # the guide keeps what the model made of the batch that it first sees, the logits included: one document
         document = data.train.batches(token_budget=1)[0].to(self.device)
         self.state: FitState
@@ -138,16 +139,16 @@ class Loop:
             token_budget=self.token_budget,
             accumulate=self.accumulate,
             seed=_epoch_seed(self.seed, epoch),
-            shares=self.shares,
+            partition=self.partition,
             mine=self.mine,
         )
 
     def _documents_of_mine(self, split: TokenSplit) -> list[Tensor | None]:
         """The documents of each share that this process works at; None: all."""
-        if self.shares is None:
+        if self.partition is None:
             return [None]
-        chosen = self.mine or range(len(self.shares))
-        return [torch.isin(split.task, self.shares[number]).nonzero()[:, 0] for number in chosen]
+        chosen = self.mine or range(len(self.partition))
+        return [torch.isin(split.task, self.partition[number]).nonzero()[:, 0] for number in chosen]
 
     def run_epoch(
         self,
@@ -209,9 +210,9 @@ class Loop:
         # on the device until the end: what is asked of it earlier would have to wait for it
         sums = torch.zeros(5, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         most = self.model.backbone.pass_tokens
-        for batch in self.processes.in_step(part for whole in self.state.begin(batches) for part in whole.parts(most)):
+        for batch in self.processes.lockstep(part for whole in self.state.begin(batches) for part in whole.parts(most)):
             if batch is None:
-                self.model.backbone.idle(backward=True)
+                self.model.backbone.dummy_pass(backward=True)
                 continue
             counts = [self._observations(batch.task, batch.predicted), int(batch.predicted.sum())]
             loss = self.backward(batch.to(self.device), validate=validate)
@@ -219,7 +220,7 @@ class Loop:
             sums[:2] += torch.stack([loss, self.elbo.log_likelihood / batch.scale]).to(sums.dtype)
             sums[2:4] += torch.tensor(counts, dtype=sums.dtype).to(self.device, non_blocking=True)
         sums[4] = self.request()
-        norm = add_up_gradient(self.processes, self.state.shared, self.state.own, sums)
+        norm = all_reduce_gradient(self.processes, self.state.shared, self.state.own, sums)
         if not torch.stack([*sums, norm.to(sums)]).isfinite().all():
             raise self._non_finite(f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1})")
         parameters = [value for value in (*self.state.shared, *self.state.own) if value.grad is not None]
@@ -246,18 +247,18 @@ class Loop:
         nothing = {name: start.new_zeros((0, *start.shape)) for name, start in self.model.starts.items()}
         deviations, gradients, tasks = [nothing], [nothing], [torch.zeros(0, dtype=torch.int64, device=self.device)]
         totals = self.state.totals(self.processes)
-        for batch in self.processes.in_step(look[update % len(look)] for look in self._looks if len(look)):
+        for batch in self.processes.lockstep(look[update % len(look)] for look in self._looks if len(look)):
             if batch is None:
-                self.model.backbone.idle(backward=True)
+                self.model.backbone.dummy_pass(backward=True)
                 continue
-            if self.shares is not None:
-                batch = replace(batch, tasks=looked_at(batch.task.unique()))
+            if self.partition is not None:
+                batch = replace(batch, tasks=loaded_tasks(batch.task.unique()))
             batch, theta, average = self.state.view(batch, totals)
             batch = batch.to(self.device)
             gradients.append(document_gradients(self.model, theta, batch))
             deviations.append({name: (value - average[name]).index_select(0, batch.row) for name, value in theta.items()})
             tasks.append(batch.task)
-        self.model.prior.learn(_joined(deviations), _joined(gradients), torch.cat(tasks), add_up=self.processes.add_up)
+        self.model.prior.learn(_joined(deviations), _joined(gradients), torch.cat(tasks), all_reduce=self.processes.all_reduce)
 
     def _tau(self) -> dict[str, Any]:
         """τ by latent as a path of it is kept: where more than a few tasks have one each, the geometric mean.
@@ -290,9 +291,11 @@ class Loop:
             self.data.validation,
             self.state.adapters(),
             documents=self._held_out[0],
-            in_step=self.processes.in_step,
+            lockstep=self.processes.lockstep,
         )
-        log_likelihood, tokens = self.processes.add_up(torch.stack([scores.log_likelihood.sum(), scores.tokens.sum().double()]))
+        log_likelihood, tokens = self.processes.all_reduce(
+            torch.stack([scores.log_likelihood.sum(), scores.tokens.sum().double()])
+        )
         return math.exp(min(-float(log_likelihood) / float(tokens), 700.0))
 
     def keep_best(self) -> float | None:
@@ -317,13 +320,13 @@ class Loop:
         if isinstance(self.guide, AutoDelta):
             return True
         document = self.data.train.batches(token_budget=1, documents=self._documents_of_mine(self.data.train)[0])[0]
-        if self.shares is not None:
-            (document,) = self.state.begin([replace(document, tasks=looked_at(document.task))])
+        if self.partition is not None:
+            (document,) = self.state.begin([replace(document, tasks=loaded_tasks(document.task))])
         document = document.to(self.device)
         with poutine.seed(rng_seed=self.seed):
             theta, _ = self.model.weights_given(self.guide(document), document.tasks)
         finite = self.model.logits(document, theta).isfinite().all()
-        return not self.processes.add_up((~finite).float().reshape(1).cpu()).any()
+        return not self.processes.all_reduce((~finite).float().reshape(1).cpu()).any()
 
     def finish(self) -> None:
         """Put the guide into its best state, with the rows of all tasks, in the process of rank 0."""

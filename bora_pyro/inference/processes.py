@@ -37,16 +37,16 @@ class Processes:
     rank, size = 0, 1
     reduced_bytes = 0
     #: Whether all must pass through the base together, each holding a part of it.
-    lockstep = False
+    sharded_base = False
 
-    def add_up(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the processes, in place."""
         return value
 
     def gather_rows(self, store: RowTensor, own: Tensor) -> None:
         """Let rank 0 have the rows of all processes; ``own`` are this one's."""
 
-    def in_step(self, work: Iterable[T]) -> Iterator[T | None]:
+    def lockstep(self, work: Iterable[T]) -> Iterator[T | None]:
         """The pieces of work, each one pass through the base; where all pass together, None while others have more."""
         yield from work
 
@@ -77,7 +77,7 @@ class Group(Processes):
         dist.init_process_group(backend, timeout=timedelta(days=1))
         self.rank, self.size, self.reduced_bytes = dist.get_rank(), dist.get_world_size(), 0
 
-    def add_up(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
         self.reduced_bytes += value.numel() * value.element_size()
         return value
@@ -108,8 +108,8 @@ class Group(Processes):
         dist.recv(value, source)
         return value
 
-    def in_step(self, work: Iterable[T]) -> Iterator[T | None]:
-        if not self.lockstep:
+    def lockstep(self, work: Iterable[T]) -> Iterator[T | None]:
+        if not self.sharded_base:
             yield from work
             return
         pieces = iter(work)
@@ -154,10 +154,10 @@ def processes(device: torch.device) -> Processes:
     return Group(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
 
 
-def shares(tokens: Tensor, size: int) -> list[Tensor]:
+def partition_tasks(tokens: Tensor, size: int) -> list[Tensor]:
     """The tasks of each process, dealt out so that all have about as many tokens: the longest first, to who has least.
 
-        >>> shares(torch.tensor([5, 0, 9, 4]), 2)
+        >>> partition_tasks(torch.tensor([5, 0, 9, 4]), 2)
         [tensor([1, 2]), tensor([0, 3])]
 
     Args:
@@ -182,7 +182,7 @@ def shares(tokens: Tensor, size: int) -> list[Tensor]:
     return [torch.tensor(sorted(tasks)) for tasks in of_rank]
 
 
-def add_up_gradient(processes: Processes, shared: Sequence[Parameter], own: Sequence[Parameter], sums: Tensor) -> Tensor:
+def all_reduce_gradient(processes: Processes, shared: Sequence[Parameter], own: Sequence[Parameter], sums: Tensor) -> Tensor:
     """Add the gradient of ``shared`` and ``sums`` up over the processes, in one message; the norm of the whole gradient."""
     squares = _squares(own, sums)
     if processes.size > 1:
@@ -190,10 +190,10 @@ def add_up_gradient(processes: Processes, shared: Sequence[Parameter], own: Sequ
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients = [parameter.grad for parameter in shared if parameter.grad is not None]
         if gradients:  # tasks that are independent share nothing
-            message = processes.add_up(torch.cat([gradient.flatten() for gradient in gradients]))
+            message = processes.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, message.split([gradient.numel() for gradient in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        numbers = processes.add_up(torch.cat([sums, squares[None]]))
+        numbers = processes.all_reduce(torch.cat([sums, squares[None]]))
         sums.copy_(numbers[:-1])
         squares = numbers[-1]
     return (squares + _squares(shared, sums)).sqrt().float()

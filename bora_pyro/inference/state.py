@@ -173,7 +173,7 @@ class DrawnTasks:
 
     def totals(self, processes: Processes) -> Weights:
         assert self.rows.sums is not None
-        message = processes.add_up(torch.cat([value.flatten() for value in self.rows.sums.values()]).float())
+        message = processes.all_reduce(torch.cat([value.flatten() for value in self.rows.sums.values()]).float())
         parts = message.split([value.numel() for value in self.rows.sums.values()])
         return {name: part.view(value.shape) for (name, value), part in zip(self.rows.sums.items(), parts, strict=True)}
 
@@ -209,8 +209,8 @@ class DrawnTasks:
         for group in rows.values():
             for store in group.values():
                 processes.gather_rows(store, self.rows.own)
-        count = processes.add_up(self.rows.count.clone())
-        sums = {name: processes.add_up(value.clone()) for name, value in (self.rows.sums or {}).items()}
+        count = processes.all_reduce(self.rows.count.clone())
+        sums = {name: processes.all_reduce(value.clone()) for name, value in (self.rows.sums or {}).items()}
         if processes.rank:
             return {}
         groups: dict[str, dict[str, Tensor | RowTensor]] = {name: {**group} for name, group in rows.items()}

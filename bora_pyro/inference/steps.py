@@ -2,7 +2,7 @@
 
 >>> from bora_pyro.data import TokenSplit
 >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7, 8], [0, 9]], task=[1, 0, 1], num_tasks=4)
->>> steps = EpochSteps(split, token_budget=3, shares=[torch.arange(4)])
+>>> steps = EpochSteps(split, token_budget=3, partition=[torch.arange(4)])
 >>> [[batch.tasks.index.tolist() for batch in step] for step in steps]
 [[[1, 2]], [[1, 3]], [[0]]]
 >>> steps[0][0].tasks.weight  # task 1 has documents in two steps of three
@@ -38,7 +38,7 @@ class EpochSteps(Sequence[list[Batch]]):
         token_budget: tokens of a batch, padding included.
         accumulate: batches of one share in a step.
         seed: of the order of the documents; None: by length.
-        shares: the tasks of each process, which packs its own documents; together all tasks. None: one share of all tasks,
+        partition: the tasks of each process, which packs its own documents; together all tasks. None: one share of all tasks,
             and every batch speaks of all of them.
         mine: the shares whose batches are wanted; default: all, one process that does the work of several.
     """
@@ -50,21 +50,21 @@ class EpochSteps(Sequence[list[Batch]]):
         token_budget: int,
         accumulate: int = 1,
         seed: int | None = None,
-        shares: Sequence[Tensor] | None = None,
+        partition: Sequence[Tensor] | None = None,
         mine: Sequence[int] | None = None,
     ) -> None:
         self._accumulate = accumulate
-        if shares is None:
+        if partition is None:
             parts = [split.batches(token_budget=token_budget, seed=seed)]
         else:
-            of_share = [torch.isin(split.task, share).nonzero()[:, 0] for share in shares]
+            of_share = [torch.isin(split.task, share).nonzero()[:, 0] for share in partition]
             parts = [split.batches(token_budget=token_budget, seed=seed, documents=documents) for documents in of_share]
         self._generator = torch.Generator().manual_seed(seed or 0)
         self._steps = max(-(-len(part) // accumulate) for part in parts)
         chosen = range(len(parts)) if mine is None else mine
         self._parts = [parts[number] for number in chosen]
         self._lengths = [len(part) for part in parts]
-        self._draws = None if shares is None else [self._draw(parts[number], shares[number]) for number in chosen]
+        self._draws = None if partition is None else [self._draw(parts[number], partition[number]) for number in chosen]
 
     def _draw(self, batches: Batches, share: Tensor) -> list[TaskDraw]:
         """The tasks of each batch of one share, and their weights."""

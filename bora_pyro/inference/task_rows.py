@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
-from bora_pyro.data.batch import Batch, TaskDraw, looked_at
+from bora_pyro.data.batch import Batch, TaskDraw, loaded_tasks
 from bora_pyro.errors import InputError
 from bora_pyro.files.row_file import RowTensor
 from bora_pyro.model import BoRA, Weights
@@ -79,7 +79,9 @@ class TaskRows:
         if not draws:
             return []
         self.load(torch.cat([draw.index for draw in draws]).unique())
-        return [replace(batch, tasks=replace(batch.tasks.widened(self.loaded), held=True)) for batch in batches if batch.tasks]
+        return [
+            replace(batch, tasks=replace(batch.tasks.widened(self.loaded), rows_loaded=True)) for batch in batches if batch.tasks
+        ]
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -143,7 +145,7 @@ class TaskRows:
         return {name: sites[name].clone() for name in task_sites(self.guide)}
 
     def _draw(self) -> TaskDraw:
-        return looked_at(self.loaded.to(self.model.backbone.device))
+        return loaded_tasks(self.loaded.to(self.model.backbone.device))
 
     def weights(self, index: Tensor) -> Weights:
         """θ of the tasks ``index``, rising, at the guide's centre: (tasks, layers, *shape) by name."""
@@ -212,7 +214,7 @@ def task_sites(guide: AutoGuide) -> list[str]:
 def _task_parameters(model: BoRA, guide: AutoGuide) -> dict[str, Parameter]:
     """The guide's parameters that have a row a task: those that it reads inside the plate of tasks."""
     rows = {len(site["value"]) for name, site in guide.prototype_trace.iter_stochastic_nodes() if name in task_sites(guide)}
-    draw = looked_at(torch.arange(max(rows, default=1), device=model.backbone.device))
+    draw = loaded_tasks(torch.arange(max(rows, default=1), device=model.backbone.device))
     with torch.no_grad(), poutine.seed(rng_seed=0):
         trace = poutine.trace(guide).get_trace(draw)
     inside = set()
@@ -245,7 +247,7 @@ def set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> No
     if guide.prototype_trace is None:
         device = model.backbone.device
         index = torch.arange(model.num_tasks, device=device) if all_rows else batch.task.unique()[:1]
-        draw = TaskDraw(index, torch.ones(len(index), device=device), held=True)
+        draw = TaskDraw(index, torch.ones(len(index), device=device), rows_loaded=True)
         guide(replace(batch, task=index[:1].expand(len(batch.task)), tasks=draw))
 
 

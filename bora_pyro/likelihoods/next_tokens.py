@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from bora_pyro.backbone.head import UnprojectedLogits
+from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.data.batch import IGNORED, Batch
 from bora_pyro.errors import InputError, nearest
 
@@ -26,7 +26,7 @@ UNITS = ("tokens", "documents")
 class Likelihood(Protocol):
     """Scores a batch under the language model's logits."""
 
-    def __call__(self, logits: Tensor | UnprojectedLogits, batch: Batch) -> None:
+    def __call__(self, logits: Tensor | LazyLogits, batch: Batch) -> None:
         """Add the observed sites of ``batch`` to the model; logits: (rows, tokens, vocabulary), computed or not yet."""
 
     def observations(self, documents: float, tokens: float) -> float:
@@ -70,7 +70,7 @@ class NextTokens(TorchDistribution):
     support = constraints.independent(constraints.integer_interval(IGNORED, 2**31 - 1), 1)
     has_rsample = False
 
-    def __init__(self, logits: Tensor | UnprojectedLogits, *, per_token: bool = False, validate_args: bool | None = None) -> None:
+    def __init__(self, logits: Tensor | LazyLogits, *, per_token: bool = False, validate_args: bool | None = None) -> None:
         self.logits, self.per_token = logits, per_token
         super().__init__(logits.shape[:1], logits.shape[1:2], validate_args=validate_args)
 
@@ -79,7 +79,7 @@ class NextTokens(TorchDistribution):
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Each next token drawn given the *observed* prefix; position 0 has no distribution and is -100."""
-        logits = self.logits() if isinstance(self.logits, UnprojectedLogits) else self.logits
+        logits = self.logits() if isinstance(self.logits, LazyLogits) else self.logits
         drawn = torch.distributions.Categorical(logits=logits[:, :-1].float()).sample(sample_shape)
         return F.pad(drawn, (1, 0), value=IGNORED)
 
@@ -87,7 +87,7 @@ class NextTokens(TorchDistribution):
         rows, tokens, vocabulary = self.logits.shape
         # the labels are shifted and not the logits: a slice of the logits would be copied, and so would its gradient
         targets = F.pad(value[:, 1:], (0, 1), value=IGNORED)
-        if isinstance(self.logits, UnprojectedLogits):
+        if isinstance(self.logits, LazyLogits):
             loss = self.logits.token_losses(targets)
         else:
             flat = self.logits.reshape(-1, vocabulary).float()
@@ -127,7 +127,7 @@ class CausalLM:
             raise InputError(f"task_weights are {task_weights.tolist()!r:.80}; give finite numbers above 0")
         self.unit, self.task_weights = unit, task_weights
 
-    def __call__(self, logits: Tensor | UnprojectedLogits, batch: Batch) -> None:
+    def __call__(self, logits: Tensor | LazyLogits, batch: Batch) -> None:
         # batch.scale makes the sum over the batch an unbiased estimate of the sum over all documents
         scale = batch.scale if self.task_weights is None else batch.scale * task_weight(self, batch.task)
         with pyro.plate("documents", len(batch.labels), dim=-1), poutine.scale(scale=scale):

@@ -305,7 +305,7 @@ def log_likelihoods(model: BoRA, split: TokenSplit, theta: Weights, *, token_bud
         rows = len(batch.index)
         input_ids, labels = (value.repeat_interleave(adapters, 0).to(device) for value in (batch.input_ids, batch.labels))
         adapter = torch.arange(adapters, device=device).repeat(rows)
-        found = NextTokens(model.backbone.unprojected(input_ids, model.change(theta, adapter))).log_prob(labels)
+        found = NextTokens(model.backbone.lazy_logits(input_ids, model.change(theta, adapter))).log_prob(labels)
         result[batch.index] = found.double().cpu().view(rows, adapters)
     return result
 

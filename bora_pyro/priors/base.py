@@ -88,7 +88,7 @@ class Prior(ABC):
         gradients: Mapping[str, Tensor],
         task: Tensor,
         *,
-        add_up: Callable[[Tensor], Tensor] = lambda value: value,
+        all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         """Follow what some validation documents say of the prior's own parameters; a prior without any does nothing.
 
@@ -97,7 +97,7 @@ class Prior(ABC):
                 (documents, layers, *shape).
             gradients: ∇ log p(w_n | θ_d(n)) of each document with respect to its own task's weights, (documents, layers, *shape).
             task: index of each document's task, (documents,).
-            add_up: adds a tensor up over the processes of a fit, each of which has other documents.
+            all_reduce: adds a tensor up over the processes of a fit, each of which has other documents.
         """
 
     def state(self) -> dict[str, Tensor]:

@@ -64,11 +64,11 @@ class ByLatent(Prior):
         gradients: Mapping[str, Tensor],
         task: Tensor,
         *,
-        add_up: Callable[[Tensor], Tensor] = lambda value: value,
+        all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         names = [name for name in deviations if self.of(name) is self.other]
         deviations, gradients = ({name: values[name] for name in names} for values in (deviations, gradients))
-        self.other.learn(deviations, gradients, task, add_up=add_up)
+        self.other.learn(deviations, gradients, task, all_reduce=all_reduce)
 
     def state(self) -> dict[str, Tensor]:
         return self.other.state()

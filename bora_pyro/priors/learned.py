@@ -88,7 +88,7 @@ class LearnedPrecision(Prior):
         gradients: Mapping[str, Tensor],
         task: Tensor,
         *,
-        add_up: Callable[[Tensor], Tensor] = lambda value: value,
+        all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         # (documents, layers) each
         slopes = {name: (gradients[name] * deviation).flatten(2).sum(-1) for name, deviation in deviations.items()}
@@ -96,7 +96,9 @@ class LearnedPrecision(Prior):
             key: torch.stack([of_documents.sum(0), own.sum(0), of_documents.square().sum(0)])
             for key, (of_documents, own) in self._by_group(slopes, task).items()
         }
-        added = add_up(torch.cat([value.flatten() for value in sums.values()])).split([value.numel() for value in sums.values()])
+        added = all_reduce(torch.cat([value.flatten() for value in sums.values()])).split(
+            [value.numel() for value in sums.values()]
+        )
         steps = {key: self._step(key, *of_group.view(3, -1)) for key, of_group in zip(sums, added, strict=True)}
         for name, tau in self.tau.items():
             change = steps["model" if self.per == "model" else name].view(tau.shape if self.per == "layer" else ())

@@ -22,7 +22,7 @@ class TaskPlate(pyro.plate):
     Pyro scales the log-densities of n drawn of D tasks by D/n, which supposes that all are drawn equally often. Here documents
     are drawn, and tasks with them: one with many documents comes up more often, and weighs less each time.
 
-    Where the draw is ``held``, parameters inside the plate are taken to have the drawn tasks' rows alone and are not subsampled.
+    Where the draw has ``rows_loaded``, parameters inside the plate have the drawn tasks' rows alone and are not subsampled.
 
     Args:
         num_tasks: D.
@@ -31,16 +31,16 @@ class TaskPlate(pyro.plate):
 
     def __init__(self, num_tasks: int, draw: TaskDraw) -> None:
         super().__init__("tasks", num_tasks, subsample=draw.index, dim=-1)
-        self.weight, self.held = draw.weight, draw.held
+        self.weight, self.rows_loaded = draw.weight, draw.rows_loaded
 
     def _process_message(self, msg: Any) -> None:
         scale = msg["scale"]
         super()._process_message(msg)
         msg["scale"] = scale * self.weight if msg["type"] == "sample" else scale
-        if self.held:  # a guide makes its tensors of this size
+        if self.rows_loaded:  # a guide makes its tensors of this size
             frame, *outer = msg["cond_indep_stack"]
             msg["cond_indep_stack"] = (frame._replace(full_size=self.subsample_size), *outer)
 
     def _postprocess_message(self, msg: Any) -> None:
-        if not self.held:  # else a parameter has the drawn rows already
+        if not self.rows_loaded:  # else a parameter has the drawn rows already
             super()._postprocess_message(msg)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from bora_pyro.inference.adapt import adapt, load_new_tasks
-from bora_pyro.runs.config.adapt import CONTENT, NEW_DOCUMENTS, AdaptConfig
 from bora_pyro.data.chat import load_chat_template
 from bora_pyro.errors import InputError
+from bora_pyro.inference.adapt import adapt, load_new_tasks
+from bora_pyro.runs.config.adapt import CONTENT, NEW_DOCUMENTS, AdaptConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.results import GIVEN, metrics_of, write_adapters, write_posterior
 from bora_pyro.runs.saved import SavedRun, load_run

@@ -33,13 +33,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bora_pyro.errors import InputError
-from bora_pyro.files.regular import check_links
-from bora_pyro.files.regular import check_regular, read_regular
-from bora_pyro.runs.layout import ADAPTERS, CHECKPOINTS, CONFIG, FIT, HEADER, LOCK, LOG, METRICS, SOURCE, SPLIT, clear, foreign_entries, is_ours  # fmt: skip
-from bora_pyro.runs.record import strange_metric, strange_record
-from bora_pyro.files.tensors import DAMAGE, DIGEST, is_intact, write_safetensors
 from bora_pyro.files.atomic import check_writable, replace_file, unusable, unwritable
+from bora_pyro.files.regular import check_links, check_regular, read_regular
 from bora_pyro.files.safe_yaml import YamlError, dump_mapping, read_mapping
+from bora_pyro.files.tensors import DAMAGE, DIGEST, is_intact, write_safetensors
+from bora_pyro.runs.layout import (  # fmt: skip
+    ADAPTERS,
+    CHECKPOINTS,
+    CONFIG,
+    FIT,
+    HEADER,
+    LOCK,
+    LOG,
+    METRICS,
+    SOURCE,
+    SPLIT,
+    clear,
+    foreign_entries,
+    is_ours,
+)
+from bora_pyro.runs.record import strange_metric, strange_record
 
 #: The largest log, split or result that is read; those of 10,000 tasks take some megabytes.
 MAX_BYTES = 2**30

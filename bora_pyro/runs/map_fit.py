@@ -8,39 +8,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bora_pyro.adapters import ADAPTERS, Adapter
-from bora_pyro.backbone.backbone import Backbone
-from bora_pyro.runs.config.map_fit import AUTO, DATA, MODEL, PRIOR, MapFitConfig
-from bora_pyro.data import TaskData, load_tasks
+from bora_pyro.data import TaskData
 from bora_pyro.data.chat import load_chat_template, same_chat_template
-from bora_pyro.data.tables import check_source
-from bora_pyro.errors import InputError, nearest, shown
-from bora_pyro.inference.fit import FitStopped, fit
-from bora_pyro.inference.fitted import Fitted
-from bora_pyro.likelihoods.next_tokens import CausalLM
+from bora_pyro.errors import InputError, shown
 from bora_pyro.inference.memory import estimate_memory, resident_bytes
-from bora_pyro.model import BoRA
-from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
-from bora_pyro.inference.processes import Processes, is_first, processes
-from bora_pyro.runs.progress import Progress
+from bora_pyro.inference.processes import is_first, processes
 from bora_pyro.runs.build import build_run, find_device
-from bora_pyro.runs.fitting import FIT_OPTIONS, RunStopped, fit_into, resumes, start_tracking
-from bora_pyro.runs.resume import Standing, say_nothing_is_left, take_up
 from bora_pyro.runs.checks import stored_result
+from bora_pyro.runs.config.map_fit import DATA, MODEL, PRIOR, MapFitConfig
+from bora_pyro.runs.fitting import FIT_OPTIONS, fit_into, resumes, start_tracking
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.results import metrics_of, write_adapters, write_posterior
-from bora_pyro.backbone.sharding import shard_base
-from bora_pyro.runs.signals import StopSignals
-from bora_pyro.runs.trackers import Tracking, check_packages, track
+from bora_pyro.runs.resume import Standing, resume, say_nothing_is_left
+from bora_pyro.runs.trackers import check_packages
 
 
 def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -66,7 +50,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     standing = Standing()
     if config.resume:
         _check_same_fit(config, RunFolder.open(config.output_dir).read_config())
-        config, standing = take_up(config)
+        config, standing = resume(config)
     device, quiet = find_device(config.device), quiet or not is_first()
     process = resident_bytes(device)
     with processes(device) as team:
@@ -135,5 +119,3 @@ def _check_same_fit(config: MapFitConfig, stored: dict[str, Any]) -> None:
                 f"{shown(stored[name], characters=300)}; resume it with "
                 f"--config {config.output_dir}/config.yaml --resume true, or give another --output_dir"
             )
-
-

@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoGuide
 
-from bora_pyro.files.slugs import adapter_folders
 from bora_pyro.diagnostics.calibration import calibration
-from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.errors import InputError
-from bora_pyro.inference.fitted import Fitted
+from bora_pyro.files.slugs import adapter_folders
 from bora_pyro.guides import GUIDES, make_parameters
-from bora_pyro.runs.fitting import FIT_OPTIONS, fit_into, resumes, start_tracking
-from bora_pyro.predict.posterior import Posterior
-from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
+from bora_pyro.inference.fitted import Fitted
 from bora_pyro.predict.mixture import predictive
-from bora_pyro.runs.resume import Standing, fitted_options, say_nothing_is_left, take_up
+from bora_pyro.predict.posterior import Posterior
 from bora_pyro.runs.checks import stored_result
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
+from bora_pyro.runs.fitting import FIT_OPTIONS, fit_into, resumes, start_tracking
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG, FIT, SPLIT
 from bora_pyro.runs.results import metrics_of, write_adapters, write_posterior
+from bora_pyro.runs.resume import Standing, fitted_options, resume, say_nothing_is_left
 from bora_pyro.runs.saved import SavedRun, load_run, sampled_tau
 from bora_pyro.runs.trackers import Tracking, check_packages
 
@@ -61,7 +61,7 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
     standing = Standing()
     if config.resume:
         _check_same_posterior(config, RunFolder.open(config.output_dir))
-        config, standing = take_up(config)
+        config, standing = resume(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)

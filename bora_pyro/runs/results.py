@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
-from bora_pyro.exchange.names import write_task_names
-from bora_pyro.runs.config.map_fit import LEARNED, MapFitConfig
 from bora_pyro.data import TaskData
+from bora_pyro.exchange.names import write_task_names
+from bora_pyro.exchange.save import save_peft
+from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
+from bora_pyro.inference.continuation import digests
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.memory import peak_memory_bytes
-from bora_pyro.exchange.save import save_peft
 from bora_pyro.inference.processes import Processes
-from bora_pyro.inference.continuation import digests
+from bora_pyro.runs.config.map_fit import LEARNED, MapFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.versions import versions
 

@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bora_pyro.backbone.backbone import Backbone
-from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
-from bora_pyro.options.command_line import parse_config
-from bora_pyro.runs.config.map_fit import RUN, MapFitConfig
 from bora_pyro.data.tasks import TaskData
-from bora_pyro.errors import InputError, shown
+from bora_pyro.errors import InputError
+from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.continuation import check_packing, check_same, is_over
 from bora_pyro.inference.state import as_before
+from bora_pyro.options.command_line import parse_config
+from bora_pyro.runs.config.map_fit import RUN, MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG
@@ -96,7 +95,7 @@ class Standing:
             check_packing(self.checkpoint, packing)
 
 
-def take_up(config: C) -> tuple[C, Standing]:
+def resume(config: C) -> tuple[C, Standing]:
     """Where the run in ``config.output_dir`` stands, and the configuration to go on with.
 
     Where nothing is left to fit, it is the run's own, but for where and how it is run: nothing that is given now was fitted so.

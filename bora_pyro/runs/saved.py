@@ -28,24 +28,24 @@ from pyro.infer.autoguide import AutoDelta, AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from bora_pyro.runs.config.adapt import NEW_DOCUMENTS, AdaptConfig
-from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.inference.fitted import Fitted
+from bora_pyro.files.tensors import not_a_number
 from bora_pyro.guides import GUIDES, make_parameters
-from bora_pyro.runs.build import build_run
+from bora_pyro.inference.continuation import check_same
+from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA
 from bora_pyro.predict.posterior import Posterior
-from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.priors.given import MEAN
-from bora_pyro.inference.continuation import check_same
+from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
+from bora_pyro.runs.config.adapt import NEW_DOCUMENTS, AdaptConfig
+from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
+from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG, FIT
 from bora_pyro.runs.results import GIVEN
-from bora_pyro.files.tensors import not_a_number
 
 # What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, what a prior has learned, and the
 # tensors of a guide that is more than a point.

@@ -23,12 +23,12 @@ from typing import NamedTuple
 import datasets
 import pandas as pd
 
+from bora_pyro.data.chat import same_chat_template
+from bora_pyro.errors import InputError
 from bora_pyro.inference.checkpoint import Checkpoints
 from bora_pyro.runs.config.map_fit import MapFitConfig
-from bora_pyro.data.chat import same_chat_template
-from bora_pyro.runs.results_table import rows_of_run
-from bora_pyro.errors import InputError
 from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.results_table import rows_of_run
 
 SEARCHES = ("climb", "grid")
 # Options that leave the result of a fit alone.

@@ -106,7 +106,7 @@ def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
                 store.all()
                 store.forget()
         # in the documents' own order: as many tasks in a batch, however many there are
-        steps = EpochSteps(train, token_budget=config.rows * config.max_tokens, shares=[torch.arange(tasks)])
+        steps = EpochSteps(train, token_budget=config.rows * config.max_tokens, partition=[torch.arange(tasks)])
         seconds, drawn, resident = [], [], []
         for number in range(config.warmup + config.steps):
             start = time.perf_counter()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bora_pyro import InputError, fit
-from bora_pyro.inference.processes import Processes, add_up_gradient, shares
+from bora_pyro.inference.processes import Processes, all_reduce_gradient, partition_tasks
 from bora_pyro.runs.folder import RunFolder
 from tests.tiny import tiny_bora, tiny_data
 from tests.tiny_base import SCRIPTS, line, quick_fit
@@ -54,9 +54,9 @@ def command(words):
 def test_two_processes_take_the_steps_of_one(prior, tmp_path):
     guide = "map"
     first, second = started(f"{prior} {guide}", tmp_path)
-    parts = shares(tiny_data(COUNTS).train.tokens_per_task, 2)
+    parts = partition_tasks(tiny_data(COUNTS).train.tokens_per_task, 2)
     assert len(parts[0]) != len(parts[1])
-    one = loop(prior, guide, shares=parts)
+    one = loop(prior, guide, partition=parts)
     assert one.steps_per_epoch > 2
     reports, one = run(one, -(-20 // one.steps_per_epoch))
     assert first["steps"] >= 20
@@ -135,31 +135,31 @@ def test_the_command_fits_in_two_processes_and_writes_once(tmp_path):
 
 
 def test_tasks_are_dealt_out_by_tokens():
-    parts = shares(torch.tensor([100, 1, 1, 50, 50, 0, 0]), 2)
+    parts = partition_tasks(torch.tensor([100, 1, 1, 50, 50, 0, 0]), 2)
     assert sorted(torch.cat(parts).tolist()) == list(range(7))
     tokens = torch.tensor([100, 1, 1, 50, 50, 0, 0])
     assert [int(tokens[part].sum()) for part in parts] == [101, 101]
     with pytest.raises(InputError, match=r"6 processes for 5 tasks .* start 5 or fewer"):
-        shares(tokens, 6)
+        partition_tasks(tokens, 6)
 
 
 def test_the_norm_is_that_of_the_whole_gradient():
     one, other = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     one.grad, other.grad = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 4.0, 0.0])
-    assert add_up_gradient(Processes(), [one], [other], torch.zeros(4)).item() == pytest.approx(5)
-    assert add_up_gradient(Processes(), [], [other, torch.nn.Parameter(torch.zeros(2))], torch.zeros(4)).item() == pytest.approx(
-        4
-    )
+    assert all_reduce_gradient(Processes(), [one], [other], torch.zeros(4)).item() == pytest.approx(5)
+    assert all_reduce_gradient(
+        Processes(), [], [other, torch.nn.Parameter(torch.zeros(2))], torch.zeros(4)
+    ).item() == pytest.approx(4)
 
 
 def test_processes_that_share_nothing_add_up_the_norm_alone():
     class Two(Processes):
         size = 2
 
-        def add_up(self, value):
+        def all_reduce(self, value):
             return value.mul_(2)
 
     own = torch.nn.Parameter(torch.zeros(2))
     own.grad, sums = torch.tensor([3.0, 4.0]), torch.ones(4, dtype=torch.float64)
-    assert add_up_gradient(Two(), [], [own], sums).item() == pytest.approx(50**0.5)
+    assert all_reduce_gradient(Two(), [], [own], sums).item() == pytest.approx(50**0.5)
     assert sums.tolist() == [2, 2, 2, 2]

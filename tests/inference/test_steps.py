@@ -12,11 +12,11 @@ COUNTS = (3, 0, 1, 4, 0, 7, 2)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-@pytest.mark.parametrize("shares", [None, [range(7)], [[0, 1, 5], [2, 3, 4, 6]], [[5], [0, 1], [2, 3, 4, 6]]])
-def test_over_an_epoch_documents_and_tasks_count_as_once(shares, accumulate):
+@pytest.mark.parametrize("partition", [None, [range(7)], [[0, 1, 5], [2, 3, 4, 6]], [[5], [0, 1], [2, 3, 4, 6]]])
+def test_over_an_epoch_documents_and_tasks_count_as_once(partition, accumulate):
     split = tiny_split(COUNTS)
-    tasks = None if shares is None else [torch.tensor(list(share)) for share in shares]
-    steps = EpochSteps(split, token_budget=16, accumulate=accumulate, seed=3, shares=tasks)
+    tasks = None if partition is None else [torch.tensor(list(share)) for share in partition]
+    steps = EpochSteps(split, token_budget=16, accumulate=accumulate, seed=3, partition=tasks)
     documents, priors, common = torch.zeros(len(split)), torch.zeros(len(COUNTS)), 0.0
     for step in steps:
         assert step
@@ -28,15 +28,15 @@ def test_over_an_epoch_documents_and_tasks_count_as_once(shares, accumulate):
                 assert set(batch.task.tolist()) <= set(batch.tasks.index.tolist())
                 assert batch.tasks.index[batch.row].tolist() == batch.task.tolist()
     torch.testing.assert_close(documents, torch.ones(len(split)))
-    if shares is not None:
+    if partition is not None:
         torch.testing.assert_close(priors, torch.ones(len(COUNTS)))
     assert common == pytest.approx(1)
 
 
 def test_each_process_builds_its_own_part_of_every_step():
-    split, shares = tiny_split(COUNTS), [torch.tensor([5]), torch.tensor([0, 1, 2, 3, 4, 6])]
-    together = EpochSteps(split, token_budget=16, seed=1, shares=shares)
-    apart = [EpochSteps(split, token_budget=16, seed=1, shares=shares, mine=[rank]) for rank in range(2)]
+    split, partition = tiny_split(COUNTS), [torch.tensor([5]), torch.tensor([0, 1, 2, 3, 4, 6])]
+    together = EpochSteps(split, token_budget=16, seed=1, partition=partition)
+    apart = [EpochSteps(split, token_budget=16, seed=1, partition=partition, mine=[rank]) for rank in range(2)]
     assert len(together) == len(apart[0]) == len(apart[1])
     assert any(len(step) == 1 for step in together)  # one process has no documents left
     for number, step in enumerate(together):
@@ -58,7 +58,7 @@ def test_many_tasks_without_documents_are_drawn_a_few_at_a_time():
     split, tasks = tiny_split((3, 2) + (0,) * 200), torch.arange(202)
     seen = set()
     for seed in range(3):
-        steps = EpochSteps(split, token_budget=16, seed=seed, shares=[tasks])
+        steps = EpochSteps(split, token_budget=16, seed=seed, partition=[tasks])
         priors = torch.zeros(202)
         for [batch] in steps:
             documented = len(batch.task.unique())

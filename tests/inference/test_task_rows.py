@@ -72,8 +72,8 @@ EXACT = [("map", number) for number in range(7)] + [
 def test_the_average_over_the_steps_is_the_full_objective(prior, kind, processes):
     model, split = bora(prior), tiny_split(COUNTS)
     guide = moved(model, kind)
-    shares = [torch.arange(5)] if processes == 1 else [torch.tensor([0, 1, 4]), torch.tensor([2, 3])]
-    steps = EpochSteps(split, token_budget=20, accumulate=2, seed=0, shares=shares)
+    partition = [torch.arange(5)] if processes == 1 else [torch.tensor([0, 1, 4]), torch.tensor([2, 3])]
+    steps = EpochSteps(split, token_budget=20, accumulate=2, seed=0, partition=partition)
     assert len(steps) > 1
     whole, gradient = objective(model, guide, split.batches(token_budget=10_000))
     values, gradients = zip(*(objective(model, guide, step) for step in steps), strict=True)
@@ -189,7 +189,7 @@ def test_stock_svi_subsamples_tasks_in_model_and_guide_alike(kind):
     model, split = bora(lambda: HierarchicalNormal(10.0)), tiny_split(COUNTS)
     guide = moved(model, kind)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    batch = EpochSteps(split, token_budget=20, seed=0, shares=[torch.arange(5)])[0][0]
+    batch = EpochSteps(split, token_budget=20, seed=0, partition=[torch.arange(5)])[0][0]
     drawn, others = batch.tasks.index, [d for d in range(5) if d not in batch.tasks.index.tolist()]
     before = {name: value.clone() for name, value in guide.median().items() if name in task_sites(guide)}
     svi.step(batch)
@@ -204,7 +204,7 @@ def test_a_guide_is_begun_on_some_of_the_tasks_and_has_rows_for_all():
     for kind in FITTED:
         model = bora(lambda: HierarchicalNormal(10.0))
         guide = GUIDES[kind](model)
-        guide(EpochSteps(tiny_split(COUNTS), token_budget=20, seed=0, shares=[torch.arange(5)])[0][0])
+        guide(EpochSteps(tiny_split(COUNTS), token_budget=20, seed=0, partition=[torch.arange(5)])[0][0])
         assert {len(value) for name, value in guide.median().items() if name in task_sites(guide)} == {5}
 
 

@@ -114,9 +114,9 @@ def test_the_other_prior_learns_from_its_own_latents_alone():
     prior = ByLatent({"lora_A": Pooled()}, other=learner)
     deviations, gradients = ({f"{slot}.lora_{f}": object() for slot in "qv" for f in "AB"} for _ in range(2))
     task = torch.tensor([1, 0])
-    prior.learn(deviations, gradients, task, add_up=abs)
+    prior.learn(deviations, gradients, task, all_reduce=abs)
     own = [{name: values[name] for name in ("q.lora_B", "v.lora_B")} for values in (deviations, gradients)]
-    assert learner.told == ((*own, task), {"add_up": abs})
+    assert learner.told == ((*own, task), {"all_reduce": abs})
     assert prior.every == 3
     assert ByLatent({}, other=Pooled()).every == 0
     assert prior.state() == learner.state()

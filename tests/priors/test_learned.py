@@ -65,15 +65,15 @@ def test_documents_in_several_processes_say_the_same_together(per):
     """Each process has some of the documents; what they add up is what one process sees of all."""
     deviations, gradients, task = look(documents=10)
     together, told = prepared(LearnedPrecision(per)), []
-    together.learn(deviations, gradients, task, add_up=lambda value: told.append(value) or value)
+    together.learn(deviations, gradients, task, all_reduce=lambda value: told.append(value) or value)
     parts = [torch.arange(10) % 3 == 0, torch.arange(10) % 3 > 0]
     sums = []
     for part in parts:
         own = [{"x": value["x"][part]} for value in (deviations, gradients)]
-        prepared(LearnedPrecision(per)).learn(*own, task[part], add_up=lambda value: sums.append(value) or value)
+        prepared(LearnedPrecision(per)).learn(*own, task[part], all_reduce=lambda value: sums.append(value) or value)
     torch.testing.assert_close(sums[0] + sums[1], told[0])
     apart = prepared(LearnedPrecision(per))
-    apart.learn(*own, task[part], add_up=lambda value: sums[0] + value)
+    apart.learn(*own, task[part], all_reduce=lambda value: sums[0] + value)
     torch.testing.assert_close(apart.tau, together.tau)
 
 

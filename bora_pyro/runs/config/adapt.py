@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bora_pyro.errors import InputError
 from bora_pyro.inference.adapt import ALLOWED
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import check_choices, option
-from bora_pyro.errors import InputError
 
 __all__ = ["AdaptConfig", "parse_config"]
 

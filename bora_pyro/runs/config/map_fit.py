@@ -14,11 +14,11 @@ import re
 from dataclasses import dataclass
 
 from bora_pyro.backbone.backbone import DEVICE_MAPS, QUANTIZATIONS
-from bora_pyro.options.command_line import parse_config, to_yaml
-from bora_pyro.options.field import check_choices, option
 from bora_pyro.data.encode import LONG_DOCUMENTS
 from bora_pyro.data.rows import Columns
 from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.options.command_line import parse_config, to_yaml
+from bora_pyro.options.field import check_choices, option
 from bora_pyro.priors.learned import BOUNDS, PER
 from bora_pyro.runs.trackers import TRACKERS, check_trackers
 

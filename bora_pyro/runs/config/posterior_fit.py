@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bora_pyro.options.command_line import parse_config
-from bora_pyro.options.field import check_choices, option
-from bora_pyro.runs.config.map_fit import AUTO
 from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.guides import GUIDES
+from bora_pyro.options.command_line import parse_config
+from bora_pyro.options.field import check_choices, option
 from bora_pyro.priors.random_precision import HYPERPRIORS
+from bora_pyro.runs.config.map_fit import AUTO
 from bora_pyro.runs.trackers import TRACKERS, check_trackers
 
 __all__ = ["PosteriorFitConfig", "parse_config"]
