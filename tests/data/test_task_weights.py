@@ -54,7 +54,7 @@ def test_mini_batches_are_unbiased_for_the_weighted_documents(unit):
     assert len({len(batch.task) for batch in batches}) > 1
     torch.testing.assert_close(torch.stack([log_likelihood(model, batch, weights) for batch in batches]).mean(), expected)
     # where tasks are drawn, too, and steps have several batches
-    steps = EpochSteps(split, token_budget=16, accumulate=2, seed=0, shares=[torch.tensor([0, 2]), torch.tensor([1])])
+    steps = EpochSteps(split, token_budget=16, accumulate=2, seed=0, partition=[torch.tensor([0, 2]), torch.tensor([1])])
     sums = []
     for step in steps:
         total = torch.zeros(())
