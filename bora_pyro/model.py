@@ -130,5 +130,14 @@ class BoRA:
         """Values of the sample sites for given θ, (D, layers, *shape), and Θ, (layers, *shape): `weights_given` undone."""
         return {site: value for name in theta for site, value in self.prior.sites(name, theta[name], mean[name]).items()}
 
+    def state(self) -> Weights:
+        """What a fit changes beside the guide's parameters, for checkpoints and the best state: what the prior has learned."""
+        return {f"prior/{name}": value for name, value in self.prior.state().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what ``state`` gave."""
+        own = {name.removeprefix("prior/"): value for name, value in state.items() if name.startswith("prior/")}
+        self.prior.load_state({name: value.to(self.backbone.device) for name, value in own.items()})
+
     def __repr__(self) -> str:
         return f"BoRA({self.num_tasks} tasks, {self.adapter}, {self.prior}, {self.likelihood})"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ from pyro.infer.autoguide import AutoGuide
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
 from bora_pyro.guides import map_guide
+from bora_pyro.inference.callbacks import Callback
 from bora_pyro.inference.checkpoint import Checkpoints
-from bora_pyro.inference.continuation import is_over
+from bora_pyro.inference.continuation import Continuation, is_over
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.loop import Loop, NonFiniteLossError
+from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, is_first
-from bora_pyro.inference.state import as_before
+from bora_pyro.inference.steps import StepsOfEpoch
 from bora_pyro.model import BoRA
+from bora_pyro.options.field import with_changes
 
 __all__ = ["FitStopped", "NonFiniteLossError", "fit"]
 
@@ -49,27 +52,17 @@ class FitStopped(Exception):
 def fit(
     model: BoRA,
     data: TaskData,
+    options: FitOptions | None = None,
     *,
     guide: AutoGuide | None = None,
-    epochs: int = 6,
-    learning_rate: float = 1e-2,
-    warmup: float = 0.1,
-    token_budget: int = 4096,
-    accumulate: int = 1,
-    gradient_clip: float = 1.0,
-    temperature: float = 1.0,
-    patience: int = 3,
-    seed: int = 0,
-    checkpoints: Path | None = None,
-    checkpoint_every: int = 1,
-    checkpoint_minutes: float = 10.0,
-    keep_checkpoints: int = 2,
-    task_subsampling: bool | None = None,
-    task_memory: float = 4.0,
+    callbacks: Sequence[Callback] | None = None,
+    checkpoints: Path | Continuation | None = None,
     processes: Processes | None = None,
+    steps: StepsOfEpoch | None = None,
     stop: Callable[[], bool] | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    **changes: Any,
 ) -> Fitted:
     """Fit a guide to the model by stochastic variational inference with AdamW.
 
@@ -88,30 +81,21 @@ def fit(
     Args:
         model: the BoRA model.
         data: tokenised tasks; the validation split decides which epoch is kept.
+        options: epochs, learning rate, batches, ...; default: ``FitOptions()``.
         guide: default: MAP.
-        epochs: passes over the training documents; the schedule ends with the last.
-        learning_rate: peak of the schedule, for all sites. In the non-centred form deviations are in units of their
-            prior's scale, so that one rate suits every τ.
-        warmup: fraction of the steps over which the rate rises to its peak; a cosine takes it to 0 afterwards.
-        token_budget: tokens of a batch, padding included.
-        accumulate: batches whose gradients are averaged for one step.
-        gradient_clip: largest norm of the gradient over all parameters (nats a training observation); inf clips nothing.
-        temperature: weight of the KL term; 1 is the ELBO, and MAP where the guide is a point.
-        patience: stop after that many epochs without a better validation perplexity; 0 never stops early.
-        seed: of the order of the documents and of the guide's draws.
-        checkpoints: a folder for the state of the loop; where it holds one, the fit goes on from the newest that is whole. On
-            one CPU process the result is that of a fit that was never interrupted, bit for bit.
-        checkpoint_every: epochs between checkpoints.
-        checkpoint_minutes: where an epoch takes longer, also so often within it; inf: never.
-        keep_checkpoints: how many of the newest are kept.
-        task_subsampling: whether a step moves only Θ and the adapters of the tasks that its documents are of, so that its cost
-            does not depend on D; the objective is the same on average. None: with more than 64 tasks, or several processes.
-        task_memory: GiB for what belongs to tasks where they are drawn: their adapters, AdamW's moments and the best state.
-            Beyond it they lie in memory-mapped files, beside the checkpoints or where temporary files go.
+        callbacks: what acts between the steps; default: τ is learned where the prior has something to learn, and whatever the
+            adapter, the router and the likelihood bring (:func:`~bora_pyro.inference.loop.usual_callbacks`). An empty list:
+            nothing, so that τ stays as it is.
+        checkpoints: a folder for the state of the loop. Where it holds checkpoints, the fit goes on from the newest that is
+            whole. On one CPU process the result is that of a fit that was never interrupted, bit for bit. A ``Continuation`` is
+            such a folder that has been checked already.
         processes: those that share the work; default: this one alone.
+        steps: gives the steps of an epoch, for objectives whose batches are no table of documents; default: every training
+            document once (:class:`~bora_pyro.inference.steps.EpochSteps`).
         stop: asked after each step whether to stop there; the state is saved first.
         on_step: called after each step with what there is to report of it.
         on_epoch: called after each epoch, when its validation perplexity is known.
+        changes: single options, as ``epochs=3``.
 
     Returns:
         The guide at the state of lowest validation perplexity (the last where there is no validation document).
@@ -119,44 +103,48 @@ def fit(
     Raises:
         NonFiniteLossError: the loss is not finite; it carries the last good state.
         FitStopped: ``stop`` has said so; it carries the best state so far.
-        InputError: there is nothing to train on, or no checkpoint that can be read, or one cannot be written.
+        InputError: an option that does not exist or has no such value; there is nothing to train on; there are checkpoints and
+            none can be used, or one cannot be written.
     """
+    options = with_changes(options or FitOptions(), changes)
+    options.validate()
     if data.train.num_tokens == 0:
         raise InputError("the training split has no token to predict; give more or longer documents")
-    if model.prior.every and data.validation.num_tokens == 0:
-        raise InputError(
-            f"{model.prior} is learned from validation documents, and there are none; give more documents, or a fixed tau"
-        )
-    store = None if checkpoints is None else Checkpoints(checkpoints, keep=keep_checkpoints)
-    newest = None if store is None else store.newest()
-    if store is not None and newest is not None and store.notes and is_first():
-        _log.warning("%s; going on from %s", "; ".join(store.notes), newest.path.name)
-    if newest is not None:
-        task_subsampling = as_before(newest, task_subsampling, processes=1 if processes is None else processes.size)
+    processes = processes or Processes()
+    if isinstance(checkpoints, Path):
+        checkpoints = Continuation.find(checkpoints, data, model.backbone, options, processes=processes.size)
+    newest = None if checkpoints is None else checkpoints.checkpoint
+    if checkpoints is not None and newest is not None and checkpoints.store.notes and is_first():
+        _log.warning("%s; going on from %s", "; ".join(checkpoints.store.notes), newest.path.name)
     loop = Loop(
         model,
         data,
         guide or map_guide(model),
-        learning_rate=learning_rate,
-        warmup=warmup,
-        token_budget=token_budget,
-        accumulate=accumulate,
-        gradient_clip=gradient_clip,
-        temperature=temperature,
-        seed=seed,
-        epochs=epochs,
-        task_subsampling=task_subsampling,
-        task_memory=task_memory,
-        folder=checkpoints,
+        options,
+        callbacks=callbacks,
         processes=processes,
+        folder=None if checkpoints is None else checkpoints.store.folder,
+        continues=newest,
+        steps=steps,
     )
-    if newest is not None:
-        loop.load(newest)
+    return _run(loop, options, None if checkpoints is None else checkpoints.store, stop, on_step, on_epoch)
+
+
+def _run(
+    loop: Loop,
+    options: FitOptions,
+    store: Checkpoints | None,
+    stop: Callable[[], bool] | None,
+    on_step: Callable[[dict[str, Any]], None] | None,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> Fitted:
+    """Epoch after epoch until the fit is over, with checkpoints where there is a place for them."""
     fitted, saved = loop.fitted, time.monotonic()
     start = time.perf_counter() - fitted.seconds
 
     def request() -> float:
-        due = store is not None and not loop.processes.rank and time.monotonic() - saved > 60 * checkpoint_minutes
+        minutes = (time.monotonic() - saved) / 60
+        due = store is not None and not loop.processes.rank and minutes > options.checkpoint_minutes
         return _STOP * (stop is not None and stop()) + due
 
     def save() -> None:
@@ -174,7 +162,7 @@ def fit(
             raise FitStopped(f"stopped after step {done} of {total}, in epoch {loop.epoch + 1}", fitted)
 
     loop.request = request
-    while not is_over(loop.epoch, fitted.best_epoch, epochs=epochs, patience=patience):
+    while not is_over(loop.epoch, fitted.best_epoch, epochs=options.epochs, patience=options.patience):
         report = loop.run_epoch(on_step, on_request=act)
         if (perplexity := loop.keep_best()) is not None:
             report["validation_perplexity"] = perplexity
@@ -182,7 +170,7 @@ def fit(
         fitted.history.append(report)
         if on_epoch:
             on_epoch(report)
-        if loop.epoch % checkpoint_every == 0 or loop.epoch == epochs:
+        if loop.epoch % options.checkpoint_every == 0 or loop.epoch == options.epochs:
             save()
     loop.finish()
     return fitted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,11 +121,9 @@ class Fitted:
         logs = sum(float(taus[name].cpu().double().log().mean()) * starts[name].numel() for name in own)
         return math.exp(logs / sum(starts[name].numel() for name in own))
 
-    def tau_by_group(self, sites: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """τ of each latent: a number, or a list over layers or tasks where it differs there; ``sites`` are the guide's own."""
-        sites = self.sites() if sites is None else sites
-        precisions = {name: self.model.prior.precision(name, start, sites) for name, start in self.model.starts.items()}
-        return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}
+    def tau_by_group(self) -> dict[str, Any]:
+        """τ of each latent: a number, or a list over layers or tasks where it differs there."""
+        return tau_by_group(self.model, self.sites())
 
     def evaluate(self, split: TokenSplit, *, name: str = "test", processes: Processes | None = None) -> dict[str, Any]:
         """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them.
@@ -160,3 +158,9 @@ class Fitted:
             f"{name}_perplexity": adapted.perplexity(d),
             f"{name}_bits_per_character": adapted.bits_per_character(d),
         }
+
+
+def tau_by_group(model: BoRA, sites: Mapping[str, Tensor]) -> dict[str, Any]:
+    """τ of each latent for given values of the sample sites: a number, or a list over layers or tasks where it differs there."""
+    precisions = {name: model.prior.precision(name, start, sites) for name, start in model.starts.items()}
+    return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}

@@ -19,8 +19,8 @@ from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.task_rows import BETAS, EPS, TaskRows
 from bora_pyro.model import BoRA, Weights
 
-#: Before the names of what the prior has learned, in the state of a fit.
-PRIOR = "prior/"
+#: Before the names of the model's own state, beside those of the guide's parameters.
+MODEL = ("prior/",)
 
 
 class FitState(Protocol):
@@ -103,7 +103,7 @@ class AllTasks:
         return batch, theta, {name: value.mean(0, keepdim=True) for name, value in theta.items()}
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.parameters.items()} | _prior_state(self.model)
+        return {name: value.detach().clone() for name, value in self.parameters.items()} | self.model.state()
 
     def keep(self) -> None:
         self.best = self._copy()
@@ -115,7 +115,7 @@ class AllTasks:
         with torch.no_grad():
             for name, value in self.parameters.items():
                 value.copy_(state[name])
-        _load_prior(self.model, state)
+        self.model.load_state({name: value for name, value in state.items() if name.startswith(MODEL)})
 
     def complete(self, processes: Processes) -> None:
         """Every guide that is here holds all tasks."""
@@ -128,7 +128,7 @@ class AllTasks:
         shapes = {name: value.shape for name, value in self.parameters.items()}
         parameters, best = checkpoint.group("parameters"), checkpoint.group("best")
         _check(checkpoint, [shapes, shapes], [_shapes(parameters), _shapes(best)])
-        _check_prior(checkpoint, self.model, parameters, best)
+        _check_model_state(checkpoint, self.model, parameters, best)
         self._put(parameters)
         load_optimizer_tensors(self.optimizer, checkpoint.group("optimizer"))
         self.best = best
@@ -143,11 +143,14 @@ class DrawnTasks:
         own: the tasks of this process.
         budget: bytes of memory for what belongs to tasks.
         folder: where files hold what is beyond it.
+        keep_sums: follow the sums over all tasks, which ``totals`` gives.
     """
 
-    def __init__(self, model: BoRA, guide: AutoGuide, *, own: Tensor, budget: float, folder: Path) -> None:
+    def __init__(
+        self, model: BoRA, guide: AutoGuide, *, own: Tensor, budget: float, folder: Path, keep_sums: bool = False
+    ) -> None:
         self.model, self.guide = model, guide
-        self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, keep_sums=bool(model.prior.every))
+        self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, keep_sums=keep_sums)
         of_tasks = {id(parameter) for parameter in self.rows.parameters.values()}
         self.of_all = {name: value for name, value in guide.named_parameters() if id(value) not in of_tasks}
         self.shared, self.own = [*self.of_all.values()], [*self.rows.parameters.values()]
@@ -182,7 +185,7 @@ class DrawnTasks:
         return batch, self.rows.weights(self.rows.loaded), self.rows.average_weights(totals)
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.of_all.items()} | _prior_state(self.model)
+        return {name: value.detach().clone() for name, value in self.of_all.items()} | self.model.state()
 
     def keep(self) -> None:
         self.best = self._copy()
@@ -196,7 +199,7 @@ class DrawnTasks:
         with torch.no_grad():
             for name, value in self.of_all.items():
                 value.copy_(state[name])
-        _load_prior(self.model, state)
+        self.model.load_state({name: value for name, value in state.items() if name.startswith(MODEL)})
 
     def complete(self, processes: Processes) -> None:
         for store in self.rows.values.values():
@@ -236,7 +239,7 @@ class DrawnTasks:
                 store.forget()
         self.rows.load(self.rows.own[:1])
         parameters, self.best = (checkpoint.group(group, without=[*of_rows]) for group in ("parameters", "best"))
-        _check_prior(checkpoint, self.model, parameters, self.best)
+        _check_model_state(checkpoint, self.model, parameters, self.best)
         self._put(parameters)
         self.rows.count.zero_()
         self.rows.count[self.rows.own] = checkpoint.group("count")["steps"][self.rows.own]
@@ -257,15 +260,6 @@ def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _prior_state(model: BoRA) -> dict[str, Tensor]:
-    return {f"{PRIOR}{name}": value for name, value in model.prior.state().items()}
-
-
-def _load_prior(model: BoRA, state: dict[str, Tensor]) -> None:
-    prior = {name.removeprefix(PRIOR): value for name, value in state.items() if name.startswith(PRIOR)}
-    model.prior.load_state({name: value.to(model.backbone.device) for name, value in prior.items()})
 
 
 def draws_tasks(checkpoint: Checkpoint) -> bool:
@@ -304,21 +298,22 @@ def _check_kind(checkpoint: Checkpoint, *, drawn: bool) -> None:
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in tensors.items() if not name.startswith(PRIOR)}
+    return {name: value.shape for name, value in tensors.items() if not name.startswith(MODEL)}
 
 
 def _check(checkpoint: Checkpoint, expected: list[dict[str, torch.Size]], found: list[dict[str, torch.Size]]) -> None:
-    found = [{name: shape for name, shape in group.items() if not name.startswith(PRIOR)} for group in found]
+    found = [{name: shape for name, shape in group.items() if not name.startswith(MODEL)} for group in found]
     if found != expected:
         raise _other_model(checkpoint)
 
 
-def _check_prior(checkpoint: Checkpoint, model: BoRA, *states: dict[str, Tensor]) -> None:
-    own = {name: value.shape for name, value in _prior_state(model).items()}
+def _check_model_state(checkpoint: Checkpoint, model: BoRA, *states: dict[str, Tensor]) -> None:
+    own = {name: value.shape for name, value in model.state().items()}
     for state in states:
         for name, value in state.items():
-            # sums that no step has made yet have no shape
-            if name.startswith(PRIOR) and value.shape != own.get(name, None if name.startswith(f"{PRIOR}tau.") else value.shape):
+            # running sums that no step has made yet have no shape
+            absent = None if name.startswith("prior/tau.") else value.shape
+            if name.startswith(MODEL) and value.shape != own.get(name, absent):
                 raise _other_model(checkpoint)
 
 

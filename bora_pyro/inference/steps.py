@@ -13,13 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
 
 from bora_pyro.data.batch import Batch, TaskDraw
 from bora_pyro.data.token_split import Batches, TokenSplit
+
+
+class StepsOfEpoch(Protocol):
+    """Gives the steps of an epoch: a sequence of steps, each a list of batches whose losses are added up.
+
+    The number of steps is the same in every epoch, and the steps depend on the number of the epoch alone, so that a fit that is
+    resumed takes the same ones. A batch's ``scale`` makes its observed sites an unbiased estimate of those of the epoch.
+    """
+
+    def __call__(self, epoch: int) -> Sequence[list[Batch]]:
+        """The steps of an epoch; epochs count from 0."""
 
 
 class EpochSteps(Sequence[list[Batch]]):

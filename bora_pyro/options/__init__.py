@@ -1,7 +1,9 @@
 """Options: configuration dataclasses whose fields document and check themselves, and the command line that reads them."""
 
 from bora_pyro.options.command_line import parse_config, run_script, to_yaml
-from bora_pyro.options.field import check_choices, option
+from bora_pyro.options.field import changed, check_choices, check_fields, option, with_changes
 from bora_pyro.options.schema import json_schema
 
-__all__ = ["check_choices", "json_schema", "option", "parse_config", "run_script", "to_yaml"]
+__all__ = [
+    "changed", "check_choices", "check_fields", "json_schema", "option", "parse_config", "run_script", "to_yaml", "with_changes",
+]  # fmt: skip

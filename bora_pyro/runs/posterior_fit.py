@@ -156,7 +156,6 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
     scale = config.scale or _usual_scale(run.fitted.tau())
     if config.tau != FIXED:
         sites = sampled_tau(model, config.tau, run.fitted)
-    model.prior.every = 0  # τ stays what the run has learned
     guide = GUIDES[config.guide](model, sites, data=run.data, scale=scale, temperature=config.temperature)
     make_parameters(guide, model)
     return guide
@@ -179,6 +178,7 @@ def _fit(
         return Fitted(run.fitted.model, guide, run.data.tasks, validation_perplexity=of_run, chat_template=run.data.chat_template)
     options = {name: getattr(config, name) for name in FIT_OPTIONS} | {"token_budget": _token_budget(config, run)}
     options |= {"learning_rate": config.learning_rate, "temperature": config.temperature, "guide": guide}
+    options["callbacks"] = []  # τ stays what the run has learned
     return fit_into(folder, run.fitted.model, run.data, quiet=quiet, tracking=tracking, **options)
 
 

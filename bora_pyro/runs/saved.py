@@ -129,10 +129,8 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         )
     prior = _given(tensors, metadata.get("penalty", "normal")) if given else None
     model, data = build_run(config, quiet=True, split_record=folder.read_split(), prior=prior)
-    if posterior is not None:
-        model.prior.every = 0
-        if posterior.tau != FIXED:
-            sampled_tau(model, posterior.tau)
+    if posterior is not None and posterior.tau != FIXED:
+        sampled_tau(model, posterior.tau)
     check_data(folder, data, metrics, metadata)
     check_same(metadata, data, model.backbone, what=f"the posterior in {folder.path}", remedy="fit again")
     guide = _restored(folder, model, tensors, metadata["guide"])

@@ -157,9 +157,7 @@ class Comparison:
             run_map_fit(
                 parse_config(MapFitConfig, words + (["--data", self.config.data] if self.config.data else [])), quiet=True
             )
-        run = load_run(folder, device="cpu")
-        run.fitted.model.prior.every = 0  # the posteriors have the τ that the fit has learned
-        return run
+        return load_run(folder, device="cpu")
 
     def run_arm(self, arm: str, run: SavedRun, seed: int) -> None:
         """Fill the rows of an arm, as far as they are missing."""
@@ -253,6 +251,7 @@ class Comparison:
         assert arm.temperature is not None
         guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=arm.scale)
         options: dict[str, Any] = {"learning_rate": rate, "temperature": arm.temperature, "seed": seed}
+        options["callbacks"] = []  # the posteriors have the τ that the fit has learned
         budget = run.config.token_budget
         fitted = fit(
             run.fitted.model, run.data, guide=guide, epochs=self.config.epochs, patience=0, token_budget=budget, **options

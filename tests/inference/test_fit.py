@@ -28,6 +28,7 @@ from bora_pyro import (
     map_guide,
 )
 from bora_pyro.data import TokenSplit
+from bora_pyro.inference.schedule import epoch_seed, schedule
 from tests.tiny_base import toy_data, toy_model, toy_split, without_times
 
 MODULE = importlib.import_module("bora_pyro.inference.loop")
@@ -150,7 +151,7 @@ def test_nothing_to_train_on_is_refused(data):
 
 
 def test_schedule_rises_in_a_line_and_falls_as_a_cosine():
-    factors = [MODULE._schedule(step, 100, 0.1) for step in range(101)]
+    factors = [schedule(step, 100, 0.1) for step in range(101)]
     assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     assert factors[10] == pytest.approx(1.0)
     assert factors[10 + 30] == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))  # = 0.75
@@ -162,7 +163,7 @@ def test_schedule_rises_in_a_line_and_falls_as_a_cosine():
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 @pytest.mark.parametrize("total", [1, 2, 7])
 def test_schedule_at_its_ends_is_a_fraction_that_trains(warmup, total):
-    factors = [MODULE._schedule(step, total, warmup) for step in range(total)]
+    factors = [schedule(step, total, warmup) for step in range(total)]
     assert all(0 < factor <= 1 for factor in factors)
     assert max(factors) == 1
 
@@ -172,7 +173,7 @@ def test_steps_use_the_schedule_over_all_epochs(data):
     fit(toy_model(), data, epochs=4, learning_rate=2e-3, warmup=0.25, token_budget=128, on_step=lambda r: steps.append(dict(r)))
     total = len(steps)
     assert total == steps[-1]["total"] == 4 * len(data.train.batches(token_budget=128, seed=0))
-    expected = [2e-3 * MODULE._schedule(step, total, 0.25) for step in range(total)]
+    expected = [2e-3 * schedule(step, total, 0.25) for step in range(total)]
     assert [step["learning_rate"] for step in steps] == pytest.approx(expected, rel=1e-12)
     assert [step["step"] for step in steps] == [*range(1, total + 1)]
 
@@ -279,14 +280,12 @@ def test_same_seed_same_bits_and_another_seed_another_order(data):
     assert_same(parameters(first), parameters(again))
     assert without_times(first.history) == without_times(again.history)
     assert first.history[0]["loss"] != other.history[0]["loss"]
-    orders = [
-        [batch.index.tolist() for batch in data.train.batches(token_budget=64, seed=MODULE._epoch_seed(s, 0))] for s in (3, 4)
-    ]
+    orders = [[batch.index.tolist() for batch in data.train.batches(token_budget=64, seed=epoch_seed(s, 0))] for s in (3, 4)]
     assert orders[0] != orders[1]
 
 
 def test_each_epoch_has_its_own_order(data):
-    orders = [[b.index.tolist() for b in data.train.batches(token_budget=64, seed=MODULE._epoch_seed(0, e))] for e in range(2)]
+    orders = [[b.index.tolist() for b in data.train.batches(token_budget=64, seed=epoch_seed(0, e))] for e in range(2)]
     assert orders[0] != orders[1]
 
 

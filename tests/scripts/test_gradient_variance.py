@@ -33,7 +33,6 @@ def test_every_estimator_is_the_elbo_where_there_is_no_noise(folder, main, monke
     module, run = main.__globals__, load_run(folder)
     estimators = module["Estimators"](run, 0.5)
     [batch, *_] = run.data.train.batches(token_budget=run.config.token_budget, seed=0)
-    run.fitted.model.prior.every = 0
     guide = normal_guide(run.fitted.model, run.fitted.sites(), scale=0.5)
     guide(batch)
     with monkeypatch.context() as patch:

@@ -46,7 +46,6 @@ def pooled_fit(pooled: Pooled, *, shrunk: bool = True) -> Fitted:
     backbone, tasks = pooled.backbone, len(pooled.tasks)
     adapter, theta, mean, fixed = _in_frame(pooled, shrunk) if pooled.frames else _entrywise(pooled, shrunk)
     prior = LearnedPrecision()
-    prior.every = 0  # τ is given
     taus = {f"{name}.lora_B" if pooled.frames else name: found.tau for name, found in pooled.groups.items()}
     prior.load_state({f"tau.{name}": torch.tensor(min(max(tau, BOUNDS[0]), BOUNDS[1])) for name, tau in taus.items()})
     model = BoRA(backbone, tasks, adapter=adapter, prior=prior)

@@ -1,0 +1,111 @@
+"""What acts between the steps of a fit: learning τ, growing ranks, masks that change, averaging.
+
+>>> class Counter(Callback):
+...     '''Counts the steps of a fit.'''
+...     steps = 0
+...
+...     def after_step(self, loop):
+...         self.steps += 1
+>>> import bora_pyro as bp
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+>>> data, counter = bp.load_tasks(bp.table(table), backbone.tokenizer), Counter()
+>>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1), prior=bp.Pooled()), data, callbacks=[counter], epochs=2)
+>>> counter.steps
+2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.data.token_split import Batches
+from bora_pyro.errors import InputError
+from bora_pyro.inference.processes import Processes
+from bora_pyro.inference.state import FitState
+from bora_pyro.model import BoRA
+
+
+class FitLoop(Protocol):
+    """What a callback sees of the loop.
+
+    Attributes:
+        model, data: what is fitted, to which documents.
+        state: the guide's parameters and the optimiser.
+        processes: the processes that share the fit.
+        report: what there is to report of the epoch so far; a callback may add to it.
+        step_number: number of the step that was just taken, from 0, over all epochs.
+        epoch: number of epochs that are done.
+        total_steps: number of steps of the whole fit.
+    """
+
+    model: BoRA
+    data: TaskData
+    state: FitState
+    processes: Processes
+    report: dict[str, Any]
+    step_number: int
+    epoch: int
+    total_steps: int
+
+    def validation_batches(self) -> list[Batches]:
+        """Batches of half the token budget of the validation documents, for each part of the tasks that this process works at."""
+
+    @property
+    def draws_tasks(self) -> bool:
+        """Whether a step moves only the tasks of its documents."""
+
+
+class Callback:
+    """Something that acts between the steps of a fit; a subclass overrides what it needs.
+
+    A callback runs in every process of a fit. It draws random numbers from torch's generator, which is seeded for each step, so
+    that a fit that is resumed draws what it would have drawn. What it changes must be in the model's state (buffers, the
+    prior) or in its own ``state``: both are part of checkpoints.
+
+    Attributes:
+        name: names the callback's tensors in a checkpoint.
+        needs_sums: it asks ``loop.state`` for averages over all tasks (``totals``), also where a step draws some of them.
+    """
+
+    name: str = "callback"
+    needs_sums: bool = False
+
+    def begin(self, model: BoRA, data: TaskData) -> None:
+        """Called before the first step.
+
+        Raises:
+            InputError: the callback cannot work with this model or these documents.
+        """
+
+    def after_step(self, loop: FitLoop) -> None:
+        """Called after each step of the optimiser."""
+
+    def after_epoch(self, loop: FitLoop) -> None:
+        """Called after the last step of each epoch, before the validation perplexity is measured."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint needs to go on."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what ``state`` gave."""
+
+
+def checked_callbacks(callbacks: Sequence[Callback], model: BoRA, data: TaskData) -> list[Callback]:
+    """The callbacks, once each of them has begun.
+
+    Raises:
+        InputError: two have one name, and so would share their tensors in a checkpoint; or one cannot begin.
+    """
+    names = [callback.name for callback in callbacks if callback.state()]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two callbacks have the name {name!r}; give each a name of its own")
+    for callback in callbacks:
+        callback.begin(model, data)
+    return list(callbacks)

@@ -1,0 +1,83 @@
+"""τ is learned here: every few steps of a fit some validation documents say whether tasks should deviate more or less.
+
+:class:`~bora_pyro.priors.LearnedPrecision` has the mathematics; this callback shows it the documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bora_pyro.data.batch import loaded_tasks
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.errors import InputError
+from bora_pyro.guides.curvature import document_gradients
+from bora_pyro.inference.callbacks import Callback, FitLoop
+from bora_pyro.inference.fitted import tau_by_group
+from bora_pyro.inference.task_rows import MANY_TASKS
+from bora_pyro.model import BoRA, Weights
+
+
+class LearnTau(Callback):
+    """Shows the prior the validation documents whose turn it is, every ``prior.every`` steps, and keeps the path of τ.
+
+    The gradient of each document with respect to its own task's weights, and how that task deviates from the tasks' average,
+    are all that the prior is told (:meth:`~bora_pyro.priors.Prior.learn`). A fit has this callback by itself where its prior has
+    something to learn (:func:`~bora_pyro.inference.loop.usual_callbacks`). What is learned is the prior's state, which
+    checkpoints hold.
+    """
+
+    name = "learn_tau"
+    needs_sums = True
+
+    def begin(self, model: BoRA, data: TaskData) -> None:
+        if data.validation.num_tokens == 0:
+            raise InputError(
+                f"{model.prior} is learned from validation documents, and there are none; give more documents, or a fixed tau"
+            )
+
+    def after_step(self, loop: FitLoop) -> None:
+        every, step = loop.model.prior.every, loop.step_number + 1
+        if every and step % every == 0:
+            self.look(loop, step // every - 1)
+            loop.report.setdefault("tau_path", []).append({"step": step, "tau": tau_of_path(loop)})
+
+    def look(self, loop: FitLoop, number: int) -> None:
+        """Show the prior the ``number``-th batch of validation documents; after the last one the first comes again."""
+        model, device = loop.model, loop.model.backbone.device
+        # empty at first, for a process without validation documents takes part too
+        nothing = {name: start.new_zeros((0, *start.shape)) for name, start in model.starts.items()}
+        deviations, gradients, tasks = [nothing], [nothing], [torch.zeros(0, dtype=torch.int64, device=device)]
+        totals = loop.state.totals(loop.processes)
+        looks = [batches[number % len(batches)] for batches in loop.validation_batches() if len(batches)]
+        for batch in loop.processes.lockstep(looks):
+            if batch is None:
+                model.backbone.dummy_pass(backward=True)
+                continue
+            if loop.draws_tasks:
+                batch = replace(batch, tasks=loaded_tasks(batch.task.unique()))
+            batch, theta, average = loop.state.view(batch, totals)
+            batch = batch.to(device)
+            gradients.append(document_gradients(model, theta, batch))
+            deviations.append({name: (value - average[name]).index_select(0, batch.row) for name, value in theta.items()})
+            tasks.append(batch.task)
+        model.prior.learn(_joined(deviations), _joined(gradients), torch.cat(tasks), all_reduce=loop.processes.all_reduce)
+
+
+def tau_of_path(loop: FitLoop) -> dict[str, Any]:
+    """τ by latent as its path is kept: where more than a few tasks have one each, the geometric mean.
+
+    Latents that all tasks share have an infinite τ, and no path.
+    """
+    tau = tau_by_group(loop.model, loop.state.sites())
+    tau = {name: value for name, value in tau.items() if value != math.inf}
+    many = {name: value for name, value in tau.items() if isinstance(value, list) and len(value) > MANY_TASKS}
+    return tau | {name: math.exp(sum(map(math.log, value)) / len(value)) for name, value in many.items()}
+
+
+def _joined(parts: Sequence[Weights]) -> Weights:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

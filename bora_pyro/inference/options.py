@@ -1,0 +1,78 @@
+"""How a model is fitted: the options of ``fit``, which every configuration of a fit inherits.
+
+>>> FitOptions(epochs=3).learning_rate
+0.01
+>>> FitOptions(warmup=2.0).validate()
+Traceback (most recent call last):
+bora_pyro.errors.InputError: warmup is 2.0; give a fraction of the steps, from 0 to 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bora_pyro.errors import InputError
+from bora_pyro.options.field import check_fields, option
+
+#: The groups of ``--help``: how the objective is optimised, and what concerns the run alone and leaves its result as it is.
+OPTIMISATION, RUN = "optimisation", "run"
+
+
+@dataclass(kw_only=True)
+class FitOptions:
+    """Options of :func:`~bora_pyro.inference.fit.fit`.
+
+    The help of each field is its documentation, here and on the command line. Epochs are passes over the training documents; the
+    learning rate is the peak of a schedule that rises over ``warmup`` of the steps and falls to 0 as a cosine. In the
+    non-centred form deviations are in units of their prior's scale, so that one learning rate suits every τ.
+    """
+
+    epochs: int = option(6, "passes over the training documents, at most", group=OPTIMISATION, least=1)
+    learning_rate: float = option(1e-2, "AdamW's largest learning rate", group=OPTIMISATION, positive=True)
+    warmup: float = option(0.1, "fraction of all steps in which the learning rate rises from 0", group=OPTIMISATION)
+    token_budget: int = option(4096, "tokens of a batch, padding included", group=OPTIMISATION, least=2)
+    accumulate: int = option(1, "batches whose gradients make one step", group=OPTIMISATION, least=1)
+    gradient_clip: float = option(1.0, "largest norm of the whole gradient; inf does not clip", group=OPTIMISATION)
+    temperature: float = option(
+        1.0,
+        "weight of the KL divergence: 1 is the ELBO, and MAP for a point; below 1 the prior counts less",
+        group=OPTIMISATION,
+        positive=True,
+    )
+    task_subsampling: bool | None = option(
+        None,
+        "move only the adapters of the tasks that a step's documents are of, so that its cost does not depend on the number of "
+        "tasks (default: with more than 64 tasks, or several processes)",
+        group=OPTIMISATION,
+    )
+    patience: int = option(
+        3, "stop after so many epochs without a better validation perplexity; 0 never stops early", group=OPTIMISATION, least=0
+    )
+    seed: int = option(
+        0, "seed of the split, the start and the order of the documents", group=OPTIMISATION, least=0, most=2**32 - 1
+    )
+
+    task_memory: float = option(
+        4.0, "GiB for what belongs to tasks where they are drawn; beyond it they lie in memory-mapped files", group=RUN
+    )
+    checkpoint_every: int = option(1, "epochs between checkpoints", group=RUN, least=1)
+    checkpoint_minutes: float = option(
+        10.0, "minutes after which a checkpoint is written within an epoch too; inf: at its end alone", group=RUN
+    )
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", group=RUN, least=1)
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: one line with the value and what is allowed.
+        """
+        check_fields(self)
+        if not self.checkpoint_minutes >= 0:
+            raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; give minutes from 0 (every step) up, or inf")
+        if not self.task_memory >= 0:
+            raise InputError(f"task_memory is {self.task_memory}; give GiB from 0 (all in files) up")
+        if not self.gradient_clip > 0:
+            raise InputError(f"gradient_clip is {self.gradient_clip}; give a number above 0, or inf for no clipping")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup is {self.warmup}; give a fraction of the steps, from 0 to 1")

@@ -1,0 +1,76 @@
+"""How a fit begins: which tasks each process works at, and the parameters that its steps move."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from bora_pyro.data.batch import Batch
+from bora_pyro.data.tasks import TaskData
+from bora_pyro.errors import InputError
+from bora_pyro.guides.base import begins_at_sites
+from bora_pyro.inference.options import FitOptions
+from bora_pyro.inference.processes import Processes, partition_tasks
+from bora_pyro.inference.state import AllTasks, DrawnTasks, FitState
+from bora_pyro.inference.task_rows import MANY_TASKS, set_up
+from bora_pyro.model import BoRA
+
+
+def partition_of(data: TaskData, processes: Processes, *, task_subsampling: bool | None) -> Sequence[Tensor] | None:
+    """The tasks of each process where a step draws tasks; None where every step moves all tasks.
+
+    Args:
+        data: the documents; tasks are dealt out by their training tokens.
+        processes: those that share the fit.
+        task_subsampling: whether a step draws tasks; None: with more than 64 tasks, or several processes.
+
+    Raises:
+        InputError: several processes, and a step is to move all tasks.
+    """
+    size, tasks = processes.size, len(data.tasks)
+    drawn = size > 1 or tasks > MANY_TASKS if task_subsampling is None else task_subsampling
+    if not drawn and size > 1:
+        raise InputError("task_subsampling is false, but several processes share the tasks; leave it out, or start one process")
+    if size > 1:
+        return partition_tasks(data.train.tokens_per_task, size)
+    return [torch.arange(tasks)] if drawn else None
+
+
+def first_state(
+    model: BoRA,
+    guide: AutoGuide,
+    document: Batch,
+    options: FitOptions,
+    *,
+    own: Sequence[Tensor] | None,
+    folder: Path | None = None,
+    keep_sums: bool = False,
+) -> FitState:
+    """Run the guide for the first time, and take hold of its parameters.
+
+    Args:
+        model: the BoRA model.
+        guide: as it was built.
+        document: a short batch, which the guide is first run on.
+        options: those of the fit.
+        own: the tasks of this process, in parts, where a step draws tasks; None: every step moves all.
+        folder: where files hold what has no place in memory; default: where temporary files go.
+        keep_sums: follow the sums over all tasks, which callbacks may ask for.
+    """
+    with torch.no_grad(), poutine.seed(rng_seed=options.seed):
+        if own is None:
+            guide(document)
+            return AllTasks(model, guide)
+        budget = options.task_memory * 2**30
+        numbers = sum(start.numel() for start in model.starts.values())
+        all_rows = 16 * numbers * model.num_tasks <= budget or begins_at_sites(guide)
+        set_up(model, guide, document, all_rows=all_rows)
+        place = Path(tempfile.gettempdir()) if folder is None else folder
+        tasks = torch.cat([*own]).unique()
+        return DrawnTasks(model, guide, own=tasks, budget=budget, folder=place, keep_sums=keep_sums)
