@@ -1,9 +1,7 @@
-"""BoRA as a Pyro model: prior x adapter x backbone x likelihood.
+"""BoRA as a Pyro model: prior x adapter x router x backbone x likelihood.
 
 >>> import bora_pyro as bp
->>> backbone = bp.Backbone.from_pretrained("builtin:nano")
->>> model = bp.BoRA(backbone, 25, adapter=bp.LoRA(rank=4), prior=bp.HierarchicalNormal(tau=100))
->>> model
+>>> bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 25, adapter=bp.LoRA(rank=4), prior=bp.HierarchicalNormal(tau=100))
 BoRA(25 tasks, LoRA(rank=4, alpha=4.0), HierarchicalNormal(tau=100), CausalLM(unit='tokens'))
 """
 
@@ -19,12 +17,13 @@ from torch import Tensor
 from bora_pyro.adapters import Adapter, LoRA
 from bora_pyro.backbone.backbone import Backbone, Change
 from bora_pyro.backbone.head import LazyLogits
-from bora_pyro.backbone.slots import Slot
+from bora_pyro.backbone.layer_tensors import LayerTensors
 from bora_pyro.data.batch import Batch, TaskDraw
 from bora_pyro.errors import InputError
-from bora_pyro.likelihoods.next_tokens import CausalLM, Likelihood
+from bora_pyro.likelihoods import CausalLM, Likelihood
 from bora_pyro.priors import HierarchicalNormal, Prior
 from bora_pyro.priors.task_plate import TaskPlate
+from bora_pyro.routers import ByTask, Router
 
 #: Adapter tensors by ``<slot>.<latent>``: (D, layers, *shape) for all tasks, (layers, *shape) for one.
 Weights = dict[str, Tensor]
@@ -50,6 +49,7 @@ class BoRA:
         adapter: which latents change a layer; default ``LoRA()``.
         prior: how tasks share; default ``HierarchicalNormal()``.
         likelihood: what is observed; default ``CausalLM()``.
+        router: which adapter reads a token; default ``ByTask()``.
         seed: of the adapters' common start.
 
     Raises:
@@ -64,26 +64,22 @@ class BoRA:
         adapter: Adapter | None = None,
         prior: Prior | None = None,
         likelihood: Likelihood | None = None,
+        router: Router | None = None,
         seed: int = 0,
     ) -> None:
-        self.backbone, self.num_tasks = backbone, num_tasks
-        self.adapter, self.prior, self.likelihood = adapter or LoRA(), prior or HierarchicalNormal(), likelihood or CausalLM()
+        self.backbone, self.num_tasks, self.adapter, self.router = backbone, num_tasks, adapter or LoRA(), router or ByTask()
+        self.prior, self.likelihood = prior or HierarchicalNormal(), likelihood or CausalLM()
         if num_tasks < self.prior.least_tasks:
             raise InputError(
                 f"{num_tasks} task given; BoRA shares between tasks and needs 2 or more (for one task use peft's LoRA)"
             )
-        generator = torch.Generator().manual_seed(seed)
-        self.starts: Weights = {}
-        self.fixed: Weights = {}
-        for slot in backbone.slots:
-            for store, specs in ((self.starts, self.adapter.latents(slot)), (self.fixed, self.adapter.fixed(slot))):
-                for name, spec in specs.items():
-                    layers = [spec.start(spec.shape, generator) for _ in range(slot.layers)]
-                    store[f"{slot.name}.{name}"] = torch.stack(layers).to(backbone.device)
+        self.tensors = LayerTensors.of((self.adapter, self.router), backbone, seed=seed)
+        self.starts, self.fixed = self.tensors.latents, self.tensors.fixed
+        self.output, self.add = self.adapter.output, self.adapter.add
 
     def __call__(self, batch: Batch) -> None:
         """Run the model on one batch of documents."""
-        self.likelihood(self.lazy_logits(batch, self.weights(batch)), batch)
+        self.likelihood(self, self.weights(batch), batch)
 
     def plates(self, batch: Batch | TaskDraw | None = None) -> pyro.plate:
         """The plate of tasks, of all or of those that a batch speaks of: a guide's ``create_plates``."""
@@ -92,52 +88,43 @@ class BoRA:
 
     def weights(self, batch: Batch | TaskDraw | None = None) -> Weights:
         """Sample θ: the latents of all tasks, (D, layers, *shape) each, or a row for each task that a batch speaks of."""
-        tasks = self.plates(batch)
-        return {name: self.prior.sample(name, start, tasks) for name, start in self.starts.items()}
+        return self.prior.sample(self.starts, self.plates(batch), self.tensors.masks)
 
     def logits(self, batch: Batch, weights: Weights | None) -> Tensor:
-        """Logits (rows, tokens, vocabulary) of a batch under each row's adapter, or under the base where there are none."""
-        return self.backbone.logits(batch.input_ids, None if weights is None else self.change(weights, batch.row))
+        """Logits (rows, tokens, vocabulary) of a batch under its adapters, or under the base where there are no weights."""
+        return self.backbone.logits(batch.input_ids, self._change(weights, batch))
 
     def lazy_logits(self, batch: Batch, weights: Weights | None) -> Tensor | LazyLogits:
-        """As ``logits``, for a likelihood or a score, which need no more than a chunk of them at once."""
-        return self.backbone.lazy_logits(batch.input_ids, None if weights is None else self.change(weights, batch.row))
+        """As ``logits``, for a likelihood or a score, which needs no more than a chunk of them at once."""
+        return self.backbone.lazy_logits(batch.input_ids, self._change(weights, batch))
 
-    def change(self, weights: Weights, task: Tensor) -> Change:
-        """How the adapters in the rows ``task`` (rows,) of the weights change the outputs of the backbone's layers."""
-        # one gather a latent for all layers: its backward pass is one scatter, not one a layer
-        rows = {name: value.index_select(0, task).unbind(1) for name, value in weights.items()}
-        names = {slot.name: [*self.adapter.latents(slot)] for slot in self.backbone.slots}
+    def _change(self, weights: Weights | None, batch: Batch) -> Change | None:
+        return None if weights is None else self.change(weights, batch.row, batch.task)
 
-        def change(slot: Slot, layer: int, x: Tensor, output: Tensor) -> Tensor:
-            tensors = {name: rows[f"{slot.name}.{name}"][layer] for name in names[slot.name]} | self.fixed_of(slot, layer)
-            # where the base lies on several devices, the adapters lie with its inputs and go to the layers
-            return self.adapter.add(output, x, {name: value.to(output.device) for name, value in tensors.items()})
-
-        return change
-
-    def fixed_of(self, slot: Slot, layer: int) -> Weights:
-        """The adapter's fixed tensors of one layer, by name."""
-        return {name: self.fixed[f"{slot.name}.{name}"][layer] for name in self.adapter.fixed(slot)}
+    def change(self, weights: Weights, row: Tensor, task: Tensor | None = None) -> Change:
+        """How the adapters in the rows ``row`` (rows,) of the weights, of the tasks ``task``, change the layers' outputs."""
+        return self.router.change(self, weights, row, row if task is None else task)
 
     def weights_given(self, sites: Mapping[str, Tensor], tasks: TaskDraw | None = None) -> tuple[Weights, Weights]:
         """θ of all tasks or of some, (D, layers, *shape), and Θ, (layers, *shape), for given values of the sample sites."""
         with torch.no_grad():
             theta = poutine.condition(self.weights, data=dict(sites))(tasks)
-            return theta, {name: self.prior.mean(name, sites, value) for name, value in theta.items()}
+            return theta, self.prior.means(sites, theta)
 
     def sites_given(self, theta: Weights, mean: Weights) -> Weights:
         """Values of the sample sites for given θ, (D, layers, *shape), and Θ, (layers, *shape): `weights_given` undone."""
-        return {site: value for name in theta for site, value in self.prior.sites(name, theta[name], mean[name]).items()}
+        return self.prior.sites(theta, mean)
 
     def state(self) -> Weights:
-        """What a fit changes beside the guide's parameters, for checkpoints and the best state: what the prior has learned."""
-        return {f"prior/{name}": value for name, value in self.prior.state().items()}
+        """What a fit changes beside the guide's parameters: what the prior has learned, buffers and masks."""
+        return {f"prior/{name}": value for name, value in self.prior.state().items()} | self.tensors.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what ``state`` gave."""
+        """Put back what ``state`` gave, or a part of it."""
         own = {name.removeprefix("prior/"): value for name, value in state.items() if name.startswith("prior/")}
         self.prior.load_state({name: value.to(self.backbone.device) for name, value in own.items()})
+        self.tensors.load_state(state)
 
     def __repr__(self) -> str:
-        return f"BoRA({self.num_tasks} tasks, {self.adapter}, {self.prior}, {self.likelihood})"
+        parts = [self.adapter, self.prior, self.likelihood] + [self.router] * (not isinstance(self.router, ByTask))
+        return f"BoRA({self.num_tasks} tasks, {', '.join(map(repr, parts))})"

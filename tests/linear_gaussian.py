@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 
 from bora_pyro import BoRA
+from bora_pyro.backbone.layer_tensors import LayerTensors
 
 COUNTS = (1, 4, 2, 7)
 SHAPE = (2, 3, 4)  # layers, and a 3 x 4 matrix
@@ -20,6 +21,7 @@ class LinearGaussian(BoRA):
     def __init__(self, prior, *, counts=COUNTS, shape=SHAPE, noise=0.5, seed=0):
         self.num_tasks, self.prior, self.noise = len(counts), prior, noise
         self.starts, self.fixed = {"q.x": torch.full(shape, 0.25, dtype=torch.float64)}, {}
+        self.tensors = LayerTensors(self.starts)
         self.task = torch.tensor([d for d, count in enumerate(counts) for _ in range(count)])
         generator = torch.Generator().manual_seed(seed)
         level = torch.randn((len(counts), *shape), generator=generator, dtype=torch.float64)

@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 
 from bora_pyro import BoRA, CausalLM, HierarchicalNormal, Independent, InputError, LoRA, Pooled, fit, map_guide
-from bora_pyro.priors import Prior
+from bora_pyro.priors import PerLatent
 from tests.tiny import TASKS, of_task, peft_model, random_weights, tiny_backbone, tiny_batch, tiny_bora, tiny_data
 
 LATENTS = [f"{slot}.{factor}" for slot in ("v_proj", "q_proj") for factor in ("lora_A", "lora_B")]
@@ -187,18 +187,18 @@ def test_independent_is_one_lora_a_task():
 # the axes of the design: a new prior is a class, nothing else
 
 
-class LaplaceHierarchy(Prior):
+class LaplaceHierarchy(PerLatent):
     """θ_d ~ Laplace(Θ, b) with p(Θ) ∝ 1."""
 
     def __init__(self, scale):
         self.scale = scale
 
-    def sample(self, name, start, tasks):
+    def sample_latent(self, name, start, tasks, mask=None):
         mean = pyro.sample(f"prior_mean.{name}", dist.Normal(start, 1.0).to_event(start.dim()).mask(False))
         with tasks:
             return pyro.sample(f"theta.{name}", dist.Laplace(mean, self.scale).to_event(start.dim()))
 
-    def mean(self, name, sites, theta):
+    def mean_of(self, name, sites, theta):
         return sites[f"prior_mean.{name}"]
 
 

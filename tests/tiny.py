@@ -114,8 +114,8 @@ def peft_model(model, weights, targets=None):
     assert found == {path for slot in backbone.slots for path in slot.paths}
     for slot in backbone.slots:
         for layer, path in enumerate(slot.paths):
-            tensors = {name: weights[f"{slot.name}.{name}"][layer] for name in model.adapter.latents(slot)}
-            for name, value in (tensors | model.fixed_of(slot, layer)).items():
+            latents = {name: weights[f"{slot.name}.{name}"][layer] for name in model.tensors.names(slot)}
+            for name, value in model.tensors.at_layer(slot, layer, latents).items():
                 getattr(layers[path], name)["default"].weight.data.copy_(value)
     return peft
 

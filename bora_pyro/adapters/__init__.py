@@ -1,15 +1,15 @@
 """Adapters: which latent tensors change a linear layer, and how."""
 
-from bora_pyro.adapters.base import Adapter, TensorSpec
+from bora_pyro.adapters.base import Adapter, Factors
 from bora_pyro.adapters.frozen_a import FrozenALoRA
 from bora_pyro.adapters.lora import LoRA
 from bora_pyro.adapters.shared_plus_task import SharedPlusTaskLoRA
 
 #: Adapters by the name that a configuration gives them.
-ADAPTERS: dict[str, type[LoRA]] = {
+ADAPTERS: dict[str, type[Adapter]] = {
     "lora": LoRA,
     "lora_frozen_a": FrozenALoRA,
     "lora_shared_plus_task": SharedPlusTaskLoRA,
 }
 
-__all__ = ["ADAPTERS", "Adapter", "FrozenALoRA", "LoRA", "SharedPlusTaskLoRA", "TensorSpec"]
+__all__ = ["ADAPTERS", "Adapter", "Factors", "FrozenALoRA", "LoRA", "SharedPlusTaskLoRA"]

@@ -1,38 +1,22 @@
 """What an adapter is: latent tensors for a linear layer, and what they add to its output.
 
-A new adapter is one file with a subclass of :class:`Adapter`, and one line in ``bora_pyro/adapters/__init__.py``.
+A new adapter is one file with a subclass of :class:`Adapter`, and one line in ``bora_pyro/adapters/__init__.py``. Its options are
+the arguments of its class: ``--adapter NAME --adapter_option KEY=VALUE``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """The shape of one tensor of one layer, and how its first value is drawn.
-
-    Attributes:
-        shape: without the dimensions of tasks and layers.
-        start: ``start(shape, generator)`` gives the value that all tasks share at the beginning.
-    """
-
-    shape: tuple[int, ...]
-    start: Callable[[tuple[int, ...], Generator], Tensor]
-
-
-def zeros(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """The zero tensor; the generator is not used."""
-    return torch.zeros(shape)
 
 
 def uniform_fan_in(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -41,12 +25,44 @@ def uniform_fan_in(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A change of a linear layer as LoRA writes it, ΔW = (α/r) B A.
+
+        >>> Factors(torch.ones(2, 3), torch.ones(4, 2), alpha=4.0).delta()[0].tolist()
+        [4.0, 4.0, 4.0]
+
+    Attributes:
+        lora_A: A, (..., r, in).
+        lora_B: B, (..., out, r).
+        alpha: α.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.lora_A.shape[-2]
+
+    @property
+    def scaling(self) -> float:
+        """α/r."""
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """ΔW, (..., out, in)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
 class Adapter(ABC):
     """Latent tensors that change a linear layer.
 
         >>> class Shift(Adapter):  # a number added to each output
-        ...     def latents(self, slot):
-        ...         return {"shift": TensorSpec((slot.out_features,), zeros)}
+        ...     def start(self, slot, weight, generator):
+        ...         return Start({"shift": torch.zeros(slot.out_features)})
         ...
         ...     def output(self, x, tensors):
         ...         return tensors["shift"][:, None].to(x.dtype)
@@ -54,8 +70,9 @@ class Adapter(ABC):
         >>> Shift().add(torch.zeros(2, 1, 2), torch.ones(2, 1, 5), tensors).tolist()
         [[[1.0, 2.0]], [[3.0, 4.0]]]
 
-    Every adapter adds nothing at its start, has a gradient there that is not zero everywhere, and declares exactly the
-    tensors that are learned.
+    Every adapter adds nothing at its start, has a gradient there that is not zero everywhere, and names as latents exactly the
+    tensors that are learned. A subclass gives ``start`` and one of ``delta`` and ``output``. An adapter that holds another one
+    merges that one's latents and fixed tensors into its own start.
 
     Attributes:
         shared: names of the latents that are meant to have one value for all tasks; the prior is what makes them so
@@ -65,24 +82,36 @@ class Adapter(ABC):
     shared: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def latents(self, slot: Slot) -> dict[str, TensorSpec]:
-        """The tensors that a prior is put on, for one layer of ``slot``."""
+    def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
+        """The tensors of one layer of ``slot`` as a fit begins.
 
-    def fixed(self, slot: Slot) -> dict[str, TensorSpec]:
-        """Tensors that all tasks share and that are never learned (random bases, masks); none by default."""
-        return {}
+        Args:
+            slot: the kind of layer, with its sizes.
+            weight: gives the frozen weight of this layer, (out, in) float32.
+            generator: of whatever is random.
+        """
 
-    @abstractmethod
+    def delta(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """ΔW, (..., out, in); None where the change depends on the layer's input.
+
+        Args:
+            tensors: latents (..., *shape), fixed tensors and buffers (*shape) of this layer by name.
+        """
+        return None
+
     def output(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What is added to the layer's output.
+        """What is added to the layer's output; by default x ΔWᵀ.
 
         Args:
             x: the layer's input (rows, tokens, in_features).
-            tensors: latents (rows, *shape) and fixed tensors (*shape) of this layer by name.
+            tensors: latents (rows, *shape), fixed tensors and buffers (*shape) of this layer by name.
 
         Returns:
             (rows, tokens, out_features) in the precision of ``x``.
         """
+        delta = self.delta(tensors)
+        assert delta is not None, f"{type(self).__name__} gives neither delta nor output"
+        return x @ delta.to(x.dtype).mT
 
     def add(self, output: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The changed output of the layer; an adapter that can do both in one pass overrides this.
@@ -94,22 +123,26 @@ class Adapter(ABC):
         """
         return output + self.output(x, tensors)
 
-    def lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same change as LoRA matrices ``lora_A`` (..., r, in) and ``lora_B`` (..., out, r), for export.
+    def factors(self, tensors: Mapping[str, Tensor]) -> Factors | None:
+        """The same change exactly as LoRA matrices, for export and diagnostics; None where it has no such form."""
+        return None
 
-        Raises:
-            InputError: this adapter's change is no product of two low-rank matrices.
-        """
-        raise InputError(f"{self} cannot be written as LoRA matrices")
-
-    def from_lora(self, factors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The latents of one layer whose LoRA form is these matrices: ``lora`` undone.
+    def from_factors(self, factors: Factors, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The latents of one layer whose LoRA form is these matrices: ``factors`` undone.
 
         Args:
-            factors: ``lora_A`` (r, in) and ``lora_B`` (out, r).
+            factors: the matrices; their scale α/r is that of this adapter.
             fixed: the adapter's fixed tensors of the layer.
 
         Raises:
             InputError: no latents of this adapter have this form.
         """
         raise InputError(f"LoRA matrices cannot be read as {self}")
+
+    def kept_per_token(self, slot: Slot) -> int:
+        """How many numbers of each token a layer of ``slot`` keeps for the backward pass, for the estimate of memory."""
+        return 0
+
+    def callbacks(self) -> Sequence[Any]:
+        """What acts between the steps of a fit for this adapter: :class:`~bora_pyro.inference.callbacks.Callback`."""
+        return ()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from bora_pyro.adapters.base import Adapter, TensorSpec, uniform_fan_in, zeros
+from bora_pyro.adapters.base import Adapter, Factors, uniform_fan_in
+from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError
 
@@ -48,7 +49,8 @@ class LoRA(Adapter):
 
         >>> LoRA(rank=4)
         LoRA(rank=4, alpha=4.0)
-        >>> {name: spec.shape for name, spec in LoRA(rank=4).latents(Slot("q_proj", ("q_proj",), 16, 32)).items()}
+        >>> start = LoRA(rank=4).start(Slot("q_proj", ("q_proj",), 16, 32), None, torch.Generator())
+        >>> {name: tuple(value.shape) for name, value in start.latents.items()}
         {'lora_A': (4, 16), 'lora_B': (32, 4)}
 
     Args:
@@ -78,11 +80,12 @@ class LoRA(Adapter):
         assert self.alpha is not None
         return self.alpha / self.rank
 
-    def latents(self, slot: Slot) -> dict[str, TensorSpec]:
-        return {
-            "lora_A": TensorSpec((self.rank, slot.in_features), uniform_fan_in),
-            "lora_B": TensorSpec((slot.out_features, self.rank), zeros),
-        }
+    def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
+        lora_a = uniform_fan_in((self.rank, slot.in_features), generator)
+        return Start({"lora_A": lora_a, "lora_B": torch.zeros(slot.out_features, self.rank)})
+
+    def delta(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return self.factors(tensors).delta()
 
     def output(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         a, b = self._factors(x, tensors)
@@ -96,8 +99,12 @@ class LoRA(Adapter):
         """A (rows, r, in), or (r, in) where it is fixed, and B (rows, out, r), in the precision of ``x``."""
         return tensors["lora_A"].to(x.dtype), tensors["lora_B"].to(x.dtype)
 
-    def lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"lora_A": tensors["lora_A"], "lora_B": tensors["lora_B"]}
+    def factors(self, tensors: Mapping[str, Tensor]) -> Factors:
+        assert self.alpha is not None
+        return Factors(tensors["lora_A"], tensors["lora_B"], self.alpha)
 
-    def from_lora(self, factors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"lora_A": factors["lora_A"], "lora_B": factors["lora_B"]}
+    def from_factors(self, factors: Factors, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"lora_A": factors.lora_A, "lora_B": factors.lora_B}
+
+    def kept_per_token(self, slot: Slot) -> int:
+        return self.rank

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from bora_pyro.adapters.base import TensorSpec
+from bora_pyro.adapters.base import Factors
 from bora_pyro.adapters.lora import LoRA
+from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.backbone.slots import Slot
 
 
@@ -19,7 +20,8 @@ class SharedPlusTaskLoRA(LoRA):
     """W = W_full + (α/r) B_0 A_0 + (α/r) B_d A_d: a shared pair and the task's own, both learned.
 
         >>> adapter, slot = SharedPlusTaskLoRA(rank=4), Slot("q_proj", ("q_proj",), 16, 32)
-        >>> {name: spec.shape for name, spec in adapter.latents(slot).items()}
+        >>> start = adapter.start(slot, None, torch.Generator())
+        >>> {name: tuple(value.shape) for name, value in start.latents.items()}
         {'shared_A': (4, 16), 'shared_B': (32, 4), 'lora_A': (4, 16), 'lora_B': (32, 4)}
         >>> from bora_pyro.priors import HierarchicalNormal, with_shared
         >>> with_shared(HierarchicalNormal(tau=100), adapter.shared)
@@ -30,7 +32,7 @@ class SharedPlusTaskLoRA(LoRA):
     There the released code has no prior at all (that is ``Independent()`` here, τ = 0), or penalises the norms of the task's
     own factors, from zero and not from a mean Θ.
 
-    Both A start at random, independently of each other, and both B at zero. Written as LoRA (``lora``), the two pairs are
+    Both A start at random, independently of each other, and both B at zero. Written as LoRA (``factors``), the two pairs are
     one of rank 2r: [A_0; A_d] and [B_0, B_d].
 
     Args:
@@ -40,20 +42,24 @@ class SharedPlusTaskLoRA(LoRA):
 
     shared: ClassVar[tuple[str, ...]] = ("shared_A", "shared_B")
 
-    def latents(self, slot: Slot) -> dict[str, TensorSpec]:
-        own = super().latents(slot)
-        return {"shared_A": own["lora_A"], "shared_B": own["lora_B"]} | own
+    def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
+        shared, own = (super(SharedPlusTaskLoRA, self).start(slot, weight, generator).latents for _ in range(2))
+        return Start({"shared_A": shared["lora_A"], "shared_B": shared["lora_B"]} | own)
 
-    def lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # side by side the two products are one: [B_0, B_d] [A_0; A_d] = B_0 A_0 + B_d A_d
-        return {
-            "lora_A": torch.cat([tensors["shared_A"], tensors["lora_A"]], dim=-2),
-            "lora_B": torch.cat([tensors["shared_B"], tensors["lora_B"]], dim=-1),
-        }
+    def factors(self, tensors: Mapping[str, Tensor]) -> Factors:
+        assert self.alpha is not None
+        # side by side the two products are one: [B_0, B_d] [A_0; A_d] = B_0 A_0 + B_d A_d, of rank 2r
+        lora_a = torch.cat([tensors["shared_A"], tensors["lora_A"]], dim=-2)
+        lora_b = torch.cat([tensors["shared_B"], tensors["lora_B"]], dim=-1)
+        return Factors(lora_a, lora_b, 2 * self.alpha)
 
-    def from_lora(self, factors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        a, b, r = factors["lora_A"], factors["lora_B"], self.rank
+    def kept_per_token(self, slot: Slot) -> int:
+        return 2 * self.rank
+
+    def from_factors(self, factors: Factors, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        a, b, r = factors.lora_A, factors.lora_B, self.rank
         return {"shared_A": a[:r], "shared_B": b[:, :r], "lora_A": a[r:], "lora_B": b[:, r:]}
 
     def _factors(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return super()._factors(x, self.lora(tensors))
+        both = self.factors(tensors)
+        return super()._factors(x, {"lora_A": both.lora_A, "lora_B": both.lora_B})

@@ -31,7 +31,7 @@ from bora_pyro.backbone.attention import use_short_attention
 from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_no_adapter
-from bora_pyro.backbone.slots import Slot, find_slots, linear_modules, linear_shape
+from bora_pyro.backbone.slots import Slot, find_slots, linear_modules, linear_shape, linear_weight
 from bora_pyro.errors import InputError, nearest
 
 BUILTIN_BASES = {"builtin:nano": Path(__file__).parents[1] / "assets" / "nano"}
@@ -178,6 +178,10 @@ class Backbone:
         linear = linear_modules(self.model).values()
         widest = max((max(linear_shape(module)[:2]) for module in linear), default=1)
         return max(1, PASS_BYTES // (widest * self.model.get_input_embeddings().weight.element_size()))
+
+    def weight(self, slot: Slot, layer: int) -> Tensor:
+        """The frozen weight of one layer of a slot, (out, in) float32."""
+        return linear_weight(self._modules[slot.paths[layer]])
 
     def logits(self, input_ids: Tensor, change: Change | None = None, *, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits (rows, tokens, vocabulary), with ``change`` made to the output of every target layer.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -111,6 +112,19 @@ def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
     weight = module.weight
     assert isinstance(module, nn.Linear) and isinstance(weight, Tensor)
     return module.in_features, module.out_features, False
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as W of x Wᵀ, (out, in) float32: dequantised, put together, and ``Conv1D``'s transposed."""
+    weight = module.weight
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        # only where a base is quantised: this imports bitsandbytes, an extra that prints as it loads
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        weight = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+    assert isinstance(weight, Tensor)
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return (whole.detach().mT if isinstance(module, Conv1D) else whole.detach()).float()
 
 
 def _short_names(kinds: Sequence[str]) -> dict[str, str]:

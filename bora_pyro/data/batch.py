@@ -31,6 +31,7 @@ class Batch:
             split's (see `TokenSplit.batches`).
         tasks: the tasks that the batch speaks of; None: all tasks of the model.
         share: what its loss is multiplied with where k batches make one step: 1/k.
+        own_rows: whether each document has a row of weights of its own, in the order of the batch.
     """
 
     input_ids: Tensor
@@ -41,10 +42,13 @@ class Batch:
     scale: float
     tasks: TaskDraw | None = None
     share: float = 1.0
+    own_rows: bool = False
 
     @property
     def row(self) -> Tensor:
         """(rows,) int64: where each document's task stands among ``tasks``, and so in the weights of the batch."""
+        if self.own_rows:
+            return torch.arange(len(self.task), device=self.task.device)
         return self.task if self.tasks is None else self.tasks.positions(self.task)
 
     @property
@@ -81,6 +85,7 @@ class Batch:
             scale=self.scale,
             tasks=None if self.tasks is None else self.tasks.to(device),
             share=self.share,
+            own_rows=self.own_rows,
         )
 
 

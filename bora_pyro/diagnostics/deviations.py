@@ -250,11 +250,15 @@ def _difference(model: BoRA, slot: Slot, layer: int, theta: Weights, mean: Weigh
 
 def _factors(model: BoRA, slot: Slot, layer: int, weights: Weights, layer_dim: int) -> tuple[Tensor, Tensor]:
     """(α/r) B (..., out, r) and A (..., r, in) of one layer in float64; the leading dimensions are those of the weights."""
-    latents = {name: weights[f"{slot.name}.{name}"].select(layer_dim, layer) for name in model.adapter.latents(slot)}
-    factors = model.adapter.lora(latents | model.fixed_of(slot, layer))
-    scaling = getattr(model.adapter, "scaling", None)  # α/r
-    if scaling is None:
-        raise InputError(f"{model.adapter} has no scaling, by which its LoRA matrices are multiplied")
-    a, b = factors["lora_A"].double(), factors["lora_B"].double()
+    latents = {name: weights[f"{slot.name}.{name}"].select(layer_dim, layer) for name in model.tensors.names(slot)}
+    task = torch.arange(model.num_tasks) if layer_dim else None
+    tensors = model.tensors.at_layer(slot, layer, latents, task)
+    if (factors := model.adapter.factors(tensors)) is not None:
+        scaling, a, b = factors.scaling, factors.lora_A.double(), factors.lora_B.double()
+    elif (delta := model.adapter.delta(tensors)) is not None:
+        # ΔW = ΔW I
+        scaling, a, b = 1.0, torch.eye(delta.shape[-1], dtype=torch.float64, device=delta.device), delta.double()
+    else:
+        raise InputError(f"{model.adapter} cannot be written as LoRA matrices: it gives no ΔW of a layer")
     leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # a fixed factor has none
     return scaling * b.expand(*leading, *b.shape[-2:]), a.expand(*leading, *a.shape[-2:])

@@ -5,7 +5,7 @@
     >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
     >>> model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     bp.save_peft(Path(folder), model, model.starts)
+    ...     _ = bp.save_peft(Path(folder), model, model.starts)
     ...     weights = load_peft(folder, model)
     >>> all(torch.equal(weights[name], start) for name, start in model.starts.items())
     True
@@ -29,11 +29,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bora_pyro.adapters import Adapter, LoRA
+from bora_pyro.adapters import Adapter, Factors, LoRA
 from bora_pyro.backbone.backbone import BUILTIN_BASES, Backbone
+from bora_pyro.backbone.layer_tensors import LayerTensors
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.config import PeftConfig, read_peft_config, shown_json
-from bora_pyro.exchange.save import CONFIG, PREFIX, TENSORS, Factors
+from bora_pyro.exchange.save import CONFIG, PREFIX, TENSORS, LayerFactors
 from bora_pyro.files.limits import largest_text
 from bora_pyro.model import BoRA, Weights
 
@@ -63,7 +64,7 @@ class PeftAdapter:
     base_model: str
     rank: int
     alpha: float
-    factors: Factors
+    factors: LayerFactors
     config: PeftConfig | None = None
 
     @property
@@ -140,7 +141,7 @@ def load_peft(folder: str | Path, model: BoRA | Backbone, *, same_base: bool = T
         >>> import tempfile, bora_pyro as bp
         >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     bp.save_peft(Path(folder), model, model.starts)
+        ...     _ = bp.save_peft(Path(folder), model, model.starts)
         ...     load_peft(folder, model)["q_proj.lora_A"].shape
         torch.Size([4, 1, 256])
 
@@ -157,22 +158,30 @@ def load_peft(folder: str | Path, model: BoRA | Backbone, *, same_base: bool = T
     backbone = model.backbone if isinstance(model, BoRA) else model
     found = read_peft(folder).on(backbone, same_base=same_base)
     adapter: Adapter = model.adapter if isinstance(model, BoRA) else LoRA(found.rank, found.alpha)
-    scaling = getattr(adapter, "scaling", found.scaling)
+    tensors = model.tensors if isinstance(model, BoRA) else _tensors_of(adapter, backbone)
     weights: Weights = {}
     for slot in backbone.slots:
         layers = []
         for layer, path in enumerate(slot.paths):
-            factors = dict(found.factors[path])
-            if scaling != found.scaling:
-                factors["lora_B"] = factors["lora_B"] * (found.scaling / scaling)
-            layers.append(adapter.from_lora(factors, model.fixed_of(slot, layer) if isinstance(model, BoRA) else {}))
-        for name, spec in adapter.latents(slot).items():
-            if layers[0][name].shape != spec.shape:
+            fixed = tensors.at_layer(slot, layer, {})
+            own = adapter.factors({name: tensors.latents[f"{slot.name}.{name}"][layer] for name in tensors.names(slot)} | fixed)
+            if own is None:
+                raise InputError(f"LoRA matrices cannot be read as {adapter}")
+            lora_a, lora_b = found.factors[path]["lora_A"], found.factors[path]["lora_B"]
+            if own.scaling != found.scaling:
+                lora_b = lora_b * (found.scaling / own.scaling)
+            layers.append(adapter.from_factors(Factors(lora_a, lora_b, own.alpha), fixed))
+        for name in tensors.names(slot):
+            if layers[0][name].shape != tensors.latents[f"{slot.name}.{name}"].shape[1:]:
                 raise InputError(
                     f"{folder} has the rank {found.rank}, which {adapter} cannot have; give the model an adapter of that rank"
                 )
             weights[f"{slot.name}.{name}"] = torch.stack([of_layer[name] for of_layer in layers]).to(backbone.device)
     return weights
+
+
+def _tensors_of(adapter: Adapter, backbone: Backbone) -> LayerTensors:
+    return LayerTensors.of([adapter], backbone)
 
 
 def read_peft(folder: str | Path) -> PeftAdapter:
@@ -181,7 +190,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         >>> import tempfile, bora_pyro as bp
         >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     bp.save_peft(Path(folder), model, model.starts)
+        ...     _ = bp.save_peft(Path(folder), model, model.starts)
         ...     found = read_peft(folder)
         >>> found.rank, found.scaling, len(found.factors)
         (2, 1.0, 8)
@@ -242,8 +251,8 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _factors(file: Path, config: PeftConfig) -> Factors:
-    factors: Factors = {}
+def _factors(file: Path, config: PeftConfig) -> LayerFactors:
+    factors: LayerFactors = {}
     try:
         _check_header(file)
         with safe_open(file, framework="pt") as opened:

@@ -21,52 +21,73 @@ from torch import Tensor
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.errors import InputError
+from bora_pyro.exchange.factors import EXPORT_RANK, lora_form
 from bora_pyro.files.atomic import unwritable
 from bora_pyro.files.tensors import write_safetensors
 from bora_pyro.model import BoRA, Weights
 
 #: LoRA's matrices by the path of the layer: ``lora_A`` (r, in) and ``lora_B`` (out, r).
-Factors = dict[str, dict[str, Tensor]]
+LayerFactors = dict[str, dict[str, Tensor]]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: What stands before a layer's path in the names of the tensors.
 PREFIX = "base_model.model."
 
 
-def save_peft(folder: Path, model: BoRA, weights: Weights, *, base_model: str | None = None) -> None:
-    """Write one adapter.
+def save_peft(
+    folder: Path,
+    model: BoRA,
+    weights: Weights,
+    *,
+    base_model: str | None = None,
+    task: int | None = None,
+    rank: int = EXPORT_RANK,
+) -> float:
+    """Write one adapter, exactly where it has a LoRA form, else cut to a rank.
 
         >>> import tempfile, bora_pyro as bp
         >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_peft(Path(folder) / "start", model, model.starts)
-        ...     sorted(file.name for file in (Path(folder) / "start").iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors']
+        ...     error = save_peft(Path(folder) / "start", model, model.starts)
+        ...     error, sorted(file.name for file in (Path(folder) / "start").iterdir())
+        (0.0, ['adapter_config.json', 'adapter_model.safetensors'])
 
     Args:
         folder: made if need be.
         model: the model that the weights belong to.
         weights: one task's (or Θ's) latents by name, (layers, *shape) each.
         base_model: what the folder calls the base; default: the name that it was loaded by.
+        task: index of the task, where tasks have masks of their own; None: Θ.
+        rank: the largest rank of a change that has no exact LoRA form.
+
+    Returns:
+        The relative error of what was written, ‖ΔW − (α/r) B A‖ / ‖ΔW‖ over all layers: 0 where the form is exact. Where it is
+        not 0 it stands in the metadata of the tensors' file too.
 
     Raises:
-        InputError: the adapter has no LoRA form.
+        InputError: the change depends on the tokens and has no such form, or the folder cannot be written.
     """
-    rank, alpha = getattr(model.adapter, "rank", None), getattr(model.adapter, "alpha", None)
-    factors: Factors = {}
-    for slot in model.backbone.slots:
-        for layer, path in enumerate(slot.paths):
-            latents = {name: weights[f"{slot.name}.{name}"][layer] for name in model.adapter.latents(slot)}
-            factors[path] = model.adapter.lora(latents | model.fixed_of(slot, layer))
-    if not factors or rank is None or alpha is None:
-        raise InputError(f"{model.adapter} cannot be written as a PEFT folder: it has no rank and alpha")
-    # PEFT scales by lora_alpha/r, where r is the rank that is written: that of two pairs is twice the adapter's
-    written = rank_of(factors)
-    write_peft(folder, model.backbone, factors, alpha=alpha * (written / rank), base_model=base_model)
+    check_exportable(model.backbone)
+    form = lora_form(model, weights, task=task, rank=rank)
+    metadata = {"relative_error": f"{form.relative_error:.6g}"} if form.relative_error else {}
+    write_peft(folder, model.backbone, form.factors, alpha=form.alpha, base_model=base_model, metadata=metadata)
+    return form.relative_error
+
+
+def check_exportable(backbone: Backbone) -> None:
+    """Raise ``InputError`` where the adapted layers cannot stand in one PEFT folder."""
+    if len({slot.fan_in_fan_out for slot in backbone.slots}) > 1:
+        raise InputError("a PEFT folder cannot mix Conv1D and Linear targets; fit them as two models")
 
 
 def write_peft(
-    folder: Path, backbone: Backbone, factors: Mapping[str, Mapping[str, Tensor]], *, alpha: float, base_model: str | None = None
+    folder: Path,
+    backbone: Backbone,
+    factors: Mapping[str, Mapping[str, Tensor]],
+    *,
+    alpha: float,
+    base_model: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the LoRA matrices of one adapter.
 
@@ -76,6 +97,7 @@ def write_peft(
         factors: the matrices of each of those layers, all of one rank r.
         alpha: α; a layer changes by (α/r) B A.
         base_model: as for :func:`save_peft`.
+        metadata: further texts for the metadata of the tensors' file.
 
     Raises:
         InputError: some targets are ``Conv1D`` and others ``Linear``, or the folder cannot be written.
@@ -89,7 +111,7 @@ def write_peft(
     temporary = folder / "adapter_config.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / TENSORS, state, {"format": "pt"})
+        write_safetensors(folder / TENSORS, state, {"format": "pt"} | dict(metadata or {}))
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, folder / CONFIG)
     except OSError as error:
@@ -102,13 +124,11 @@ def rank_of(factors: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 
 def _config(backbone: Backbone, rank: int, alpha: float, base_model: str | None) -> dict[str, Any]:
-    transposed = {slot.fan_in_fan_out for slot in backbone.slots}
-    if len(transposed) > 1:
-        raise InputError("a PEFT folder cannot mix Conv1D and Linear targets; fit them as two models")
+    check_exportable(backbone)
     return {
         "base_model_name_or_path": backbone.model.config.name_or_path if base_model is None else base_model,
         "bias": "none",
-        "fan_in_fan_out": transposed.pop(),
+        "fan_in_fan_out": backbone.slots[0].fan_in_fan_out,
         "inference_mode": True,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,

@@ -8,7 +8,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from bora_pyro.data.tasks import TaskData
-from bora_pyro.guides.base import init_to_sites
+from bora_pyro.guides.base import check_no_masks, init_to_sites
 from bora_pyro.model import BoRA
 
 
@@ -25,4 +25,5 @@ def auto_normal_guide(
     It samples an auxiliary site and a point mass for each site, so that the KL divergence is estimated from draws, and its
     gradient is noisier than that of :func:`~bora_pyro.guides.normal_guide`, which is the same family.
     """
+    check_no_masks(model, "auto_normal")
     return AutoNormal(model, init_loc_fn=init_to_sites(sites), init_scale=scale, create_plates=getattr(model, "plates", None))

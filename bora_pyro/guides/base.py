@@ -61,6 +61,17 @@ class GuideBuilder(Protocol):
         """
 
 
+def check_no_masks(model: Any, guide: str) -> None:
+    """Refuse a model with inactive entries, for a guide whose KL divergence cannot leave them out.
+
+    Raises:
+        InputError: the adapter masks entries of its latents.
+    """
+    tensors = getattr(model, "tensors", None)
+    if tensors is not None and tensors.masks:
+        raise InputError(f"guide {guide} cannot leave out the entries that {model.adapter} masks; use the guide normal, or map")
+
+
 def init_to_start(site: dict[str, Any]) -> Tensor:
     """The site's mean as a tensor of its own: Θ and independent tasks at the adapter's start, deviations at zero.
 
@@ -210,7 +221,7 @@ def _is_real(support: Any) -> bool:
 
 def _unit(prior: Any) -> Tensor:
     """The prior's standard deviation, one for all entries or broadcast against the site."""
-    while isinstance(prior, dist.Independent):
+    while isinstance(prior, dist.Independent | dist.MaskedDistribution):
         prior = prior.base_dist
     return torch.tensor(FLAT_UNIT) if isinstance(prior, Flat) else prior.variance.sqrt()
 

@@ -12,6 +12,8 @@ torch.Size([2, 4, 256, 2])
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -19,7 +21,6 @@ from torch import Tensor
 from bora_pyro.data.batch import Batch
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
-from bora_pyro.likelihoods.next_tokens import task_weight
 from bora_pyro.model import BoRA, Weights
 
 
@@ -33,18 +34,21 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
 
     Returns:
         (rows, layers, *shape) by name of the latent.
+
+    Raises:
+        InputError: the router lets the adapters of all tasks read a document.
     """
+    if model.router.reads_all_tasks:
+        raise InputError(f"{model.router} lets the adapters of all tasks read a document; give a router by task")
     rows = {name: value.detach().index_select(0, batch.row).requires_grad_() for name, value in theta.items()}
-    change = model.change(rows, torch.arange(len(batch.task), device=batch.task.device))
-    logits = model.backbone.lazy_logits(batch.input_ids, change)
-    trace = poutine.trace(model.likelihood).get_trace(logits, batch)
+    trace = poutine.trace(model.likelihood).get_trace(model, rows, replace(batch, own_rows=True))
     log_likelihood = sum(site["fn"].log_prob(site["value"]).sum() for site in map(trace.nodes.get, trace.observation_nodes))
     return dict(zip(rows, torch.autograd.grad(log_likelihood, list(rows.values())), strict=True))
 
 
 def _weighted(model: BoRA, batch: Batch, values: Tensor) -> Tensor:
     """What each document adds, (rows, ...), as often as its task's weight says."""
-    weight = task_weight(model.likelihood, batch.task)
+    weight = model.likelihood.task_weight(batch.task)
     return values * weight.view(-1, *[1] * (values.dim() - 1))
 
 

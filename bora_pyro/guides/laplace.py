@@ -45,6 +45,10 @@ class LaplaceGuide(AutoGuide):
 
     def __init__(self, model: BoRA, sites: Mapping[str, Tensor], curvature: Weights) -> None:
         super().__init__(model)
+        if not model.prior.per_latent:
+            raise InputError(
+                f"{type(self).__name__} needs a prior that treats each latent by itself, not {model.prior}; use the guide normal"
+            )
         self._sites = [*sites]
         for name, value in sites.items():
             self.keep("sites", name, value)
@@ -84,11 +88,11 @@ class LaplaceGuide(AutoGuide):
         theta, mean, sites = self.kept("theta", name), self.kept("prior_mean", name), self.median()
         prior, values = self.model.prior, {}
         tau = prior.precision(name, start, sites)
-        own, site_of_mean, drawn = prior.sites(name, theta, mean), f"prior_mean.{name}", mean
+        own, site_of_mean, drawn = prior.sites({name: theta}, {name: mean}), f"prior_mean.{name}", mean
         if site_of_mean in own:
             drawn = values[site_of_mean] = pyro.sample(site_of_mean, self.of_mean(name, mean, tau))
         given = theta + self.follow(name, drawn - mean, tau)
-        centre, step = (prior.sites(name, value, drawn) for value in (given, given + 1))
+        centre, step = (prior.sites({name: value}, {name: drawn}) for value in (given, given + 1))
         for site, loc in centre.items():
             if site == site_of_mean:
                 continue

@@ -14,7 +14,7 @@ from torch.distributions import Independent, LowRankMultivariateNormal, register
 
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
-from bora_pyro.guides.base import SiteGuide
+from bora_pyro.guides.base import SiteGuide, check_no_masks
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Flat, StandardNormal
 
@@ -113,6 +113,7 @@ class LowRankGuide(SiteGuide):
     ) -> None:
         if rank < 1:
             raise InputError(f"rank {rank} of the covariance is not allowed; it is 1 or more, nearest: 1")
+        check_no_masks(model, "low_rank")
         super().__init__(model, sites, scale=scale)
         self._rank, self._generator = rank, torch.Generator().manual_seed(seed)
 

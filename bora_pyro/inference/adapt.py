@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,6 @@ from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.task_groups import joined_history, joined_perplexity, of_group, task_groups
-from bora_pyro.likelihoods.next_tokens import with_task_weights
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
 
@@ -96,7 +96,7 @@ def adapt(
     elif not isinstance(data, TaskData):
         data = load_new_tasks(data, fitted, max_tokens=max_tokens)
     model = given_model(fitted, len(data.tasks))
-    model.likelihood = with_task_weights(model.likelihood, data.task_weights)
+    model.likelihood = model.likelihood.with_task_weights(data.task_weights)
     return fit_deviations(
         model, data, guide=guide, steps=steps, learning_rate=learning_rate, token_budget=token_budget, scale=scale, seed=seed,
         **options,
@@ -191,10 +191,10 @@ def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
             "tau of the fit is inf, one adapter for all tasks, and a new task has that one too (adapters/global-mean); "
             "fit with --tau learned, or a number, to adapt"
         )
-    likelihood = with_task_weights(model.likelihood, None)
+    likelihood = model.likelihood.with_task_weights(None)
     prior = Given(mean, precisions, penalty=model.prior.penalty)
-    new = BoRA(model.backbone, num_tasks, adapter=model.adapter, prior=prior, likelihood=likelihood)
-    new.fixed = model.fixed
+    new = copy.copy(model)
+    new.num_tasks, new.prior, new.likelihood = num_tasks, prior, likelihood
     return new
 
 

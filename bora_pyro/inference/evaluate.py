@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bora_pyro.data.batch import IGNORED, Batch, loaded_tasks
 from bora_pyro.data.token_split import TokenSplit
-from bora_pyro.likelihoods.next_tokens import NextTokens
 from bora_pyro.model import BoRA, Weights
 
 
@@ -99,12 +98,13 @@ def evaluate(
             continue
         on_device = batch.to(model.backbone.device)
         tokens[batch.index] = (batch.labels[:, 1:] != IGNORED).sum(-1)
-        drawn = replace(on_device, tasks=loaded_tasks(on_device.task.unique()))
+        every = torch.arange(model.num_tasks, device=on_device.task.device) if model.router.reads_all_tasks else None
+        drawn = replace(on_device, tasks=loaded_tasks(on_device.task.unique() if every is None else every))
         for result, weights in zip(log_likelihood, adapters, strict=True):
             if callable(weights):
                 assert drawn.tasks is not None
-                logits = model.lazy_logits(drawn, weights(drawn.tasks.index))
+                score = model.likelihood.score(model, weights(drawn.tasks.index), drawn)
             else:
-                logits = model.lazy_logits(on_device, weights)
-            result[batch.index] = NextTokens(logits).log_prob(on_device.labels).double().cpu()
+                score = model.likelihood.score(model, weights, on_device)
+            result[batch.index] = score.double().cpu()
     return [Scores(result, tokens, split.characters, split.task) for result in log_likelihood]

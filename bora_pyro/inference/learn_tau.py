@@ -35,6 +35,8 @@ class LearnTau(Callback):
     needs_sums = True
 
     def begin(self, model: BoRA, data: TaskData) -> None:
+        if model.router.reads_all_tasks:
+            raise InputError(f"tau cannot be learned under {model.router}, which reads a token by all tasks; give a number")
         if data.validation.num_tokens == 0:
             raise InputError(
                 f"{model.prior} is learned from validation documents, and there are none; give more documents, or a fixed tau"

@@ -33,7 +33,6 @@ from bora_pyro.inference.schedule import epoch_seed, schedule, step_seed
 from bora_pyro.inference.start import first_state, partition_of
 from bora_pyro.inference.state import draws_tasks
 from bora_pyro.inference.steps import EpochSteps, StepsOfEpoch
-from bora_pyro.likelihoods.next_tokens import task_weight
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import with_changes
 
@@ -90,7 +89,7 @@ class Loop:
         self.callbacks = checked_callbacks(usual_callbacks(model) if callbacks is None else callbacks, model, data)
         self.processes = processes or Processes()
         asked = options.task_subsampling if continues is None else draws_tasks(continues)
-        self.partition = partition or partition_of(data, self.processes, task_subsampling=asked)
+        self.partition = partition or partition_of(model, data, self.processes, task_subsampling=asked)
         self.mine = [self.processes.rank] if self.processes.size > 1 else None
         own = None if self.partition is None else [self.partition[n] for n in self.mine or range(len(self.partition))]
         # the guide keeps what the model made of the batch that it first sees, the logits included: one document
@@ -229,7 +228,7 @@ class Loop:
 
     def _observations(self, task: Tensor, predicted: Tensor) -> float:
         """How many observations some documents are, of these tasks, with so many predicted tokens each; as their tasks weigh."""
-        weight = task_weight(self.model.likelihood, task).double()
+        weight = self.model.likelihood.task_weight(task).double()
         return self.model.likelihood.observations(weight.sum().item(), (weight * predicted).sum().item())
 
     def backward(self, batch: Batch, *, validate: bool) -> Tensor:
@@ -344,5 +343,6 @@ class Loop:
 
 
 def usual_callbacks(model: BoRA) -> list[Callback]:
-    """The callbacks of a fit where none are given: τ is learned where the prior has something to learn."""
-    return [LearnTau()] if model.prior.every else []
+    """The callbacks of a fit where none are given: τ is learned where the prior learns; others come with the axes' members."""
+    own = (*model.adapter.callbacks(), *model.router.callbacks(), *model.likelihood.callbacks())
+    return [*([LearnTau()] if model.prior.every else []), *own]

@@ -120,16 +120,17 @@ def estimate_memory(
     """
     size = sum(start.numel() for start in model.starts.values())
     all_tasks = model.num_tasks * size
-    guide = sum(_guide_numbers(model, model.num_tasks).values())
+    guide = _guide_numbers(model, model.num_tasks)
     layers, checkpointing = _Layers.of(model), model.backbone.gradient_checkpointing
     vocabulary = model.backbone.model.get_output_embeddings().weight.shape[0]
     backbone = model.backbone
     # a model that caps its logits gives those of all tokens
     chunk = chunk_tokens(backbone.device, vocabulary) if backbone.ends_with_head else sys.maxsize
-    fixed = sum(t.numel() * t.element_size() for t in model.fixed.values())
+    others = (model.tensors.fixed, model.tensors.buffers, model.tensors.masks)
+    fixed = sum(t.numel() * t.element_size() for store in others for t in store.values())
     throughout = FLOAT * (4 * guide + all_tasks + size) + fixed
     drawn = (model.num_tasks > MANY_TASKS or processes > 1) if task_subsampling is None else task_subsampling
-    of_one = sum(_guide_numbers(model, 2).values()) - sum(_guide_numbers(model, 1).values())
+    of_one = _guide_numbers(model, 2) - _guide_numbers(model, 1)
     of_all = guide - model.num_tasks * of_one
     if drawn:
         held, budget = 4 * FLOAT * model.num_tasks * of_one, round(task_memory * 2**30)
@@ -193,13 +194,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _guide_numbers(model: BoRA, tasks: int) -> dict[str, int]:
-    """How many numbers a MAP guide for so many tasks has at each latent: those of the sample sites."""
-    numbers = {}
-    for name, start in model.starts.items():
-        theta = start.expand(tasks, *start.shape)
-        numbers[name] = sum(value.numel() for value in model.prior.sites(name, theta, start).values())
-    return numbers
+def _guide_numbers(model: BoRA, tasks: int) -> int:
+    """How many numbers a MAP guide for so many tasks has: those of the sample sites."""
+    theta = {name: start.expand(tasks, *start.shape) for name, start in model.starts.items()}
+    return sum(value.numel() for value in model.prior.sites(theta, model.starts).values())
 
 
 def _shapes(split: TokenSplit, token_budget: int) -> list[tuple[int, int]]:
@@ -243,7 +241,7 @@ class _Layers:
         gated = sum((m.in_features, m.out_features) == (hidden, inner) for m in linear) > 1
         kept = (4 if activation == "gelu_new" else 1) + (2 if gated else 0)
         adapted = {"attention": 0, "up": 0, "down": 0}
-        rank = sum(getattr(model.adapter, "rank", 0) * slot.layers for slot in model.backbone.slots) / number
+        rank = sum(model.adapter.kept_per_token(slot) * slot.layers for slot in model.backbone.slots) / number
         for slot in model.backbone.slots:
             if slot.in_features == inner != hidden:
                 # ReLU keeps its output, which is the next layer's input

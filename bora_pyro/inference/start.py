@@ -22,18 +22,23 @@ from bora_pyro.inference.task_rows import MANY_TASKS, set_up
 from bora_pyro.model import BoRA
 
 
-def partition_of(data: TaskData, processes: Processes, *, task_subsampling: bool | None) -> Sequence[Tensor] | None:
+def partition_of(model: BoRA, data: TaskData, processes: Processes, *, task_subsampling: bool | None) -> Sequence[Tensor] | None:
     """The tasks of each process where a step draws tasks; None where every step moves all tasks.
 
     Args:
+        model: the BoRA model.
         data: the documents; tasks are dealt out by their training tokens.
         processes: those that share the fit.
         task_subsampling: whether a step draws tasks; None: with more than 64 tasks, or several processes.
 
     Raises:
-        InputError: several processes, and a step is to move all tasks.
+        InputError: several processes, and a step is to move all tasks; or a step is to draw tasks, and the router reads all.
     """
     size, tasks = processes.size, len(data.tasks)
+    if model.router.reads_all_tasks:
+        if size > 1 or task_subsampling:
+            raise InputError(f"{model.router} reads a token by all tasks; use one process, and leave task_subsampling out")
+        return None
     drawn = size > 1 or tasks > MANY_TASKS if task_subsampling is None else task_subsampling
     if not drawn and size > 1:
         raise InputError("task_subsampling is false, but several processes share the tasks; leave it out, or start one process")

@@ -20,7 +20,7 @@ from bora_pyro.inference.task_rows import BETAS, EPS, TaskRows
 from bora_pyro.model import BoRA, Weights
 
 #: Before the names of the model's own state, beside those of the guide's parameters.
-MODEL = ("prior/",)
+MODEL = ("prior/", "buffers/", "masks/")
 
 
 class FitState(Protocol):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,6 @@ from bora_pyro.data.subset import subset
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.task_rows import MANY_TASKS
-from bora_pyro.likelihoods.next_tokens import with_task_weights
 from bora_pyro.model import BoRA
 
 
@@ -60,10 +60,9 @@ def _by_name(tasks: list[int], data: TaskData) -> Tensor:
 
 def of_group(model: BoRA, data: TaskData, group: Tensor) -> tuple[BoRA, TaskData]:
     """Model and data of some tasks (tasks,), ordered by name; the prior says the same of every task."""
-    weights = getattr(model.likelihood, "task_weights", None)
-    likelihood = model.likelihood if weights is None else with_task_weights(model.likelihood, weights[group])
-    part = BoRA(model.backbone, len(group), adapter=model.adapter, prior=model.prior, likelihood=likelihood)
-    part.starts, part.fixed = model.starts, model.fixed
+    weights, part = model.likelihood.task_weights, copy.copy(model)
+    part.num_tasks = len(group)
+    part.likelihood = model.likelihood if weights is None else model.likelihood.with_task_weights(weights[group])
     return part, subset(data, [data.tasks[d] for d in group.tolist()])
 
 

@@ -29,7 +29,7 @@ from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.inference.adapt import given_model
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.likelihoods.next_tokens import NextTokens
+from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.priors import Given
 
@@ -276,16 +276,16 @@ def prior_of_unknown(fitted: Fitted, prior: Given) -> Given:
         fitted: whose tasks they are.
         prior: Θ and τ of the fit.
     """
-    squares = dict.fromkeys(prior.means, 0.0)
+    squares = dict.fromkeys(prior.centres, 0.0)
     for index in torch.arange(len(fitted.tasks)).split(64):
         theta, mean = fitted.weights_of()(index)
         for name in squares:
             squares[name] += float((theta[name] - mean[name]).double().square().sum())
     precisions = {}
     for name, tau in prior.tau.items():
-        numbers = len(fitted.tasks) * prior.means[name].numel()
+        numbers = len(fitted.tasks) * prior.centres[name].numel()
         precisions[name] = tau.clamp(min=numbers / squares[name] if squares[name] else math.inf)
-    return Given(prior.means, precisions, penalty=prior.penalty)
+    return Given(prior.centres, precisions, penalty=prior.penalty)
 
 
 @torch.inference_mode()

@@ -5,11 +5,11 @@
     >>> prior_from_tau(float("inf"))
     Pooled()
 
-A prior sees a name, a starting value and the plate of tasks; it knows neither adapters nor language models. The two limits
+A prior sees names, starting values, masks and the plate of tasks; it knows neither adapters nor language models. The two limits
 of the hierarchy are priors of their own: :class:`Independent` (τ → 0) and :class:`Pooled` (τ → ∞).
 """
 
-from bora_pyro.priors.base import Flat, Prior, StandardNormal
+from bora_pyro.priors.base import Flat, PerLatent, Prior, StandardNormal, event
 from bora_pyro.priors.by_latent import ByLatent, with_shared
 from bora_pyro.priors.from_tau import PENALTIES, prior_from_tau
 from bora_pyro.priors.given import Given
@@ -21,6 +21,6 @@ from bora_pyro.priors.random_precision import HYPERPRIORS, RANDOM_PER, GammaPrec
 
 __all__ = [
     "FORMS", "HYPERPRIORS", "PENALTIES", "RANDOM_PER", "ByLatent", "Flat", "GammaPrecision", "Given", "HalfCauchyPrecision",
-    "HierarchicalNorm", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled", "Prior", "RandomPrecision",
-    "SphericalLaplace", "StandardNormal", "prior_from_tau", "with_shared",
+    "HierarchicalNorm", "HierarchicalNormal", "Independent", "LearnedPrecision", "PerLatent", "Pooled", "Prior",
+    "RandomPrecision", "SphericalLaplace", "StandardNormal", "event", "prior_from_tau", "with_shared",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
-"""What a prior is: how the tasks' values of one latent tensor hang together.
+"""What a prior is: how the tasks' values of the latent tensors hang together.
 
-A new prior is one file with a subclass of :class:`Prior`, and one line in ``bora_pyro/priors/__init__.py``.
+A new prior is one file with a subclass of :class:`Prior` or :class:`PerLatent`, and one line in ``bora_pyro/priors/__init__.py``.
+Its options are the arguments of its class: ``--prior NAME --prior_option KEY=VALUE``.
 """
 
 from __future__ import annotations
@@ -12,52 +13,67 @@ from collections.abc import Callable, Mapping
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import register_kl
+from torch.distributions import kl_divergence, register_kl
 
 from bora_pyro.errors import InputError
 
 
 class Prior(ABC):
-    """A distribution over one latent tensor of all tasks."""
+    """A distribution over the latents of all tasks together.
 
-    #: With fewer tasks than these there is nothing to share, and the model refuses.
+    A subclass gives ``sample``, ``means``, ``sites`` and ``precision``; one that treats each latent by itself is a
+    :class:`PerLatent`, which asks for less.
+
+    Attributes:
+        least_tasks: with fewer tasks there is nothing to share, and the model refuses.
+        penalty: whether τ weighs half the squared deviation (``normal``) or its norm (``norm``).
+        every: steps of a fit between two calls of ``learn``; 0: this prior has nothing to learn.
+        per_latent: whether ``sites`` and ``precision`` may be asked for each latent by itself.
+    """
+
     least_tasks: int = 2
+    penalty: str = "normal"
+    every: int = 0
+    per_latent: bool = False
 
     @abstractmethod
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
-        """Sample the latent ``name`` of every task, as Pyro sample sites.
+    def sample(
+        self, starts: Mapping[str, Tensor], tasks: pyro.plate, masks: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Sample the latents of every task, as Pyro sample sites.
 
         Args:
-            name: prefix-free name of the latent; the sites are called ``theta.<name>`` and ``prior_mean.<name>``.
-            start: where inference begins, common to all tasks: (layers, *shape).
+            starts: where inference begins, common to all tasks: (layers, *shape) by name of the latent. The sites of a latent
+                are called ``theta.<name>`` and ``prior_mean.<name>``.
             tasks: the plate of tasks at dimension -1: all D of them, or the ones that a batch speaks of. ``tasks.indices``
-                tells which they are, ``tasks.subsample_size`` how many; of those alone values are wanted.
+                says which they are, ``tasks.subsample_size`` how many; only their values are wanted.
+            masks: the entries of a latent that are active, (layers, *shape) or (D, layers, *shape) bool, for latents that have
+                inactive ones: of these the prior says nothing. They go into the distributions (:func:`event`).
 
         Returns:
-            θ: (D, layers, *shape), or as many rows as the plate has tasks.
+            θ by name of the latent: (D, layers, *shape), or as many rows as the plate has tasks.
         """
 
     @abstractmethod
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
-        """Θ of the latent ``name``, (layers, *shape), given the values of the sites and θ."""
+    def means(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Θ by name of the latent, (layers, *shape), given the values of the sites and θ."""
 
-    def averages(self, name: str) -> bool:
-        """Whether Θ of the latent ``name`` is the tasks' average, so that ``mean`` needs θ of all of them."""
-        return False
+    @abstractmethod
+    def sites(self, theta: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the sample sites that give θ and Θ: the inverse of ``sample`` and ``means``.
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
-        """Values of the sample sites that give θ and Θ: the inverse of ``sample`` and ``mean``.
-
-        This one serves every prior that samples both as they are; one with other sites overrides it, and a site that θ and Θ do
-        not determine, as a τ that is sampled, is where inference begins.
+        A site that θ and Θ do not determine, as a τ that is sampled, has the value where inference begins.
 
         Args:
-            name: name of the latent.
-            theta: θ, (D, layers, *shape).
-            mean: Θ, (layers, *shape).
+            theta: θ, (D, layers, *shape) by name of the latent.
+            means: Θ, (layers, *shape) by name of the latent.
         """
-        return {f"prior_mean.{name}": mean, f"theta.{name}": theta}
+
+    def averages(self, name: str) -> bool:
+        """Whether Θ of the latent ``name`` is the tasks' average, so that ``means`` needs θ of all of them."""
+        return False
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         """τ of the latent ``name``: a tensor that broadcasts against (D, layers, *shape).
@@ -75,12 +91,6 @@ class Prior(ABC):
             InputError: this kind of prior does not say.
         """
         raise InputError(f"the precision of deviations under {self} is not known; give its class a method `precision`")
-
-    #: Whether τ weighs half the squared deviation (``normal``) or its norm (``norm``).
-    penalty: str = "normal"
-
-    #: Steps of a fit between two calls of ``learn``; 0: this prior has nothing to learn.
-    every: int = 0
 
     def learn(  # noqa: B027 (most priors have nothing to learn)
         self,
@@ -106,6 +116,64 @@ class Prior(ABC):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (nor to put back)
         """Put back what ``state`` gave, or the part of it that a run folder has."""
+
+
+class PerLatent(Prior):
+    """A prior under which the latents are independent of each other: each is sampled by itself.
+
+    Every method speaks of one latent, ``name``, with its start (layers, *shape), its θ (D, layers, *shape), its Θ (layers,
+    *shape) and its mask.
+    """
+
+    per_latent = True
+
+    @abstractmethod
+    def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
+        """As ``sample``, for one latent: (D, layers, *shape)."""
+
+    @abstractmethod
+    def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+        """As ``means``, for one latent: (layers, *shape)."""
+
+    def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """As ``sites``, for one latent; this one serves every prior that samples Θ and θ as they are."""
+        return {f"prior_mean.{name}": mean, f"theta.{name}": theta}
+
+    def sample(
+        self, starts: Mapping[str, Tensor], tasks: pyro.plate, masks: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        masks = masks or {}
+        return {name: self.sample_latent(name, start, tasks, masks.get(name)) for name, start in starts.items()}
+
+    def means(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.mean_of(name, sites, value) for name, value in theta.items()}
+
+    def sites(self, theta: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        of_latents = (self.sites_of(name, theta[name], means[name]) for name in theta)
+        return {site: value for sites in of_latents for site, value in sites.items()}
+
+
+def event(
+    distribution: dist.TorchDistribution, dims: int, mask: Tensor | None = None, tasks: pyro.plate | None = None
+) -> dist.TorchDistribution:
+    """A distribution of entries as one of events of ``dims`` dimensions, of which the mask leaves the inactive entries out.
+
+    The mask goes in before ``to_event``: ``poutine.mask`` cannot reach the entries of an event, and under a flat prior the scale
+    of a guide would grow without bound at an inactive one.
+
+        >>> mask = torch.tensor([True, False])
+        >>> event(dist.Normal(torch.zeros(2), 1.0), 1, mask).log_prob(torch.tensor([0.0, 100.0]))
+        tensor(-0.9189)
+
+    Args:
+        distribution: of the entries, (..., *shape).
+        dims: number of dimensions of an event.
+        mask: the entries that are active; None: all. With a row a task it has one dimension more than ``dims``.
+        tasks: the plate of tasks, where the distribution is inside it; without it an entry counts that is active in any task.
+    """
+    if mask is not None and mask.dim() > dims:
+        mask = mask.any(0) if tasks is None else mask[tasks.indices.to(mask.device)]
+    return (distribution if mask is None else distribution.mask(mask)).to_event(dims)
 
 
 class StandardNormal(dist.Normal):
@@ -134,10 +202,10 @@ class Flat(dist.Normal):
         return torch.zeros_like(value)
 
 
-def flat(start: Tensor, event_dim: int) -> dist.TorchDistribution:
-    """p(x) ∝ 1 over the last ``event_dim`` dimensions of a tensor, where inference begins at ``start``."""
+def flat(start: Tensor, dims: int, mask: Tensor | None = None, tasks: pyro.plate | None = None) -> dist.TorchDistribution:
+    """p(x) ∝ 1 over the last ``dims`` dimensions of a tensor, where inference begins at ``start``; mask as for :func:`event`."""
     # A clone: a guide that begins at the mean (Pyro's init_to_mean) must not optimise the model's own start in place.
-    return Flat(start.clone(memory_format=torch.contiguous_format), 1.0).to_event(event_dim)
+    return event(Flat(start.clone(memory_format=torch.contiguous_format), 1.0), dims, mask, tasks)
 
 
 @register_kl(dist.Normal, Flat)
@@ -148,6 +216,12 @@ def _kl_normal_flat(q: dist.Normal, p: Flat) -> Tensor:
 @register_kl(dist.Normal, StandardNormal)
 def _kl_normal_standard_normal(q: dist.Normal, p: StandardNormal) -> Tensor:
     return 0.5 * (q.scale.square() + q.loc.square() - 1) - q.scale.log()
+
+
+@register_kl(dist.Normal, dist.MaskedDistribution)
+def _kl_normal_masked(q: dist.Normal, p: dist.MaskedDistribution) -> Tensor:
+    # an inactive entry has neither a prior nor an entropy: nothing pulls at a guide's scale there
+    return scale_and_mask(kl_divergence(q, p.base_dist), mask=p._mask)
 
 
 def copies(value: Tensor, start: Tensor, tasks: pyro.plate) -> Tensor:

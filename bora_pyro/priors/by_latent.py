@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import pyro
 from torch import Tensor
@@ -38,22 +38,46 @@ class ByLatent(Prior):
         self.priors, self.other = dict(priors), other
         self.every = other.every  # the only one here that may have something to learn
         self.penalty = other.penalty
+        self.per_latent = all(prior.per_latent for prior in (*self.priors.values(), other))
 
     def of(self, name: str) -> Prior:
         """The prior of the latent ``name``."""
         return self.priors.get(name.rpartition(".")[-1], self.other)
 
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
-        return self.of(name).sample(name, start, tasks)
+    def _by_prior(self, names: Iterable[str]) -> list[tuple[Prior, list[str]]]:
+        """The latents in the order in which they are sampled: those of a joint prior together, every other one by itself."""
+        parts: list[tuple[Prior, list[str]]] = []
+        for name in names:
+            prior = self.of(name)
+            together = [part for part in parts if part[0] is prior and not prior.per_latent]
+            if together:
+                together[0][1].append(name)
+            else:
+                parts.append((prior, [name]))
+        return parts
 
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
-        return self.of(name).mean(name, sites, theta)
+    def sample(
+        self, starts: Mapping[str, Tensor], tasks: pyro.plate, masks: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        sampled: dict[str, Tensor] = {}
+        for prior, names in self._by_prior(starts):
+            sampled |= prior.sample({name: starts[name] for name in names}, tasks, masks)
+        return {name: sampled[name] for name in starts}
+
+    def means(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for prior, names in self._by_prior(theta):
+            found |= prior.means(sites, {name: theta[name] for name in names})
+        return {name: found[name] for name in theta}
 
     def averages(self, name: str) -> bool:
         return self.of(name).averages(name)
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
-        return self.of(name).sites(name, theta, mean)
+    def sites(self, theta: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for prior, names in self._by_prior(theta):
+            found |= prior.sites({name: theta[name] for name in names}, {name: means[name] for name in names})
+        return found
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.of(name).precision(name, start, sites)

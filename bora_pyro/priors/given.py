@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.priors.base import Prior, StandardNormal, copies, flat
+from bora_pyro.priors.base import PerLatent, StandardNormal, copies, event, flat
 from bora_pyro.priors.norm import standard_spherical_laplace
 
 #: Before the names of Θ in the state of the prior.
@@ -19,7 +19,7 @@ MEAN = "tau.mean."
 PENALTIES = ("normal", "norm")
 
 
-class Given(Prior):
+class Given(PerLatent):
     """θ_d ~ Normal(Θ, I/τ) with Θ and τ given: equation 6 of the BoRA paper seen by one task more.
 
         >>> prior = Given({"q_proj.lora_A": torch.zeros(2, 4, 8)}, {"q_proj.lora_A": torch.tensor(100.0)})
@@ -51,7 +51,7 @@ class Given(Prior):
             raise InputError(
                 f"latent {name!r} has a mean or a precision, but not both{nearest(name, means.keys() & precisions.keys())}"
             )
-        self.means = {name: value.detach() for name, value in means.items()}
+        self.centres = {name: value.detach() for name, value in means.items()}
         self.tau = {name: torch.as_tensor(value).detach() for name, value in precisions.items()}
         for name, tau in self.tau.items():
             limits = (tau == 0) | tau.isinf()
@@ -60,47 +60,47 @@ class Given(Prior):
                     f"the precision of {name!r} runs from {tau.min():g} to {tau.max():g}; give numbers above 0, or one limit"
                 )
 
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
-        mean, tau = self.means[name].to(start), self.tau[name].to(start)
+    def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
+        mean, tau = self.centres[name].to(start), self.tau[name].to(start)
         if bool(tau.isinf().all()):
             return copies(mean, start, tasks)
         with tasks:
             if bool((tau == 0).all()):
-                return pyro.sample(f"theta.{name}", flat(copies(mean, start, tasks), start.dim()))
+                return pyro.sample(f"theta.{name}", flat(copies(mean, start, tasks), start.dim(), mask, tasks))
             if self.penalty == "norm":
-                white = standard_spherical_laplace(start)
+                white = standard_spherical_laplace(start, mask)
             else:
-                white = StandardNormal(torch.zeros_like(start), torch.ones_like(start)).to_event(start.dim())
+                white = event(StandardNormal(torch.zeros_like(start), torch.ones_like(start)), start.dim(), mask, tasks)
             deviation = pyro.sample(f"theta.{name}_decentered", white)
             return pyro.deterministic(f"theta.{name}", mean + tau**-0.5 * deviation, event_dim=start.dim())
 
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
-        return self.means[name].to(theta)
+    def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+        return self.centres[name].to(theta)
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         tau = self.tau[name].to(theta)
         if bool(tau.isinf().all()):
             return {}
         if bool((tau == 0).all()):
             return {f"theta.{name}": theta}
-        return {f"theta.{name}_decentered": tau**0.5 * (theta - self.means[name].to(theta))}
+        return {f"theta.{name}_decentered": tau**0.5 * (theta - self.centres[name].to(theta))}
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.tau[name].to(start)
 
     def state(self) -> dict[str, Tensor]:
         return {f"tau.{name}": value for name, value in self.tau.items()} | {
-            f"{MEAN}{name}": value for name, value in self.means.items()
+            f"{MEAN}{name}": value for name, value in self.centres.items()
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name in self.means:
+        for name in self.centres:
             self.tau[name] = state.get(f"tau.{name}", self.tau[name])
-            self.means[name] = state.get(f"{MEAN}{name}", self.means[name])
+            self.centres[name] = state.get(f"{MEAN}{name}", self.centres[name])
 
     def __repr__(self) -> str:
         logs = [value.float().log().mean() for value in self.tau.values()]
         own = [value for value in logs if value < math.inf] or logs  # what tasks share has an infinite τ
         tau = torch.stack(own).mean().exp() if own else 0.0
         penalty = "" if self.penalty == "normal" else f", penalty={self.penalty!r}"
-        return f"Given({len(self.means)} latents, tau={float(tau):g}{penalty})"
+        return f"Given({len(self.centres)} latents, tau={float(tau):g}{penalty})"

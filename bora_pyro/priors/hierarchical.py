@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.priors.base import Prior, StandardNormal, check_tau, copies, flat
+from bora_pyro.priors.base import PerLatent, StandardNormal, check_tau, copies, event, flat
 
 FORMS = ("noncentered", "centered")
 
 
-def whitened_deviation(name: str, start: Tensor, tasks: pyro.plate, scale: float | Tensor) -> Tensor:
+def whitened_deviation(name: str, start: Tensor, tasks: pyro.plate, scale: float | Tensor, mask: Tensor | None = None) -> Tensor:
     """θ_d = Θ + scale · z_d with z_d ~ Normal(0, I) and p(Θ) ∝ 1: the non-centred form of the hierarchy.
 
     What ``LocScaleReparam(0.0)`` makes of ``pyro.sample("theta", Normal(prior_mean, scale))``, at a third of its cost.
@@ -26,20 +26,21 @@ def whitened_deviation(name: str, start: Tensor, tasks: pyro.plate, scale: float
         start: where Θ begins, (layers, *shape).
         tasks: the plate of tasks.
         scale: τ^-1/2, broadcast against (D, layers, *shape).
+        mask: the active entries, as for :meth:`~bora_pyro.priors.Prior.sample`.
     """
-    prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim()))
+    prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim(), mask))
     with tasks:
-        white = StandardNormal(torch.zeros_like(start), torch.ones_like(start)).to_event(start.dim())
+        white = event(StandardNormal(torch.zeros_like(start), torch.ones_like(start)), start.dim(), mask, tasks)
         deviation = pyro.sample(f"theta.{name}_decentered", white)
         return pyro.deterministic(f"theta.{name}", prior_mean + scale * deviation, event_dim=start.dim())
 
 
-class HierarchicalNormal(Prior):
+class HierarchicalNormal(PerLatent):
     """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1: the BoRA paper's equation 6.
 
         >>> prior = HierarchicalNormal(tau=100)
         >>> theta, mean = torch.tensor([[1.1], [0.9]]), torch.tensor([1.0])
-        >>> prior.sites("q_proj.lora_A", theta, mean)["theta.q_proj.lora_A_decentered"].tolist()  # √τ (θ_d − Θ)
+        >>> prior.sites_of("q_proj.lora_A", theta, mean)["theta.q_proj.lora_A_decentered"].tolist()  # √τ (θ_d − Θ)
         [[1.0...], [-1.0...]]
 
     Args:
@@ -60,20 +61,20 @@ class HierarchicalNormal(Prior):
             raise InputError(f"tau={tau} is a limit of HierarchicalNormal; use {limit}, or prior_from_tau({tau})")
         self.tau, self.form = float(tau), form
 
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+    def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
         if self.form == "noncentered":
-            return whitened_deviation(name, start, tasks, self.tau**-0.5)
-        prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim()))
+            return whitened_deviation(name, start, tasks, self.tau**-0.5, mask)
+        prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim(), mask))
         with tasks:
             mean = copies(prior_mean, start, tasks)
-            return pyro.sample(f"theta.{name}", dist.Normal(mean, self.tau**-0.5).to_event(start.dim()))
+            return pyro.sample(f"theta.{name}", event(dist.Normal(mean, self.tau**-0.5), start.dim(), mask, tasks))
 
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+    def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         if self.form == "centered":
-            return super().sites(name, theta, mean)
+            return super().sites_of(name, theta, mean)
         return {f"prior_mean.{name}": mean, f"theta.{name}_decentered": self.tau**0.5 * (theta - mean)}
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.priors.base import Prior
+from bora_pyro.priors.base import PerLatent
 from bora_pyro.priors.hierarchical import whitened_deviation
 
 PER = ("site", "layer", "task", "model")
@@ -20,7 +20,7 @@ BOUNDS = (1e-3, 1e9)
 _MEMORY, _SHRINKAGE = 0.7, 4.0
 
 
-class LearnedPrecision(Prior):
+class LearnedPrecision(PerLatent):
     """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1, τ following what held-out documents say during the fit.
 
         >>> LearnedPrecision(per="layer", start=1000)
@@ -65,17 +65,17 @@ class LearnedPrecision(Prior):
         # running sums by group: of the slopes, of the documents
         self._sums: dict[str, Tensor] = {}
 
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+    def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
         if name not in self.tau:
             shapes = {"layer": (len(start),) + (1,) * (start.dim() - 1), "task": (tasks.size,) + (1,) * start.dim()}
             self.tau[name] = start.new_full(shapes.get(self.per, ()), self.start)
         tau = self.tau[name]
-        return whitened_deviation(name, start, tasks, (tau[tasks.indices] if self.per == "task" else tau) ** -0.5)
+        return whitened_deviation(name, start, tasks, (tau[tasks.indices] if self.per == "task" else tau) ** -0.5, mask)
 
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+    def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         tau = self.tau.get(name, theta.new_tensor(self.start))
         return {f"prior_mean.{name}": mean, f"theta.{name}_decentered": tau**0.5 * (theta - mean)}
 

@@ -8,29 +8,29 @@ from collections.abc import Mapping
 import pyro
 from torch import Tensor
 
-from bora_pyro.priors.base import Prior, copies, flat
+from bora_pyro.priors.base import PerLatent, copies, flat
 
 
-class Independent(Prior):
+class Independent(PerLatent):
     """p(θ_d) ∝ 1 for every task on its own: the limit τ → 0. Θ is then the tasks' average.
 
     >>> import torch
     >>> theta = torch.tensor([[1.0], [3.0]])
-    >>> Independent().mean("q_proj.lora_A", {"theta.q_proj.lora_A": theta}, theta)
+    >>> Independent().mean_of("q_proj.lora_A", {"theta.q_proj.lora_A": theta}, theta)
     tensor([2.])
     """
 
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+    def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
         with tasks:
-            return pyro.sample(f"theta.{name}", flat(copies(start, start, tasks), start.dim()))
+            return pyro.sample(f"theta.{name}", flat(copies(start, start, tasks), start.dim(), mask, tasks))
 
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+    def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return theta.mean(0)
 
     def averages(self, name: str) -> bool:
         return True
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         return {f"theta.{name}": theta}
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -40,7 +40,7 @@ class Independent(Prior):
         return "Independent()"
 
 
-class Pooled(Prior):
+class Pooled(PerLatent):
     """θ_d = Θ with p(Θ) ∝ 1, one adapter for all tasks: the limit τ → ∞.
 
     >>> import torch
@@ -48,14 +48,14 @@ class Pooled(Prior):
     tensor(inf)
     """
 
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
-        prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim()))
+    def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
+        prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim(), mask))
         return prior_mean.expand(tasks.subsample_size, *start.shape)
 
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+    def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         return {f"prior_mean.{name}": mean}  # tasks that are no copies of Θ have no place here
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:

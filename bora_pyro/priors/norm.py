@@ -12,7 +12,7 @@ from pyro.distributions import Gamma, TorchDistribution, constraints
 from torch import Tensor
 
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.priors.base import Prior, check_tau, copies, flat
+from bora_pyro.priors.base import PerLatent, check_tau, copies, flat
 from bora_pyro.priors.hierarchical import FORMS
 
 
@@ -81,17 +81,22 @@ class SphericalLaplace(TorchDistribution):
         return value.reshape(*value.shape, *[1] * self.event_dim)
 
 
-def standard_spherical_laplace(start: Tensor) -> TorchDistribution:
+def standard_spherical_laplace(start: Tensor, mask: Tensor | None = None) -> TorchDistribution:
     """One for each layer of ``start`` (layers, *shape), around 0, in which an entry has the standard deviation 1.
 
     >>> standard_spherical_laplace(torch.zeros(4, 2, 3)).base_dist.rate  # √(n + 1)
     tensor([2.6458, 2.6458, 2.6458, 2.6458])
+
+    Raises:
+        InputError: there is a mask: the norm of a matrix has no part for each entry.
     """
+    if mask is not None:
+        raise InputError("a penalty of norms has no inactive entries; use penalty normal with an adapter that masks entries")
     rate = math.sqrt(start[0].numel() + 1)
     return SphericalLaplace(torch.zeros_like(start), rate, event_dim=start.dim() - 1).to_event(1)
 
 
-class HierarchicalNorm(Prior):
+class HierarchicalNorm(PerLatent):
     """p(θ_d | Θ) ∝ exp(−τ Σ ‖θ_d − Θ‖₂), the sum running over matrices, with p(Θ) ∝ 1.
 
         >>> HierarchicalNorm(tau=500)
@@ -129,22 +134,22 @@ class HierarchicalNorm(Prior):
         """√(n + 1)/τ, the standard deviation of an entry's deviation; start: (layers, *shape), n entries a layer."""
         return math.sqrt(start[0].numel() + 1) / self.tau
 
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
-        prior_mean, matrix = pyro.sample(f"prior_mean.{name}", flat(start, start.dim())), start.dim() - 1
+    def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
+        prior_mean, matrix = pyro.sample(f"prior_mean.{name}", flat(start, start.dim(), mask)), start.dim() - 1
         with tasks:
-            if self.form == "centered":
+            if self.form == "centered" and mask is None:
                 mean = copies(prior_mean, start, tasks)
                 return pyro.sample(f"theta.{name}", SphericalLaplace(mean, self.tau, event_dim=matrix).to_event(1))
             scale = self.scale(start)
-            deviation = pyro.sample(f"theta.{name}_decentered", standard_spherical_laplace(start))
+            deviation = pyro.sample(f"theta.{name}_decentered", standard_spherical_laplace(start, mask))
             return pyro.deterministic(f"theta.{name}", prior_mean + scale * deviation, event_dim=start.dim())
 
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+    def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         if self.form == "centered":
-            return super().sites(name, theta, mean)
+            return super().sites_of(name, theta, mean)
         return {f"prior_mean.{name}": mean, f"theta.{name}_decentered": (theta - mean) / self.scale(mean)}
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.priors.base import Prior
+from bora_pyro.priors.base import PerLatent
 from bora_pyro.priors.hierarchical import whitened_deviation
 
 
@@ -110,14 +110,14 @@ HYPERPRIORS: dict[str, Callable[[Tensor, Tensor], TorchDistribution]] = {
 RANDOM_PER = ("site", "layer")
 
 
-class RandomPrecision(Prior):
+class RandomPrecision(PerLatent):
     """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1, and τ itself random: the sample site ``precision.<name>``.
 
         >>> import pyro
         >>> prior, start = RandomPrecision(per="layer", start=1000), torch.zeros(2, 3, 4)
         >>> prior
         RandomPrecision(hyperprior='half_cauchy', per='layer', scale=0.1, start=1000)
-        >>> trace = pyro.poutine.trace(prior.sample).get_trace("x", start, pyro.plate("tasks", 5, dim=-1))
+        >>> trace = pyro.poutine.trace(prior.sample_latent).get_trace("x", start, pyro.plate("tasks", 5, dim=-1))
         >>> trace.nodes["precision.x"]["value"].shape, trace.nodes["theta.x"]["value"].shape
         (torch.Size([2, 1, 1]), torch.Size([5, 2, 3, 4]))
 
@@ -155,17 +155,17 @@ class RandomPrecision(Prior):
                 raise InputError(f"{what} {number} is not allowed; give a finite number above 0, for instance {default}")
         self.hyperprior, self.per, self.scale, self.start = hyperprior, per, float(scale), float(start)
 
-    def sample(self, name: str, start: Tensor, tasks: pyro.plate) -> Tensor:
+    def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
         tau = self._start(start)
         hyperprior = HYPERPRIORS[self.hyperprior](torch.full_like(tau, self.scale), tau)
         # outside the plate of tasks: one τ for all of them
         tau = pyro.sample(f"precision.{name}", hyperprior.to_event(tau.dim()))
-        return whitened_deviation(name, start, tasks, tau**-0.5)
+        return whitened_deviation(name, start, tasks, tau**-0.5, mask)
 
-    def mean(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
+    def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
 
-    def sites(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
         tau = self._start(mean)
         return {
             f"precision.{name}": tau,

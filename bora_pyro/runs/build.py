@@ -14,10 +14,11 @@ from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.sharding import shard_base
 from bora_pyro.data import TaskData, load_tasks
 from bora_pyro.data.tables import check_source
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError
 from bora_pyro.inference.processes import Processes
 from bora_pyro.likelihoods.next_tokens import CausalLM
 from bora_pyro.model import BoRA
+from bora_pyro.options.members import build_member
 from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
 from bora_pyro.runs.config.map_fit import MapFitConfig
 
@@ -102,11 +103,7 @@ def find_device(name: str) -> torch.device:
 
 
 def _adapter(config: MapFitConfig) -> Adapter:
-    if config.adapter not in ADAPTERS:
-        raise InputError(
-            f"adapter {config.adapter!r} is not known; it is one of {', '.join(ADAPTERS)}{nearest(config.adapter, ADAPTERS)}"
-        )
-    return ADAPTERS[config.adapter](rank=config.rank, alpha=config.alpha)
+    return build_member("adapter", ADAPTERS, config.adapter, usual={"rank": config.rank, "alpha": config.alpha})
 
 
 def _prior(config: MapFitConfig) -> Prior:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bora_pyro.data.batch import Batch
 from bora_pyro.errors import InputError
-from bora_pyro.likelihoods.next_tokens import NextTokens
+from bora_pyro.likelihoods import NextTokens
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
 from bora_pyro.runs.saved import SavedRun, load_run

@@ -93,7 +93,7 @@ def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int) -> float
     start = hierarchy.y.mean(0)
 
     def theta() -> Tensor:
-        return prior.sample(NAME, start, pyro.plate("tasks", hierarchy.tasks, dim=-1))
+        return prior.sample_latent(NAME, start, pyro.plate("tasks", hierarchy.tasks, dim=-1))
 
     def model() -> None:
         value = theta()

@@ -38,6 +38,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from bora_pyro import BoRA, HierarchicalNormal, InputError
+from bora_pyro.backbone.layer_tensors import LayerTensors
 from bora_pyro.data.batch import Batch, TaskDraw
 from bora_pyro.guides import LaplaceGuide, auto_normal_guide, low_rank_guide, normal_guide
 from bora_pyro.inference.elbo import TemperedELBO
@@ -120,6 +121,7 @@ class Hierarchies(BoRA):
         self.num_tasks, self.prior, self.y, self.layers = len(y), prior, y, layers
         self.curvature = (torch.tensor(COUNTS, dtype=y.dtype) / noise**2).view(-1, 1, 1)  # h_d = N_d/σ²
         self.starts, self.fixed = {NAME: torch.zeros_like(y[0] if layers else y[0, :1])}, {}
+        self.tensors = LayerTensors(self.starts)
 
     def __call__(self, *args: object) -> None:
         """Run the model."""

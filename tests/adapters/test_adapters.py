@@ -8,8 +8,8 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from bora_pyro import Adapter, BoRA, HierarchicalNormal, Independent, InputError, Pooled, fit, map_guide, save_peft
-from bora_pyro.adapters import ADAPTERS, TensorSpec
-from bora_pyro.adapters.base import zeros
+from bora_pyro.adapters import ADAPTERS
+from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.backbone.slots import Slot
 from tests.tiny import TASKS, random_ids, random_weights, tiny_backbone, tiny_batch, tiny_bora, tiny_data
 
@@ -17,8 +17,13 @@ EVERY_ADAPTER = pytest.mark.parametrize("name", ADAPTERS)
 SLOT = Slot("q_proj", ("a.q_proj", "b.q_proj"), 16, 24)
 
 
-def draw(specs, generator, *, rows=()):
-    return {name: torch.randn((*rows, *spec.shape), generator=generator) for name, spec in specs.items()}
+def start_of(adapter, slot=SLOT, *, seed=0):
+    """The tensors of one layer as the adapter begins."""
+    return adapter.start(slot, lambda: torch.zeros(slot.out_features, slot.in_features), torch.Generator().manual_seed(seed))
+
+
+def draw(tensors, generator, *, rows=()):
+    return {name: torch.randn((*rows, *value.shape), generator=generator) for name, value in tensors.items()}
 
 
 def guide_with_gradient(model):
@@ -46,7 +51,7 @@ def test_an_adapter_starts_as_nothing_with_a_gradient(name, architecture):
     assert any(p.grad.abs().sum() > 0 for p in guide.parameters())
     assert all(p.grad is not None for p in guide.parameters())
     assert not any(value.requires_grad for value in model.fixed.values())
-    latents = {f"{slot.name}.{latent}" for slot in model.backbone.slots for latent in model.adapter.latents(slot)}
+    latents = {f"{slot.name}.{latent}" for slot in model.backbone.slots for latent in start_of(model.adapter, slot).latents}
     assert set(model.starts) == latents == set(theta)
     assert not set(model.fixed) & latents
 
@@ -59,7 +64,7 @@ def test_exactly_the_declared_latents_are_trained(name, prior, copies):
     model = tiny_bora("llama", targets="all-linear", adapter=ADAPTERS[name](rank=2), prior=prior)
     guide, _ = guide_with_gradient(model)
     declared = sum(
-        slot.layers * math.prod(spec.shape) for slot in model.backbone.slots for spec in model.adapter.latents(slot).values()
+        slot.layers * value.numel() for slot in model.backbone.slots for value in start_of(model.adapter, slot).latents.values()
     )
     assert sum(p.numel() for p in guide.parameters()) == copies * declared
 
@@ -68,7 +73,7 @@ def test_exactly_the_declared_latents_are_trained(name, prior, copies):
     ("name", "entries"), [("lora", 2 * (16 + 24)), ("lora_frozen_a", 2 * 24), ("lora_shared_plus_task", 4 * (16 + 24))]
 )
 def test_number_of_latents_a_layer(name, entries):
-    assert sum(math.prod(spec.shape) for spec in ADAPTERS[name](rank=2).latents(SLOT).values()) == entries
+    assert sum(value.numel() for value in start_of(ADAPTERS[name](rank=2)).latents.values()) == entries
 
 
 @EVERY_ADAPTER
@@ -91,20 +96,26 @@ def test_a_frozen_a_is_where_lora_starts():
 def test_lora_matrices_give_the_same_change(name):
     rank = {"lora_shared_plus_task": 4}.get(name, 2)  # two pairs of rank 2 are one of rank 4
     adapter, generator = ADAPTERS[name](rank=2, alpha=3.0), torch.Generator().manual_seed(0)
-    latents, fixed = draw(adapter.latents(SLOT), generator, rows=(5,)), draw(adapter.fixed(SLOT), generator)
+    latents, fixed = draw(start_of(adapter).latents, generator, rows=(5,)), draw(start_of(adapter).fixed, generator)
     x = torch.randn((5, 7, 16), generator=generator)
     change = adapter.output(x, latents | fixed)
     for row in range(5):
-        factors = adapter.lora({key: value[row] for key, value in latents.items()} | fixed)
-        assert (factors["lora_A"].shape, factors["lora_B"].shape) == ((rank, 16), (24, rank))
-        delta = 3.0 / 2 * factors["lora_B"] @ factors["lora_A"]  # ΔW = (α/r) B A: (out, in)
+        tensors = {key: value[row] for key, value in latents.items()} | fixed
+        factors = adapter.factors(tensors)
+        assert (factors.lora_A.shape, factors.lora_B.shape) == ((rank, 16), (24, rank))
+        delta = 3.0 / 2 * factors.lora_B @ factors.lora_A  # ΔW = (α/r) B A: (out, in)
         torch.testing.assert_close(change[row], x[row] @ delta.T, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(adapter.delta(tensors), delta)
+        assert factors.scaling == adapter.scaling
+        back = adapter.from_factors(factors, fixed)
+        assert all(torch.equal(value, latents[key][row]) for key, value in back.items())
+        assert back.keys() == latents.keys()
 
 
 @EVERY_ADAPTER
 def test_the_change_is_in_the_precision_of_the_layer(name):
     adapter, generator = ADAPTERS[name](rank=2), torch.Generator().manual_seed(0)
-    tensors = draw(adapter.latents(SLOT), generator, rows=(5,)) | draw(adapter.fixed(SLOT), generator)
+    tensors = draw(start_of(adapter).latents, generator, rows=(5,)) | draw(start_of(adapter).fixed, generator)
     assert adapter.output(torch.ones(5, 7, 16, dtype=torch.bfloat16), tensors).dtype == torch.bfloat16
 
 
@@ -114,7 +125,7 @@ def test_scaling_is_alpha_over_rank(name):
     assert (adapter(rank=4).alpha, adapter(rank=4).scaling) == (4.0, 1.0)
     assert adapter(rank=4, alpha=2).scaling == 0.5
     generator = torch.Generator().manual_seed(0)
-    tensors = draw(adapter(4).latents(SLOT), generator, rows=(2,)) | draw(adapter(4).fixed(SLOT), generator)
+    tensors = draw(start_of(adapter(4)).latents, generator, rows=(2,)) | draw(start_of(adapter(4)).fixed, generator)
     x = torch.randn((2, 3, 16), generator=generator)
     torch.testing.assert_close(adapter(4, alpha=2).output(x, tensors), 0.5 * adapter(4).output(x, tensors))
 
@@ -150,8 +161,7 @@ def test_the_seed_decides_the_start(name):
 def test_a_starts_uniform_as_in_peft():
     in_features = 4096
     slot = Slot("q_proj", ("q_proj",), in_features, 8)
-    spec = ADAPTERS["lora"](rank=16).latents(slot)["lora_A"]
-    start = spec.start(spec.shape, torch.Generator().manual_seed(0))
+    start = start_of(ADAPTERS["lora"](rank=16), slot).latents["lora_A"]
     bound = 1 / math.sqrt(in_features)
     reference = torch.nn.init.kaiming_uniform_(
         torch.empty(16, in_features), a=math.sqrt(5), generator=torch.Generator().manual_seed(0)
@@ -172,8 +182,8 @@ def test_layers_start_differently():
 class Bias(Adapter):
     """A third member of the axis, known to the library by nothing but its base class: a bias on each output."""
 
-    def latents(self, slot):
-        return {"bias": TensorSpec((slot.out_features,), zeros)}
+    def start(self, slot, weight, generator):
+        return Start({"bias": torch.zeros(slot.out_features)})
 
     def output(self, x, tensors):
         return tensors["bias"].to(x.dtype)[:, None, :].expand(*x.shape[:-1], -1)

@@ -37,7 +37,8 @@ def site_of(parameter):
 
 def test_the_change_is_the_sum_of_the_changes_of_two_loras():
     both, one, generator = SharedPlusTaskLoRA(rank=2, alpha=3.0), LoRA(rank=2, alpha=3.0), torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn((5, *spec.shape), generator=generator) for name, spec in both.latents(SLOT).items()}
+    start = both.start(SLOT, None, generator).latents
+    tensors = {name: torch.randn((5, *value.shape), generator=generator) for name, value in start.items()}
     x, output = torch.randn((5, 7, 16), generator=generator), torch.randn((5, 7, 24), generator=generator)
     shared = {"lora_A": tensors["shared_A"], "lora_B": tensors["shared_B"]}
     expected = one.output(x, shared) + one.output(x, tensors)

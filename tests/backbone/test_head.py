@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from bora_pyro.backbone import head as token_loss
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.data.batch import IGNORED
-from bora_pyro.likelihoods.next_tokens import NextTokens
+from bora_pyro.likelihoods import NextTokens
 from tests.tiny import ARCHITECTURES, VOCABULARY, random_ids, random_weights, tiny_batch, tiny_bora
 
 WIDTH = 8

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bora_pyro import FrozenALoRA, InputError, LoRA
-from bora_pyro.adapters import Adapter, SharedPlusTaskLoRA, TensorSpec
-from bora_pyro.adapters.base import zeros
+from bora_pyro.adapters import Adapter, SharedPlusTaskLoRA
+from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.diagnostics.deviations import (
     SPACES,
     adapter_matrix,
@@ -51,9 +51,9 @@ def dense(fitted, weights):
     parts = {}
     for slot in model.backbone.slots:
         for layer in range(slot.layers):
-            own = {name: weights[f"{slot.name}.{name}"][layer] for name in model.adapter.latents(slot)}
-            factors = model.adapter.lora(own | model.fixed_of(slot, layer))
-            parts[slot.name, layer] = model.adapter.scaling * factors["lora_B"].double() @ factors["lora_A"].double()
+            own = {name: weights[f"{slot.name}.{name}"][layer] for name in model.tensors.names(slot)}
+            factors = model.adapter.factors(model.tensors.at_layer(slot, layer, own))
+            parts[slot.name, layer] = model.adapter.scaling * factors.lora_B.double() @ factors.lora_A.double()
     return parts
 
 
@@ -204,30 +204,33 @@ def test_an_unknown_space():
 class Bias(Adapter):
     """Adds a vector to the output: no product of two matrices."""
 
-    def latents(self, slot):
-        return {"bias": TensorSpec((slot.out_features,), zeros)}
+    def start(self, slot, weight, generator):
+        return Start({"bias": torch.zeros(slot.out_features)})
 
     def output(self, x, tensors):
         return tensors["bias"][:, None].expand(-1, x.shape[1], -1)
 
 
-class Unscaled(LoRA):
-    """LoRA matrices that nothing says how to scale."""
+class Dense(LoRA):
+    """LoRA that gives ΔW and not its matrices."""
 
-    scaling = None
+    def factors(self, tensors):
+        return None
 
-    def __post_init__(self):
-        pass
+    def delta(self, tensors):
+        return LoRA(self.rank, self.alpha).delta(tensors)
 
-    def __repr__(self):
-        return "Unscaled()"
+
+def test_an_adapter_that_gives_delta_w_alone():
+    dense, lora = (known(adapter=adapter(rank=2, alpha=3.0)) for adapter in (Dense, LoRA))
+    for measure in (delta_w_norms, delta_w_deviations):
+        torch.testing.assert_close(measure(dense), measure(lora))
+    torch.testing.assert_close(task_gram(dense), task_gram(lora))
 
 
 def test_adapters_without_a_delta_w():
     for measure in (delta_w_norms, delta_w_deviations, task_gram):
         with pytest.raises(InputError, match="cannot be written as LoRA matrices"):
             measure(known(adapter=Bias()))
-        with pytest.raises(InputError, match=r"Unscaled\(\) has no scaling, by which its LoRA matrices are multiplied"):
-            measure(known(adapter=Unscaled(rank=2)))
     fitted = known(adapter=Bias())
     torch.testing.assert_close(task_gram(fitted, space="weights").diagonal().sqrt().float(), fitted.deviation_norms())

@@ -11,8 +11,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from bora_pyro import Backbone, BoRA, HierarchicalNormal, Independent, InputError, LoRA, Pooled, TaskData, fit
-from bora_pyro.adapters import Adapter, SharedPlusTaskLoRA, TensorSpec
-from bora_pyro.adapters.base import zeros
+from bora_pyro.adapters import Adapter, SharedPlusTaskLoRA
+from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.diagnostics import deviations as tensor_maths
 from bora_pyro.diagnostics.shrinkage import compare_priors, held_out, shrinkage
 from bora_pyro.guides.curvature import diagonal_fisher
@@ -149,9 +149,9 @@ def test_a_module_lacks_a_latent_and_a_layer():
     class Sparse(Adapter):
         """Adds a vector to every layer, and to v_proj a scale as well."""
 
-        def latents(self, slot):
-            scale = {"scale": TensorSpec((1,), zeros)} if slot.name == "v_proj" else {}
-            return {"bias": TensorSpec((slot.out_features,), zeros)} | scale
+        def start(self, slot, weight, generator):
+            scale = {"scale": torch.zeros(1)} if slot.name == "v_proj" else {}
+            return Start({"bias": torch.zeros(slot.out_features)} | scale)
 
         def output(self, x, tensors):
             change = tensors["bias"][:, None]

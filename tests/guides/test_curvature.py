@@ -8,7 +8,7 @@ import torch
 from bora_pyro import CausalLM, FrozenALoRA
 from bora_pyro.data import TokenSplit
 from bora_pyro.guides.curvature import diagonal_fisher, document_gradients
-from bora_pyro.likelihoods.next_tokens import NextTokens
+from bora_pyro.likelihoods import NextTokens
 from tests.tiny import random_weights, tiny_bora, tiny_split
 
 CHOICES = [{}, {"likelihood": CausalLM("documents")}, {"adapter": FrozenALoRA(rank=2)}]

@@ -249,8 +249,9 @@ def test_after_a_loss_that_is_not_finite_the_guide_is_whole_and_fits_again(drawn
     class Poisoned(CausalLM):
         poison = False
 
-        def __call__(self, logits, batch):
-            super().__call__(logits() * float("nan") if self.poison else logits, batch)
+        def __call__(self, model, weights, batch):
+            poisoned = {name: value * float("nan") for name, value in weights.items()}
+            super().__call__(model, poisoned if self.poison else weights, batch)
 
     likelihood = Poisoned()
     model = tiny_bora(targets=["q_proj"], tasks=5, prior=HierarchicalNormal(10.0), likelihood=likelihood)

@@ -7,7 +7,7 @@ from pyro import poutine
 
 from bora_pyro import CausalLM, InputError
 from bora_pyro.data.batch import IGNORED
-from bora_pyro.likelihoods.next_tokens import NextTokens
+from bora_pyro.likelihoods import NextTokens
 from tests.tiny import VOCABULARY, random_ids, random_weights, tiny_batch, tiny_bora, tiny_model, tiny_split
 
 
@@ -106,7 +106,7 @@ def test_minibatches_are_unbiased_for_all_documents(unit):
     weights = random_weights(model)
 
     def log_likelihood(batch):
-        trace = poutine.trace(model.likelihood).get_trace(model.logits(batch, weights), batch)
+        trace = poutine.trace(model.likelihood).get_trace(model, weights, batch)
         trace.compute_log_prob()
         return trace.nodes["tokens"]["log_prob_sum"]
 
@@ -119,8 +119,7 @@ def test_minibatches_are_unbiased_for_all_documents(unit):
 
 def test_the_likelihood_is_one_observed_site_in_a_plate_of_documents():
     batch = tiny_batch()
-    logits = random_logits(*batch.labels.shape)
-    trace = poutine.trace(CausalLM()).get_trace(logits, batch)
+    trace = poutine.trace(CausalLM()).get_trace(tiny_bora(), None, batch)
     assert trace.observation_nodes == ["tokens"]
     [frame] = trace.nodes["tokens"]["cond_indep_stack"]
     assert (frame.name, frame.size, frame.dim) == ("documents", len(batch.task), -1)

@@ -23,7 +23,7 @@ def prepared(prior, names=("x",), tasks=TASKS):
     plate = pyro.plate("tasks", tasks, dim=-1)
     with poutine.seed(rng_seed=0):
         for name in names:
-            prior.sample(name, torch.zeros(SHAPE), plate)
+            prior.sample_latent(name, torch.zeros(SHAPE), plate)
     return prior
 
 
@@ -81,7 +81,7 @@ def test_documents_in_several_processes_say_the_same_together(per):
 def test_what_has_a_precision_of_its_own(per, shape):
     prior = prepared(LearnedPrecision(per), names=("x", "y"))
     assert prior.precision("x", torch.zeros(SHAPE)).shape == shape
-    assert prior.sites("x", torch.ones(TASKS, *SHAPE), torch.zeros(SHAPE))["theta.x_decentered"].unique().tolist() == [10.0]
+    assert prior.sites_of("x", torch.ones(TASKS, *SHAPE), torch.zeros(SHAPE))["theta.x_decentered"].unique().tolist() == [10.0]
 
 
 def test_one_odd_task_gets_a_precision_of_its_own():
@@ -160,7 +160,7 @@ def test_the_slope_is_the_derivative_by_a_factor_on_the_deviations():
 
     def log_likelihood(factor):
         scaled = {name: mean[name] + factor * (theta[name] - mean[name]) for name in theta}
-        site = poutine.trace(model.likelihood).get_trace(model.logits(batch, scaled), batch).nodes["tokens"]
+        site = poutine.trace(model.likelihood).get_trace(model, scaled, batch).nodes["tokens"]
         return float(site["fn"].log_prob(site["value"]).double().sum())
 
     assert slope == pytest.approx((log_likelihood(1.001) - log_likelihood(0.999)) / 0.002, rel=1e-3)

@@ -28,7 +28,7 @@ def draw(*shape, seed=0):
 
 def sites_of(prior, theta, mean):
     """Values of the sample sites at given θ and Θ, all latents."""
-    return {site: value for name in theta for site, value in prior.sites(name, theta[name], mean[name]).items()}
+    return prior.sites(theta, mean)
 
 
 # the distribution
@@ -171,7 +171,7 @@ def test_draws_of_the_prior_are_as_wide_as_theory_says(form):
     mean = draw(2, 4, 8).float()
 
     def weights():
-        return prior.sample("x", start, pyro.plate("tasks", TASKS, dim=-1))
+        return prior.sample_latent("x", start, pyro.plate("tasks", TASKS, dim=-1))
 
     with poutine.seed(rng_seed=0):
         drawn = Predictive(poutine.condition(weights, data={"prior_mean.x": mean}), num_samples=draws)()["theta.x"]
@@ -217,7 +217,7 @@ def linear_gaussian(prior, y):
     """y_d ~ Normal(θ_d, 1) as a Pyro model."""
 
     def model():
-        theta = prior.sample("x", torch.zeros_like(y[0]), pyro.plate("tasks", len(y), dim=-1))
+        theta = prior.sample_latent("x", torch.zeros_like(y[0]), pyro.plate("tasks", len(y), dim=-1))
         with pyro.plate("documents", len(y), dim=-1):
             pyro.sample("y", dist.Normal(theta, 1.0).to_event(2), obs=y)
 

@@ -31,7 +31,7 @@ def linear_gaussian(prior, start):
     y = observations()
 
     def theta():
-        return prior.sample("x", start, pyro.plate("tasks", len(COUNTS), dim=-1))
+        return prior.sample_latent("x", start, pyro.plate("tasks", len(COUNTS), dim=-1))
 
     def model():
         value = theta()
@@ -60,7 +60,7 @@ def maximum_a_posteriori(prior):
     sites = guide.median()
     with torch.no_grad():
         value = poutine.condition(theta, data=sites)()
-    return value, prior.mean("x", sites, value)
+    return value, prior.mean_of("x", sites, value)
 
 
 def task_means():
@@ -118,7 +118,7 @@ def test_inference_begins_at_the_start_in_every_task(prior):
     sites = guide.median()
     value = poutine.condition(theta, data=sites)()
     assert torch.equal(value, start.expand(len(COUNTS), *SHAPE))
-    assert torch.equal(prior.mean("x", sites, value), start)
+    assert torch.equal(prior.mean_of("x", sites, value), start)
 
 
 @pytest.mark.parametrize(
@@ -218,16 +218,16 @@ def test_sites_invert_sample_and_mean(prior):
     if isinstance(prior, Independent):
         mean = theta.mean(0)
     sample = linear_gaussian(prior, torch.zeros(SHAPE, dtype=torch.float64))[1]
-    sites = prior.sites("x", theta, mean)
+    sites = prior.sites_of("x", theta, mean)
     trace = poutine.trace(poutine.condition(sample, data=sites)).get_trace()
     assert trace.stochastic_nodes == ["tasks"]  # the plate: every latent site has a value
     assert set(sites) <= set(trace.nodes)
     torch.testing.assert_close(trace.nodes["_RETURN"]["value"], theta)
-    torch.testing.assert_close(prior.mean("x", sites, theta), mean)
+    torch.testing.assert_close(prior.mean_of("x", sites, theta), mean)
 
 
 def test_the_whitened_deviation_of_the_same_weights_grows_with_the_root_of_tau():
     theta, mean = torch.ones(len(COUNTS), *SHAPE), torch.zeros(SHAPE)
     for tau in (0.25, 100.0):
-        z = HierarchicalNormal(tau).sites("x", theta, mean)["theta.x_decentered"]
+        z = HierarchicalNormal(tau).sites_of("x", theta, mean)["theta.x_decentered"]
         assert torch.equal(z, torch.full_like(theta, math.sqrt(tau)))

@@ -43,7 +43,7 @@ def linear_gaussian(prior):
     start = torch.full(SHAPE, 0.5, dtype=torch.float64)
 
     def theta():
-        return prior.sample("x", start, pyro.plate("tasks", len(COUNTS), dim=-1))
+        return prior.sample_latent("x", start, pyro.plate("tasks", len(COUNTS), dim=-1))
 
     def model():
         value = theta()
@@ -260,7 +260,7 @@ def test_the_joint_density_has_no_mode_in_tau(prior):
     mean, theta = y.mean(0), torch.stack([y[d == TASK].mean(0) for d in range(len(COUNTS))])
     log_joint = []
     for start in (1e-2, 1e-4, 1e-6, 1e-8):
-        sites = RandomPrecision(prior.hyperprior, prior.per, start=start).sites("x", theta, mean)
+        sites = RandomPrecision(prior.hyperprior, prior.per, start=start).sites_of("x", theta, mean)
         log_joint.append(float(poutine.trace(poutine.condition(model, data=sites)).get_trace().log_prob_sum()))
     # p(τ) ∝ τ^(−1/2) there: each hundredth of τ gains ½ log 100 for each τ
     assert np.diff(log_joint)[1:] == pytest.approx([math.log(10) * (2 if prior.per == "layer" else 1)] * 2, abs=0.05)
@@ -314,7 +314,7 @@ def test_the_posterior_of_tau_covers_the_truth():
 
     def model():
         tasks = pyro.plate("tasks", len(means), dim=-1)
-        value = prior.sample("x", start, tasks)
+        value = prior.sample_latent("x", start, tasks)
         with tasks:
             pyro.sample("y", dist.Normal(value[..., 0, :], deviation).to_event(1), obs=means)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bora_pyro import CausalLM
 from bora_pyro.data import TokenSplit
-from bora_pyro.inference.loop import _epoch_seed, _schedule
+from bora_pyro.inference.schedule import epoch_seed, schedule
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
@@ -105,7 +105,7 @@ class PlainTorch:
         parameters = [*self.mean.values(), *self.free.values()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, eps=1e-12)
         peak = config.learning_rate * (self.tau if config.scale_learning_rate_with_tau else 1)
-        epochs = [train.batches(token_budget=config.token_budget, seed=_epoch_seed(config.seed, e)) for e in range(config.epochs)]
+        epochs = [train.batches(token_budget=config.token_budget, seed=epoch_seed(config.seed, e)) for e in range(config.epochs)]
         total = sum(map(len, epochs))
         per_token = config.likelihood_unit == "tokens"
         for step, batch in enumerate(batch for epoch in epochs for batch in epoch):
@@ -115,7 +115,7 @@ class PlainTorch:
             loss = (batch.scale * loss + self.penalty()) / (train.num_tokens if per_token else train.num_documents)
             loss.backward()
             for group in optimizer.param_groups:
-                group["lr"] = peak * _schedule(step, total, config.warmup)
+                group["lr"] = peak * schedule(step, total, config.warmup)
             optimizer.step()
             optimizer.zero_grad()
         assert total >= 6
@@ -153,6 +153,6 @@ def test_the_documents_unit_is_the_mean_token_loss_times_the_number_of_documents
     for d, number in enumerate(split.documents_per_task):
         ids = batch.input_ids[batch.task == d]
         expected += number * peft_model(model, of_task(weights, d))(input_ids=ids, labels=ids).loss.item()
-    trace = poutine.trace(model.likelihood).get_trace(model.logits(batch, weights), batch)
+    trace = poutine.trace(model.likelihood).get_trace(model, weights, batch)
     assert float(trace.log_prob_sum()) == pytest.approx(-expected, rel=1e-5)
     assert model.likelihood.observations(split.num_documents, split.num_tokens) == sum(split.documents_per_task)

@@ -9,7 +9,7 @@
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     for seed, task in enumerate(["ada", "bo"]):  # each with a start of its own
 ...         model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), seed=seed)
-...         bp.save_peft(Path(folder, task), model, {name: value + 0.01 for name, value in model.starts.items()})
+...         _ = bp.save_peft(Path(folder, task), model, {name: value + 0.01 for name, value in model.starts.items()})
 ...     adapters = read_adapters(folder)
 >>> fitted = pooled_fit(bp.pool(adapters, backbone, FixedShrinkage(1.0)))
 >>> fitted.tasks, fitted.deviation_norms()  # Θ for all

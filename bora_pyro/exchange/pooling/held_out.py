@@ -8,7 +8,7 @@
     >>> model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     for task in ("ada", "bo"):
-    ...         bp.save_peft(Path(folder, task), model, model.starts)  # an adapter that changes nothing yet
+    ...         _ = bp.save_peft(Path(folder, task), model, model.starts)  # an adapter that changes nothing yet
     ...     adapters = read_adapters(folder)
     >>> documents = TokenSplit.from_documents([[0, 5, 6], [0, 7, 8, 9]], task=[0, 1], num_tasks=2)
     >>> found = held_out_shrinkage(adapters, backbone, documents, shares=(0.0, 0.5, 1.0))

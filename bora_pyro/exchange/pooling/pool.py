@@ -9,7 +9,7 @@
     >>> for seed, task in enumerate(["ada", "bo", "cleo"]):
     ...     model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), seed=seed)  # each with a start of its own
     ...     with tempfile.TemporaryDirectory() as folder:
-    ...         bp.save_peft(Path(folder), model, {name: value + 0.01 for name, value in model.starts.items()})
+    ...         _ = bp.save_peft(Path(folder), model, {name: value + 0.01 for name, value in model.starts.items()})
     ...         adapters[task] = read_peft(folder)
     >>> pooled = pool(adapters, backbone, MarginalLikelihood([10, 40, 160]))
     >>> list(pooled.groups), pooled.frames["q_proj"]
@@ -40,7 +40,7 @@ from bora_pyro.diagnostics.deviations import SPACES
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.exchange.load import PeftAdapter
 from bora_pyro.exchange.pooling.hierarchy import Estimator, Hierarchy, centred
-from bora_pyro.exchange.save import Factors
+from bora_pyro.exchange.save import LayerFactors
 
 FULL = "full"
 # A direction of the frame below this share of the largest is float32's rounding of the others.
@@ -70,8 +70,8 @@ class Pooled:
     adapters: dict[str, PeftAdapter]
     groups: dict[str, Hierarchy]
     frames: dict[str, list[int]]
-    factors: dict[str, Factors]
-    mean: Factors
+    factors: dict[str, LayerFactors]
+    mean: LayerFactors
     alpha: float
     distances: tuple[Tensor, Tensor]
     lost: Tensor
@@ -97,7 +97,7 @@ def pool(
         >>> for seed, task in enumerate(["ada", "bo"]):
         ...     model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), seed=seed)
         ...     with tempfile.TemporaryDirectory() as folder:
-        ...         bp.save_peft(Path(folder), model, {name: value + 0.01 for name, value in model.starts.items()})
+        ...         _ = bp.save_peft(Path(folder), model, {name: value + 0.01 for name, value in model.starts.items()})
         ...         adapters[task] = bp.read_peft(folder)
         >>> pool(adapters, backbone, FixedShrinkage(0.5)).tasks
         ['ada', 'bo']
@@ -178,7 +178,7 @@ def _pool_delta_w(adapters: dict[str, PeftAdapter], backbone: Backbone, estimato
     if not isinstance(size, int):
         size = max(1, max(number for numbers in frames.values() for number in numbers))
     scaling = _common_scaling(given)
-    factors: list[Factors] = [{} for _ in range(len(given) + 1)]
+    factors: list[LayerFactors] = [{} for _ in range(len(given) + 1)]
     squares, cut = (torch.zeros(len(given) + 1, dtype=torch.float64) for _ in range(2))
     for slot in backbone.slots:
         found = groups[slot.name]
@@ -208,7 +208,7 @@ def _pool_weights(adapters: dict[str, PeftAdapter], backbone: Backbone, estimato
             "in the space of the weights all adapters, and the result, have one rank and one alpha; use the space delta_w"
         )
     groups: dict[str, Hierarchy] = {}
-    factors: list[Factors] = [{} for _ in range(len(given) + 1)]
+    factors: list[LayerFactors] = [{} for _ in range(len(given) + 1)]
     before, after = (torch.zeros(len(given), dtype=torch.float64) for _ in range(2))
     for slot in backbone.slots:
         for factor in ("lora_A", "lora_B"):

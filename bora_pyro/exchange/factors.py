@@ -1,0 +1,129 @@
+"""The change of a model's layers as LoRA matrices: exactly, or cut to a rank by the singular value decomposition.
+
+>>> import bora_pyro as bp
+>>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
+>>> found = lora_form(model, model.starts)
+>>> found.rank, found.alpha, found.relative_error
+(2, 2.0, 0.0)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bora_pyro.adapters import Factors
+from bora_pyro.errors import InputError
+from bora_pyro.model import BoRA
+from bora_pyro.routers import ByTask
+
+#: The rank to which a change is cut that has no LoRA form: servers take adapters of this rank without being told to.
+EXPORT_RANK = 16
+
+
+@dataclass(frozen=True)
+class LoraForm:
+    """The change of every adapted layer as LoRA matrices of one rank and one scale.
+
+    Attributes:
+        factors: ``lora_A`` (r, in) and ``lora_B`` (out, r) by the path of the layer.
+        alpha: α; a layer changes by (α/r) B A.
+        relative_error: ‖ΔW − (α/r) B A‖ / ‖ΔW‖ over all layers; 0 where the form is exact.
+    """
+
+    factors: dict[str, dict[str, Tensor]]
+    alpha: float
+    relative_error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return next(iter(self.factors.values()))["lora_A"].shape[-2]
+
+
+def lora_form(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = None, rank: int = EXPORT_RANK) -> LoraForm:
+    """One task's adapter, or Θ, as LoRA matrices.
+
+    Args:
+        model: the model that the weights belong to.
+        weights: latents by name, (layers, *shape) each.
+        task: whose they are, where tasks have masks of their own; None: Θ.
+        rank: the largest rank of a change that has no exact LoRA form; it is cut to this rank.
+
+    Raises:
+        InputError: the adapter gives no ΔW, or which adapter reads a token depends on the token.
+    """
+    exact, deltas = _changes(model, weights, task)
+    if not deltas:
+        alphas = {path: of_layer.alpha / of_layer.rank for path, of_layer in exact.items()}
+        if len(set(alphas.values())) == 1 and len({of_layer.rank for of_layer in exact.values()}) == 1:
+            factors = {path: {"lora_A": f.lora_A, "lora_B": f.lora_B} for path, f in exact.items()}
+            return LoraForm(factors, next(iter(exact.values())).alpha)
+    parts, lost, total = {}, 0.0, 0.0
+    for path, of_layer in exact.items():  # of other ranks and scales: the scale goes into B
+        parts[path] = (of_layer.lora_A, of_layer.scaling * of_layer.lora_B)
+        total += float(of_layer.delta().double().square().sum())
+    for path, delta in deltas.items():
+        parts[path] = cut(delta, rank)
+        a, b = parts[path]
+        lost += float((delta.double() - b.double() @ a.double()).square().sum())
+        total += float(delta.double().square().sum())
+    r = max(len(a) for a, _ in parts.values())
+    # rows and columns of zeros change nothing: all layers have one rank
+    padded = {
+        path: {"lora_A": F.pad(a, (0, 0, 0, r - len(a))), "lora_B": F.pad(b, (0, r - len(a)))} for path, (a, b) in parts.items()
+    }
+    return LoraForm(padded, float(r), math.sqrt(lost / total) if total else 0.0)
+
+
+def layer_deltas(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = None) -> dict[str, Tensor]:
+    """ΔW of every adapted layer, (out, in) by the path of the layer, for one task's weights or Θ.
+
+    Raises:
+        InputError: as for :func:`lora_form`.
+    """
+    exact, deltas = _changes(model, weights, task)
+    return {path: of_layer.delta() for path, of_layer in exact.items()} | deltas
+
+
+def cut(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with B A the best approximation of ΔW of rank r (Eckart and Young): its largest singular values.
+
+    >>> a, b = cut(torch.diag(torch.tensor([4.0, 1.0])), 1)
+    >>> (b @ a).abs().tolist()
+    [[4.0, 0.0], [0.0, 0.0]]
+    """
+    left, values, right = torch.linalg.svd(delta.float(), full_matrices=False)
+    r = min(rank, len(values))
+    root = values[:r].sqrt()
+    return root[:, None] * right[:r], left[:, :r] * root
+
+
+def _changes(model: BoRA, weights: Mapping[str, Tensor], task: int | None) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """The exact factors by path, and ΔW of the layers that have none."""
+    if not isinstance(model.router, ByTask):
+        raise InputError(
+            f"adapters cannot be exported from {model.router}: the token decides which of them reads it; use the run itself"
+        )
+    exact: dict[str, Factors] = {}
+    deltas: dict[str, Tensor] = {}
+    of_task = None if task is None else torch.tensor([task])
+    for slot in model.backbone.slots:
+        for layer, path in enumerate(slot.paths):
+            latents = {name: weights[f"{slot.name}.{name}"][layer][None] for name in model.tensors.names(slot)}
+            tensors = model.tensors.at_layer(slot, layer, latents, of_task)
+            tensors |= {name: tensors[name][0] for name in latents}
+            if (factors := model.adapter.factors(tensors)) is not None:
+                exact[path] = factors
+            elif (delta := model.adapter.delta(tensors)) is not None:
+                deltas[path] = delta
+            else:
+                raise InputError(
+                    f"{model.adapter} cannot be written as LoRA matrices: it gives no ΔW of a layer; use the run itself"
+                )
+    return exact, deltas

@@ -1,0 +1,58 @@
+"""The distribution of documents under next-token logits (the BoRA paper's equation 2)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor
+
+from bora_pyro.backbone.head import LazyLogits
+from bora_pyro.data.batch import IGNORED
+
+
+class NextTokens(TorchDistribution):
+    """The distribution of documents under next-token logits: log p(w) = Σ_i log LLM(w_{i+1} | w_{1:i}) (equation 2).
+
+    Args:
+        logits: (rows, tokens, vocabulary), position i holding the logits of token i + 1; or what they are computed from, chunk
+            by chunk, so that those of all tokens never exist at once.
+        per_token: divide a document's log-density by the number of its observed tokens.
+
+    Values are labels (rows, tokens): entry i is the token at position i, -100 where nothing is observed. Position 0 is
+    given, never predicted. The log-density is float32 whatever the precision of the logits.
+    """
+
+    # NaN logits are no wrong argument: they give a NaN loss, of which the loop tells in one line
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.integer_interval(IGNORED, 2**31 - 1), 1)
+    has_rsample = False
+
+    def __init__(self, logits: Tensor | LazyLogits, *, per_token: bool = False, validate_args: bool | None = None) -> None:
+        self.logits, self.per_token = logits, per_token
+        super().__init__(logits.shape[:1], logits.shape[1:2], validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None) -> NextTokens:
+        return NextTokens(self.logits.expand(*batch_shape, *self.logits.shape[1:]), per_token=self.per_token)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Each next token drawn given the *observed* prefix; position 0 has no distribution and is -100."""
+        logits = self.logits() if isinstance(self.logits, LazyLogits) else self.logits
+        drawn = torch.distributions.Categorical(logits=logits[:, :-1].float()).sample(sample_shape)
+        return F.pad(drawn, (1, 0), value=IGNORED)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        rows, tokens, vocabulary = self.logits.shape
+        # the labels are shifted and not the logits: a slice of the logits would be copied, and so would its gradient
+        targets = F.pad(value[:, 1:], (0, 1), value=IGNORED)
+        if isinstance(self.logits, LazyLogits):
+            loss = self.logits.token_losses(targets)
+        else:
+            flat = self.logits.reshape(-1, vocabulary).float()
+            loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
+        log_likelihood = -loss.view(rows, tokens).sum(-1)
+        if self.per_token:
+            log_likelihood = log_likelihood / (value[:, 1:] != IGNORED).sum(-1).clamp(min=1)
+        return log_likelihood

@@ -1,0 +1,99 @@
+"""Members of an axis built from texts: an adapter, a prior, a router or a likelihood by its name and its arguments.
+
+>>> from dataclasses import dataclass
+>>> @dataclass
+... class Circle:
+...     radius: float = 1.0
+...     filled: bool = False
+>>> build_member("shape", {"circle": Circle}, "circle", ["radius=2"])
+Circle(radius=2.0, filled=False)
+>>> build_member("shape", {"circle": Circle}, "circle", ["radios=2"])
+Traceback (most recent call last):
+bora_pyro.errors.InputError: shape circle has no option 'radios'; did you mean 'radius'?
+
+The options are the arguments of the member's class, so that a new member needs one file and one line in its registry.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from bora_pyro.errors import InputError, nearest, shown
+
+T = TypeVar("T")
+
+_BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def build_member(
+    axis: str,
+    registry: Mapping[str, type[T]],
+    name: str,
+    options: Sequence[str] = (),
+    *,
+    usual: Mapping[str, Any] | None = None,
+) -> T:
+    """Build the member of a registry that has this name.
+
+    Args:
+        axis: what the registry holds, for error messages: ``adapter``.
+        registry: classes by name.
+        name: of the member.
+        options: its arguments as texts, ``key=value``.
+        usual: arguments that are passed on where the member has them and ``options`` does not name them.
+
+    Raises:
+        InputError: an unknown name or option, a text that is no value of its type, or what the class itself refuses.
+    """
+    if name not in registry:
+        raise InputError(f"{axis} {name!r} is not known; it is one of {', '.join(registry)}{nearest(name, registry)}")
+    cls = registry[name]
+    kinds = member_options(cls)
+    values: dict[str, Any] = {}
+    for text in options:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{axis}_option {shown(text)} cannot be used; give key=value")
+        if key not in kinds:
+            known = f"; it has {', '.join(kinds)}" if kinds else "; it has none"
+            raise InputError(f"{axis} {name} has no option {key!r}{nearest(key, kinds) or known}")
+        if key in values:
+            raise InputError(f"{axis}_option {key} is given twice; give it once")
+        values[key] = _convert(value, kinds[key], f"{axis}_option {key}")
+    passed = {key: value for key, value in (usual or {}).items() if key in kinds and key not in values}
+    return cls(**(passed | values))
+
+
+def member_options(cls: type) -> dict[str, Any]:
+    """The arguments of a class by name, with their types, as far as a text can give them."""
+    parameters = inspect.signature(cls, eval_str=True).parameters.values()
+    return {parameter.name: parameter.annotation for parameter in parameters if _plain(parameter.annotation) is not None}
+
+
+def _plain(hint: Any) -> type | None:
+    """The type that a text is converted to; None where a text cannot be one."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [part for part in parts if part in (int, float, bool, str)]
+    return kinds[0] if kinds else None
+
+
+def _convert(text: str, hint: Any, what: str) -> Any:
+    kind, optional = _plain(hint), type(None) in get_args(hint)
+    if optional and text.lower() in ("none", "null"):
+        return None
+    if kind is str:
+        return text
+    assert kind is not None
+    refusal = InputError(f"{what} is {shown(text)}; give {_EXPECTED[kind]}{' or none' if optional else ''}")
+    if kind is bool:
+        if text.lower() not in _BOOLEANS:
+            raise refusal
+        return _BOOLEANS[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        raise refusal from None
