@@ -1,1 +1,1 @@
-"""What a fit has learned, as ArviZ containers, tables and pictures: shrinkage, deviations, calibration, sweeps."""
+"""Diagnostics of fits as ArviZ containers, tables and plots: shrinkage, deviations, calibration, sweeps over τ."""

@@ -1,4 +1,4 @@
-"""Whether a model's probabilities are as often right as they say, and whether its doubt tells where it is wrong.
+"""Calibration of predictions, risk against coverage, and the detection of texts that belong to no task.
 
 >>> table = reliability([0.9, 0.9, 0.8, 0.4], [True, True, False, False], bins=2)
 >>> table[["lower", "upper", "confidence", "accuracy", "count"]].round(3).to_numpy().tolist()
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from bora_pyro.errors import InputError
 
-_ROUNDING = 1e-4  # by how much a sum of float32 probabilities may lie outside 0 to 1
+_ROUNDING = 1e-4  # a sum of float32 probabilities may lie outside 0 to 1 by this much
 
 
 class Predictions(Protocol):
-    """What `calibration` reads of predictions, one entry a prediction: a token, or a question with a choice of answers."""
+    """The tensors that `calibration` reads. A prediction is a token, or a question with a choice of answers."""
 
     @property
     def task(self) -> Tensor:
@@ -36,7 +36,7 @@ class Predictions(Protocol):
 
     @property
     def log_prob(self) -> Tensor:
-        """(predictions,) log of the probability of what was observed, in nats."""
+        """(predictions,) log-probability of the observed outcome, in nats."""
 
     @property
     def confidence(self) -> Tensor:
@@ -44,24 +44,24 @@ class Predictions(Protocol):
 
     @property
     def correct(self) -> Tensor:
-        """(predictions,) bool, whether the most probable outcome is the one observed."""
+        """(predictions,) bool, whether the most probable outcome is the observed one."""
 
     @property
     def brier(self) -> Tensor:
-        """(predictions,) squared distance of the probabilities to the outcome, summed over the outcomes."""
+        """(predictions,) Brier score: Σ_v (p_v − 1[v = observed])² over the possible outcomes v."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Means over predictions; NaN where there are none.
+    """Means over predictions. Every mean is NaN if there are no predictions.
 
     Attributes:
         tokens: number of predictions: tokens, or questions with a choice of answers.
-        nll: negative log-likelihood, in nats a prediction.
-        brier: Brier score, Σ_v (p_v − 1[v = label])², from 0 to 2 (Brier, 1950).
+        nll: negative log-likelihood, in nats per prediction.
+        brier: Brier score, Σ_v (p_v − 1[v = observed])², from 0 to 2 (Brier, 1950).
         ece: expected calibration error of the most probable outcome, from 0 to 1 (Naeini et al., 2015; Guo et al., 2017).
-        accuracy: share of predictions whose most probable outcome is the one observed.
-        confidence: mean of the highest probability; above the accuracy the model is overconfident.
+        accuracy: share of predictions whose most probable outcome is the observed one.
+        confidence: mean of the highest probability. A model whose confidence is above its accuracy is overconfident.
     """
 
     tokens: int
@@ -73,7 +73,7 @@ class Calibration:
 
 
 def calibration(predictions: Predictions, *, bins: int = 15, where: Tensor | None = None) -> Calibration:
-    """How well the probabilities of predictions are calibrated.
+    """Measure how well predictions are calibrated.
 
         >>> from types import SimpleNamespace
         >>> p = torch.tensor([0.5, 0.5, 0.5, 0.5])
@@ -84,11 +84,12 @@ def calibration(predictions: Predictions, *, bins: int = 15, where: Tensor | Non
     Args:
         predictions: `bora_pyro.predict.mixture.TokenPredictions`, `bora_pyro.predict.multiple_choice.ChoicePredictions`, or
             anything with the tensors log_prob, confidence, correct and brier, (predictions,) each.
-        bins: bins of equal width between 0 and 1 for the calibration error; the last one holds 1.
-        where: (predictions,) bool, which of them count; default all.
+        bins: number of bins of equal width between 0 and 1 for the calibration error. The last bin includes 1.
+        where: (predictions,) bool, the predictions to use; default all.
 
     Raises:
-        InputError: `bins` is below 1, `where` is no boolean mask over the predictions, or a confidence is no probability.
+        InputError: if `bins` is below 1, `where` is not a boolean mask over the predictions, or a confidence is not a
+            probability.
     """
     from torchmetrics.functional.classification import binary_calibration_error  # takes a second to import
 
@@ -98,7 +99,7 @@ def calibration(predictions: Predictions, *, bins: int = 15, where: Tensor | Non
         if where.dtype != torch.bool or where.shape != predictions.log_prob.shape:
             raise InputError(
                 f"where is {where.dtype} of shape {tuple(where.shape)}; give a torch.bool mask of shape "
-                f"{tuple(predictions.log_prob.shape)}, an entry a prediction"
+                f"{tuple(predictions.log_prob.shape)}, one entry per prediction"
             )
         columns = [column[where] for column in columns]
     log_prob, confidence, correct, brier = (column.detach().cpu().double() for column in columns)
@@ -117,7 +118,7 @@ def calibration(predictions: Predictions, *, bins: int = 15, where: Tensor | Non
 
 
 def by_task(predictions: Predictions, names: Sequence[str], *, bins: int = 15) -> pd.DataFrame:
-    """The calibration of each task: a row a task with the fields of `Calibration`, NaN for a task without predictions.
+    """Measure the calibration of each task.
 
         >>> from types import SimpleNamespace
         >>> p = torch.tensor([0.5, 0.5, 0.5])
@@ -131,14 +132,17 @@ def by_task(predictions: Predictions, names: Sequence[str], *, bins: int = 15) -
         names: the tasks' names, in the order of their indices; they become the index of the table.
         bins: as for `calibration`.
 
+    Returns:
+        One row per task with the fields of `Calibration`. The means of a task without predictions are NaN.
+
     Raises:
-        InputError: a prediction is of a task that has no name, or as for `calibration`.
+        InputError: if a prediction belongs to a task without a name, or as for `calibration`.
     """
     task = predictions.task.detach().cpu()
     if len(task) and not 0 <= int(task.min()) <= int(task.max()) < len(names):
         raise InputError(
             f"task indices run from {int(task.min())} to {int(task.max())}, {len(names)} names are given; give "
-            f"{int(task.max()) + 1} names, one a task"
+            f"{int(task.max()) + 1} names, one per task"
         )
     mask = predictions.task.new_tensor(range(len(names)))[:, None] == predictions.task  # (tasks, predictions)
     rows = [asdict(calibration(predictions, bins=bins, where=of_task)) for of_task in mask]
@@ -146,7 +150,7 @@ def by_task(predictions: Predictions, names: Sequence[str], *, bins: int = 15) -
 
 
 def reliability(confidence: ArrayLike | Tensor, correct: ArrayLike | Tensor, *, bins: int = 15) -> pd.DataFrame:
-    """The table behind a reliability diagram: accuracy against confidence, bin by bin (DeGroot & Fienberg, 1983).
+    """Compute the table behind a reliability diagram: accuracy and confidence per bin (DeGroot & Fienberg, 1983).
 
         >>> reliability([0.3, 0.95], [False, True], bins=10)["count"].tolist()
         [1, 1]
@@ -154,60 +158,63 @@ def reliability(confidence: ArrayLike | Tensor, correct: ArrayLike | Tensor, *, 
     The mean of ``|accuracy - confidence|`` weighted by ``count`` is the expected calibration error of `calibration`.
 
     Args:
-        confidence: (predictions,) the highest probability of each.
-        correct: (predictions,) whether the most probable outcome is the one observed.
-        bins: bins of equal width between 0 and 1; a bin holds its lower edge, the last one both.
+        confidence: (predictions,) the highest probability of each prediction.
+        correct: (predictions,) whether the most probable outcome is the observed one.
+        bins: number of bins of equal width between 0 and 1. A bin includes its lower edge; the last bin includes both edges.
 
     Returns:
-        A row a bin that holds predictions: lower, upper (its edges), confidence (the mean), accuracy, count, standard_error.
-        The standard error is that of a share of independent trials, with two right and two wrong ones added (Agresti & Coull,
-        1998), so that it is not 0 where all are right; tokens of one document depend on one another, and vary more.
+        One row per bin that has predictions: lower, upper (its edges), confidence (the mean), accuracy, count,
+        standard_error. The standard error is that of the accuracy of independent predictions, after two correct and two
+        wrong ones are added (Agresti & Coull, 1998). It is therefore above 0 even if all predictions of a bin are correct.
+        It is too small for tokens of the same document, because these are not independent.
 
     Raises:
-        InputError: sizes disagree, there are no predictions, a confidence is no probability, or `bins` is below 1.
+        InputError: if the sizes differ, there are no predictions, a confidence is not a probability, or `bins` is below 1.
     """
     bins = _checked_bins(bins)
     confidence = _probabilities(_vector(confidence, "confidence"))
-    right = _vector(correct, "correct")
-    _same_size(confidence, right, "confidence", "correct")
-    if not bool(((right == 0) | (right == 1)).all()):
+    is_correct = _vector(correct, "correct")
+    _check_same_size(confidence, is_correct, "confidence", "correct")
+    if not bool(((is_correct == 0) | (is_correct == 1)).all()):
         raise InputError("correct has values other than False and True; give whether each prediction was right")
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    place = torch.bucketize(_below_one(confidence), edges, right=True) - 1
-    count = torch.bincount(place, minlength=bins)
-    kept = count > 0
-    n = count[kept].double()
-    hits = torch.bincount(place, right, bins)[kept]
-    mean = torch.bincount(place, confidence, bins)[kept] / n
+    bin_index = torch.bucketize(_below_one(confidence), edges, right=True) - 1
+    count = torch.bincount(bin_index, minlength=bins)
+    filled = count > 0
+    n = count[filled].double()
+    hits = torch.bincount(bin_index, is_correct, bins)[filled]
+    mean = torch.bincount(bin_index, confidence, bins)[filled] / n
     adjusted = (hits + 2) / (n + 4)
     return pd.DataFrame(
         {
-            "lower": edges[:-1][kept].numpy(),
-            "upper": edges[1:][kept].numpy(),
+            "lower": edges[:-1][filled].numpy(),
+            "upper": edges[1:][filled].numpy(),
             "confidence": mean.numpy(),
             "accuracy": (hits / n).numpy(),
-            "count": count[kept].numpy(),
+            "count": count[filled].numpy(),
             "standard_error": (adjusted * (1 - adjusted) / (n + 4)).sqrt().numpy(),
         }
     )
 
 
 def risk_coverage(uncertainty: ArrayLike | Tensor, loss: ArrayLike | Tensor) -> pd.DataFrame:
-    """Mean loss of the predictions kept, when the most uncertain are refused (Geifman & El-Yaniv, 2017).
+    """Compute the mean loss of the predictions that remain when the most uncertain ones are rejected.
+
+    This is the risk-coverage curve of Geifman & El-Yaniv (2017).
 
         >>> risk_coverage([1, 2, 3, 4], [0, 0, 0, 1])["risk"].tolist()
         [0.0, 0.0, 0.0, 0.25]
 
     Args:
-        uncertainty: (predictions,) in any unit; only its order counts.
-        loss: (predictions,) what a kept prediction costs: 1 where it is wrong, or its negative log-likelihood.
+        uncertainty: (predictions,) in any unit; only the order matters.
+        loss: (predictions,) the loss of each prediction: for instance 1 if it is wrong, or its negative log-likelihood.
 
     Returns:
-        A row a threshold, from the least uncertain on: coverage (share of the predictions at or below the threshold), risk
-        (their mean loss) and threshold. Predictions with one uncertainty are kept or refused together.
+        One row per threshold on the uncertainty, lowest first: coverage (share of the predictions at or below the threshold),
+        risk (their mean loss) and threshold. Predictions with the same uncertainty are kept or rejected together.
 
     Raises:
-        InputError: sizes disagree, there are no predictions, or a value is NaN.
+        InputError: if the sizes differ, there are no predictions, or a value is NaN.
     """
     levels, count, total = _by_uncertainty(uncertainty, loss)
     kept = count.cumsum(0).double()
@@ -217,13 +224,13 @@ def risk_coverage(uncertainty: ArrayLike | Tensor, loss: ArrayLike | Tensor) -> 
 
 
 def area_under_risk_coverage(uncertainty: ArrayLike | Tensor, loss: ArrayLike | Tensor) -> float:
-    """Area under the risk-coverage curve, in the unit of the loss; lower is better (Geifman et al., 2019).
+    """Compute the area under the risk-coverage curve, in the unit of the loss; lower is better (Geifman et al., 2019).
 
         >>> area_under_risk_coverage([1, 2, 3, 4], [0, 0, 0, 1]), area_under_risk_coverage([1, 1, 1, 1], [0, 0, 0, 1])
         (0.0625, 0.25)
 
-    The mean over k of the mean loss of the k least uncertain predictions. Where predictions are tied it is the mean over all
-    their orders, so an uncertainty that tells nothing has the mean loss.
+    The area is the mean over k of the mean loss of the k least uncertain predictions. Tied predictions are averaged over all
+    their orders. An uncertainty that is the same for all predictions therefore has an area equal to the mean loss.
 
     Args:
         uncertainty: as for `risk_coverage`.
@@ -238,35 +245,36 @@ def area_under_risk_coverage(uncertainty: ArrayLike | Tensor, loss: ArrayLike | 
 
 
 def foreign_auroc(own: ArrayLike | Tensor, foreign: ArrayLike | Tensor) -> float:
-    """Area under the ROC curve with which a score tells texts foreign to every task from the tasks' own.
+    """Compute the area under the ROC curve of a score that separates foreign texts from the tasks' own texts.
 
         >>> foreign_auroc(own=[1.0, 2.0], foreign=[3.0, 4.0]), foreign_auroc(own=[1.0], foreign=[1.0])
         (1.0, 0.5)
 
-    The probability that a foreign text has the higher score than an own one, ties counting half (Hanley & McNeil, 1982).
+    A foreign text belongs to no task: it is out of distribution. The area is the probability that a foreign text has a higher
+    score than an own text; a tie counts one half (Hanley & McNeil, 1982).
 
     Args:
-        own: (texts,) scores of texts of the tasks.
-        foreign: (texts,) scores of texts of none; the higher, the more foreign.
+        own: (texts,) scores of the tasks' own texts.
+        foreign: (texts,) scores of foreign texts, expected to be higher.
 
     Raises:
-        InputError: one of them is empty, or a score is NaN.
+        InputError: if one of them is empty, or a score is NaN.
     """
     from torchmetrics.functional.classification import binary_auroc  # takes a second to import
 
     scores = [_vector(own, "own"), _vector(foreign, "foreign")]
     is_foreign = torch.cat([torch.full_like(part, k, dtype=torch.int64) for k, part in enumerate(scores)])
-    # ranks: only the order counts, and torchmetrics would put scores beyond 0 to 1 through a sigmoid, which ties large ones
+    # torchmetrics applies a sigmoid to scores outside 0 to 1, which makes large scores equal: give it ranks, which keep the order
     levels, rank = torch.cat(scores).unique(return_inverse=True)
     return binary_auroc(rank.double() / len(levels), is_foreign).item()
 
 
 def _by_uncertainty(uncertainty: ArrayLike | Tensor, loss: ArrayLike | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The different uncertainties, from the lowest; how many predictions have each, and their total loss."""
-    doubt, cost = _vector(uncertainty, "uncertainty"), _vector(loss, "loss")
-    _same_size(doubt, cost, "uncertainty", "loss")
-    levels, place, count = doubt.unique(return_inverse=True, return_counts=True)
-    return levels, count, torch.zeros(len(levels), dtype=torch.float64).index_add_(0, place, cost)
+    """The distinct uncertainties, lowest first, and for each the number of predictions and their total loss."""
+    uncertainties, losses = _vector(uncertainty, "uncertainty"), _vector(loss, "loss")
+    _check_same_size(uncertainties, losses, "uncertainty", "loss")
+    levels, level_index, count = uncertainties.unique(return_inverse=True, return_counts=True)
+    return levels, count, torch.zeros(len(levels), dtype=torch.float64).index_add_(0, level_index, losses)
 
 
 def _vector(values: ArrayLike | Tensor, name: str) -> Tensor:
@@ -279,7 +287,7 @@ def _vector(values: ArrayLike | Tensor, name: str) -> Tensor:
     return vector
 
 
-def _same_size(one: Tensor, other: Tensor, name: str, other_name: str) -> None:
+def _check_same_size(one: Tensor, other: Tensor, name: str, other_name: str) -> None:
     if len(one) != len(other):
         raise InputError(f"{name} has {len(one)} entries and {other_name} {len(other)}; give as many of each")
 
@@ -291,13 +299,13 @@ def _checked_bins(bins: int) -> int:
 
 
 def _probabilities(values: Tensor) -> Tensor:
-    # the calibration error of torchmetrics would take values that rounding has put above 1 for logits
-    outside = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))  # NaN too
+    # torchmetrics treats values above 1 as logits, also where only rounding put them there
+    outside = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))  # also True for NaN
     if bool(outside.any()):
         raise InputError(f"confidence has the value {values[outside][0].item():g}; give probabilities, from 0 to 1")
     return values.clamp(0, 1)
 
 
 def _below_one(confidence: Tensor) -> Tensor:
-    # 1 belongs to the last bin, not to a bin of its own
+    # so that 1 falls into the last bin and not into a bin of its own
     return confidence.clamp(max=float(np.nextafter(1, 0)))

@@ -1,11 +1,11 @@
-"""Tensors of a model as labelled arrays, and groups of them as a container of the installed ArviZ.
+"""Conversion of a model's tensors to labelled arrays, and of groups of these to an ArviZ container.
 
 >>> import torch
 >>> rms = {"q_proj.lora_A": torch.ones(3, 2), "q_proj.lora_B": torch.ones(3, 2), "fc1.lora_A": torch.ones(3, 2)}
 >>> array = by_latent(rms, ("task", "layer"))
 >>> dict(array.sizes), array["factor"].values.tolist()
 ({'task': 3, 'layer': 2, 'module': 2, 'factor': 2}, ['A', 'B'])
->>> array.sel(module="fc1", factor="B").isnull().all().item()  # what a module lacks
+>>> array.sel(module="fc1", factor="B").isnull().all().item()  # fc1 has no lora_B
 True
 """
 
@@ -23,18 +23,21 @@ from bora_pyro.inference.fitted import Fitted
 
 
 def as_container(groups: Mapping[str, xr.Dataset], fitted: Fitted) -> Any:
-    """The groups as the installed ArviZ holds them."""
+    """The groups as an ArviZ container: ``InferenceData`` with ArviZ 0.23, ``xarray.DataTree`` with ArviZ 1.x."""
     tree = xr.DataTree.from_dict(
         {"/": xr.Dataset(attrs={"inference_library": "bora_pyro", "model": repr(fitted.model)}), **groups}
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
-        import arviz  # here, for it takes seconds
+        import arviz  # not at the top: it imports matplotlib, takes seconds, and no fit needs it
     return arviz.InferenceData.from_datatree(tree) if hasattr(arviz, "InferenceData") else tree
 
 
 def by_latent(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArray:
-    """(*dims) by ``<module>.<latent>`` -> (*dims, module, factor); NaN where a module lacks a layer or a latent."""
+    """Combine arrays (*dims) named ``<module>.<latent>`` into one array (*dims, module, factor).
+
+    Entries are NaN where a module lacks a layer or a latent.
+    """
     modules = list(dict.fromkeys(name.partition(".")[0] for name in values))
     by_factor: dict[str, dict[str, Tensor]] = {}
     for name, value in values.items():
@@ -45,7 +48,7 @@ def by_latent(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArr
 
 
 def by_module(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArray:
-    """(*dims) by name of the module -> (*dims, module)."""
+    """Combine arrays (*dims), one per module, into one array (*dims, module)."""
     arrays = [xr.DataArray(value.cpu().double().numpy(), dims=dims) for value in values.values()]
     if "layer" in dims:
         arrays = [array.assign_coords(layer=np.arange(array.sizes["layer"])) for array in arrays]
@@ -53,19 +56,24 @@ def by_module(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArr
 
 
 def _names(dim: str, names: Iterable[str]) -> xr.Variable:
-    """A coordinate of plain text, which netCDF takes."""
+    """A coordinate of fixed-width strings, which netCDF can store."""
     return xr.Variable(dim, np.array(list(names), dtype=np.str_))
 
 
-def of_layers(tau: Tensor, deviation: Tensor) -> Tensor:
-    """τ of each task and layer, (D or 1, layers or 1): the geometric mean where it varies within a layer."""
-    whole = tau.reshape([1] * (deviation.dim() - tau.dim()) + [*tau.shape])
-    entries = whole.flatten(2).double()
+def tau_by_layer(tau: Tensor, deviation: Tensor) -> Tensor:
+    """τ of each task and layer, (D or 1, layers or 1). If τ varies within a layer, this is its geometric mean there.
+
+    Args:
+        tau: τ, which broadcasts against the deviation.
+        deviation: δ, (D, layers, *shape).
+    """
+    padded = tau.reshape([1] * (deviation.dim() - tau.dim()) + [*tau.shape])
+    entries = padded.flatten(2).double()
     return entries[..., 0] if entries.shape[2] == 1 else entries.log().mean(2).exp()
 
 
 def tau_array(values: Mapping[str, Tensor]) -> xr.DataArray:
-    """τ with those of the dimensions task and layer over which some latent's varies."""
+    """τ of all latents in one array, which has the dimension task or layer only if τ varies over it."""
     tasks, layers = (max(value.shape[dim] for value in values.values()) for dim in (0, 1))
     if layers == 1:
         values = {name: value[:, :1] for name, value in values.items()}
@@ -74,5 +82,5 @@ def tau_array(values: Mapping[str, Tensor]) -> xr.DataArray:
 
 
 def stack_draws(draws: Sequence[xr.Dataset]) -> xr.Dataset:
-    """The draws as those of one chain."""
+    """Combine draws into one chain."""
     return xr.concat(draws, "draw", join="exact").assign_coords(draw=np.arange(len(draws))).expand_dims(chain=[0])

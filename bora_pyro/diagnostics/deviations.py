@@ -1,4 +1,4 @@
-"""How far each task's adapter lies from Θ, and how much of that the data speak for: the tensor mathematics of shrinkage.
+"""Deviations of the tasks' adapters from Θ, and how far the data determine them: the tensor mathematics of shrinkage.
 
 >>> import torch
 >>> deviation = torch.tensor([[[1.0]], [[-1.0]]])  # (D, layers, *shape): two tasks, one layer, one entry
@@ -8,9 +8,9 @@ tensor([0.7500, 0.7500], dtype=torch.float64)
 >>> pooling_factor(deviation, fisher, tau)  # 1 − 2/(2 + 1/40)
 tensor([0.0123], dtype=torch.float64)
 
-Throughout, δ_d = θ_d − Θ is a task's deviation, τ the prior's precision of each of its entries and h the diagonal of the
-Fisher information, so that 1/(h + τ) is the posterior variance of an entry in the Laplace approximation. The two limits need
-no case of their own: τ = 0 (independent tasks) and τ = ∞ (pooled) are numbers.
+Notation: δ_d = θ_d − Θ is the deviation of task d. τ is the prior precision of each entry, and h is the diagonal of the Fisher
+information. In the Laplace approximation 1/(h + τ) is then the posterior variance of an entry. τ may be 0 (independent tasks)
+or ∞ (pooled tasks); neither limit needs a special case.
 """
 
 from __future__ import annotations
@@ -27,31 +27,34 @@ SPACES = ("delta_w", "weights")
 
 
 def deviations(fitted: Fitted, weights: tuple[Weights, Weights] | None = None) -> Weights:
-    """δ_d = θ_d − Θ by name of the latent: (D, layers, *shape).
+    """δ_d = θ_d − Θ for each latent, by name: (D, layers, *shape).
 
     Args:
         fitted: the fitted model.
-        weights: θ and Θ to look at instead of the fit's own: a draw, as ``model.weights_given(posterior.sites(k))`` gives it.
+        weights: θ and Θ; default: those of the fit. For draw k of a posterior give
+            ``model.weights_given(posterior.sites(k))``.
     """
     theta, mean = weights or fitted.weights()
     return {name: value - mean[name] for name, value in theta.items()}
 
 
 def distances(deviation: Weights) -> Tensor:
-    """‖θ_d − Θ‖ over all latents of a task: (D, layers, *shape) by name -> (D,)."""
+    """‖θ_d − Θ‖ over all latents of a task: (D,), from deviations (D, layers, *shape) by name."""
     return torch.stack([value.flatten(1).square().sum(1) for value in deviation.values()]).sum(0).sqrt()
 
 
 def displacements(deviation: Weights, centre: Weights) -> Tensor:
-    """How far a draw of θ_d lies from Θ in the direction of the posterior's centre: ⟨δ_d, c_d⟩ / ‖c_d‖, (D,); 0 where c_d is 0.
+    """Component of a draw's deviation δ_d along the deviation c_d of the posterior's centre: ⟨δ_d, c_d⟩ / ‖c_d‖, (D,).
 
-    The distance ‖δ_d‖ of a draw is made of the many entries of which the data say nothing, and is nearly the same in all tasks
-    and draws. This component is not: it is ‖c_d‖ on average, the distance of the centre, and its spread is that
-    of one direction.
+    The component is 0 for a task with c_d = 0.
+
+    The distance ‖δ_d‖ of a draw tells little: the data determine few of the entries, so the others dominate it, and it is nearly
+    the same in all tasks and draws. The component along c_d is informative: its mean over draws is ‖c_d‖, the distance of the
+    centre, and its spread is the posterior standard deviation in that one direction.
 
     Args:
-        deviation: δ of a draw, (D, layers, *shape) by name.
-        centre: c, the deviations at the posterior's centre, of the same shapes.
+        deviation: δ of a draw, (D, layers, *shape) by name of the latent.
+        centre: c, the deviation at the posterior's centre, with the same names and shapes.
     """
     product = torch.stack([(value * centre[name]).flatten(1).sum(1) for name, value in deviation.items()]).sum(0)
     length = distances(centre)
@@ -59,18 +62,19 @@ def displacements(deviation: Weights, centre: Weights) -> Tensor:
 
 
 def root_mean_square(deviation: Tensor) -> Tensor:
-    """Of the entries of each task and layer: (D, layers, *shape) -> (D, layers)."""
+    """Root mean square of the entries of each task and layer: (D, layers), from (D, layers, *shape)."""
     return deviation.flatten(2).square().mean(2, dtype=torch.float64).sqrt()
 
 
 def effective_parameters(fisher: Tensor, tau: Tensor) -> Tensor:
-    """γ_d = Σ_i h_i/(h_i + τ_i), the number of entries that a task's data determine (MacKay, 1992, "Bayesian interpolation").
+    """Effective number of parameters γ_d = Σ_i h_i/(h_i + τ_i) (MacKay, 1992, "Bayesian interpolation").
 
-    An entry of which the data say nothing (h = 0) counts 0 and one that is free (τ = 0) counts 1, the former before the latter.
+    γ_d is the number of entries that the task's data determine. An entry with h = 0, on which the data have no information,
+    counts 0. An entry with τ = 0 and h > 0, on which there is no prior, counts 1. An entry with h = 0 and τ = 0 counts 0.
 
     Args:
         fisher: h, (D, layers, *shape).
-        tau: τ, broadcast against h.
+        tau: τ, which broadcasts against h.
 
     Returns:
         (D,) float64, from 0 to the number of entries.
@@ -80,27 +84,29 @@ def effective_parameters(fisher: Tensor, tau: Tensor) -> Tensor:
 
 
 def pooling_factor(deviation: Tensor, fisher: Tensor, tau: Tensor) -> Tensor:
-    """λ = 1 − V_d(E[δ_d]) / E[V_d(δ_d)] (Gelman & Pardoe, 2006, "Bayesian measures of explained variance and pooling").
+    """Pooling factor λ = 1 − V_d(E[δ_d]) / E[V_d(δ_d)] of a point estimate, in the Laplace approximation.
 
-    The variance V_d runs over the tasks (divisor D − 1), the expectation E over the posterior. With a point estimate the
-    posterior is its Laplace approximation: E[δ_d] is the estimate, and since the entries of different tasks are independent
-    given Θ, E[V_d(δ_d)] = V_d(E[δ_d]) + mean_d 1/(h_d + τ). λ is taken for each entry and averaged over the entries of a
-    layer. Near 1, what is known of the tasks' differences is little beside what is not: the estimates are pooled.
-    Near 0, the estimates differ by far more than they are uncertain. An adapter has many times more entries than its task's data
-    can determine, so that values near 1 are the rule; what tells is where, and under which prior, they are lower. Where there
-    are draws of a posterior, :class:`PosteriorPooling` takes λ from them.
+    The source is Gelman & Pardoe (2006), "Bayesian measures of explained variance and pooling". V_d is the variance over the
+    tasks (divisor D − 1), and E is the expectation over the posterior. In the Laplace approximation E[δ_d] is the estimate.
+    The entries of different tasks are independent given Θ, so E[V_d(δ_d)] = V_d(E[δ_d]) + mean_d 1/(h_d + τ). λ is computed for
+    each entry and averaged over the entries of a layer.
 
-    The limits: pooled tasks (τ = ∞) have λ = 1. Independent ones (τ = 0) have the variance 1/h; where h = 0 as well, neither
-    data nor prior say anything, and that task is left out of that entry. An entry with fewer than two tasks left is left out
-    of the average. Independent does not mean λ = 0: where the data are few, 1/h is large.
+    λ near 1 means that the tasks' estimates differ by little compared with their uncertainty: they are pooled. λ near 0 means
+    that they differ by far more than their uncertainty. An adapter has many more entries than its task's data can determine, so
+    values near 1 are normal. Compare λ between layers and between priors. With draws of a posterior, use
+    :class:`PosteriorPooling`, which computes λ from them.
+
+    The limits: pooled tasks (τ = ∞) have λ = 1. Independent tasks (τ = 0) have the posterior variance 1/h. If h = 0 as well, the
+    variance of the entry is unknown, and the task is left out for that entry. An entry with fewer than two tasks left is left
+    out of the average. Independent tasks need not have λ = 0: with few data 1/h is large.
 
     Args:
-        deviation: δ, (D, layers, *shape), the point estimate.
-        fisher: h of the same shape.
-        tau: τ, broadcast against h.
+        deviation: δ of the point estimate, (D, layers, *shape).
+        fisher: h, (D, layers, *shape).
+        tau: τ, which broadcasts against h.
 
     Returns:
-        (layers,) float64; NaN where no entry is left.
+        (layers,) float64; NaN for a layer without any entry left.
     """
     variance = 1 / (fisher + tau)
     known = variance.isfinite()
@@ -108,25 +114,26 @@ def pooling_factor(deviation: Tensor, fisher: Tensor, tau: Tensor) -> Tensor:
     within = torch.where(known, variance, 0.0).sum(0) / number
     centred = torch.where(known, deviation - torch.where(known, deviation, 0.0).sum(0) / number, 0.0)
     between = centred.square().sum(0) / (number - 1)
-    # 0/0: estimates that do not differ and of which nothing is uncertain are one
+    # 0/0 means equal estimates without uncertainty: complete pooling
     factor = torch.where((within == 0) & (between == 0), 1.0, within / (between + within))
     factor = torch.where(number > 1, factor, torch.nan)
     return factor.double().flatten(1).nanmean(1)
 
 
 class PosteriorPooling:
-    """The pooling factor λ = 1 − V_d(E[δ_d]) / E[V_d(δ_d)] of a posterior, from its draws, one at a time.
+    """The pooling factor λ = 1 − V_d(E[δ_d]) / E[V_d(δ_d)], computed from draws of a posterior that are added one at a time.
 
         >>> pooling = PosteriorPooling()
-        >>> for draw in (1.0, 3.0):  # two tasks, one layer, one entry: far apart in both draws
+        >>> for draw in (1.0, 3.0):  # two tasks, one layer, one entry; the tasks differ in both draws
         ...     pooling.add({"x": torch.tensor([[[draw]], [[-draw]]])})
         >>> pooling.factors()  # V_d(E[δ]) is 8 and E[V_d(δ)] is 10; 2/1 (1 − 8/10)
         {'x': tensor([0.4000], dtype=torch.float64)}
 
-    The quantity is that of :func:`pooling_factor`, with the posterior itself in place of its Laplace approximation. Of K draws
-    the variance of the mean has more than its share of their spread, (K − 1)/K of λ is seen, and K/(K − 1) makes up for it; an
-    entry may then lie above 1 by as much as chance allows, and the average over a layer hardly does. Memory does not grow with K:
-    a mean and a variance are kept of every entry.
+    This is the quantity of :func:`pooling_factor`, without the Laplace approximation. The mean of K draws still has 1/K of their
+    variance, so the plain estimate of λ is too small by the factor (K − 1)/K. :meth:`factors` multiplies by K/(K − 1) to correct
+    this. The corrected λ of a single entry may then exceed 1 by chance; the average over a layer rarely does.
+
+    Only a running mean and a running variance of every entry are kept, so the memory does not grow with K.
     """
 
     def __init__(self) -> None:
@@ -135,7 +142,11 @@ class PosteriorPooling:
         self._variance: Weights = {}
 
     def add(self, deviation: Weights) -> None:
-        """Take in one draw: δ, (D, layers, *shape) by name of the latent."""
+        """Add one draw.
+
+        Args:
+            deviation: δ of the draw, (D, layers, *shape) by name of the latent.
+        """
         self.draws += 1
         for name, value in deviation.items():
             value = value.double()
@@ -148,36 +159,36 @@ class PosteriorPooling:
         """λ of each latent, averaged over the entries of a layer: (layers,) float64 by name.
 
         Raises:
-            InputError: fewer than two draws.
+            InputError: if fewer than two draws were added.
         """
         if self.draws < 2:
             raise InputError(f"{self.draws} draws were added; a pooling factor needs 2 or more")
         factors = {}
         for name, whole in self._variance.items():
             share = (whole - self._mean[name].var(0)).clamp(min=0) * (self.draws / (self.draws - 1)) / whole
-            # 0/0, as above: deviations that are the same in all tasks and draws
+            # 0/0 means that the deviation is the same in all tasks and draws: complete pooling
             factors[name] = torch.where(whole == 0, 1.0, share).flatten(1).mean(1)
         return factors
 
 
 def adapter_matrix(fitted: Fitted) -> Tensor:
-    """The deviations θ_d − Θ as one row a task: (D, entries), latents in the order of ``fitted.weights()``."""
+    """The deviations θ_d − Θ as a matrix with one row per task: (D, entries), latents in the order of ``fitted.weights()``."""
     return torch.cat([value.flatten(1) for value in deviations(fitted).values()], 1)
 
 
 def task_gram(fitted: Fitted, *, space: str = "delta_w") -> Tensor:
-    """Inner products of the tasks' deviations: K_de = ⟨x_d, x_e⟩, which is all that a PCA or a dendrogram needs.
+    """Gram matrix of the tasks' deviations, K_de = ⟨x_d, x_e⟩. A PCA and a dendrogram need no more than this.
 
     Args:
         fitted: the fitted model.
-        space: ``delta_w``: x_d = ΔW_d − ΔW_Θ over all layers, where (B, A) → (BG⁻¹, GA) changes nothing;
-            ``weights``: x_d = θ_d − Θ, the entries on which the prior is.
+        space: ``delta_w`` means x_d = ΔW_d − ΔW_Θ over all layers, which the change of basis (B, A) → (BG⁻¹, GA) leaves as it
+            is. ``weights`` means x_d = θ_d − Θ, the entries on which the prior is defined.
 
     Returns:
-        (D, D) float64 on the CPU; its diagonal is the squared distances from Θ.
+        (D, D) float64 on the CPU. Its diagonal has the squared distances from Θ.
 
     Raises:
-        InputError: an unknown space; or ``delta_w`` of an adapter that is no product of two low-rank matrices.
+        InputError: if the space is unknown, or if it is ``delta_w`` and the adapter is not a product of two low-rank matrices.
     """
     if space not in SPACES:
         raise InputError(f"space {space!r} is not known; it is one of {', '.join(SPACES)}{nearest(str(space), SPACES)}")
@@ -191,7 +202,7 @@ def task_gram(fitted: Fitted, *, space: str = "delta_w") -> Tensor:
     for slot in model.backbone.slots:
         for layer in range(slot.layers):
             left, right = _difference(model, slot, layer, theta, mean)
-            # a row at a time: (D, 2r, 2r) products, not D² of them at once
+            # one row at a time, so that only D products (2r, 2r) are in memory, not D²
             rows = [((u.mT @ left) * (v @ right.mT)).sum((1, 2)) for u, v in zip(left, right, strict=True)]
             gram += torch.stack(rows).cpu()
     return gram
@@ -200,14 +211,14 @@ def task_gram(fitted: Fitted, *, space: str = "delta_w") -> Tensor:
 def delta_w_deviations(fitted: Fitted, weights: tuple[Weights, Weights] | None = None) -> dict[str, Tensor]:
     """‖ΔW_d − ΔW_Θ‖_F by name of the slot: (D, layers) float64.
 
-    The matrices themselves are never formed: with both written as products of low rank, the norm needs r x r products only.
+    The matrices ΔW are never formed. Both are products of low-rank matrices, so the norm needs only products of size 2r x 2r.
 
     Args:
         fitted: the fitted model.
         weights: as for :func:`deviations`.
 
     Raises:
-        InputError: the adapter is no product of two low-rank matrices.
+        InputError: if the adapter is not a product of two low-rank matrices.
     """
     model, (theta, mean) = fitted.model, weights or fitted.weights()
     return {
@@ -224,7 +235,7 @@ def delta_w_norms(fitted: Fitted, weights: tuple[Weights, Weights] | None = None
         weights: as for :func:`deviations`.
 
     Raises:
-        InputError: the adapter is no product of two low-rank matrices.
+        InputError: if the adapter is not a product of two low-rank matrices.
     """
     model, (theta, _) = fitted.model, weights or fitted.weights()
     return {
@@ -235,7 +246,7 @@ def delta_w_norms(fitted: Fitted, weights: tuple[Weights, Weights] | None = None
 
 def _norm(left: Tensor, right: Tensor) -> Tensor:
     """‖U V‖_F for U (D, out, k) and V (D, k, in), from the k x k matrices UᵀU and VVᵀ: (D,)."""
-    # rounding can take the square of a zero below 0
+    # rounding can make the square of a zero norm negative
     return ((left.mT @ left) * (right @ right.mT)).sum((1, 2)).clamp(min=0).sqrt()
 
 
@@ -244,7 +255,7 @@ def _difference(model: BoRA, slot: Slot, layer: int, theta: Weights, mean: Weigh
     b, a = _factors(model, slot, layer, theta, 1)
     b_mean, a_mean = _factors(model, slot, layer, mean, 0)
     b_mean, a_mean = b_mean.expand_as(b), a_mean.expand_as(a)
-    # B_d A_d − B A = (B_d − B) A_d + B (A_d − A): both terms vanish with the deviation, so that nothing large cancels
+    # B_d A_d − B A = (B_d − B) A_d + B (A_d − A): both terms are small if the deviation is, so no large numbers cancel
     return torch.cat([b - b_mean, b_mean], -1), torch.cat([a, a - a_mean], -2)
 
 

@@ -1,4 +1,4 @@
-"""What ArviZ, xarray and the plots read: the shrinkage of a fit, and how well fits predict held-out documents.
+"""The shrinkage of a fit and its scores on held-out documents, as containers for ArviZ, xarray and the plots.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -14,10 +14,10 @@
 >>> table.index.tolist() in (["tau 10", "tau 1000"], ["tau 1000", "tau 10"])
 True
 
-A container is ArviZ's: ``InferenceData`` with ArviZ 0.23, ``xarray.DataTree`` with 1.x. It holds summaries and not the adapters
-themselves, whose entries go into the millions. A point estimate is one chain with one draw; a fit whose guide has a spread gives
-as many draws as are asked for, in one chain. There is no r-hat and no effective sample size: draws of a guide are independent of
-each other by construction, so that both would look perfect however far the guide is from the posterior.
+A container is an ArviZ container: ``InferenceData`` with ArviZ 0.23, ``xarray.DataTree`` with ArviZ 1.x. It holds summaries, not
+the adapters themselves, which can have millions of entries. A point estimate is one chain with one draw. A guide with a spread
+gives one chain with the requested number of draws. R-hat and the effective sample size are not reported: the draws of a guide are
+independent, so both would look perfect even if the guide were far from the posterior.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import xarray as xr
 from torch import Tensor
 
 from bora_pyro.data import TaskData, TokenSplit
-from bora_pyro.diagnostics.containers import as_container, by_latent, by_module, of_layers, stack_draws, tau_array
+from bora_pyro.diagnostics.containers import as_container, by_latent, by_module, stack_draws, tau_array, tau_by_layer
 from bora_pyro.diagnostics.deviations import (
     PosteriorPooling,
     delta_w_deviations,
@@ -57,61 +57,64 @@ SPLITS = ("test", "train")
 
 
 def shrinkage(fitted: Fitted, data: TaskData, *, draws: int | None = None, seed: int = 0, token_budget: int = 4096) -> Any:
-    """How far each task's adapter lies from Θ, how much of that its data speak for, and how well it predicts.
+    """Measure how far each task's adapter lies from Θ, how far its data determine that, and how well it predicts.
 
-    The group ``posterior`` has, after ``chain`` and ``draw``:
+    The group ``posterior`` has these variables. Each has the dimensions ``chain`` and ``draw`` first:
 
     =====================  ============================  ==========================================================
-    variable               dimensions                    what
+    variable               dimensions                    meaning
     =====================  ============================  ==========================================================
     distance               task                          ‖θ_d − Θ‖ over all latents
     rms_deviation          task, layer, module, factor   root mean square of the entries of θ_d − Θ
-    delta_w_deviation      task, layer, module           ‖ΔW_d − ΔW_Θ‖_F, whatever the gauge of (B, A)
+    delta_w_deviation      task, layer, module           ‖ΔW_d − ΔW_Θ‖_F, which does not depend on the basis of (B, A)
     delta_w_norm           task, layer, module           ‖ΔW_d‖_F
-    tau                    module, factor (task, layer)  the prior's precision; with task or layer where it varies so
+    tau                    module, factor (task, layer)  precision of the prior; task and layer only if it varies over them
     effective_parameters   task                          γ_d = Σ h/(h + τ): entries that the task's data determine
     pooling_factor         layer, module, factor         Gelman & Pardoe's λ: 1 is complete pooling
     =====================  ============================  ==========================================================
 
-    h is the diagonal of the empirical Fisher information of the task's training documents at the estimate, and 1/(h + τ) the
-    posterior variance of an entry in the Laplace approximation; both γ and λ stand on it (:mod:`bora_pyro.diagnostics.deviations`
-    has the formulas and their limits). ``module`` is the kind of layer (``q_proj``), ``factor`` the latent (``A`` and ``B`` of
-    LoRA); what a module lacks is NaN. The two ΔW variables are left out where an adapter's change is no low-rank product.
+    h is the diagonal of the empirical Fisher information of the task's training documents at the estimate. In the Laplace
+    approximation 1/(h + τ) is the posterior variance of an entry; γ and λ are computed from it
+    (:mod:`bora_pyro.diagnostics.deviations` has the formulas and their limits). ``module`` is the kind of layer, for instance
+    ``q_proj``. ``factor`` is the latent: ``A`` and ``B`` for LoRA. Entries are NaN where a module lacks a layer or a latent. The
+    two ΔW variables are missing if the adapter is not a product of two low-rank matrices.
 
-    With ``draws`` the last two are in the group ``constant_data``, for no draw has one of its own: γ is that of the posterior's
-    centre, and λ is taken from the draws themselves, without Laplace
-    (:class:`bora_pyro.diagnostics.deviations.PosteriorPooling`). τ is then another one in each draw where it is random, and the
-    same in all where it is not. The distance of a draw is far above that of the posterior's centre, which
-    :meth:`Fitted.deviation_norms` gives, and nearly the same in all tasks: its square is ‖E[δ]‖² and the variances of all entries
-    together, of which most are known no better than the prior knows them. There is therefore one more variable, ``displacement``
-    (task): the component of a draw's deviation along that of the centre, which is as far as the centre on average, and spread as
-    one direction is (:func:`bora_pyro.diagnostics.deviations.displacements`); and ``constant_data`` has ``centre_rms_deviation``,
-    the root mean squares of the centre.
+    With ``draws`` the container differs in four ways:
 
-    The groups ``log_likelihood`` and ``constant_data`` are those of :func:`held_out`.
+    - ``effective_parameters`` and ``pooling_factor`` are in the group ``constant_data``, because they describe all draws
+      together. γ is computed at the posterior's centre. λ is computed from the draws, without the Laplace approximation
+      (:class:`bora_pyro.diagnostics.deviations.PosteriorPooling`).
+    - ``tau`` varies over the draws if the prior's τ is random.
+    - ``posterior`` also has ``displacement`` (task), the component of a draw's deviation along the deviation of the posterior's
+      centre (:func:`bora_pyro.diagnostics.deviations.displacements`). Use it in place of ``distance``: the squared distance of a
+      draw is ‖E[δ]‖² plus the variances of all entries. The data determine few of the entries, so the distance is nearly the
+      same in all tasks, and far above the distance of the centre (:meth:`Fitted.deviation_norms`).
+    - ``constant_data`` also has ``centre_rms_deviation`` (task, layer, module, factor), the ``rms_deviation`` of the centre.
+
+    The groups ``log_likelihood`` and ``constant_data`` are otherwise those of :func:`held_out`.
 
     Args:
         fitted: the fitted model.
         data: the data of the fit.
-        draws: K, how many draws of the posterior; None looks at the estimate alone (of a guide with a spread, its centre). One
-            draw is held at a time: memory grows with K by the summaries only.
-        seed: of the draws; :class:`~bora_pyro.predict.posterior.Posterior` of the same seed has the same ones.
-        token_budget: tokens of a batch, padding included, where gradients are taken.
+        draws: K, the number of draws of the posterior, at least 2. None uses the estimate alone (the centre of a guide with a
+            spread). Only one draw is in memory at a time; the summaries of all draws are kept.
+        seed: seed of the draws. :class:`~bora_pyro.predict.posterior.Posterior` with the same seed has the same draws.
+        token_budget: tokens of a batch, padding included, for the gradients of the Fisher information.
 
     Returns:
         The container.
 
     Raises:
-        InputError: draws of a point estimate, or fewer than two.
+        InputError: if ``draws`` is given for a point estimate, or is below 2.
     """
     model, centre = fitted.model, fitted.sites()
-    states = _states(fitted, draws, seed, least=2)
+    sites_by_draw = _sites_by_draw(fitted, draws, seed, minimum=2)
     theta, centre_delta = model.weights_given(centre)[0], deviations(fitted)
     fisher = diagonal_fisher(model, theta, data.train, token_budget=token_budget)
     tau = {name: model.prior.precision(name, start, centre) for name, start in model.starts.items()}
     gamma = torch.stack([effective_parameters(fisher[name], tau[name]) for name in theta]).sum(0)
     summaries, scores, pooling = [], [], PosteriorPooling()
-    for sites in states:
+    for sites in sites_by_draw:
         weights = model.weights_given(sites)
         delta = deviations(fitted, weights)
         summaries.append(_summaries(fitted, sites, weights, delta))
@@ -126,18 +129,18 @@ def shrinkage(fitted: Fitted, data: TaskData, *, draws: int | None = None, seed:
     posterior, constant = stack_draws(summaries), _constant(fitted, data, "test")
     (posterior if draws is None else constant).update(
         {
-            "effective_parameters": _draw(draws, _by_task(gamma)),
-            "pooling_factor": _draw(draws, by_latent(factors, ("layer",))),
+            "effective_parameters": _as_draw(draws, _by_task(gamma)),
+            "pooling_factor": _as_draw(draws, by_latent(factors, ("layer",))),
         }
     )
     if draws is not None:
         constant["centre_rms_deviation"] = _rms(centre_delta)
     groups = {"posterior": posterior.assign_coords(task=fitted.tasks)}
-    return as_container(groups | _scored(scores, constant, "test"), fitted)
+    return as_container(groups | _document_groups(scores, constant, "test"), fitted)
 
 
 def held_out(fitted: Fitted, data: TaskData, *, draws: int | None = None, split: str = "test", seed: int = 0) -> Any:
-    """How well a fit predicts the test documents: what :func:`compare_priors` compares, without the gradients of ``shrinkage``.
+    """Score a fit on the test documents, as input of :func:`compare_priors`. It needs no gradients, unlike :func:`shrinkage`.
 
         >>> import bora_pyro as bp
         >>> from bora_pyro.guides import normal_guide
@@ -149,74 +152,76 @@ def held_out(fitted: Fitted, data: TaskData, *, draws: int | None = None, split:
         >>> dict(held_out(fitted, data, draws=3, split="train").log_likelihood["documents"].sizes)
         {'chain': 1, 'draw': 3, 'document': 4}
 
-    The group ``log_likelihood`` has ``documents`` (chain, draw, document), the log-likelihood of each test document in nats,
-    with the coordinate ``document_task``, the name of its task. The group ``constant_data`` has ``train_documents`` and
+    The group ``log_likelihood`` has ``documents`` (chain, draw, document), the log-likelihood of each document in nats, with the
+    coordinate ``document_task``, the name of its task. The group ``constant_data`` has ``train_documents`` and
     ``test_documents`` (task), ``document_task``, ``document_tokens`` (predicted tokens) and ``document_checksum`` (document),
-    and ``parameters``, the number of entries of one task's adapter. With ``draws`` there is a group ``posterior`` too, with
-    ``distance`` (chain, draw, task), since ``arviz.loo`` and ``arviz.compare`` want one.
+    and ``parameters``, the number of entries of one task's adapter. With ``draws`` there is also a group ``posterior`` with
+    ``distance`` (chain, draw, task), because ``arviz.loo`` and ``arviz.compare`` need one.
 
-    Which documents are honest for what: the test documents, which no part of the fit has seen, for how well the fit predicts
-    new documents; their mean density over the draws, as :func:`compare_priors` takes it, is a score as it stands. The training
-    documents, for ``arviz.loo(container, var_name="documents")`` and ``arviz.compare``, which estimate from draws that have seen
-    a document how well it would be predicted without it: given test documents they would take away once more what was never
-    there, and given training documents the density as it stands says how well the fit remembers. ``arviz.loo`` also takes the
-    draws for those of the posterior, and weighs whole documents: where its Pareto k̂ are high, as they are for documents of many
-    tokens under a posterior of many dimensions, its estimate is to be left alone. Documents that were left out are the better
-    judge wherever there are some.
+    Which split to use:
+
+    - ``test`` for the prediction of new documents. No part of the fit has seen them. :func:`compare_priors` scores each by the
+      mean of its density over the draws, and this score needs no correction.
+    - ``train`` for ``arviz.loo(container, var_name="documents")`` and ``arviz.compare`` only. Both start from the density of
+      documents that the fit has seen, and estimate the density without them. With test documents they would correct for an
+      effect that is not there. Without this correction the density of a training document measures memory, not prediction.
+
+    ``arviz.loo`` assumes that the draws come from the posterior, and it reweights whole documents. Its Pareto k̂ is high for
+    documents of many tokens under a posterior of many dimensions; do not use its estimate then. Prefer the test documents
+    wherever there are some.
 
     Args:
         fitted: the fitted model.
         data: the data of the fit.
-        draws: K, how many draws of the posterior; None scores the estimate alone (of a guide with a spread, its centre).
+        draws: K, the number of draws, at least 1. None scores the estimate alone (the centre of a guide with a spread).
         split: "test", or "train" for ``arviz.loo``.
-        seed: of the draws, as for :func:`shrinkage`.
+        seed: seed of the draws, as for :func:`shrinkage`.
 
     Raises:
-        InputError: draws of a point estimate, fewer than one, or no such split.
+        InputError: if ``draws`` is given for a point estimate or is below 1, or if the split is unknown.
     """
     if split not in SPLITS:
         raise InputError(f"split is {split!r}; it can be {' or '.join(SPLITS)}{nearest(str(split), SPLITS)}")
-    documents, scores, reach = getattr(data, split), [], []
-    for sites in _states(fitted, draws, seed, least=1):
+    documents, scores, distance = getattr(data, split), [], []
+    for sites in _sites_by_draw(fitted, draws, seed, minimum=1):
         weights = fitted.model.weights_given(sites)
         scores.append(_log_likelihood(fitted, documents, weights[0]))
-        reach.append(xr.Dataset({"distance": _by_task(distances(deviations(fitted, weights)))}))
-    groups = {} if draws is None else {"posterior": stack_draws(reach).assign_coords(task=fitted.tasks)}
-    return as_container(groups | _scored(scores, _constant(fitted, data, split), split), fitted)
+        distance.append(xr.Dataset({"distance": _by_task(distances(deviations(fitted, weights)))}))
+    groups = {} if draws is None else {"posterior": stack_draws(distance).assign_coords(task=fitted.tasks)}
+    return as_container(groups | _document_groups(scores, _constant(fitted, data, split), split), fitted)
 
 
 def compare_priors(containers: Mapping[str, Any]) -> pd.DataFrame:
-    """Compare fits by the held-out documents: a table in the manner of ``arviz.compare``, best first.
+    """Compare fits on held-out documents, in a table like that of ``arviz.compare``.
 
-    The columns: ``rank``; ``elpd``, the sum of the documents' log predictive densities in nats (higher is better);
-    ``elpd_diff``, by how much it is below the best one's; ``se`` and ``dse``, the standard errors of the two, √n times the
-    sample standard deviation over the n documents, for the difference that of the paired differences; ``elpd_per_token``;
-    ``perplexity``, exp(−elpd_per_token); ``scale``.
+    The columns are ``rank``, 0 for the best fit; ``elpd``, the sum of the documents' log predictive densities in nats, higher is
+    better; ``elpd_diff``, the best elpd minus this one; ``se`` and ``dse``, the standard errors of ``elpd`` and ``elpd_diff``
+    (√n times the sample standard deviation over the n documents); ``elpd_per_token``; ``perplexity``, exp(−elpd_per_token); and
+    ``scale``, always ``log``.
 
-    ``arviz.loo`` is not what is wanted here: it estimates from the training data how a model would predict a document left
-    out, for want of documents that were left out. Here there are some, and their score is exact. There are no model weights: a
-    mixture of fits under different priors is no model that this library has. The standard errors take documents as exchangeable;
-    those of one task share an adapter, so with few tasks they are on the small side.
+    The scores are those of documents that were left out of the fit, so no estimate such as ``arviz.loo`` is needed. There is no
+    column of model weights, because this library has no mixture of fits under different priors. The standard errors assume
+    independent documents. Documents of one task share an adapter, so with few tasks the standard errors are too small.
 
-    ArviZ 1.x plots the table as it is. ArviZ 0.23 wants another name for the score::
+    ArviZ 1.x can plot the table directly. ArviZ 0.23 expects another name for the score::
 
         az.plot_compare(table.rename(columns={"elpd": "elpd_loo"}))
 
-    Of a container with draws the density of a document is the mean over the draws of the whole document's density. On average its
-    logarithm rises with the number of draws, so give fits that are to be compared the same number.
+    For a container with draws, the predictive density of a document is the mean over the draws of the density of the whole
+    document. The expected logarithm of this mean grows with the number of draws, so compare fits with the same number of draws.
 
     Args:
-        containers: results of :func:`held_out` or :func:`shrinkage` by the name of the fit, on the same test documents.
+        containers: results of :func:`held_out` or :func:`shrinkage` on the same test documents, by name of the fit.
 
     Returns:
-        The table; its index is the names.
+        The table, best fit first. Its index is the names.
 
     Raises:
-        InputError: fewer than two fits, no test documents, different ones, or training documents.
+        InputError: if there are fewer than two fits, no test documents, different ones, or scores of training documents.
     """
     if len(containers) < 2:
         raise InputError(f"{len(containers)} fit given; give two or more to compare")
-    tokens = _same_documents(containers)
+    tokens = _check_same_documents(containers)
     scores = {name: _log_predictive(container) for name, container in containers.items()}
     best = max(scores, key=lambda name: scores[name].sum())
     rows = []
@@ -238,29 +243,29 @@ def compare_priors(containers: Mapping[str, Any]) -> pd.DataFrame:
     return table
 
 
-def _states(fitted: Fitted, draws: int | None, seed: int, *, least: int) -> Iterator[dict[str, Tensor]]:
-    """The sample sites of each draw, made when it is asked for; without draws those of the estimate."""
+def _sites_by_draw(fitted: Fitted, draws: int | None, seed: int, *, minimum: int) -> Iterator[dict[str, Tensor]]:
+    """The sample sites of each draw, made one at a time; if ``draws`` is None, those of the estimate."""
     if draws is None:
         return iter([fitted.sites()])
     posterior = Posterior(fitted, seed=seed)
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < least:
-        raise InputError(f"draws is {draws!r}; give a whole number from {least} up, or None for the estimate alone")
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < minimum:
+        raise InputError(f"draws is {draws!r}; give a whole number from {minimum} up, or None for the estimate alone")
     return map(posterior.sites, range(draws))
 
 
 def _summaries(fitted: Fitted, sites: Mapping[str, Tensor], weights: tuple[Weights, Weights], delta: Weights) -> xr.Dataset:
-    """What a container keeps of one draw."""
+    """The variables of one draw that a container keeps."""
     model = fitted.model
     tau = {name: model.prior.precision(name, start, sites) for name, start in model.starts.items()}
     arrays = {
         "distance": _by_task(distances(delta)),
         "rms_deviation": _rms(delta),
-        "tau": tau_array({name: of_layers(value, delta[name]) for name, value in tau.items()}),
+        "tau": tau_array({name: tau_by_layer(value, delta[name]) for name, value in tau.items()}),
     }
     for variable, measure in (("delta_w_deviation", delta_w_deviations), ("delta_w_norm", delta_w_norms)):
         try:
             norms = measure(fitted, weights)
-        except InputError:  # the adapter's change is no low-rank product: the other variables stand without these
+        except InputError:  # the adapter is not a product of two low-rank matrices: leave these variables out
             break
         arrays[variable] = by_module(norms, ("task", "layer"))
     return xr.Dataset(arrays)
@@ -280,7 +285,7 @@ def _log_likelihood(fitted: Fitted, split: TokenSplit, theta: Weights) -> xr.Dat
 
 
 def _constant(fitted: Fitted, data: TaskData, split: str) -> xr.Dataset:
-    """What the documents of a split are, and how many there are of each task."""
+    """The group ``constant_data``: the documents of a split, and the number of documents of each task."""
     documents: TokenSplit = getattr(data, split)
     return xr.Dataset(
         {
@@ -295,28 +300,28 @@ def _constant(fitted: Fitted, data: TaskData, split: str) -> xr.Dataset:
     )
 
 
-def _scored(scores: list[xr.Dataset], constant: xr.Dataset, split: str) -> dict[str, xr.Dataset]:
-    """The groups on the documents of a split, of which the draws have these scores."""
+def _document_groups(scores: list[xr.Dataset], constant: xr.Dataset, split: str) -> dict[str, xr.Dataset]:
+    """The groups ``log_likelihood``, from the scores of each draw, and ``constant_data``."""
     documents = constant[["document", "document_task"]].set_coords("document_task").coords
     log_likelihood = stack_draws(scores).assign_coords(documents).assign_attrs(split=split)
     return {"log_likelihood": log_likelihood, "constant_data": constant}
 
 
-def _draw(draws: int | None, array: xr.DataArray) -> xr.DataArray:
-    """A summary of the whole posterior: of an estimate, its one draw; of draws, as it is."""
+def _as_draw(draws: int | None, array: xr.DataArray) -> xr.DataArray:
+    """A summary of all draws together. If ``draws`` is None, it gets the dimensions chain and draw of the single estimate."""
     return array.expand_dims(chain=[0], draw=[0]) if draws is None else array
 
 
 def _checksums(split: TokenSplit) -> np.ndarray:
-    """A number for each document that is another one for another document, as far as 32 bits go."""
+    """A CRC-32 checksum of each document, to tell different documents apart: (documents,)."""
     sums = (zlib.crc32(split.document(n).numpy().tobytes()) for n in range(len(split)))
-    if split.observed is not None:  # equal tokens of which others are predicted make another document
-        sums = (zlib.crc32(split.labels(n).numpy().tobytes(), one) for n, one in enumerate(sums))
+    if split.observed is not None:  # documents differ too if the same tokens have other labels
+        sums = (zlib.crc32(split.labels(n).numpy().tobytes(), checksum) for n, checksum in enumerate(sums))
     return np.fromiter(sums, dtype=np.int64, count=len(split))
 
 
-def _same_documents(containers: Mapping[str, Any]) -> int:
-    """The number of predicted tokens of the test documents, once it is clear that all fits have the same ones."""
+def _check_same_documents(containers: Mapping[str, Any]) -> int:
+    """Check that all fits have the same test documents, and return the number of their predicted tokens."""
     for name, container in containers.items():
         if container["log_likelihood"].attrs.get("split", "test") != "test":
             raise InputError(f"{name!r} has scores of its training documents; compare by held_out(fitted, data, split='test')")
@@ -334,12 +339,12 @@ def _same_documents(containers: Mapping[str, Any]) -> int:
 
 
 def _log_predictive(container: Any) -> np.ndarray:
-    """The log predictive density of each document, over the draws: (documents,)."""
+    """The logarithm of each document's mean density over the draws: (documents,)."""
     values = container["log_likelihood"]["documents"].transpose("chain", "draw", "document").values
     draws = values.reshape(-1, values.shape[-1])
     return np.logaddexp.reduce(draws, axis=0) - np.log(len(draws))
 
 
 def _standard_error(values: np.ndarray) -> float:
-    """Of a sum over documents: √n times their sample standard deviation; NaN for a single one."""
+    """Standard error of a sum over n documents: √n times their sample standard deviation; NaN for one document."""
     return float(np.sqrt(len(values)) * values.std(ddof=1)) if len(values) > 1 else float("nan")

@@ -1,4 +1,4 @@
-"""The table of a sweep over τ: one row a run and task, as csv and as parquet.
+"""The table of a sweep over τ: one row per run and task, stored as csv and as parquet.
 
     >>> import tempfile
     >>> rows = [
@@ -11,8 +11,9 @@
     >>> best_rates(table), best_tau(table)
     ({'1': '0.01', '100': '0.03'}, '100')
 
-The validation split chooses: first the learning rate of each τ, by the lowest seed, then τ. The test split is only reported.
-τ and the learning rate are texts: ``0`` (independent tasks), ``100``, ``inf`` (one shared adapter), ``learned``.
+The validation split chooses first the learning rate of each τ, from the runs with the lowest seed, and then τ. The test split is
+only reported. τ and the learning rate are strings. Examples of τ are ``0`` (independent tasks), ``100``, ``inf`` (one shared
+adapter) and ``learned``.
 """
 
 from __future__ import annotations
@@ -31,44 +32,44 @@ from bora_pyro.errors import InputError
 from bora_pyro.files.atomic import replace_file
 
 LEARNED = "learned"
-#: What names a run.
+#: The columns that identify a run.
 KEY = ["tau", "learning_rate", "seed"]
-# Columns that every row of a run repeats, and their types; then those of one task.
-_OF_RUN: dict[str, type] = {
+# The columns of a run, which all its rows repeat, and the columns of a task, with their types.
+_RUN_TYPES: dict[str, type] = {
     "tau": str, "learning_rate": str, "seed": int, "fitted_tau": float, "validation_perplexity": float,
     "test_perplexity": float, "base_test_perplexity": float, "epochs": int, "best_epoch": int, "fit_seconds": float,
     "training_tokens_per_second": float, "peak_memory_bytes": int,
 }  # fmt: skip
-_OF_TASK: dict[str, type] = {
+_TASK_TYPES: dict[str, type] = {
     "task": str, "task_train_documents": int, "task_test_documents": int, "task_base_test_perplexity": float,
     "task_test_perplexity": float, "deviation_norm": float,
 }  # fmt: skip
-_TYPES = _OF_RUN | _OF_TASK
+_TYPES = _RUN_TYPES | _TASK_TYPES
 _ALLOWED = {int: "whole numbers", float: "numbers", str: "texts"}
 #: The columns of the table, in order.
 COLUMNS = [*_TYPES]
-_AGAIN = "make it again with tau_sweep.py"
+_REMEDY = "make it again with tau_sweep.py"
 
 
 def number_text(number: float | str) -> str:
-    """The one text of a τ or a learning rate, however it was written; ``learned`` stays.
+    """The standard text of a τ or a learning rate, so that equal numbers have equal texts. ``learned`` stays as it is.
 
     >>> [number_text(number) for number in ("1e3", 100.0, "1e-2", "Infinity", "learned")]
     ['1000', '100', '0.01', 'inf', 'learned']
 
     Raises:
-        ValueError: a text that is no number.
+        ValueError: if a text is not a number.
     """
     if number == LEARNED:
         return LEARNED
     value = float(number)
     if math.isnan(value):
-        raise ValueError(f"{number!r} is no number")
+        raise ValueError(f"{number!r} is not a number")
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else str(value)
 
 
 def tau_order(tau: str) -> tuple[bool, float]:
-    """Where a τ stands in a list: by its number, ``learned`` last.
+    """The sort key of a τ: by number, ``learned`` last.
 
     >>> sorted(["inf", "learned", "100", "0", "20"], key=tau_order)
     ['0', '20', '100', 'inf', 'learned']
@@ -79,21 +80,21 @@ def tau_order(tau: str) -> tuple[bool, float]:
 def rows_of_metrics(
     metrics: Mapping[str, Any], *, where: str = "the metrics", tau: str | None = None, learning_rate: str | None = None
 ) -> pd.DataFrame:
-    """The rows of one finished run, one a task.
+    """The rows of one finished run, one row per task.
 
     Args:
         metrics: the content of the run's ``metrics.json``.
-        where: the name of the metrics in an error message.
-        tau: the text of τ; default: what the metrics have.
-        learning_rate: the text of the learning rate; default: what the metrics have.
+        where: the name of the metrics in error messages.
+        tau: τ as text; default: that of the metrics.
+        learning_rate: the learning rate as text; default: that of the metrics.
 
     Raises:
-        InputError: a number is missing or cannot be used.
+        InputError: if a number is missing or invalid.
     """
     remedy = "run the fit again"
     try:
         found = LEARNED if "tau_by_group" in metrics else metrics["tau"]
-        values = {name: metrics[name] for name in _OF_RUN if name not in ("tau", "learning_rate", "fitted_tau")} | {
+        values = {name: metrics[name] for name in _RUN_TYPES if name not in ("tau", "learning_rate", "fitted_tau")} | {
             "tau": number_text(found if tau is None else tau),
             "learning_rate": number_text(metrics["learning_rate"] if learning_rate is None else learning_rate),
             "fitted_tau": float(metrics["tau"]),
@@ -113,16 +114,16 @@ def rows_of_metrics(
 
 
 def sweep_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows as a table, each column of its own type; None is a perplexity that is missing.
+    """Make a table of rows, with the type of each column. A missing number is None.
 
     Raises:
-        InputError: a column or a value that is missing, or a value of another type.
+        InputError: if a column or a required value is missing, or a value has the wrong type.
     """
     return _typed(pd.DataFrame(list(rows), dtype=object), "the table", "give it")
 
 
 def with_run(table: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame:
-    """The table with the rows of one more run in it, in order of τ, learning rate and seed; they replace those it has of it."""
+    """Add the rows of a run to the table, or replace the run's rows, and sort by τ, learning rate and seed."""
     if table is not None:
         run = rows.iloc[0]
         others = table[(table[KEY] != run[KEY]).any(axis=1)]
@@ -132,7 +133,7 @@ def with_run(table: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_sweep(table: pd.DataFrame, stem: str | Path) -> None:
-    """Write ``<stem>.csv`` and ``<stem>.parquet``, each in one piece: a reader finds the old file or the new one."""
+    """Write ``<stem>.csv`` and ``<stem>.parquet``. Each file is replaced atomically."""
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     replace_file(stem.with_name(f"{stem.name}.csv"), lambda file: table.to_csv(file, index=False, lineterminator="\n"))
@@ -140,10 +141,10 @@ def write_sweep(table: pd.DataFrame, stem: str | Path) -> None:
 
 
 def read_sweep(path: str | Path) -> pd.DataFrame:
-    """Read what :func:`write_sweep` wrote.
+    """Read a file written by :func:`write_sweep`.
 
     Raises:
-        InputError: the file is missing, empty, cut short, lacks columns or tasks, or is no csv or parquet file.
+        InputError: if the file is missing, empty or truncated, lacks columns or tasks, or is neither csv nor parquet.
     """
     path = Path(path)
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
@@ -151,27 +152,29 @@ def read_sweep(path: str | Path) -> pd.DataFrame:
         raise InputError(f"sweep {path} has an unknown ending; give the .csv or the .parquet file of tau_sweep.py")
     if not path.is_file():
         raise InputError(f"sweep {path} does not exist; give the --output of tau_sweep.py")
-    table = _typed(readers[path.suffix](path), f"sweep {path}", _AGAIN)
+    table = _typed(readers[path.suffix](path), f"sweep {path}", _REMEDY)
     repeated = table[table.duplicated([*KEY, "task"])]
     if len(repeated):
         raise InputError(f"sweep {path} has {_run_name(repeated.iloc[0])} twice; keep one of them")
     tasks = table.groupby(KEY)["task"].transform("size")
     if tasks.min() < tasks.max():
         run = table.iloc[int(tasks.argmin())]
-        raise InputError(f"sweep {path} is cut short: {_run_name(run)} has {tasks.min()} of {tasks.max()} tasks; {_AGAIN}")
+        raise InputError(f"sweep {path} is cut short: {_run_name(run)} has {tasks.min()} of {tasks.max()} tasks; {_REMEDY}")
     return table
 
 
 def runs(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with one row a run, without the columns of the tasks."""
-    return table.drop_duplicates(KEY)[[*_OF_RUN]].reset_index(drop=True)
+    """The table with one row per run, without the columns of the tasks."""
+    return table.drop_duplicates(KEY)[[*_RUN_TYPES]].reset_index(drop=True)
 
 
 def best_rates(table: pd.DataFrame) -> dict[str, str]:
-    """For each τ the learning rate of lowest validation perplexity at its lowest seed; a τ that has none is left out.
+    """The best learning rate of each τ: that of lowest validation perplexity among the runs of the τ's lowest seed.
+
+    A τ whose runs have no validation perplexity is left out.
 
     Raises:
-        InputError: no run has a validation perplexity.
+        InputError: if no run has a validation perplexity.
     """
     scored = runs(table).dropna(subset="validation_perplexity")
     if scored.empty:
@@ -185,10 +188,10 @@ def best_rates(table: pd.DataFrame) -> dict[str, str]:
 
 
 def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each τ at its best learning rate, all seeds and tasks.
+    """The rows of each τ at its best learning rate, for all seeds and tasks.
 
     Raises:
-        InputError: no run has a validation perplexity.
+        InputError: if no run has a validation perplexity.
     """
     return table[table.learning_rate == table.tau.map(best_rates(table))].reset_index(drop=True)
 
@@ -196,26 +199,29 @@ def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
 def best_tau(table: pd.DataFrame) -> str:
     """The fixed τ of lowest mean validation perplexity over seeds, each τ at its best learning rate.
 
-    In a sweep that is not finished the mean is over the seeds that all have: another seed is another split, and may be harder.
+    In an unfinished sweep the mean is over the seeds that all τ have, because seeds have different splits and these differ in
+    difficulty.
 
     Raises:
-        InputError: fewer than two fixed τ, or no validation perplexity.
+        InputError: if there are fewer than two fixed τ, or no validation perplexity.
     """
     chosen = runs(at_best_rates(table)).dropna(subset="validation_perplexity")
     by_tau = chosen[chosen.tau != LEARNED].pivot(index="tau", columns="seed", values="validation_perplexity")
     if len(by_tau) < 2:
         have = f"only tau {by_tau.index[0]}" if len(by_tau) else "no fixed tau"
-        raise InputError(f"a sweep with one tau cannot choose, and this one has {have}; give two or more")
+        raise InputError(f"a sweep with one tau cannot choose, and this sweep has {have}; give two or more")
     common = by_tau.dropna(axis="columns")
     means = (by_tau if common.empty else common).mean(axis="columns")
     return min(sorted(means.index, key=tau_order), key=lambda tau: means[tau])
 
 
 def summary(table: pd.DataFrame) -> str:
-    """A Markdown table, mean ± sd over seeds: each τ at its best rate, and the ratio to the base's perplexity on the same split.
+    """A Markdown table of each τ at its best learning rate: mean ± standard deviation over seeds.
+
+    The column "to the base's" is the ratio of the test perplexity to that of the base model on the same split.
 
     Raises:
-        InputError: no run has a validation perplexity.
+        InputError: if no run has a validation perplexity.
     """
     lines = [
         "| τ | learning rate | validation perplexity | test perplexity | to the base's | fits |",
@@ -247,7 +253,7 @@ def _run_name(run: pd.Series) -> str:
 
 
 def _typed(table: pd.DataFrame, where: str, remedy: str) -> pd.DataFrame:
-    """The known columns, in order, each of its type."""
+    """The known columns of the table, in order, each with its type."""
     if missing := [name for name in COLUMNS if name not in table.columns]:
         raise InputError(f"{where} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; {remedy}")
     if table.empty:
@@ -258,7 +264,7 @@ def _typed(table: pd.DataFrame, where: str, remedy: str) -> pd.DataFrame:
             values = [_value(cell, name) for cell in table[name].tolist()]
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{where} has {error} in the column {name}, which holds {_ALLOWED[kind]}; {remedy}") from None
-        typed[name] = pd.Series(values, dtype=None if kind is str else kind)  # texts: as pandas has them by default
+        typed[name] = pd.Series(values, dtype=None if kind is str else kind)  # pandas chooses its own type for strings
     return pd.DataFrame(typed)
 
 
@@ -271,31 +277,31 @@ def _value(cell: Any, name: str) -> Any:
             raise ValueError
         if name in ("tau", "learning_rate"):
             return number_text(cell)
-        str(cell).encode()  # half a surrogate pair is no text
+        str(cell).encode()  # raises for an unpaired surrogate
         return int(float(cell)) if kind is int else str(cell)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(repr(cell)) from None
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    # by csv itself: pandas fills a line that was cut short with missing values
+    # not with pandas, which fills a truncated line with missing values
     try:
         text = path.read_bytes().decode("utf-8-sig")
         lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"sweep {path} cannot be read ({error}); {_AGAIN}") from None
+        raise InputError(f"sweep {path} cannot be read ({error}); {_REMEDY}") from None
     if not lines:
-        raise InputError(f"sweep {path} is empty; {_AGAIN}")
+        raise InputError(f"sweep {path} is empty; {_REMEDY}")
     uneven = [number for number, line in enumerate(lines, start=1) if len(line) != len(lines[0])]
     if uneven or not text.endswith("\n"):
-        raise InputError(f"sweep {path} is cut short at line {uneven[0] if uneven else len(lines)}; {_AGAIN}")
+        raise InputError(f"sweep {path} is cut short at line {uneven[0] if uneven else len(lines)}; {_REMEDY}")
     if len(set(lines[0])) < len(lines[0]):
-        raise InputError(f"sweep {path} names a column twice; {_AGAIN}")
+        raise InputError(f"sweep {path} names a column twice; {_REMEDY}")
     return pd.DataFrame(lines[1:], columns=lines[0], dtype=object)
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # Arrow's own errors are of these kinds
-        raise InputError(f"sweep {path} cannot be read ({' '.join(str(error).split())}); {_AGAIN}") from None
+    except (OSError, ValueError) as error:  # Arrow's own errors are subclasses of these
+        raise InputError(f"sweep {path} cannot be read ({' '.join(str(error).split())}); {_REMEDY}") from None

@@ -1,4 +1,4 @@
-"""Texts that may belong to no task: each is read by the task that knows it best, and scored by how foreign it still is.
+"""Scores that tell texts of no task (out of distribution) from the tasks' own texts.
 
 >>> import bora_pyro as bp
 >>> from bora_pyro.data import TokenSplit
@@ -24,7 +24,7 @@ from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.predict.mixture import Draws, predictive
 
-#: What is higher for a foreign text, if all is well, by the name of its column in `text_scores`.
+#: The scores, by their column in `text_scores`. Each should be higher for a foreign text, which belongs to no task.
 SCORES = {
     "epistemic": "mean epistemic uncertainty of a token (nats)",
     "total": "mean total uncertainty of a token (nats)",
@@ -34,14 +34,19 @@ SCORES = {
 
 
 def sample_texts(split: TokenSplit, number: int, *, seed: int = 0) -> TokenSplit:
-    """At most so many documents of a split, drawn by the seed, in the order of the split.
+    """Draw at most ``number`` documents of a split at random; they keep the order of the split.
 
         >>> split = TokenSplit.from_documents([[0, 5], [0, 6], [0, 7]], task=[0, 1, 1], num_tasks=2)
         >>> sample_texts(split, 2)
         TokenSplit(2 documents, 2 predicted tokens, 2 tasks)
 
+    Args:
+        split: the documents.
+        number: the largest number of documents to draw.
+        seed: seed of the draw.
+
     Raises:
-        InputError: `number` is below 1.
+        InputError: if `number` is below 1.
     """
     if number < 1:
         raise InputError(f"number of texts is {number}; give a whole number from 1 up")
@@ -49,14 +54,14 @@ def sample_texts(split: TokenSplit, number: int, *, seed: int = 0) -> TokenSplit
 
 
 def best_task(model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: int = 8192) -> Tensor:
-    """The task under whose adapter each text has the highest likelihood, whatever task it is said to be of: (documents,).
+    """The task whose adapter gives each text the highest likelihood: (documents,).
 
-    It costs one pass over the texts for each task.
+    The cost is one pass over the texts per task.
 
     Args:
         model: the BoRA model.
-        split: the texts.
-        theta: θ of all tasks, (D, layers, *shape) by name.
+        split: the texts; their tasks are ignored.
+        theta: θ of all tasks, (D, layers, *shape) by name of the latent.
         token_budget: tokens of a batch, padding included.
     """
     best, task = torch.full((len(split),), -torch.inf, dtype=torch.float64), torch.zeros(len(split), dtype=torch.int64)
@@ -68,26 +73,26 @@ def best_task(model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: i
 
 
 def text_scores(model: BoRA, split: TokenSplit, centre: Weights, draws: Draws, *, token_budget: int = 4096) -> pd.DataFrame:
-    """How foreign each text is to the tasks, by the measures of :data:`SCORES`.
+    """Score how foreign each text is to all tasks, by the measures of :data:`SCORES`.
 
-    A foreign text has no task, so none is asked of any text: foreign ones and the tasks' own alike are read by the task whose
-    adapter, at the centre of the posterior, gives them the highest likelihood. To tell own texts by their own task and foreign
-    ones by the best of all would favour the foreign. The draws are then taken of that one task, so that the cost is D + K + 1
-    passes over the texts and not D x K. Against the question "is it of this very task?" the scores say nothing.
+    A foreign text has no task. Every text, foreign or not, is therefore scored under the task whose adapter, at the centre of the
+    posterior, gives it the highest likelihood. If own texts were scored under their true task instead, the two kinds would be
+    treated differently and could not be compared. Only that one task is scored with the draws: the cost is D + K + 1 passes over
+    the texts for D tasks and K draws, not D x K. The scores do not say whether a text belongs to one particular task.
 
     Args:
         model: the BoRA model.
-        split: the texts; their tasks are not looked at.
-        centre: θ of all tasks by which the task is chosen, (D, layers, *shape) by name.
-        draws: as for `bora_pyro.predict.mixture.predictive`; those of a point estimate are the estimate itself.
+        split: the texts; their tasks are ignored.
+        centre: θ of all tasks, by which the best task is chosen, (D, layers, *shape) by name of the latent.
+        draws: as for `bora_pyro.predict.mixture.predictive`. For a point estimate, give the estimate as the only draw.
         token_budget: tokens of a batch, padding included.
 
     Returns:
-        A row a text: task (the index of the best), tokens (predicted ones), the columns of :data:`SCORES`, base_perplexity.
-        Perplexities are of the mixture of draws, exp of the mean of −log p over the tokens.
+        One row per text: task (the index of the best task), tokens (the number of predicted tokens), the columns of
+        :data:`SCORES`, base_perplexity. The perplexity of the mixture of draws is exp of the mean of −log p over the tokens.
 
     Raises:
-        InputError: there are no texts or no draws.
+        InputError: if there are no texts or no draws.
     """
     task = best_task(model, split, centre, token_budget=token_budget)
     predictions = predictive(model, split.replace(task=task), draws, token_budget=token_budget)
@@ -97,30 +102,29 @@ def text_scores(model: BoRA, split: TokenSplit, centre: Weights, draws: Draws, *
     def mean(values: Tensor) -> Tensor:
         return torch.zeros(len(split), dtype=torch.float64).index_add_(0, predictions.document, values.double()) / tokens
 
-    of_mixture, of_base = -mean(predictions.log_prob), -base.log_likelihood / tokens
+    mixture_nll, base_nll = -mean(predictions.log_prob), -base.log_likelihood / tokens
     columns = {
         "task": task,
         "tokens": tokens.long(),
         "epistemic": mean(predictions.epistemic),
         "total": mean(predictions.total),
-        "perplexity": of_mixture.exp(),
-        "perplexity_ratio": (of_mixture - of_base).exp(),
-        "base_perplexity": of_base.exp(),
+        "perplexity": mixture_nll.exp(),
+        "perplexity_ratio": (mixture_nll - base_nll).exp(),
+        "base_perplexity": base_nll.exp(),
     }
     return pd.DataFrame({name: value.numpy() for name, value in columns.items()})
 
 
 def auroc_by_score(own: pd.DataFrame, foreign: pd.DataFrame) -> pd.Series:
-    """How well each measure tells foreign texts from own ones: `bora_pyro.diagnostics.calibration.foreign_auroc` by the name of
-    the score.
+    """The area under the ROC curve of each score, `bora_pyro.diagnostics.calibration.foreign_auroc`, by name of the score.
 
         >>> own = pd.DataFrame({"total": [1.0, 2.0], "perplexity": [3.0, 5.0]})
         >>> auroc_by_score(own, pd.DataFrame({"total": [3.0, 4.0], "perplexity": [4.0, 4.0]})).to_dict()
         {'total': 1.0, 'perplexity': 0.5}
 
     Args:
-        own: the tasks' own texts, as of `text_scores`.
-        foreign: texts of none.
+        own: the scores of the tasks' own texts, from `text_scores`.
+        foreign: the scores of texts that belong to no task, from `text_scores`.
     """
     names = [name for name in SCORES if name in own]
     return pd.Series({name: foreign_auroc(own[name].to_numpy(), foreign[name].to_numpy()) for name in names}, name="auroc")

@@ -8,7 +8,7 @@
 'component 1 (64% of the variance)'
 >>> plt.close(figure)
 
-Colours are Okabe and Ito's; markers and lines repeat what they say, so that a figure may be read in grey.
+The colours are those of Okabe and Ito. Series also differ in marker and line style, so a figure can be read in greyscale.
 """
 
 from bora_pyro.diagnostics.plots.calibration import reliability_diagram, risk_coverage_curves, scores_by_origin, token_uncertainty

@@ -1,6 +1,6 @@
-"""Plots of predictions: are they as often right as they say, what does refusing the doubtful ones buy, where lies the doubt.
+"""Plots of predictions: calibration, risk against coverage, scores of texts, and the uncertainty of each token of a text.
 
-Each takes an axis and data and returns the axis. The tables are those of ``bora_pyro.diagnostics.calibration``.
+Each function takes data and an axis, and returns the axis. The tables are those of ``bora_pyro.diagnostics.calibration``.
 
 >>> import matplotlib.pyplot as plt
 >>> from bora_pyro.diagnostics.calibration import reliability
@@ -34,49 +34,48 @@ from bora_pyro.diagnostics.plots.labels import legend_above
 from bora_pyro.diagnostics.plots.style import GREY, LINES, MARKERS, PALETTE
 from bora_pyro.errors import InputError, nearest
 
-_STRIP = (-0.30, 0.21)  # where the histogram of a reliability diagram begins below accuracy 0, and its height
-_FIRST = 0.02  # the coverage at which risk-coverage curves begin; below, a risk is the mean of few predictions
-_TEXT, _LINE, _MONOSPACE = 9.0, 1.7, "DejaVu Sans Mono"  # size of a token in points, lines a size, the font
-_FEED = "↵"
-_ROUNDING = 1e-4  # nats by which a difference of two entropies of float32 may lie below 0
-_DARK = 0.7  # beyond this share of the scale the background wants white letters
+_HISTOGRAM = (-0.30, 0.21)  # lower edge of a reliability diagram's histogram in units of accuracy, and its height
+_MIN_COVERAGE = 0.02  # risk-coverage curves begin here; below, the risk is a mean of few predictions
+_FONT_SIZE, _LINE_HEIGHT, _FONT = 9.0, 1.7, "DejaVu Sans Mono"  # of a text's tokens: points, font sizes per line, font
+_LINE_FEED = "↵"
+_ROUNDING = 1e-4  # nats by which rounding may take a difference of two float32 entropies below 0
+_WHITE_ABOVE = 0.7  # letters are white on a background above this fraction of the colour scale
 
 
 def reliability_diagram(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
-    """Accuracy against confidence, bin by bin, with ±2 standard errors; a calibrated model lies on the diagonal.
+    """Draw accuracy against confidence for each bin, with ±2 standard errors. A calibrated model lies on the diagonal.
 
-    Below them stands the share of the predictions in each bin. The legend has each model's expected calibration error and
-    number of predictions n.
+    A histogram below shows the share of the predictions in each bin. The legend has each model's expected calibration error
+    and number of predictions n.
 
     Args:
-        ax: where to draw.
-        tables: the table of `bora_pyro.diagnostics.calibration.reliability` by the model's name.
+        ax: the axis to draw on.
+        tables: tables of `bora_pyro.diagnostics.calibration.reliability`, by name of the model.
 
     Raises:
-        InputError: there is no table, one has no rows, or lacks a column.
+        InputError: if there is no table, or one has no rows or lacks a column.
     """
-    _checked(tables, ("lower", "upper", "confidence", "accuracy", "count", "standard_error"), "reliability")
+    _check_tables(tables, ("lower", "upper", "confidence", "accuracy", "count", "standard_error"), "reliability")
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, gid="diagonal")
-    start, height = _STRIP
-    strip = ax.inset_axes((0, start, 1, height), transform=ax.transData)
-    for (name, table), (color, marker, line) in zip(tables.items(), _looks(), strict=False):
+    start, height = _HISTOGRAM
+    histogram = ax.inset_axes((0, start, 1, height), transform=ax.transData)
+    for (name, table), (color, marker, line) in zip(tables.items(), _line_styles(), strict=False):
         number = table["count"].sum()
         share = table["count"] / number
         ece = float((share * (table["accuracy"] - table["confidence"]).abs()).sum())
         accuracy, spread = table["accuracy"], 2 * table["standard_error"]
-        around = [np.minimum(spread, accuracy), np.minimum(spread, 1 - accuracy)]
-        ax.errorbar(table["confidence"], accuracy, around, fmt="none", ecolor=color, elinewidth=1, capsize=2, alpha=0.7)
+        errors = [np.minimum(spread, accuracy), np.minimum(spread, 1 - accuracy)]
+        ax.errorbar(table["confidence"], accuracy, errors, fmt="none", ecolor=color, elinewidth=1, capsize=2, alpha=0.7)
         label = f"{name}: ECE {ece:.3f}, n = {number}"
         ax.plot(table["confidence"], accuracy, color=color, marker=marker, linestyle=line, label=label, gid=name)
-        for lower, upper, part in _runs(table, share):
-            edges = [*lower, upper]
-            strip.stairs(part, edges, color=color, linestyle=line, linewidth=1.2, gid=name)
-    strip.set_xlim(0, 1)
-    strip.set_ylim(bottom=0)
-    strip.set_xticks([])
-    strip.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
-    strip.locator_params(axis="y", nbins=2)
-    strip.set_ylabel("share")
+        for edges, shares in _adjacent_bins(table, share):
+            histogram.stairs(shares, edges, color=color, linestyle=line, linewidth=1.2, gid=name)
+    histogram.set_xlim(0, 1)
+    histogram.set_ylim(bottom=0)
+    histogram.set_xticks([])
+    histogram.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    histogram.locator_params(axis="y", nbins=2)
+    histogram.set_ylabel("share")
     ax.set_xlim(0, 1)
     ax.set_ylim(start, 1)
     ax.set_yticks(np.linspace(0, 1, 6))
@@ -87,38 +86,38 @@ def reliability_diagram(tables: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     return ax
 
 
-def _runs(table: pd.DataFrame, share: pd.Series) -> Iterator[tuple[list[float], float, list[float]]]:
-    """Neighbouring bins together: their lower edges, the last one's upper edge, and their shares."""
-    lower, upper, parts = table["lower"].tolist(), table["upper"].tolist(), share.tolist()
+def _adjacent_bins(table: pd.DataFrame, share: pd.Series) -> Iterator[tuple[list[float], list[float]]]:
+    """The edges and the shares of each group of adjacent bins. Empty bins, which have no row, separate the groups."""
+    lower, upper, shares = table["lower"].tolist(), table["upper"].tolist(), share.tolist()
     start = 0
     for n in range(1, len(lower) + 1):
         if n == len(lower) or not np.isclose(upper[n - 1], lower[n]):
-            yield lower[start:n], upper[n - 1], parts[start:n]
+            yield [*lower[start:n], upper[n - 1]], shares[start:n]
             start = n
 
 
 def risk_coverage_curves(
     tables: Mapping[str, pd.DataFrame], ax: Axes, *, risk: str = "mean loss of the predictions kept"
 ) -> Axes:
-    """What refusing the most uncertain predictions buys: the risk of those kept, against the share that is kept.
+    """Draw the risk of the predictions kept against their share, when the most uncertain predictions are rejected.
 
-    The curves begin at a coverage of 2 %; below, a risk is the mean of few predictions. A dotted line is the risk with nothing
-    refused, where all curves end in the same one.
+    The curves begin at a coverage of 2 %, because below it the risk is a mean of few predictions. If all curves end at the same
+    risk, a dotted line shows this risk of all predictions.
 
     Args:
-        ax: where to draw.
-        tables: the table of `bora_pyro.diagnostics.calibration.risk_coverage` by the uncertainty's or the model's name.
+        ax: the axis to draw on.
+        tables: tables of `bora_pyro.diagnostics.calibration.risk_coverage`, by name of the uncertainty or the model.
         risk: the label of the y axis.
 
     Raises:
-        InputError: there is no table, one has no rows, or lacks a column.
+        InputError: if there is no table, or one has no rows or lacks a column.
     """
-    _checked(tables, ("coverage", "risk"), "risk_coverage")
-    for n, ((name, table), (color, marker, line)) in enumerate(zip(tables.items(), _looks(), strict=False)):
-        table = table[table["coverage"] >= _FIRST]
-        # markers at even coverages, shifted from curve to curve so that they do not hide one another
-        places = (np.arange(10) + (n + 0.5) / len(tables)) / 10
-        marked = np.unique(np.searchsorted(table["coverage"], places)).tolist()
+    _check_tables(tables, ("coverage", "risk"), "risk_coverage")
+    for n, ((name, table), (color, marker, line)) in enumerate(zip(tables.items(), _line_styles(), strict=False)):
+        table = table[table["coverage"] >= _MIN_COVERAGE]
+        # markers at equal steps of coverage, shifted between curves so that they do not hide each other
+        coverages = (np.arange(10) + (n + 0.5) / len(tables)) / 10
+        marked = np.unique(np.searchsorted(table["coverage"], coverages)).tolist()
         ax.plot(
             table["coverage"], table["risk"], color=color, linestyle=line, marker=marker, markevery=marked, label=name, gid=name
         )
@@ -134,22 +133,22 @@ def risk_coverage_curves(
 
 
 def scores_by_origin(scores: Mapping[str, ArrayLike], ax: Axes, *, score: str = "score") -> Axes:
-    """How a score of texts is distributed by where they come from, as cumulative shares: the tasks' own, foreign ones.
+    """Draw the cumulative distribution of a score for each origin of texts, for instance own and foreign texts.
 
     Args:
-        ax: where to draw.
-        scores: a score each text, (texts,), by origin.
+        ax: the axis to draw on.
+        scores: the scores of the texts, (texts,), by name of their origin.
         score: the label of the x axis, with the unit.
 
     Raises:
-        InputError: there is no origin, or one has no scores or a NaN among them.
+        InputError: if there is no origin, or one has no scores or a NaN.
     """
     if not scores:
         raise InputError("0 origins given; give the scores of 1 or more, by name")
-    for (name, given), (color, marker, line) in zip(scores.items(), _looks(), strict=False):
+    for (name, given), (color, marker, line) in zip(scores.items(), _line_styles(), strict=False):
         values = np.sort(np.asarray(given, float).reshape(-1))
         if not len(values) or np.isnan(values).any():
-            raise InputError(f"the scores of {name!r} are {'NaN in part' if len(values) else 'none'}; give numbers, one a text")
+            raise InputError(f"the scores of {name!r} are {'NaN in part' if len(values) else 'none'}; give numbers, one per text")
         share = np.arange(1, len(values) + 1) / len(values)
         every = max(1, len(values) // 8)
         ax.plot(
@@ -173,21 +172,21 @@ def token_uncertainty(
     label: str = "epistemic uncertainty (nats)",
     highest: float | None = None,
 ) -> Axes:
-    """A text, each token on a background as dark as its uncertainty, with a colour bar.
+    """Draw a text with a colour bar. The background of each token is darker, the higher its uncertainty.
 
-    Lines are broken between words, within one that is longer than a line, and behind a line feed, drawn as ↵. Call it last, for
-    the lines are as long as the figure's layout has room for them then.
+    Lines break between words, inside words that are longer than a line, and after a line feed, which is drawn as ↵. Call this
+    function last, because the length of a line depends on the layout of the figure at the time of the call.
 
     Args:
-        ax: where to draw; it loses its spines and ticks, and some of its room to the colour bar.
+        ax: the axis to draw on. Its spines and ticks are removed, and the colour bar takes some of its space.
         tokens: the tokens as texts, spaces included.
-        values: (tokens,) the uncertainty of each, 0 or more.
-        label: of the colour bar, with the unit.
-        highest: the value that is darkest, default the highest of ``values``; give one to compare several texts.
+        values: (tokens,) the uncertainty of each token, 0 or more.
+        label: the label of the colour bar, with the unit.
+        highest: the value of the darkest colour; default: the highest of ``values``. Give it to compare several texts.
 
     Raises:
-        InputError: sizes disagree, there are no tokens, a value is NaN or below 0, or the text has more lines than the axis has
-            room for.
+        InputError: if the sizes differ, there are no tokens, a value is NaN or below 0, or the axis has too little space for the
+            lines of the text.
     """
     amounts = np.asarray(values, float).reshape(-1)
     if not len(tokens) or len(tokens) != len(amounts):
@@ -208,9 +207,9 @@ def token_uncertainty(
         extend="max" if (amounts > norm.vmax).any() else "neither", ticks=MaxNLocator(6),
     )  # fmt: skip
     bar.set_label(label)
-    figure.draw_without_rendering()  # settles the layout, and with it how many letters a line has
-    probe = ax.text(0, 0, "m" * 100, fontsize=_TEXT, family=_MONOSPACE)
-    letter, height = probe.get_window_extent().width / figure.dpi / 100, _LINE * _TEXT / 72  # inches
+    figure.draw_without_rendering()  # computes the layout, which fixes the number of letters per line
+    probe = ax.text(0, 0, "m" * 100, fontsize=_FONT_SIZE, family=_FONT)
+    letter, height = probe.get_window_extent().width / figure.dpi / 100, _LINE_HEIGHT * _FONT_SIZE / 72  # inches
     probe.remove()
     room = ax.get_window_extent()
     columns, lines = int(room.width / figure.dpi / letter), int(room.height / figure.dpi / height)
@@ -221,23 +220,23 @@ def token_uncertainty(
         raise InputError(
             f"the text has {needed} lines and the axis room for {lines}; give fewer tokens or a figure {size:.1f} inches high"
         )
-    # letters and lines from the axis' upper left corner: the letters keep to their boxes should the layout change after all
+    # units of letters and lines from the axis' upper left corner, so that letters stay in their boxes if the layout changes
     corner = ScaledTranslation(0, 1, ax.transAxes)  # type: ignore[arg-type]  # it is affine, though not declared so
     place = Affine2D().scale(letter, -height) + figure.dpi_scale_trans + corner
     for piece in pieces:
         level, gid = float(norm(amounts[piece.token])), f"token {piece.token}"
         start = (piece.column, piece.line + 0.08)
-        look: dict[str, Any] = {"facecolor": colors(level), "edgecolor": "white", "linewidth": 0.6}
-        ax.add_artist(Rectangle(start, piece.width, 0.84, transform=place, gid=gid, **look))
+        box_style: dict[str, Any] = {"facecolor": colors(level), "edgecolor": "white", "linewidth": 0.6}
+        ax.add_artist(Rectangle(start, piece.width, 0.84, transform=place, gid=gid, **box_style))
         ax.text(
-            piece.column, piece.line + 0.5, piece.text, transform=place, fontsize=_TEXT, family=_MONOSPACE,
-            va="center_baseline", color="white" if level > _DARK else "black", parse_math=False, gid=gid,
+            piece.column, piece.line + 0.5, piece.text, transform=place, fontsize=_FONT_SIZE, family=_FONT,
+            va="center_baseline", color="white" if level > _WHITE_ABOVE else "black", parse_math=False, gid=gid,
         )  # fmt: skip
     return ax
 
 
 class _Piece(NamedTuple):
-    """A token, or a part of one that is longer than a line, and where it stands, in lines and letters."""
+    """A token, or a part of a token that is longer than a line, and its position in lines and letters."""
 
     token: int
     text: str
@@ -247,31 +246,31 @@ class _Piece(NamedTuple):
 
 
 def _wrapped(tokens: Sequence[str], columns: int) -> Iterator[_Piece]:
-    """Where each token stands in lines of ``columns`` letters."""
+    """The position of each token in lines of ``columns`` letters."""
     line = column = 0
     for word in _words(tokens):
         whole = sum(_width(text) for _, text in word)
         if column and column + whole > columns:
             line, column = line + 1, 0
             first, text = word[0]
-            word[0] = first, text.lstrip(" ") or text  # a line needs no space at its beginning
+            word[0] = first, text.lstrip(" ") or text  # no space at the beginning of a line
         for token, text in word:
             for part in _parts(text, columns):
                 if column + _width(part) > columns:
                     line, column = line + 1, 0
                 yield _Piece(token, part, line, column, _width(part))
                 column += _width(part)
-                if part.endswith(_FEED):
+                if part.endswith(_LINE_FEED):
                     line, column = line + 1, 0
 
 
 def _words(tokens: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """Tokens up to the next space or line feed together, with what is drawn of them; empty ones are left out."""
+    """Groups of tokens that end before a space or after a line feed, as (index, text to draw). Empty tokens are left out."""
     word: list[tuple[int, str]] = []
     for n, token in enumerate(tokens):
-        shown = (_FEED if c == "\n" else " " if c.isspace() or unicodedata.category(c) == "Cc" else c for c in token)
+        shown = (_LINE_FEED if c == "\n" else " " if c.isspace() or unicodedata.category(c) == "Cc" else c for c in token)
         text = "".join(shown)
-        if word and (text.startswith(" ") or _FEED in word[-1][1]):
+        if word and (text.startswith(" ") or _LINE_FEED in word[-1][1]):
             yield word
             word = []
         if text:
@@ -281,10 +280,10 @@ def _words(tokens: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
 
 
 def _parts(text: str, columns: int) -> Iterator[str]:
-    """A text in parts that fit into a line each, and end at its line feeds."""
+    """Split a text into parts that fit into a line. A part also ends after each line feed."""
     part = ""
     for letter in text:
-        if part and (part.endswith(_FEED) or _width(part + letter) > columns):
+        if part and (part.endswith(_LINE_FEED) or _width(part + letter) > columns):
             yield part
             part = ""
         part += letter
@@ -292,17 +291,17 @@ def _parts(text: str, columns: int) -> Iterator[str]:
 
 
 def _width(text: str) -> int:
-    """How many letters of the font a text takes: wide ones two, combining ones none."""
+    """The width of a text in letters of the font. A wide character counts two, a combining character none."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _looks() -> Iterator[tuple[str, str, Any]]:
-    """Colour, marker and line of one series after another."""
+def _line_styles() -> Iterator[tuple[str, str, Any]]:
+    """Colour, marker and line style of the first series, the second series, and so on."""
     for n in itertools.count():
         yield PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)], LINES[n % len(LINES)]
 
 
-def _checked(tables: Mapping[str, pd.DataFrame], columns: Sequence[str], source: str) -> None:
+def _check_tables(tables: Mapping[str, pd.DataFrame], columns: Sequence[str], source: str) -> None:
     if not tables:
         raise InputError(f"0 tables given; give 1 or more of bora_pyro.diagnostics.calibration.{source}, by name")
     for name, table in tables.items():

@@ -1,4 +1,4 @@
-"""What a new task's documents are worth: test perplexity against their number, by how the task is adapted.
+"""Plot of the test perplexity of a new task against its number of training documents, for several ways to adapt.
 
 >>> import pandas as pd
 >>> import matplotlib.pyplot as plt
@@ -21,7 +21,7 @@ from matplotlib.ticker import NullLocator
 
 from bora_pyro.diagnostics.plots.style import LINES, MARKERS, PALETTE
 
-#: Arms of ``scripts/experiments/few_documents.py`` in the order in which they are drawn, and what they are called.
+#: The arms of ``scripts/experiments/few_documents.py`` and their labels, in the order of the legend.
 ARMS = {
     "bora": "BoRA: Θ and τ given",
     "scratch": "LoRA from scratch",
@@ -33,11 +33,11 @@ _TICKS = (10, 15, 20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, 300, 400, 600,
 
 
 def few_documents_curve(table: Any, ax: Axes) -> Axes:
-    """Mean and range over seeds of the test perplexity of each arm.
+    """Draw the mean and the range over seeds of the test perplexity of each arm.
 
     Args:
-        table: columns arm, documents (texts: whole numbers, or ``all``), seed, perplexity; a row a run.
-        ax: where to draw.
+        table: one row per run with the columns arm, documents (a whole number as text, or ``all``), seed, perplexity.
+        ax: the axis to draw on.
     """
     numbers = sorted(table["documents"].unique(), key=lambda text: (text == "all", int(text) if text != "all" else 0))
     places = {number: place for place, number in enumerate(numbers)}
@@ -45,13 +45,13 @@ def few_documents_curve(table: Any, ax: Axes) -> Axes:
         rows = table[table["arm"] == arm]
         if rows.empty:
             continue
-        found = rows.groupby("documents")["perplexity"].agg(["mean", "min", "max"])
-        found = found.loc[[number for number in numbers if number in found.index]]
-        style = [*ARMS].index(arm)
-        x = np.array([places[number] for number in found.index]) + 0.04 * (style - 1.5)  # side by side where they are equal
-        look: dict[str, Any] = {"color": PALETTE[style], "linestyle": LINES[style]}
-        ax.plot(x, found["mean"], marker=MARKERS[style], label=label, **look)
-        ax.vlines(x, found["min"], found["max"], color=PALETTE[style], linewidth=1, alpha=0.7)
+        summary = rows.groupby("documents")["perplexity"].agg(["mean", "min", "max"])
+        summary = summary.loc[[number for number in numbers if number in summary.index]]
+        n = [*ARMS].index(arm)
+        x = np.array([places[number] for number in summary.index]) + 0.04 * (n - 1.5)  # shifted, so that arms do not overlap
+        style: dict[str, Any] = {"color": PALETTE[n], "linestyle": LINES[n]}
+        ax.plot(x, summary["mean"], marker=MARKERS[n], label=label, **style)
+        ax.vlines(x, summary["min"], summary["max"], color=PALETTE[n], linewidth=1, alpha=0.7)
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ticks = [tick for tick in _TICKS if low <= tick <= high]

@@ -1,4 +1,4 @@
-"""Plots of how the tasks lie to one another, from their D x D Gram matrix alone (``bora_pyro.diagnostics.deviations.task_gram``).
+"""Plots of the tasks' relative positions, from their Gram matrix (``bora_pyro.diagnostics.deviations.task_gram``).
 
 >>> import matplotlib.pyplot as plt, numpy as np
 >>> weights = np.array([[0.0, 0.0], [3.0, 0.0], [3.0, 4.0]])
@@ -25,16 +25,17 @@ from bora_pyro.errors import InputError
 
 
 def task_pca(gram: ArrayLike, names: Sequence[str], ax: Axes, *, groups: Sequence[str] | None = None) -> Axes:
-    """The tasks on their first two principal components, as the BoRA paper's released code draws its speakers.
+    """Draw the tasks on their first two principal components, as the released code of the BoRA paper does for its speakers.
 
     Args:
-        gram: G_de = ⟨x_d, x_e⟩, of whatever stands for a task (its weights, its ΔW, less the global mean or not): (D, D).
-        names: of the tasks, (D,).
-        ax: where to draw.
-        groups: what colour and marker stand for, a name a task (a speaker's party); None: all alike.
+        gram: (D, D) Gram matrix G_de = ⟨x_d, x_e⟩. x_d is a vector of task d, for instance its weights or its ΔW. The global
+            mean may be subtracted or not.
+        names: (D,) names of the tasks.
+        ax: the axis to draw on.
+        groups: (D,) the group of each task, for instance a speaker's party, shown by colour and marker. None: no groups.
 
     Raises:
-        InputError: gram is not a symmetric matrix of D numbers by D names.
+        InputError: if gram is not a symmetric D x D matrix for D names.
     """
     scores, share = principal_components(check_gram(gram, names))
     x, y = scores[:, 0], scores[:, 1]
@@ -59,8 +60,8 @@ def task_pca(gram: ArrayLike, names: Sequence[str], ax: Axes, *, groups: Sequenc
 def principal_components(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scores (D, 2) and shares of the variance (2,) of D points with the Gram matrix ``gram`` (D, D).
 
-    The doubly centred matrix J G J, J = I − 1/D, is the Gram matrix of the points about their mean; its eigenvectors times
-    the square roots of its eigenvalues are the scores. The sign is that which makes the largest score positive.
+    The doubly centred matrix J G J with J = I − 1/D is the Gram matrix of the points about their mean. The scores are its
+    eigenvectors times the square roots of its eigenvalues. The sign of a component makes its largest score positive.
     """
     centred = gram - gram.mean(0) - gram.mean(1, keepdims=True) + gram.mean()
     values, vectors = np.linalg.eigh((centred + centred.T) / 2)
@@ -72,15 +73,15 @@ def principal_components(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def task_dendrogram(gram: ArrayLike, names: Sequence[str], ax: Axes) -> Axes:
-    """Which tasks are near one another: average linkage of ‖x_d − x_e‖ = √(G_dd + G_ee − 2 G_de).
+    """Draw a dendrogram of the tasks: average linkage of the distances ‖x_d − x_e‖ = √(G_dd + G_ee − 2 G_de).
 
     Args:
-        gram: G_de = ⟨x_d, x_e⟩, as for :func:`task_pca`: (D, D).
-        names: of the tasks, (D,).
-        ax: where to draw; a fifth of an inch a task is high enough.
+        gram: (D, D) Gram matrix G_de = ⟨x_d, x_e⟩, as for :func:`task_pca`.
+        names: (D,) names of the tasks.
+        ax: the axis to draw on, with a height of at least 0.2 inches per task.
 
     Raises:
-        InputError: gram is not a symmetric matrix of D numbers by D names.
+        InputError: if gram is not a symmetric D x D matrix for D names.
     """
     tree = linkage(squareform(distances(check_gram(gram, names)), checks=False), method="average")
     dendrogram(
@@ -93,7 +94,7 @@ def task_dendrogram(gram: ArrayLike, names: Sequence[str], ax: Axes) -> Axes:
 
 
 def distances(gram: np.ndarray) -> np.ndarray:
-    """‖x_d − x_e‖, (D, D), of a Gram matrix."""
+    """The distances ‖x_d − x_e‖, (D, D), of points with the Gram matrix ``gram``."""
     norms = np.diag(gram)
     distance = np.sqrt(np.clip(norms + norms[:, None] - 2 * gram, 0, None))
     np.fill_diagonal(distance, 0)
@@ -101,7 +102,11 @@ def distances(gram: np.ndarray) -> np.ndarray:
 
 
 def check_gram(gram: ArrayLike, names: Sequence[str]) -> np.ndarray:
-    """The Gram matrix as an array, or an ``InputError`` where it is none."""
+    """Check a Gram matrix and return it as an array.
+
+    Raises:
+        InputError: if it is not a symmetric D x D matrix for D names, or D is below 2.
+    """
     array = np.asarray(gram, float)
     if array.shape != (len(names), len(names)):
         raise InputError(f"gram has shape {array.shape}, names {len(names)} entries; give a number for each pair of tasks")

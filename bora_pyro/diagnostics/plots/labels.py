@@ -1,4 +1,4 @@
-"""Labels beside points that cover neither points nor one another.
+"""Labels beside points, and a legend, that do not overlap points or each other.
 
 >>> import matplotlib.pyplot as plt
 >>> figure, ax = plt.subplots()
@@ -20,23 +20,23 @@ from numpy.typing import ArrayLike
 
 from bora_pyro.diagnostics.plots.style import GREY, SMALL
 
-# Where a label may stand about its point: direction, then the gap in points; beyond the first gap a thin line joins them.
+# Positions of a label around its point: direction, and gap in typographic points. Beyond the first gap a thin line joins them.
 _DIRECTIONS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)], float)
 _GAPS = (5.0, 10.0, 16.0, 24.0)
 _MARKER = 3.5  # half the size of a marker, in points
 
 
 def legend_above(ax: Axes, *, ncols: int = 1) -> None:
-    """A legend at the top of the axis, whose y axis is made longer upwards until nothing lies behind the legend.
+    """Put a legend at the top inside the axis, and extend the y axis upwards so that no data lie behind the legend.
 
     Args:
-        ax: the axis, with all that is drawn on it.
-        ncols: columns of the legend; fewer are made where it would be wider than the axis.
+        ax: the axis, with everything drawn.
+        ncols: number of columns of the legend. Fewer are used if the legend would be wider than the axis.
     """
     for columns in range(ncols, 0, -1):
         legend = ax.legend(loc="upper center", ncols=columns, handlelength=2.6, columnspacing=1.2)
-        legend.set_in_layout(False)  # it stands within the axis; the layout need not make room for it
-        ax.figure.figure.draw_without_rendering()  # settles the layout, and with it the legend's size
+        legend.set_in_layout(False)  # it is inside the axis, so the layout needs no space for it
+        ax.figure.figure.draw_without_rendering()  # computes the layout and the size of the legend
         box, room = legend.get_window_extent(), ax.get_window_extent()
         if box.width <= room.width:
             break
@@ -47,18 +47,22 @@ def legend_above(ax: Axes, *, ncols: int = 1) -> None:
 
 
 def place_labels(ax: Axes, x: ArrayLike, y: ArrayLike, texts: Sequence[str]) -> list[Annotation]:
-    """Write each text beside its point, where it covers no point and no other text; one that finds no place is left out.
+    """Write each text beside its point, where it covers no point and no other text. Texts without such a place are left out.
 
-    Points far from the middle are served first. Call it last: the axis' limits and the figure's layout are taken as they are.
+    Points far from the median are labelled first. Call this function last: it uses the present limits of the axis and the
+    present layout of the figure.
 
     Args:
         ax: the axis, with its points and its legend.
-        x: where the points lie, as the data has it: (points,).
-        y: the same, upwards.
-        texts: a label each; an empty one is left out.
+        x: (points,) x in data coordinates.
+        y: (points,) y in data coordinates.
+        texts: (points,) the labels; an empty text is skipped.
+
+    Returns:
+        The labels that were drawn.
     """
     figure = ax.figure.figure
-    figure.draw_without_rendering()  # settles the layout, and with it where a point lies in pixels
+    figure.draw_without_rendering()  # computes the layout and the pixel coordinates of the points
     pixels = figure.dpi / 72
     where = np.column_stack([np.asarray(x, float), np.asarray(y, float)])
     points = ax.transData.transform(where)
@@ -84,7 +88,7 @@ def place_labels(ax: Axes, x: ArrayLike, y: ArrayLike, texts: Sequence[str]) -> 
             )
         )  # fmt: skip
         taken.append(box)
-        if line is not None:  # nor may a later label lie on this one's line
+        if line is not None:  # later labels must not cover this line either
             way = points[index] + np.linspace(0.15, 1, 30)[:, None] * (shift * pixels)
             taken += [Bbox([place - 2, place + 2]) for place in way]
     return labels
@@ -101,7 +105,7 @@ def _half_size(ax: Axes, text: str) -> np.ndarray:
 def _free_place(
     index: int, points: np.ndarray, half: np.ndarray, pixels: float, taken: list[Bbox], room: Bbox
 ) -> tuple[Bbox, float] | None:
-    """The nearest free box of half size ``half`` about one of the points, and its gap in points."""
+    """The nearest free box of half size ``half`` (pixels) around a point, and its gap (typographic points), or None."""
     point = points[index]
     for gap in _GAPS:
         for direction in _DIRECTIONS:
@@ -111,13 +115,13 @@ def _free_place(
             if not inside or any(box.overlaps(other) for other in taken):
                 continue
             if gap == _GAPS[0]:
-                # without a line the label must be nearer to its own point than to another, unless they are one and the same
+                # without a line the label must be nearer to its own point than to any other, except to points at the same place
                 away = np.hypot(*(points - (centre - direction * half)).T)
                 apart = np.hypot(*(points - point).T) > 2
                 if not (away[apart] < 1.3 * away[index]).any():
                     return box, gap
                 continue
-            # the line to a label that stands off must not run through another label
+            # the line to the label must not cross another label
             line = point + np.linspace(0.15, 1, 30)[:, None] * (centre - point)
             if not any(other.contains(*place) for other in taken for place in line):
                 return box, gap

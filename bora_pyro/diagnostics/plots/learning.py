@@ -1,4 +1,4 @@
-"""How a fit learned: perplexity of the training and the validation documents, epoch by epoch.
+"""Plot of a fit's learning curves: perplexity of the training and the validation documents by epoch.
 
 >>> import matplotlib.pyplot as plt
 >>> figure, ax = plt.subplots()
@@ -25,17 +25,18 @@ from bora_pyro.errors import InputError
 def learning_curves(
     history: Sequence[Mapping[str, Any]], ax: Axes, *, unit: str = "tokens", best_epoch: int | None = None
 ) -> Axes:
-    """Perplexity by epoch: of the training documents, the mean while the epoch ran, and of the validation documents, after it.
+    """Draw the perplexity of the training documents (mean during the epoch) and the validation documents (after the epoch).
 
     Args:
-        history: the records of ``metrics.jsonl``, one an epoch: epoch, loss (nats a training observation), and
-            validation_perplexity where there are validation documents.
-        ax: where to draw. It becomes logarithmic where the values differ more than tenfold.
-        unit: the observation of the likelihood; a loss a document is no perplexity, and is left out.
-        best_epoch: the epoch whose state was kept gets a ring; None: no ring.
+        history: the records of ``metrics.jsonl``, one per epoch: epoch, loss (nats per training observation), and
+            validation_perplexity if there are validation documents.
+        ax: the axis to draw on. Its y axis becomes logarithmic if the values differ by more than a factor of 10.
+        unit: the observation of the likelihood. The training curve is drawn only for ``tokens``, because the loss per document
+            is not a perplexity.
+        best_epoch: the epoch whose state was kept, marked with a ring; None: no ring.
 
     Raises:
-        InputError: no record has anything to draw.
+        InputError: if no record has a value to draw.
     """
     losses = [(record["epoch"], record["loss"]) for record in history if record.get("loss") is not None]
     curves = {"training, mean of the epoch": [(epoch, math.exp(min(loss, 700.0))) for epoch, loss in losses]}
@@ -46,11 +47,11 @@ def learning_curves(
         for record in history
         if record.get("validation_perplexity") is not None
     ]
-    looks = ((BLUE, "o", "-"), (VERMILLION, "s", "--")) if len(curves) == 2 else ((VERMILLION, "s", "--"),)
+    styles = ((BLUE, "o", "-"), (VERMILLION, "s", "--")) if len(curves) == 2 else ((VERMILLION, "s", "--"),)
     values = [value for points in curves.values() for _, value in points]
     if not values:
-        raise InputError("no record has a training loss a token or a validation perplexity; give those of metrics.jsonl")
-    for (name, points), (color, marker, line) in zip(curves.items(), looks, strict=True):
+        raise InputError("no record has a training loss per token or a validation perplexity; give those of metrics.jsonl")
+    for (name, points), (color, marker, line) in zip(curves.items(), styles, strict=True):
         if not points:
             continue
         ax.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=name, gid=name)

@@ -1,6 +1,6 @@
-"""Plots of approximate posteriors: are their scales those of a gold standard, and are their ranks uniform.
+"""Plots that check approximate posteriors: their scales against a gold standard, and the uniformity of their ranks.
 
-Each takes an axis and data and returns the axis.
+Each function takes data and an axis, and returns the axis.
 
 >>> import matplotlib.pyplot as plt
 >>> figure, ax = plt.subplots()
@@ -24,12 +24,14 @@ from scipy.stats import binom
 from bora_pyro.diagnostics.plots.style import GREY, LIGHT, LINES, MARKERS, PALETTE
 from bora_pyro.errors import InputError
 
-#: What the legend calls the quantities of ``scripts/experiments/gold_standard.py``.
+#: Labels of the quantities of ``scripts/experiments/gold_standard.py``.
 _QUANTITIES = {"mean": "Θ", "deviation": "θ − Θ", "theta": "θ"}
 
 
 def scale_scatter(table: pd.DataFrame, ax: Axes) -> Axes:
-    """A guide's posterior standard deviations against those of NUTS, a point an entry; below the diagonal it is too narrow.
+    """Draw a guide's posterior standard deviations against those of NUTS, one point per entry.
+
+    A guide is too narrow for the entries below the diagonal.
 
         >>> import matplotlib.pyplot as plt
         >>> table = {"quantity": ["mean", "theta"], "documents": [0, 4], "nuts_sd": [0.2, 0.3], "sd": [0.1, 0.3]}
@@ -39,11 +41,12 @@ def scale_scatter(table: pd.DataFrame, ax: Axes) -> Axes:
         >>> plt.close(figure)
 
     Args:
-        ax: where to draw; both axes become logarithmic, with the same limits.
-        table: the rows of one guide, of the table of ``scripts/experiments/gold_standard.py``: quantity, documents, nuts_sd, sd.
+        ax: the axis to draw on; x and y become logarithmic, with the same limits.
+        table: the rows of one guide from the table of ``scripts/experiments/gold_standard.py``, with the columns quantity,
+            documents, nuts_sd and sd.
 
     Raises:
-        InputError: a column is missing, there is no row, or a standard deviation is not positive.
+        InputError: if a column is missing, there is no row, or a standard deviation is not positive.
     """
     needed = ["quantity", "documents", "nuts_sd", "sd"]
     if missing := [name for name in needed if name not in table.columns]:
@@ -82,18 +85,19 @@ def scale_scatter(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def rank_histogram(counts: Mapping[str, Sequence[int]], ax: Axes, *, level: float = 0.95) -> Axes:
-    """Histograms of the ranks of simulation-based calibration, relative to uniform ones (Talts et al., 2018).
+    """Draw histograms of the ranks of simulation-based calibration, relative to a uniform histogram (Talts et al., 2018).
 
-    The grey band has each bin of a uniform histogram in it with probability ``level`` (by the largest number of simulations).
-    Ranks piled up at both ends mean a posterior that is too narrow, in the middle one that is too wide, at one end a bias.
+    If the ranks are uniform, each bin lies in the grey band with probability ``level`` (for the largest number of simulations).
+    Many ranks at both ends mean that the posterior is too narrow. Many in the middle mean that it is too wide. Many at one end
+    mean a bias.
 
     Args:
-        ax: where to draw.
-        counts: for each guide the number of simulations in each bin of equally many ranks.
-        level: of the band, between 0 and 1.
+        ax: the axis to draw on.
+        counts: for each guide, the number of simulations in each bin. All bins have the same number of ranks.
+        level: probability of the band, between 0 and 1.
 
     Raises:
-        InputError: there is no guide, one has no simulation, the bins differ in number, or the level is out of bounds.
+        InputError: if there is no guide, one has no simulation, the numbers of bins differ, or the level is out of range.
     """
     if not 0 < level < 1:
         raise InputError(f"level is {level}; give a number between 0 and 1, nearest: 0.95")

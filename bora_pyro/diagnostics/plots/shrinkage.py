@@ -1,7 +1,7 @@
-"""Plots of one fit's container (``bora_pyro.diagnostics.shrinkage``): how far the tasks stand from Θ, and where.
+"""Plots of the container of a fit (``bora_pyro.diagnostics.shrinkage``): how far the tasks lie from Θ, and in which weights.
 
-Each takes the container and an axis and returns the axis. A MAP fit has one draw, hence no intervals; with many draws
-(chain x draw) points are medians and intervals hold 50 % and 90 % of the draws.
+Each function takes the container and an axis, and returns the axis. A MAP fit has one draw, so no intervals are drawn. With
+several draws (chain x draw) the points are medians, and the intervals contain 50 % and 90 % of the draws.
 
 >>> import matplotlib.pyplot as plt, numpy as np, xarray as xr
 >>> distance = xr.DataArray(np.ones((1, 1, 2)), dims=("chain", "draw", "task"), coords={"task": ["ada", "bo"]})
@@ -35,12 +35,13 @@ _SPREAD = "\n(median, 50 % and 90 % of the draws)"
 
 
 def shrinkage_forest(container: Any, ax: Axes) -> Axes:
-    """‖θ_d − Θ‖ of each task, the farthest on top, N_d in parentheses.
+    """Draw ‖θ_d − Θ‖ of each task, the farthest task at the top, with N_d in parentheses.
 
     Args:
-        container: the posterior has ``distance`` (chain, draw, task), the constant data ``train_documents`` (task). Where the
-            posterior has ``displacement`` too, as with draws, it is drawn instead: the distances of draws are nearly one.
-        ax: where to draw; a fifth of an inch a task is high enough.
+        container: its group ``posterior`` has ``distance`` (chain, draw, task), and ``constant_data`` has ``train_documents``
+            (task). If ``posterior`` also has ``displacement``, as it does with draws, this is drawn instead, because the
+            distances of draws hardly differ between tasks.
+        ax: the axis to draw on, with a height of at least 0.2 inches per task.
     """
     name, label = _measure(container)
     draws, tasks = _draws(container, name), _names(container, name, "task")
@@ -60,20 +61,21 @@ def shrinkage_forest(container: Any, ax: Axes) -> Axes:
 
 
 def shrinkage_ridge(container: Any, ax: Axes) -> Axes:
-    """Densities of the deviations from Θ, a ridge a task, the farthest on top.
+    """Draw a density of each task's deviations from Θ, one ridge per task, the farthest task at the top.
 
-    Of one draw: how the root mean square deviations of a task's groups (layer x module x factor) are spread, a mark a group.
-    Of many: the draws of what :func:`shrinkage_forest` draws.
+    With one draw, the density is that of the root mean square deviations of the task's groups of weights (layer x module x
+    factor), and each group has a mark. With several draws, it is the density of the draws of the variable that
+    :func:`shrinkage_forest` draws.
 
     Args:
-        container: the posterior has ``rms_deviation`` (chain, draw, task, layer, module, factor), and for many draws
-            ``distance`` or ``displacement`` (chain, draw, task).
-        ax: where to draw; a quarter of an inch a task is high enough.
+        container: its group ``posterior`` has ``rms_deviation`` (chain, draw, task, layer, module, factor). With several draws
+            it also has ``distance`` or ``displacement`` (chain, draw, task).
+        ax: the axis to draw on, with a height of at least 0.25 inches per task.
     """
     rms = _draws(container, "rms_deviation")
     tasks, factors = _names(container, "rms_deviation", "task"), _names(container, "rms_deviation", "factor")
     many = len(rms) > 1
-    # one draw: (task, factor, groups of that factor); the rug tells the factors apart
+    # for one draw: (task, factor, groups of that factor), so that each factor has its own kind of mark
     groups = np.moveaxis(rms[0], -1, 1).reshape(len(tasks), len(factors), -1)
     name, label = _measure(container, interval="")
     values = _draws(container, name).T if many else groups.reshape(len(tasks), -1)
@@ -102,7 +104,7 @@ def shrinkage_ridge(container: Any, ax: Axes) -> Axes:
 
 
 def _ridge(ax: Axes, values: np.ndarray, row: float, *, logarithmic: bool) -> None:
-    """A density of height 0.9 that stands on ``row``; none where the values do not differ."""
+    """Draw a density of height 0.9 above the line ``row``; nothing if the values do not differ."""
     values = values[np.isfinite(values)]
     scaled = np.log10(values) if logarithmic else values
     if len(scaled) < 3 or np.ptp(scaled) <= 1e-9 * max(1.0, np.abs(scaled).max()):
@@ -116,16 +118,16 @@ def _ridge(ax: Axes, values: np.ndarray, row: float, *, logarithmic: bool) -> No
 
 
 def deviation_by_documents(container_or_table: Any, ax: Axes) -> Axes:
-    """‖θ_d − Θ‖ against N_d: tasks with more data stray farther (the BoRA paper's Figure 4); of many draws with their intervals.
+    """Draw ‖θ_d − Θ‖ against N_d, as in Figure 4 of the BoRA paper: tasks with more data deviate more.
 
     Args:
-        container_or_table: a container as for :func:`shrinkage_forest`, or rows of a sweep table. Of a table each τ is a
-            series of its own, means over seeds; ∞ is left out, as nothing deviates there. One series has its tasks' names
-            beside it, several stand on a logarithmic axis.
-        ax: where to draw.
+        container_or_table: a container as for :func:`shrinkage_forest`, or rows of a sweep table. In a table each τ is one
+            series, with means over seeds. τ = ∞ is left out, because its deviations are 0. A single series has the names of the
+            tasks beside its points; several series have a logarithmic y axis.
+        ax: the axis to draw on.
 
     Raises:
-        InputError: the table has no τ below ∞.
+        InputError: if the table has no τ below ∞.
     """
     label = _DISTANCE
     if isinstance(container_or_table, pd.DataFrame):
@@ -154,7 +156,7 @@ def deviation_by_documents(container_or_table: Any, ax: Axes) -> Axes:
 
 
 def _series_of_table(table: pd.DataFrame) -> dict[str, tuple[list[str], np.ndarray, np.ndarray]]:
-    """By τ: tasks, N_d and the mean ‖θ_d − Θ‖ over seeds."""
+    """The tasks, their N_d and their mean ‖θ_d − Θ‖ over seeds, by label of τ."""
     table = table[(table["tau"] != "inf") & table["deviation_norm"].notna()]
     if table.empty:
         raise InputError("the table has no deviation_norm of a tau below inf; give a sweep with such a tau")
@@ -171,12 +173,13 @@ def _series_of_table(table: pd.DataFrame) -> dict[str, tuple[list[str], np.ndarr
 
 
 def deviation_heatmap(container: Any, ax: Axes) -> Axes:
-    """Where the tasks deviate from Θ: layer x task, the mean over draws of √(mean of rms² over modules and factors).
+    """Draw the deviations from Θ by layer and task: the mean over draws of √(mean of rms² over modules and factors).
 
     Args:
-        container: the posterior has ``rms_deviation`` (chain, draw, task, layer, module, factor). Where the constant data have
-            ``centre_rms_deviation`` (task, layer, module, factor), as with draws, that of the posterior's centre is drawn.
-        ax: where to draw; a colour bar is put beside it.
+        container: its group ``posterior`` has ``rms_deviation`` (chain, draw, task, layer, module, factor). If
+            ``constant_data`` has ``centre_rms_deviation`` (task, layer, module, factor), as it does with draws, this is drawn
+            instead.
+        ax: the axis to draw on. A colour bar is added beside it.
     """
     name = "centre_rms_deviation" if "centre_rms_deviation" in container["constant_data"] else "rms_deviation"
     rms = _draws(container, name)
@@ -191,18 +194,19 @@ def deviation_heatmap(container: Any, ax: Axes) -> Axes:
 
 
 def pooling_factors(container: Any, ax: Axes) -> Axes:
-    """How strongly each group of weights is pooled, by layer: 1 is one adapter for all, 0 one each.
+    """Draw the pooling factor of each group of weights by layer. 1 means one adapter for all tasks, 0 means separate adapters.
+
+    Colour and marker show the module, the line style shows the factor. With several draws, bars contain 50 % and 90 % of them.
 
     Args:
-        container: the posterior has ``pooling_factor`` (chain, draw, layer, module, factor), or the constant data have one
-            for all draws together (layer, module, factor). Colour and marker are the module, the line the factor; with many
-            draws the bars hold 90 % of them.
-        ax: where to draw.
+        container: its group ``posterior`` has ``pooling_factor`` (chain, draw, layer, module, factor), or ``constant_data`` has
+            one value for all draws together (layer, module, factor).
+        ax: the axis to draw on.
     """
     draws = _draws(container, "pooling_factor")  # (draws, layer, module, factor)
     layers, modules, factors = (_names(container, "pooling_factor", name) for name in ("layer", "module", "factor"))
     places = np.arange(len(layers))
-    width = 0.5 / (len(modules) * len(factors))  # side by side, so that bars and markers stay apart
+    width = 0.5 / (len(modules) * len(factors))  # the groups are drawn side by side, so that they do not overlap
     for m, module in enumerate(modules):
         for f, factor in enumerate(factors):
             values = draws[:, :, m, f]
@@ -224,19 +228,19 @@ def pooling_factors(container: Any, ax: Axes) -> Axes:
 
 
 def _measure(container: Any, *, interval: str = _SPREAD) -> tuple[str, str]:
-    """What says how far the tasks lie from Θ, and the label of its axis, of many draws with that of their interval."""
+    """The variable that measures how far the tasks lie from Θ, and its axis label, which mentions intervals if there are any."""
     name = "displacement" if "displacement" in container["posterior"] else "distance"
     many = len(_draws(container, name)) > 1
     return name, (_DISTANCE if name == "distance" else _DISPLACEMENT) + (interval if many else "")
 
 
 def _variable(container: Any, name: str) -> Any:
-    """A variable of the posterior, or of the constant data where it is one for all draws together."""
+    """A variable of the group ``posterior``, or of ``constant_data`` if it has one value for all draws together."""
     return container["posterior" if name in container["posterior"] else "constant_data"][name]
 
 
 def _draws(container: Any, name: str) -> np.ndarray:
-    """A variable with chain and draw as one axis, the first: (draws, ...)."""
+    """A variable with the dimensions chain and draw combined into the first axis: (draws, ...)."""
     values = _variable(container, name)
     if "draw" not in values.dims:
         return np.asarray(values, float)[None]
@@ -249,7 +253,7 @@ def _names(container: Any, name: str, dim: str) -> list[str]:
 
 
 def _intervals(ax: Axes, draws: np.ndarray, places: np.ndarray, *, along: str, color: str) -> None:
-    """Lines that hold 90 % and 50 % of the draws (draws, items) at ``places``; nothing for one draw."""
+    """Draw lines that contain 90 % and 50 % of the draws (draws, items) at ``places``; nothing for one draw."""
     if len(draws) == 1:
         return
     lines = ax.hlines if along == "x" else ax.vlines

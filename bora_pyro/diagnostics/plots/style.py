@@ -1,4 +1,4 @@
-"""How the figures look: one palette, one set of matplotlib settings, and an axis for τ.
+"""The style of the figures: one palette, one set of matplotlib settings, and an axis for τ.
 
 >>> import matplotlib.pyplot as plt
 >>> with style():
@@ -20,13 +20,13 @@ from matplotlib.axes import Axes
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import NullLocator
 
-# Okabe and Ito's colours, told apart with every common colour blindness; markers and lines carry the same in grey.
+# The colours of Okabe and Ito, which people with common colour blindness can distinguish.
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
 BLACK, GREY, LIGHT, LIGHT_BLUE = "#000000", "#666666", "#A8A8A8", "#9CC9E8"
 PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 1)))
-SMALL = 8.0  # points; nothing is written smaller
+SMALL = 8.0  # the smallest font size, in points
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -47,20 +47,20 @@ STYLE: dict[Any, Any] = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Matplotlib's settings for these figures, as a context: make the figure and draw within it."""
+    """A context manager with the matplotlib settings for these figures. Make the figure and draw inside it."""
     return mpl.rc_context(STYLE)
 
 
 def tau_axis(ax: Axes, taus: Iterable[str], *, also: Iterable[float] = ()) -> dict[str, float]:
-    """Make x a logarithmic axis for τ, with 0 and ∞ a decade beyond the ends and a break in the axis before each.
+    """Make x a logarithmic axis for τ. The values 0 and ∞ are a decade beyond the ends, each behind a break of the axis.
 
     Args:
         ax: the axis.
-        taus: the values as texts, "0" and "inf" among them or not; each gets a tick.
-        also: positive numbers that must lie inside the axis too.
+        taus: values of τ as text, for instance "0", "100" and "inf". Each gets a tick.
+        also: positive numbers that must lie inside the limits too.
 
     Returns:
-        Where each of ``taus`` lies on the axis.
+        The position of each of ``taus`` on the axis.
     """
     numbers = {tau: float(tau) for tau in taus}
     finite = sorted({value for value in (*numbers.values(), *also) if 0 < value < math.inf}) or [1.0]
@@ -82,7 +82,7 @@ def tau_axis(ax: Axes, taus: Iterable[str], *, also: Iterable[float] = ()) -> di
 
 
 def tau_text(tau: str) -> str:
-    """A value of τ as an axis writes it.
+    """The tick label of a value of τ.
 
     >>> [tau_text(tau) for tau in ("0", "100", "1e3", "20000", "inf", "learned")]
     ['0', '100', '1000', '$2\\\\cdot10^{4}$', '∞', 'learned']
@@ -98,7 +98,7 @@ def tau_text(tau: str) -> str:
 
 
 def plain_log_ticks(ax: Axes) -> None:
-    """Ticks of a logarithmic x axis within its limits, at round multiples of the powers of ten, as plain numbers."""
+    """Set the ticks of a logarithmic x axis at round multiples of the powers of ten, labelled with plain numbers."""
     low, high = ax.get_xlim()
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 500 * low else (1,)
@@ -108,7 +108,7 @@ def plain_log_ticks(ax: Axes) -> None:
 
 
 def _axis_break(ax: Axes, place: float) -> None:
-    foot: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "clip_on": False, "gid": "break", "linestyle": "none"}
-    ax.plot([place], [0], marker="s", color="white", markersize=6, **foot)
+    on_axis: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "clip_on": False, "gid": "break", "linestyle": "none"}
+    ax.plot([place], [0], marker="s", color="white", markersize=6, **on_axis)
     for shift in (0.93, 1.07):
-        ax.plot([place * shift], [0], marker=[(-0.5, -1), (0.5, 1)], color="black", markersize=9, markeredgewidth=0.8, **foot)
+        ax.plot([place * shift], [0], marker=[(-0.5, -1), (0.5, 1)], color="black", markersize=9, markeredgewidth=0.8, **on_axis)

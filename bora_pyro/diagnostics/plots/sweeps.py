@@ -1,7 +1,7 @@
-"""Plots of many fits: perplexity against τ, what each task gains, the two forms of the prior, the learned τ.
+"""Plots of several fits: perplexity against τ, gain of each task, centred and non-centred prior, path of a learned τ.
 
-Each takes data and an axis and returns the axis. A sweep table is that of ``bora_pyro.diagnostics.sweep_table``: one row a run x
-task.
+Each function takes data and an axis, and returns the axis. A sweep table is that of ``bora_pyro.diagnostics.sweep_table``, with
+one row per run and task.
 
 >>> import matplotlib.pyplot as plt
 >>> figure, ax = plt.subplots()
@@ -38,22 +38,22 @@ from bora_pyro.diagnostics.plots.style import (
 from bora_pyro.diagnostics.sweep_table import at_best_rates, runs
 from bora_pyro.errors import InputError, nearest
 
-_NEAR = 1.25  # the base's line is drawn where it is at most this much above the highest point
+_NEAR = 1.25  # the base model's line is drawn only if it is below this multiple of the highest point
 
 
 def tau_curve(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Perplexity against τ, each τ at its best learning rate (the BoRA paper's Figure 2).
+    """Draw perplexity against τ, each τ at its best learning rate, as in Figure 2 of the BoRA paper.
 
-    The thick line is the mean test perplexity over seeds, with its standard deviation and the single seeds about it; the
-    lighter one the validation perplexity. 0 and ∞ stand at the ends, beyond a break in the axis. A learned τ is a star at its
-    fitted value and a line across. The base is drawn where it is near.
+    The blue line is the mean test perplexity over seeds, with its standard deviation and the values of the single seeds. The grey
+    line is the mean validation perplexity. The values 0 and ∞ are at the ends, behind a break of the axis. A learned τ is a star
+    at its fitted value, and a horizontal line. The base model is a dotted line, drawn only if it is near the other points.
 
     Args:
-        table: a sweep table; runs, seeds and values of τ may be missing.
-        ax: where to draw.
+        table: a sweep table; some runs, seeds and values of τ may be missing.
+        ax: the axis to draw on.
 
     Raises:
-        InputError: no run of the table has a test perplexity.
+        InputError: if no run of the table has a test perplexity.
     """
     chosen = runs(at_best_rates(table))
     tested = chosen[np.isfinite(chosen["test_perplexity"])]
@@ -82,7 +82,7 @@ def _line_of_means(
     ax: Axes, table: pd.DataFrame, places: Mapping[str, float], column: str, *, label: str, color: str, marker: str, line: str,
     spread: bool = False,
 ) -> None:  # fmt: skip
-    """Means over seeds: a line through the finite τ, a dotted one across the breaks to 0 and ∞."""
+    """Draw means over seeds: a line through the finite positive τ, and a dotted line across the breaks to 0 and ∞."""
     finite = table[np.isfinite(table[column])]
     means = finite.groupby("tau")[column].agg(["mean", "std"])
     means = means.assign(place=[places[tau] for tau in means.index]).sort_values("place")
@@ -94,7 +94,7 @@ def _line_of_means(
     ax.plot(means["place"], means["mean"], linestyle=":", color=color, linewidth=1)
     ax.plot(means["place"][inner], means["mean"][inner], linestyle=line, color=color)
     style: dict[str, Any] = {"linestyle": line if inner else "none", "marker": marker, "color": color}
-    # the markers alone, at every τ; the legend shows line and marker together
+    # markers at every τ; an empty plot gives the legend an entry with both line and marker
     ax.plot(means["place"], means["mean"], **style | {"linestyle": "none"}, gid=column)
     ax.plot([], [], **style, label=label)
 
@@ -113,19 +113,19 @@ def _learned(ax: Axes, learned: pd.DataFrame, fitted: pd.Series) -> None:
 
 
 def task_gain(table: pd.DataFrame, ax: Axes, *, tau: str, reference: str) -> Axes:
-    """What each task gains by τ over another τ, in percent of its perplexity, against its N_d (the BoRA paper's Figure 3).
+    """Draw each task's gain in perplexity of one τ over another against N_d, as in Figure 3 of the BoRA paper.
 
-    100 (1 − perplexity at ``tau`` / perplexity at ``reference``), of each seed, then the mean over seeds, with its standard
-    deviation. Call it once more with another reference to draw both on one axis.
+    The gain is 100 (1 − perplexity at ``tau`` / perplexity at ``reference``) percent. It is computed for each seed; the plot has
+    the mean over seeds and their standard deviation. Call the function again with another reference to draw both on one axis.
 
     Args:
         table: a sweep table.
-        ax: where to draw.
-        tau: the τ whose gain is drawn, as the table writes it: "100", "learned".
-        reference: the τ it is compared with: "0", "inf".
+        ax: the axis to draw on.
+        tau: the τ whose gain is drawn, as written in the table, for instance "100" or "learned".
+        reference: the τ to compare with, for instance "0" or "inf".
 
     Raises:
-        InputError: the table has no such τ, or the two share no seed.
+        InputError: if the table lacks one of the two τ, or they share no task and seed.
     """
     gains = gain_by_task(table, tau=tau, reference=reference)
     before = sum(str(line.get_gid()).startswith("gain over") for line in ax.lines)
@@ -151,7 +151,7 @@ def task_gain(table: pd.DataFrame, ax: Axes, *, tau: str, reference: str) -> Axe
 
 
 def gain_by_task(table: pd.DataFrame, *, tau: str, reference: str) -> pd.DataFrame:
-    """A row a task: documents (mean N_d), gain (percent, mean over seeds) and spread (its standard deviation)."""
+    """One row per task: documents (mean N_d), gain (percent, mean over seeds) and spread (standard deviation over seeds)."""
     best = at_best_rates(table)
     for value in (tau, reference):
         if value not in set(best["tau"]):
@@ -168,7 +168,7 @@ def gain_by_task(table: pd.DataFrame, *, tau: str, reference: str) -> pd.DataFra
 
 
 def documents_axis(ax: Axes, documents: Any) -> None:
-    """Make x a logarithmic axis for N_d, with plain numbers as ticks."""
+    """Make x a logarithmic axis for N_d with plain numbers as tick labels. It stays linear if some N_d is 0."""
     low, high = float(np.min(documents)), float(np.max(documents))
     if low > 0:
         ax.set_xscale("log")
@@ -178,18 +178,18 @@ def documents_axis(ax: Axes, documents: Any) -> None:
 
 
 def form_curves(table: pd.DataFrame, ax: Axes, *, value: str = "validation_perplexity") -> Axes:
-    """How fast the centred and the non-centred form come down, a line for each form and learning rate.
+    """Draw how fast fits with the centred and the non-centred prior converge, one line per form and learning rate.
 
-    Objectives compare where they are of one density, as ``scripts/experiments/compare_forms.py`` has them; those of the forms'
-    own densities differ by a constant.
+    Objectives are comparable only if both are computed from the same density, as in ``scripts/experiments/compare_forms.py``.
+    The densities of the two forms differ by a constant.
 
     Args:
-        table: columns form, learning_rate, step and ``value``; rows without a value are left out.
-        ax: where to draw. It becomes logarithmic where the values differ more than tenfold.
-        value: the column that goes upwards: objective, validation_perplexity or test_perplexity.
+        table: columns form, learning_rate, step and ``value``. Rows without a value are ignored.
+        ax: the axis to draw on. Its y axis becomes logarithmic if the values differ by more than a factor of 10.
+        value: the column on the y axis: objective, validation_perplexity or test_perplexity.
 
     Raises:
-        InputError: a column is missing, or none of its values is a number.
+        InputError: if a column is missing, or none of its values is a number.
     """
     for column in ("form", "learning_rate", "step", value):
         if column not in table.columns:
@@ -208,7 +208,7 @@ def form_curves(table: pd.DataFrame, ax: Axes, *, value: str = "validation_perpl
                 rows["step"], rows[value], color=PALETTE[n % len(PALETTE)], linestyle=LINES[n % len(LINES)],
                 marker=MARKERS[m % len(MARKERS)], markersize=4, label=f"{form}, rate {rate:g}",
             )  # fmt: skip
-        for _ in range(longest.max() - longest[form]):  # so that each form has a column of the legend to itself
+        for _ in range(longest.max() - longest[form]):  # empty entries, so that each form has its own column of the legend
             ax.plot([], [], linestyle="none", label=" ")
     if table[value].min() > 0 and table[value].max() > 10 * table[value].min():
         ax.set_yscale("log")
@@ -219,15 +219,17 @@ def form_curves(table: pd.DataFrame, ax: Axes, *, value: str = "validation_perpl
 
 
 def tau_path(records: Sequence[Mapping[str, Any]], ax: Axes) -> Axes:
-    """The learned τ of each group against the step, on a logarithmic axis; colour is the slot, line the factor.
+    """Draw the learned τ of each group against the step, on a logarithmic axis.
+
+    Colour and marker show the slot, the line style shows the factor.
 
     Args:
-        records: each with "step" and "tau": {"q_proj.lora_A": a number, or a list of them (drawn as their geometric mean)};
-            records without a τ are left out.
-        ax: where to draw.
+        records: each has "step" and "tau", which maps a group such as "q_proj.lora_A" to a number or a list of numbers. A list
+            is drawn as its geometric mean. Records without "tau" are ignored.
+        ax: the axis to draw on.
 
     Raises:
-        InputError: no record has a τ.
+        InputError: if no record has a τ.
     """
     records = [record for record in records if record.get("tau")]
     if not records:
@@ -239,10 +241,10 @@ def tau_path(records: Sequence[Mapping[str, Any]], ax: Axes) -> Axes:
         slot, _, factor = group.rpartition(".")
         steps = [record["step"] for record in records if group in record["tau"]]
         values = [float(np.exp(np.mean(np.log(record["tau"][group])))) for record in records if group in record["tau"]]
-        which, how = slots.index(slot), factors.index(factor)
+        s, f = slots.index(slot), factors.index(factor)
         ax.plot(
-            steps, values, color=PALETTE[which % len(PALETTE)], linestyle=LINES[how % len(LINES)], label=group,
-            marker=MARKERS[which % len(MARKERS)], markevery=max(1, len(steps) // 6), markersize=4,
+            steps, values, color=PALETTE[s % len(PALETTE)], linestyle=LINES[f % len(LINES)], label=group,
+            marker=MARKERS[s % len(MARKERS)], markevery=max(1, len(steps) // 6), markersize=4,
         )  # fmt: skip
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -255,15 +257,15 @@ def tau_path(records: Sequence[Mapping[str, Any]], ax: Axes) -> Axes:
 
 
 def compare_forest(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Differences of the log predictive density of the test documents to the best prior, with their standard errors.
+    """Draw the difference of each prior's log predictive density (test documents) to the best prior, with standard errors.
 
     Args:
-        table: a row a prior (its name is the index), columns rank, elpd, elpd_diff, dse, perplexity; in nats over all
-            test documents, as ``az.compare`` has them.
-        ax: where to draw.
+        table: the table of ``bora_pyro.diagnostics.shrinkage.compare_priors``. Its index is the names of the priors. It has the
+            columns rank, elpd, dse and perplexity.
+        ax: the axis to draw on.
     """
     table = table.sort_values("rank")
-    difference = table["elpd"] - table["elpd"].iloc[0]  # whatever sign elpd_diff has
+    difference = table["elpd"] - table["elpd"].iloc[0]  # 0 or below
     rows = np.arange(len(table))
     ax.axvline(0, color=GREY, linewidth=0.8)
     ax.errorbar(difference, rows, xerr=table["dse"].fillna(0), fmt="none", ecolor=BLUE, capsize=3)
