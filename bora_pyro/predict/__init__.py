@@ -1,1 +1,1 @@
-"""What a fitted model says of texts: the task, continuations, mixtures of draws, choices."""
+"""Predictions of a fitted model: the task of a text, generated text, token probabilities, multiple choice."""

@@ -1,9 +1,9 @@
-"""Who can continue a text: the tasks of a fit, their mean Θ, and the base alone, each by its name.
+"""The names of all authors that can continue a text: the tasks of a fit, their mean Θ, and the base without an adapter.
 
 >>> writers = Writers(["Ada", "base", "東京"])
->>> [writers.named(name) for name in ("Ada", "ada", "task", "Θ")]  # a folder's name does as well as its task's
+>>> [writers.named(name) for name in ("Ada", "ada", "task", "Θ")]  # the name of a task or of its folder
 ['Ada', 'Ada', '東京', 'global-mean']
->>> writers.named("base"), writers.base  # a task of such a name is the task
+>>> writers.named("base"), writers.base  # here "base" is a task, so the base has another name
 ('base', 'plain base')
 """
 
@@ -14,22 +14,22 @@ from collections.abc import Sequence
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
 
-#: Who writes beside the tasks and Θ: the base without an adapter.
+#: The name of the base without an adapter.
 BASE = "base"
-#: Another name of Θ.
+#: A short name of Θ.
 THETA = "Θ"
 
 
 class Writers:
-    """The names under which the tasks of a fit, Θ and the base write, no two alike.
+    """Unique names for the tasks of a fit, Θ and the base.
 
     Args:
         tasks: names of the tasks.
 
     Attributes:
-        tasks: the same.
-        base: ``base``, or ``plain base`` where a task is called so.
-        mean: ``global-mean``, or ``plain global-mean`` where a task is called so.
+        tasks: the index of each task, by name.
+        base: the name of the base: ``base``, or ``plain base`` if a task has the name ``base``.
+        mean: the name of Θ: ``global-mean``, or ``plain global-mean`` if a task has the name ``global-mean``.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
@@ -37,10 +37,16 @@ class Writers:
         self.base, self.mean = self._plain(BASE), self._plain(GLOBAL_MEAN)
 
     def named(self, name: str) -> str:
-        """Whose name this is: a task's, that of its folder, the base's or Θ's.
+        """Find the author that a name stands for.
+
+        Args:
+            name: the name of a task, of a task's folder, of the base or of Θ.
+
+        Returns:
+            The author's unique name.
 
         Raises:
-            InputError: nobody's.
+            InputError: if there is no such author.
         """
         if name in self.tasks or name in (self.base, self.mean):
             return name

@@ -1,4 +1,4 @@
-"""Prompts continued by several tasks' adapters in one batch, through ``generate`` of transformers and its cache.
+"""Continuation of prompts by the adapters of several tasks in one batch, with ``generate`` of transformers and its cache.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -31,15 +31,15 @@ from bora_pyro.predict.mixture_text import check_generation, end_tokens, prompt_
 
 @dataclass(frozen=True)
 class Written:
-    """A text and who has written it.
+    """A generated continuation of a prompt, and the author whose adapter generated it.
 
     Attributes:
-        prompt: its beginning.
-        task: whose adapter has continued it.
-        sample: number of the continuation, from 0, where several were asked for.
-        text: the continuation, special tokens left out.
-        tokens: (tokens,) int64; the last one is the end of the document where the model has written it.
-        log_prob: (tokens,) log-probability of each under the adapter, in nats, whatever the temperature.
+        prompt: the prompt.
+        task: name of the author: a task, Θ or the base.
+        sample: index of the sample, from 0.
+        text: the continuation without special tokens.
+        tokens: (tokens,) int64, the continuation. The last token is the end token if the model generated one.
+        log_prob: (tokens,) log-probability of each token under the adapter, in nats, at temperature 1.
     """
 
     prompt: str
@@ -63,7 +63,7 @@ def generate_side_by_side(
     seed: int = 0,
     raw: bool = False,
 ) -> list[Written]:
-    """Continue each prompt by each task, all rows in one batch, each under its own adapter at the guide's centre.
+    """Continue each prompt with the adapter of each task, at the centre of the guide, in one batch.
 
         >>> import bora_pyro as bp
         >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -75,25 +75,25 @@ def generate_side_by_side(
         [('ada', 0), ('ada', 1), ('global-mean', 0), ('global-mean', 1)]
 
     Args:
-        fitted: a fit.
-        prompts: one beginning or several; an empty one is the document's start. Where the fit was one of chats, a prompt is what
-            a user says, and the text is the answer.
-        tasks: names of tasks or of their folders; ``base`` is the base without an adapter, ``global-mean`` or ``Θ`` is Θ. Where a
-            task has such a name it is the task, and the others are ``plain base`` and ``plain global-mean``. One that is named
-            twice writes once.
-        samples: continuations of each prompt by each task.
-        max_new_tokens: the longest continuation; shorter where the base reads no more.
-        temperature: 0 takes the most probable token, above 0 tokens are drawn with probabilities ∝ p^(1/temperature), whatever
-            the base's own ``generation_config`` says.
-        top_p: draw among the most probable tokens that have this much probability together.
-        seed: of the draws. A batch of other rows draws other tokens.
-        raw: take prompts as beginnings of texts, also where the fit was one of chats.
+        fitted: the fitted model.
+        prompts: one prompt or several. An empty prompt is the start of a document. If the fit used chats, a prompt is a user's
+            message, and the continuation is the answer.
+        tasks: names of tasks or of their folders. ``base`` is the base without an adapter. ``global-mean`` or ``Θ`` is Θ. If a
+            task has the name ``base`` or ``global-mean``, the name means the task, and the base or Θ is ``plain base`` or
+            ``plain global-mean``. Repeated names count once.
+        samples: number of continuations of each prompt by each task.
+        max_new_tokens: largest number of new tokens. A continuation also ends where the context of the base is full.
+        temperature: 0 takes the most probable token. Above 0, tokens are sampled with probabilities ∝ p^(1/temperature). The
+            base's own ``generation_config`` is ignored.
+        top_p: sample only from the most probable tokens whose probabilities sum to this (nucleus sampling).
+        seed: seed of the samples. The samples also depend on the other rows of the batch.
+        raw: treat prompts as beginnings of texts, also if the fit used chats.
 
     Returns:
-        A text for each prompt, task and sample, in this order.
+        One continuation for each prompt, task and sample, in this order.
 
     Raises:
-        InputError: no such task, no prompt, or as for :func:`~bora_pyro.predict.mixture_text.generate`.
+        InputError: if a task is unknown, there is no prompt, or as for :func:`~bora_pyro.predict.mixture_text.generate`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_generation(max_new_tokens, temperature)
@@ -110,37 +110,38 @@ def generate_side_by_side(
     tasks = list(dict.fromkeys(map(writers.named, [tasks] if isinstance(tasks, str) else tasks)))
     weights, row_of = _weights(fitted, tasks, writers)
     template = None if raw else fitted.chat_template
-    begun = [prompt_tokens(backbone, tokenizer, prompt, template) for prompt in prompts]
-    asked = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    encoded = [prompt_tokens(backbone, tokenizer, prompt, template) for prompt in prompts]
+    requests = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
+    sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
     ends, written = end_tokens(backbone, tokenizer), dict[int, Written]()
-    with torch.random.fork_rng(), _neutral(backbone.model):
+    with torch.random.fork_rng(), _without_own_settings(backbone.model):
         torch.manual_seed(seed)
-        for room, places in _by_room([len(begun[n]) for n, _, _ in asked], max_new_tokens, backbone.context).items():
-            input_ids, mask = _left_padded([begun[asked[place][0]] for place in places], tokenizer)
+        lengths = [len(encoded[n]) for n, _, _ in requests]
+        for new_tokens, group in _by_new_tokens(lengths, max_new_tokens, backbone.context).items():
+            input_ids, mask = _left_padded([encoded[requests[i][0]] for i in group], tokenizer)
             config = GenerationConfig(
-                max_new_tokens=room, pad_token_id=_pad(tokenizer), eos_token_id=sorted(ends) or None,
-                return_dict_in_generate=True, output_logits=True, **drawn,
+                max_new_tokens=new_tokens, pad_token_id=_pad(tokenizer), eos_token_id=sorted(ends) or None,
+                return_dict_in_generate=True, output_logits=True, **sampled,
             )  # fmt: skip
-            rows = torch.tensor([row_of[asked[place][1]] for place in places], device=backbone.device)
-            change = _with_base(fitted.model.change(weights, rows.clamp(min=0)), rows < 0)
-            with backbone.changed(change, len(places)) as model:
+            rows = torch.tensor([row_of[requests[i][1]] for i in group], device=backbone.device)
+            change = _except_base_rows(fitted.model.change(weights, rows.clamp(min=0)), rows < 0)
+            with backbone.changed(change, len(group)) as model:
                 output = model.generate(
                     input_ids=input_ids.to(backbone.device), attention_mask=mask.to(backbone.device), generation_config=config
                 )
             new = output.sequences[:, input_ids.shape[1] :].cpu()
             log_p = torch.stack([step.float().log_softmax(-1).cpu() for step in output.logits], 1)  # (rows, tokens, vocabulary)
-            of_new = log_p.gather(2, new[..., None])[..., 0]
-            for place, tokens, log_prob in zip(places, new, of_new, strict=True):
-                n, task, sample = asked[place]
+            new_log_p = log_p.gather(2, new[..., None])[..., 0]
+            for i, tokens, log_prob in zip(group, new, new_log_p, strict=True):
+                n, task, sample = requests[i]
                 length = _length(tokens, ends)
                 text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-                written[place] = Written(prompts[n], task, sample, text, tokens[:length], log_prob[:length])
-    return [written[place] for place in range(len(asked))]
+                written[i] = Written(prompts[n], task, sample, text, tokens[:length], log_prob[:length])
+    return [written[i] for i in range(len(requests))]
 
 
 def _weights(fitted: Fitted, tasks: Sequence[str], writers: Writers) -> tuple[Weights, dict[str, int]]:
-    """θ of the tasks that are asked for and Θ, (rows, layers, *shape), and the row of each name; −1 is the base's."""
+    """θ of the given tasks and Θ, as (rows, layers, *shape) by name, and the row of each author; the base has row −1."""
     index = sorted({writers.tasks[task] for task in tasks if task in writers.tasks})
     theta, mean = fitted.weights_of()(torch.tensor(index or [0]))
     weights = {name: torch.cat([value[: len(index)], mean[name][None]]) for name, value in theta.items()}
@@ -148,20 +149,24 @@ def _weights(fitted: Fitted, tasks: Sequence[str], writers: Writers) -> tuple[We
     return weights, {writers.base: -1, writers.mean: len(index)} | rows
 
 
-def _by_room(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> dict[int, list[int]]:
-    """Rows that can be continued by equally many tokens, by that number: no prompt takes room from a shorter one."""
+def _by_new_tokens(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> dict[int, list[int]]:
+    """Group prompts by the number of tokens that fit behind them, so that a long prompt does not shorten other continuations.
+
+    Returns:
+        The indices of the prompts, by number of new tokens.
+    """
     groups: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        room = max_new_tokens if context is None else min(max_new_tokens, context - length)
-        groups.setdefault(room, []).append(row)
+    for index, length in enumerate(lengths):
+        new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - length)
+        groups.setdefault(new_tokens, []).append(index)
     return groups
 
 
 @contextmanager
-def _neutral(model: PreTrainedModel) -> Iterator[None]:
-    """The model without generation settings of its own: transformers adds them to those that it is given.
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Remove the model's own generation settings for the duration of the context.
 
-    A penalty for repetition or a beam search that a base comes with would take other tokens than the most probable ones.
+    transformers merges them with the settings of a call. A base's repetition penalty or beam search would change the result.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()
@@ -171,13 +176,13 @@ def _neutral(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _with_base(change: Change, is_base: Tensor) -> Change:
-    """The same change, but none in some rows."""
+def _except_base_rows(change: Change, is_base: Tensor) -> Change:
+    """The same change, except that the rows of the base stay unchanged."""
     if not is_base.any():
         return change
 
     def changed(slot: Slot, layer: int, x: Tensor, output: Tensor) -> Tensor:
-        # before the change, which may be made in place
+        # copied first, because the change may work in place
         own = output[is_base.to(output.device)].clone()
         result = change(slot, layer, x, output).clone()
         result[is_base.to(result.device)] = own.to(result)
@@ -187,7 +192,7 @@ def _with_base(change: Change, is_base: Tensor) -> Change:
 
 
 def _left_padded(documents: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (rows, tokens), of documents that end together."""
+    """Token ids and attention mask, (rows, tokens), of documents padded on the left."""
     longest = max(len(document) for document in documents)
     input_ids = torch.full((len(documents), longest), _pad(tokenizer))
     mask = torch.zeros_like(input_ids)
@@ -203,5 +208,5 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _length(tokens: Tensor, ends: Collection[int]) -> int:
-    """How many tokens a row has up to its end; what follows pads it."""
+    """Number of tokens up to and including the end token, or of all tokens if there is none. Padding follows the end token."""
     return next((n + 1 for n, token in enumerate(tokens.tolist()) if token in ends), len(tokens))

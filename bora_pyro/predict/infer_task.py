@@ -1,4 +1,4 @@
-"""Which task is a text of? p(d | text) ∝ p(d) p(text | θ_d), exact under the model.
+"""Inference of the task of a text: p(d | text) ∝ p(d) p(text | θ_d), exact under the model.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -33,26 +33,26 @@ from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.priors import Given
 
-#: What the candidate that is no task is called; the second where a task has the first name.
+#: The name of the candidate "none of the tasks": the first one, or the second one if a task has the first name.
 UNKNOWN, NONE_OF_THEM = "unknown", "none of the tasks"
 PRIORS = ("documents", "flat")
 
 
 @dataclass(frozen=True)
 class TaskCalibration:
-    """What makes p(d | text) as sure as it is right: p(d | text) ∝ p(d) p(text | θ_d)^(1/T) exp(b_d).
+    """Parameters that calibrate p(d | text) ∝ p(d) p(text | θ_d)^(1/T) exp(b_d).
 
     >>> TaskCalibration(temperature=4.0, bias={"ada": 0.5})
     TaskCalibration(temperature=4.0, bias={'ada': 0.5})
 
     Attributes:
-        temperature: T. Tokens of one text are not the independent pieces of evidence that the model takes them for, so that
-            p(d | text) at T = 1 is surer than it is right.
-        bias: b_d by name of the task, 0 where it is not named. Some tasks' adapters read every text well, those of many or of
-            general documents; the others would rarely be answered.
+        temperature: T. The model treats the tokens of a text as independent evidence for a task. They are not, so p(d | text) is
+            overconfident at T = 1.
+        bias: b_d by name of the task, 0 for tasks without an entry. Adapters of tasks with many or general documents give a high
+            likelihood to every text. Without a bias the other tasks would rarely be inferred.
 
     Raises:
-        InputError: a temperature that is not a finite number above 0, a bias that is not finite.
+        InputError: if the temperature is not a finite number above 0, or a bias is not finite.
     """
 
     temperature: float = 1.0
@@ -68,18 +68,18 @@ class TaskCalibration:
 
 @dataclass(frozen=True)
 class TaskProbabilities:
-    """p(d | text) of some texts.
+    """p(d | text) of several texts.
 
     Attributes:
-        tasks: names of the candidates; ``unknown`` is the last where it was asked for.
+        tasks: names of the candidates. If ``unknown`` is True, the last one is none of the tasks.
         log_likelihood: (texts, candidates) float64, log p(text | θ_d) in nats.
         log_prior: (candidates,) float64, log p(d).
-        tokens: (texts,) predicted tokens of each.
-        calibration: how much the likelihoods count.
+        tokens: (texts,) number of predicted tokens of each text.
+        calibration: temperature and biases of the likelihoods.
         unknown: whether the last candidate is none of the tasks.
 
     Raises:
-        InputError: the calibration has a bias of a task that is not among the candidates.
+        InputError: if the calibration has a bias of a task that is not a candidate.
     """
 
     tasks: list[str]
@@ -103,7 +103,7 @@ class TaskProbabilities:
 
     @property
     def log_prob(self) -> Tensor:
-        """(texts, candidates) log p(d | text). A calibration is of the known tasks, and leaves p(unknown | text) as it is."""
+        """(texts, candidates) log p(d | text). The calibration only affects the known tasks, not p(unknown | text)."""
         known = slice(len(self.known))
         bias = torch.tensor([self.calibration.bias.get(task, 0.0) for task in self.known])
         logits = self.log_likelihood[:, known] / self.calibration.temperature + self.log_prior[known] + bias
@@ -124,31 +124,31 @@ class TaskProbabilities:
 
     @property
     def log_evidence(self) -> Tensor:
-        """(texts,) log p(text) = log Σ_d p(d) p(text | θ_d), in nats: the prediction of a text whose task nobody has said.
+        """(texts,) log p(text) = log Σ_d p(d) p(text | θ_d), in nats: the marginal likelihood of a text of unknown task.
 
-        Token by token it is the average of the tasks' predictions, weighted by p(d | the tokens before); no calibration is in it.
+        For each token this averages the tasks' predictions with weights p(d | the tokens before). It ignores the calibration.
         """
         return (self.log_likelihood + self.log_prior).logsumexp(1)
 
     def at(self, calibration: TaskCalibration | float) -> TaskProbabilities:
-        """The same with another calibration, or at a temperature without biases."""
+        """A copy with another calibration. A number is a temperature without biases."""
         calibration = calibration if isinstance(calibration, TaskCalibration) else TaskCalibration(calibration)
         return replace(self, calibration=calibration)
 
     def calibrate(self, task: Tensor) -> TaskCalibration:
-        """The calibration under which these texts' own tasks are most probable, with b_d ~ Normal(0, 1) and log T ~ Normal(0, 2).
+        """Fit T and b_d to texts of known task, with the priors b_d ~ Normal(0, 1) and log T ~ Normal(0, 2).
 
-        Give it documents that no adapter has seen, then use what it finds. Temperature scaling is that of Guo et al. (ICML 2017,
-        On Calibration of Modern Neural Networks); the biases are Platt's, drawn to 0 by their prior.
+        Use documents that no adapter was fitted to. Temperature scaling is from Guo et al. (ICML 2017, On Calibration of Modern
+        Neural Networks). The biases are those of Platt scaling, shrunk towards 0 by their prior.
 
         Args:
-            task: (texts,) int64, the index of each text's own task.
+            task: (texts,) int64, the index of each text's true task.
 
         Returns:
-            The posterior's mode. ``unknown`` has no part in it.
+            The mode of the posterior of T and b. The candidate ``unknown`` is not used.
 
         Raises:
-            InputError: not a task a text, an index of no known task, or of one with p(d) = 0.
+            InputError: if there is not one task per text, an index is not that of a known task, or a task has p(d) = 0.
         """
         known = len(self.known)
         if task.shape != self.tokens.shape or not len(task) or not 0 <= int(task.min()) <= int(task.max()) < known:
@@ -160,7 +160,7 @@ class TaskProbabilities:
         evidence, prior = self.log_likelihood[:, :known].log_softmax(1), self.log_prior[:known]
 
         def loss(values: Any) -> tuple[float, Any]:
-            """Of (log T, b), with its gradient."""
+            """The negative log posterior of (log T, b) up to a constant, and its gradient."""
             x = torch.tensor(values, requires_grad=True)
             logits = evidence * torch.exp(-x[0]) + prior + x[1:]
             value = F.cross_entropy(logits, task, reduction="sum") + x[0].square() / 8 + x[1:].square().sum() / 2
@@ -176,16 +176,15 @@ class TaskProbabilities:
                 options={"ftol": 1e-15, "gtol": 1e-8, "maxiter": 1000, "maxcor": 30},
             )
         log_temperature, *bias = result.x.tolist()
-        found = dict(zip(self.tasks, bias, strict=False))
-        return TaskCalibration(math.exp(log_temperature), found)
+        return TaskCalibration(math.exp(log_temperature), dict(zip(self.tasks, bias, strict=False)))
 
     def table(self, *, most: int = 3) -> pd.DataFrame:
-        """The most probable candidates of each text with their probabilities, a row a text; ``unknown``'s always has a column."""
+        """The ``most`` most probable candidates of each text with their probabilities, and p(unknown), one row per text."""
         values, index = self.probabilities.topk(min(most, len(self.tasks)), dim=1)
         columns = {}
-        for place in range(values.shape[1]):
-            columns[f"task {place + 1}"] = [self.tasks[d] for d in index[:, place].tolist()]
-            columns[f"p {place + 1}"] = values[:, place].tolist()
+        for rank in range(values.shape[1]):
+            columns[f"task {rank + 1}"] = [self.tasks[d] for d in index[:, rank].tolist()]
+            columns[f"p {rank + 1}"] = values[:, rank].tolist()
         if self.unknown:
             columns["p unknown"] = self.probabilities[:, -1].tolist()
         return pd.DataFrame(columns)
@@ -203,7 +202,7 @@ def infer_task(
     token_budget: int = 8192,
     seed: int = 0,
 ) -> TaskProbabilities:
-    """p(d | text) ∝ p(d) p(text | θ_d), with θ at the guide's centre.
+    """Compute p(d | text) ∝ p(d) p(text | θ_d) with θ at the centre of the guide.
 
         >>> import bora_pyro as bp
         >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -214,24 +213,24 @@ def infer_task(
         >>> found.tasks, [round(p, 3) for p in found.log_prior.exp().tolist()]
         (['ada', 'bob', 'unknown'], [0.375, 0.125, 0.5])
 
-    A text is read once for all candidates: the rows of a forward pass are pairs of a text and a task.
+    The rows of a forward pass are pairs of a text and a task.
 
     Args:
-        fitted: a fit.
-        texts: texts, or tokenised documents, whose tasks are not looked at.
-        prior: p(d): ``documents``, in proportion to the tasks' training documents; ``flat``; or a number by name of the task, 0
-            where it is left out, scaled to sum to 1.
-        unknown: probability beforehand that a text is of none of these tasks, from 0 (not considered) to below 1. Its
-            likelihood is the prior predictive, ∫ p(text | θ) p(θ) dθ, an average over ``draws`` of :func:`prior_of_unknown`.
-        calibration: what :meth:`TaskProbabilities.calibrate` has found on held-out documents, or a temperature alone.
-        draws: of the prior predictive.
-        max_tokens: longer texts are cut; default, and at most: what the base reads.
+        fitted: the fitted model.
+        texts: texts, or tokenised documents, whose tasks are ignored.
+        prior: p(d). ``documents`` is proportional to the tasks' numbers of training documents, ``flat`` is equal for all tasks.
+            Numbers by name of the task are scaled to sum to 1; tasks without a number get 0.
+        unknown: prior probability that a text belongs to none of the tasks, from 0 (not considered) to below 1. Its likelihood
+            is the prior predictive ∫ p(text | θ) p(θ) dθ, averaged over ``draws`` draws from :func:`prior_of_unknown`.
+        calibration: the result of :meth:`TaskProbabilities.calibrate` on held-out documents, or a temperature alone.
+        draws: number of draws for the prior predictive.
+        max_tokens: longer texts are truncated; default and maximum: the context of the base.
         token_budget: tokens of a forward pass, padding included.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
-        InputError: no text, an unknown prior or task, a probability out of range, a base without tokenizer; a calibration of
-            other tasks.
+        InputError: if there is no text, the prior or one of its tasks is unknown, a probability is out of range, the base has no
+            tokenizer, or the calibration is for other tasks.
     """
     if not 0 <= unknown < 1:
         raise InputError(f"unknown is {unknown}; give the probability of a text of no task, from 0 to below 1")
@@ -249,17 +248,17 @@ def infer_task(
     if unknown:
         if math.isinf(fitted.tau()):
             raise InputError(
-                "tau is inf, one adapter for all tasks, so that a text of none is predicted as theirs are; leave unknown out"
+                "tau is inf, one adapter for all tasks, so a text of no task has the same likelihood; leave unknown out"
             )
         model = given_model(fitted, draws)
         if not all(bool((model.prior.precision(name, start) > 0).all()) for name, start in model.starts.items()):
-            raise InputError("tau is 0, so that tasks are independent and say nothing of an unknown one; leave unknown out")
+            raise InputError("tau is 0, so that tasks are independent and there is no prior of an unknown one; leave unknown out")
         assert isinstance(model.prior, Given)
         model.prior = prior_of_unknown(fitted, model.prior)
         with torch.no_grad(), poutine.seed(rng_seed=seed):
             theta = model.weights()
-        of_draws = log_likelihoods(model, split, theta, token_budget=token_budget)
-        log_likelihood = torch.cat([log_likelihood, of_draws.logsumexp(1, keepdim=True) - math.log(draws)], 1)
+        by_draw = log_likelihoods(model, split, theta, token_budget=token_budget)
+        log_likelihood = torch.cat([log_likelihood, by_draw.logsumexp(1, keepdim=True) - math.log(draws)], 1)
         log_prior = torch.cat([log_prior + math.log1p(-unknown), torch.tensor([math.log(unknown)], dtype=torch.float64)])
         names.append(UNKNOWN if UNKNOWN not in names else NONE_OF_THEM)
     return TaskProbabilities(names, log_likelihood, log_prior, split.predicted, unknown=unknown > 0).at(calibration)
@@ -267,13 +266,13 @@ def infer_task(
 
 @torch.no_grad()
 def prior_of_unknown(fitted: Fitted, prior: Given) -> Given:
-    """The prior of a task of which nothing is known, no wider than the tasks' own deviations are.
+    """The prior of the adapter of an unknown task, limited to the spread of the known tasks' deviations.
 
-    A point's τ is what shrinks deviations best, not what they measure: 1/√τ can be ten times their root mean square, and draws
-    so wide read every text worse than any task does. Each kind of layer and factor has the larger of the two precisions.
+    In a point estimate 1/√τ can be ten times the root mean square of the estimated deviations. Draws that wide would give every
+    text a lower likelihood than any task does. Each latent therefore gets the larger one of τ and 1/(mean squared deviation).
 
     Args:
-        fitted: whose tasks they are.
+        fitted: the fitted model.
         prior: Θ and τ of the fit.
     """
     squares = dict.fromkeys(prior.centres, 0.0)
@@ -295,8 +294,8 @@ def log_likelihoods(model: BoRA, split: TokenSplit, theta: Weights, *, token_bud
     Args:
         model: the BoRA model.
         split: the documents.
-        theta: (adapters, layers, *shape) by name.
-        token_budget: tokens of a forward pass, whose rows are pairs of a document and an adapter.
+        theta: θ of each adapter, (adapters, layers, *shape) by name of the latent.
+        token_budget: tokens of a forward pass, padding included. Its rows are pairs of a document and an adapter.
     """
     adapters = len(next(iter(theta.values())))
     result = torch.empty((len(split), adapters), dtype=torch.float64)
@@ -305,13 +304,13 @@ def log_likelihoods(model: BoRA, split: TokenSplit, theta: Weights, *, token_bud
         rows = len(batch.index)
         input_ids, labels = (value.repeat_interleave(adapters, 0).to(device) for value in (batch.input_ids, batch.labels))
         adapter = torch.arange(adapters, device=device).repeat(rows)
-        found = NextTokens(model.backbone.lazy_logits(input_ids, model.change(theta, adapter))).log_prob(labels)
-        result[batch.index] = found.double().cpu().view(rows, adapters)
+        log_prob = NextTokens(model.backbone.lazy_logits(input_ids, model.change(theta, adapter))).log_prob(labels)
+        result[batch.index] = log_prob.double().cpu().view(rows, adapters)
     return result
 
 
 def _chunk(split: TokenSplit, token_budget: int) -> int:
-    """Tasks that one text is read for in a pass."""
+    """Number of tasks per forward pass of one text."""
     return max(1, min(64, token_budget // int(split.lengths.max())))
 
 
@@ -323,7 +322,7 @@ def _split(fitted: Fitted, texts: str | Sequence[str], max_tokens: int | None) -
 
 
 def _log_prior(fitted: Fitted, prior: str | Mapping[str, float]) -> Tensor:
-    """(D,) float64."""
+    """log p(d) of each task: (D,) float64."""
     if isinstance(prior, Mapping):
         for name, value in prior.items():
             if name not in fitted.tasks:
@@ -333,7 +332,7 @@ def _log_prior(fitted: Fitted, prior: str | Mapping[str, float]) -> Tensor:
         numbers = torch.tensor([float(prior.get(name, 0.0)) for name in fitted.tasks], dtype=torch.float64)
     elif prior == "documents":
         if not fitted.documents:
-            raise InputError("the fit does not know its numbers of documents; give prior='flat', or a number by task")
+            raise InputError("the fit has no numbers of training documents; give prior='flat', or a number by task")
         numbers = torch.tensor(fitted.documents, dtype=torch.float64)
     elif prior == "flat":
         numbers = torch.ones(len(fitted.tasks), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Questions with a choice among answers: how probable each answer is under a mixture of draws of the tasks' adapters.
+"""Multiple-choice questions: the probability of each option under a mixture of draws of the tasks' adapters.
 
 >>> import bora_pyro as bp
 >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
@@ -30,25 +30,25 @@ NORMALISE = ("tokens", "none")
 
 @dataclass(frozen=True)
 class Question:
-    """A question with a choice among answers, one of them right.
+    """A multiple-choice question with one correct option.
 
         >>> Question("The sky is", (" blue.", " green."), correct=2, task="colours")
         Traceback (most recent call last):
         ...
         bora_pyro.errors.InputError: correct is 2 in the question 'The sky is'; its 2 options are numbered 0 to 1
 
-    The text that the model reads is prompt + option, with nothing put between them. Let the space between two words begin the
-    option, as most tokenizers have it, and not end the prompt.
+    The model reads prompt + option, with nothing between them. Put a space between words at the beginning of the option, not at
+    the end of the prompt, because most tokenizers join a space to the word after it.
 
     Attributes:
-        prompt: what stands before the answer.
-        options: two different answers or more.
-        correct: position of the right one.
+        prompt: the text before the answer.
+        options: the possible answers, at least two and all different.
+        correct: index of the correct option.
         task: name of the task whose adapter answers.
 
     Raises:
-        InputError: prompt, task or an option is empty, there are fewer than two options, two are the same, or ``correct`` is
-            none of their positions.
+        InputError: if the prompt, the task or an option is empty, there are fewer than two options, two options are equal, or
+            ``correct`` is not the index of an option.
     """
 
     prompt: str
@@ -75,21 +75,22 @@ class Question:
 
 @dataclass(frozen=True)
 class ChoicePredictions:
-    """What a mixture of K draws answers to each of some questions, for `bora_pyro.diagnostics.calibration` too.
+    """Predictions of a mixture of K draws for several questions. They can be given to `bora_pyro.diagnostics.calibration`.
 
     Attributes:
         task: (questions,) int64, index of the question's task.
-        label: (questions,) int64, position of the right option.
-        probabilities: (questions, options) float64, of each option under the mixture; 0 beyond a question's options.
-        answer: (questions,) int64, position of the most probable option.
-        log_prob: (questions,) log of the probability of the right option, in nats.
+        label: (questions,) int64, index of the correct option.
+        probabilities: (questions, options) float64, probability of each option under the mixture. Questions with fewer options
+            than the others are padded with 0.
+        answer: (questions,) int64, index of the most probable option.
+        log_prob: (questions,) log-probability of the correct option, in nats.
         confidence: (questions,) the highest probability.
-        correct: (questions,) bool, the most probable option is the right one.
+        correct: (questions,) bool, whether the most probable option is the correct one.
         brier: (questions,) Σ_o (p_o − 1[o = label])² over the options (Brier, 1950).
         total: (questions,) entropy of the mixture, in nats.
         aleatoric: (questions,) mean entropy of the draws, in nats.
         log_likelihood: (draws, questions, options) log p(option | prompt, task, draw), in nats, not divided by the option's
-            number of tokens; −∞ beyond a question's options.
+            number of tokens. Questions with fewer options than the others are padded with −∞.
     """
 
     task: Tensor
@@ -122,23 +123,23 @@ def choose(
 ) -> ChoicePredictions:
     """Answer questions under a mixture of draws.
 
-    The probability of an option is the mean over draws of softmax_o(log p(o | prompt, task, draw) / tokens of o). The text
-    prompt + option is tokenised as documents are, without their end; the option's tokens are those behind the prompt's. Where
-    the prompt's tokens do not begin those of the whole text, prompt and option are tokenised apart.
+    The probability of an option o is the mean over draws of softmax_o(log p(o | prompt, task, draw) / tokens of o). The text
+    prompt + option is tokenised like a document, without the end token. The tokens of the option are those after the tokens of
+    the prompt. If the tokens of the whole text do not begin with those of the prompt, both are tokenised separately.
 
     Args:
-        model: the BoRA model; its backbone has a tokenizer.
-        questions: one or more.
-        draws: weights of all tasks, (D, layers, *shape) by name, for each draw, or a function that gives them; None is the base
-            alone. They are gone through once.
-        tasks: names of the model's tasks, in their order.
-        normalise: "tokens" divides an option's log-likelihood by its number of tokens, so that long options do not lose by
-            their length; "none" takes it as it is.
-        token_budget: tokens of a batch, padding included; each option is a row with its prompt.
+        model: the BoRA model; its backbone needs a tokenizer.
+        questions: the questions, at least one.
+        draws: the draws, or a function that returns them. A draw is θ of all tasks, (D, layers, *shape) by name of the latent, or
+            None for the base alone. The draws are iterated over once.
+        tasks: names of the model's tasks, in order.
+        normalise: "tokens" divides the log-likelihood of an option by its number of tokens, so that long options have no
+            disadvantage. "none" does not.
+        token_budget: tokens of a batch, padding included. Each row is a prompt with one option.
 
     Raises:
-        InputError: there are no questions or no draws, a question's task is none of ``tasks``, an option has no token, or prompt
-            and option are longer than the backbone's context.
+        InputError: if there are no questions or no draws, the task of a question is unknown, an option has no token, or prompt
+            and option are longer than the context of the base.
     """
     if normalise not in NORMALISE:
         raise InputError(f"normalise is {normalise!r}; it can be {' or '.join(NORMALISE)}{nearest(str(normalise), NORMALISE)}")
@@ -148,9 +149,9 @@ def choose(
         raise InputError("the backbone has no tokenizer to read the questions with; give it one: Backbone(model, tokenizer)")
     rows, prompts = _tokens(tokenizer, model.backbone.context, questions)
     options = torch.tensor([len(question.options) for question in questions])
-    of_row = task.repeat_interleave(options).tolist()
+    row_task = task.repeat_interleave(options).tolist()
     pad = tokenizer.pad_token_id or 0
-    split = TokenSplit.from_documents(rows, task=of_row, num_tasks=len(tasks), pad_token_id=pad, read=prompts)
+    split = TokenSplit.from_documents(rows, task=row_task, num_tasks=len(tasks), pad_token_id=pad, read=prompts)
     drawn = draws() if callable(draws) else draws
     scores = [evaluate(model, split, weights, token_budget=token_budget)[0].log_likelihood for weights in drawn]
     if not scores:
@@ -166,16 +167,16 @@ def choose(
 
 
 def _mixture(log_p: Tensor, log_likelihood: Tensor, task: Tensor, label: Tensor) -> ChoicePredictions:
-    """Predictions of the mixture of log-probabilities ``log_p``: (draws, questions, options)."""
+    """Predictions of the mixture of draws with the log-probabilities ``log_p``: (draws, questions, options)."""
     p = log_p.exp().mean(0)
     confidence, answer = p.max(-1)
-    of_label = log_p[:, torch.arange(len(label)), label]  # (draws, questions)
+    label_log_p = log_p[:, torch.arange(len(label)), label]  # (draws, questions)
     return ChoicePredictions(
         task=task,
         label=label,
         probabilities=p,
         answer=answer,
-        log_prob=of_label.logsumexp(0) - math.log(len(log_p)),
+        log_prob=label_log_p.logsumexp(0) - math.log(len(log_p)),
         confidence=confidence,
         correct=answer == label,
         brier=1 - 2 * p.gather(1, label[:, None])[:, 0] + p.square().sum(-1),
@@ -191,20 +192,20 @@ def _task_indices(model: BoRA, questions: Sequence[Question], tasks: Sequence[st
         raise InputError("0 questions given; give 1 or more")
     if len(tasks) != model.num_tasks:
         raise InputError(f"{len(tasks)} names of tasks given; the model has {model.num_tasks} tasks, give a name for each")
-    place = {name: d for d, name in enumerate(tasks)}
+    index = {name: d for d, name in enumerate(tasks)}
     for number, question in enumerate(questions):
-        if question.task not in place:
+        if question.task not in index:
             raise InputError(
                 f"question {number} ({_short(question.prompt)!r}) is of the task {question.task!r}; the model's are "
                 f"{_short(', '.join(tasks))}{nearest(question.task, tasks)}"
             )
-    return torch.tensor([place[question.task] for question in questions])
+    return torch.tensor([index[question.task] for question in questions])
 
 
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, context: int | None, questions: Sequence[Question]
 ) -> tuple[list[list[int]], list[int]]:
-    """Tokens of prompt and option, for every option of every question, and how many of them are the prompt's."""
+    """The tokens of prompt and option for every option of every question, and the number of tokens of each prompt."""
     rows: list[list[int]] = []
     prompts: list[int] = []
     for number, question in enumerate(questions):
@@ -224,10 +225,10 @@ def _tokens(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], name: str) -> list[list[int]]:
-    """Start and tokens of each text, as documents have them, without their end."""
+    """Tokenise each text like a document, with the start token and without the end token."""
     columns = encoder(tokenizer, sys.maxsize)({"text": texts, "task": [str(n) for n in range(len(texts))]})
     encoded = dict(zip(map(int, columns["task"]), columns["input_ids"], strict=True))
-    for n, text in enumerate(texts):  # a text without tokens is left out
+    for n, text in enumerate(texts):  # the encoder leaves out texts without tokens
         if n not in encoded:
             raise InputError(f"{name}: the tokenizer has no token for {_short(text)!r}; give another prompt or option")
     end = tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""A fitted posterior in use: draws of all tasks' adapters, predictions that say how sure they are, generated text.
+"""Use of a fitted posterior: draws of all tasks' adapters, predictions with uncertainty, and generated text.
 
 >>> import bora_pyro as bp
 >>> from bora_pyro.guides import normal_guide
@@ -31,7 +31,7 @@ from bora_pyro.predict.mixture_text import Generated, generate
 
 
 class Posterior:
-    """Draws from a fitted guide, each known by its number: the same number gives the same draw, so none need be kept.
+    """Numbered draws from a fitted guide. The same number always gives the same draw, so draws need not be stored.
 
         >>> import bora_pyro as bp
         >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -44,11 +44,11 @@ class Posterior:
         (True, False)
 
     Args:
-        fitted: a fit whose guide has a spread.
-        seed: of the draws.
+        fitted: a fitted model whose guide has a spread.
+        seed: seed of the draws.
 
     Raises:
-        InputError: the fit is a point estimate.
+        InputError: if the fit is a point estimate.
     """
 
     def __init__(self, fitted: Fitted, *, seed: int = 0) -> None:
@@ -60,36 +60,39 @@ class Posterior:
         self.fitted, self.model, self.tasks, self.seed = fitted, fitted.model, fitted.tasks, seed
 
     def mean(self) -> Weights:
-        """θ of all tasks at the centre of the posterior, (D, layers, *shape) by name."""
+        """θ of all tasks at the centre of the posterior, (D, layers, *shape) by name of the latent."""
         return self.fitted.weights()[0]
 
     def sites(self, number: int) -> dict[str, Tensor]:
         """The sample sites of draw ``number``."""
-        # 1000 seeds apart: the posterior of another seed shares no draw
+        # the seeds of two posteriors are a million apart, so that they share no draw
         with torch.no_grad(), poutine.seed(rng_seed=(self.seed * 1_000_003 + number) % 2**32):
             return {name: value.detach() for name, value in self.fitted.guide().items()}
 
     def draw(self, number: int) -> Weights:
-        """θ of all tasks in draw ``number``, (D, layers, *shape) by name."""
+        """θ of all tasks in draw ``number``, (D, layers, *shape) by name of the latent."""
         return self.model.weights_given(self.sites(number))[0]
 
     def draws(self, number: int) -> Iterator[Weights]:
-        """The first ``number`` draws, one at a time.
+        """The first ``number`` draws, made one at a time.
 
         Raises:
-            InputError: fewer than one.
+            InputError: if ``number`` is below 1.
         """
         _check_number(number)
         return (self.draw(k) for k in range(number))
 
     def deviation_scales(self, *, draws: int = 16) -> Tensor:
-        """How unsure each task's deviation is, in units of the prior's scale: 1 where the documents have said nothing, (D,).
+        """Posterior scale of each task's deviation relative to the prior: (D,). It is 1 if the documents have no information.
 
-        The root mean square over all entries of the posterior standard deviation of √τ (θ_d − Θ), from so many draws. Latents
-        whose prior has no finite precision above 0 are left out.
+        This is the root mean square over all entries of the posterior standard deviation of √τ (θ_d − Θ). Latents whose prior
+        precision is 0 or infinite are left out.
+
+        Args:
+            draws: number of draws for the standard deviations, at least 2.
 
         Raises:
-            InputError: fewer than two draws, or no such latent.
+            InputError: if ``draws`` is below 2, or no latent is left.
         """
         if draws < 2:
             raise InputError(f"draws is {draws}; a standard deviation needs 2 or more")
@@ -119,20 +122,20 @@ class Posterior:
     def predict(
         self, texts: str | Sequence[str], task: str, *, draws: int = 8, max_tokens: int | None = None
     ) -> TokenPredictions:
-        """How well, and how surely, the adapter of a task predicts some texts.
+        """Predict every token of some texts with the adapter of a task.
 
         Args:
             texts: one text or several; each is a document.
             task: name of the task.
-            draws: K, the size of the mixture. Memory does not grow with it.
-            max_tokens: longer texts are cut; default: what the base reads.
+            draws: K, the number of draws in the mixture. Memory does not grow with it.
+            max_tokens: longer texts are truncated; default: the context of the base.
 
         Returns:
-            What the mixture says of each token: ``perplexity()``, ``total``, ``aleatoric`` and ``epistemic`` uncertainty, and
-            ``log_likelihood`` of each text under each draw.
+            The predictions of the mixture, with ``perplexity()``, the ``total``, ``aleatoric`` and ``epistemic`` uncertainty of
+            each token, and the ``log_likelihood`` of each text under each draw.
 
         Raises:
-            InputError: no such task, no text, fewer than one draw, or a base without tokenizer.
+            InputError: if the task is unknown, there is no text, ``draws`` is below 1, or the base has no tokenizer.
         """
         return predictive(self.model, self.split_of(texts, task, max_tokens=max_tokens), self._draws(draws))
 
@@ -148,44 +151,44 @@ class Posterior:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Generated:
-        """Continue a text as the adapter of a task would; see :func:`~bora_pyro.predict.mixture_text.generate`.
+        """Continue a text with the adapter of a task; see :func:`~bora_pyro.predict.mixture_text.generate`.
 
         Args:
-            prompt: the beginning, as a text or as token ids.
+            prompt: the beginning of the text, as a string or as token ids.
             task: name of the task.
-            how: ``mixture`` averages the probabilities of ``draws`` draws at each token, ``mean`` takes the adapter at the
-                posterior's centre, ``draw`` the one draw of number ``draw``.
-            draws: K, the size of the mixture. Time grows with it, memory does not.
-            draw: the number of the one draw.
-            max_new_tokens: the longest text, in tokens.
-            temperature: 0 takes the most probable token; above 0 tokens are drawn.
-            seed: of the tokens that are drawn.
+            how: ``mixture`` averages the probabilities of ``draws`` draws at each token. ``mean`` uses the adapter at the
+                posterior's centre. ``draw`` uses the draw with the number ``draw``.
+            draws: K, the number of draws in the mixture. Time grows with it, memory does not.
+            draw: number of the draw for ``how="draw"``.
+            max_new_tokens: largest number of new tokens.
+            temperature: 0 takes the most probable token. Above 0, tokens are sampled.
+            seed: seed of the sampled tokens.
 
         Raises:
-            InputError: no such task, an unknown ``how``, fewer than one draw, or as for ``generate``.
+            InputError: if the task or ``how`` is unknown, ``draws`` is below 1, or as for ``generate``.
         """
         if how not in ("mixture", "mean", "draw"):
             raise InputError(f"how is {how!r}; allowed: mixture, mean, draw{nearest(str(how), ('mixture', 'mean', 'draw'))}")
-        # the mean and one draw are made once, the draws of a mixture again for every token
-        one = self.mean() if how == "mean" else self.draw(draw) if how == "draw" else None
-        chosen: Draws = self._draws(draws) if one is None else lambda: [one]
+        # the mean or a single draw is made once; the draws of a mixture are made again for every token
+        single = self.mean() if how == "mean" else self.draw(draw) if how == "draw" else None
+        chosen: Draws = self._draws(draws) if single is None else lambda: [single]
         return generate(
             self.model, prompt, draws=chosen, task_index=self.index(task), max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed,
         )  # fmt: skip
 
     def split_of(self, texts: str | Sequence[str], task: str, *, max_tokens: int | None = None) -> TokenSplit:
-        """Texts as a split of which all documents are one task's."""
+        """Tokenise texts into a split whose documents all belong to one task."""
         d, texts = self.index(task), [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise InputError("there is no text; give one or more")
         return token_split(self.model.backbone, texts, task=[d] * len(texts), num_tasks=len(self.tasks), max_tokens=max_tokens)
 
     def index(self, task: str) -> int:
-        """d, the position of a task.
+        """d, the index of a task.
 
         Raises:
-            InputError: no such task.
+            InputError: if the task is unknown.
         """
         if task not in self.tasks:
             raise InputError(f"task {task!r} is not in this fit, which has {len(self.tasks)}{nearest(task, self.tasks)}")
