@@ -1,1 +1,1 @@
-"""Adapters as PEFT folders: written, read back, and pooled where they were trained apart."""
+"""Exchange of adapters as PEFT folders: writing, reading, and pooling of adapters that were trained separately."""

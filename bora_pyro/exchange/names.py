@@ -1,4 +1,4 @@
-"""Which task's adapter a folder holds: names of tasks beside the folders that are named after them.
+"""The mapping between the names of tasks and the names of their adapters' folders.
 
 >>> names = AdapterNames(("ada", "task", "task-2"), {"ada": "Ada", "task": "大阪", "task-2": "東京"})
 >>> names.folder_of("東京"), names.folder_of("ada"), names.folder_of("Zoe")
@@ -7,8 +7,8 @@
 Traceback (most recent call last):
 bora_pyro.errors.InputError: the folder of the task '東京' is not known: it may be any of task, task-2; name the folder instead
 
-A folder's name is made of the task's (:func:`~bora_pyro.files.slugs.task_slugs`), and many names may make one. A run
-therefore writes ``tasks.json`` beside its adapters, and an export has the names in ``export.json``.
+The name of a folder is derived from the name of its task (:func:`~bora_pyro.files.slugs.task_slugs`), but different tasks can
+give the same name. A run therefore writes the names of its tasks to ``tasks.json``, and an export writes them to ``export.json``.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.files.atomic import replace_file
 from bora_pyro.files.slugs import GLOBAL_MEAN, NAMELESS, task_slugs
 
-#: The file beside the folders of a run's adapters: a mapping of a folder's name to its task's.
+#: The file beside the adapters of a run that maps the name of each folder to the name of its task.
 TASKS = "tasks.json"
-#: The file of an export that says what its folders are.
+#: The file of an export that describes its folders.
 EXPORT = "export.json"
-# Larger ones are not read: a name takes a hundred bytes, and there are some ten thousand tasks.
-_BYTES = 2**24
+# The largest file in bytes that is read. Ten thousand tasks with 100 bytes each take 1 MB.
+_MAX_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class AdapterNames:
-    """The folders of one folder, and the tasks whose adapters they hold.
+    """The adapter folders inside one folder, and the names of their tasks.
 
     Attributes:
-        folders: names of all folders with an adapter of a task.
-        tasks: the task's name by folder, where it is known.
+        folders: names of all folders with the adapter of a task.
+        tasks: name of the task by name of the folder, for the folders whose task is known.
     """
 
     folders: tuple[str, ...]
@@ -47,13 +47,17 @@ class AdapterNames:
 
     @classmethod
     def read(cls, folder: str | Path, folders: Iterable[str]) -> AdapterNames:
-        """What ``tasks.json`` or ``export.json`` in ``folder`` says of these folders in it; nothing where there is neither.
+        """Read the names of tasks from ``tasks.json`` or ``export.json``. Without these files no task is known.
+
+        Args:
+            folder: the folder that contains the adapter folders.
+            folders: names of the adapter folders.
 
         Raises:
-            InputError: a file that is damaged, too large, or that gives two folders to one task.
+            InputError: if the file is damaged or too large, or has two folders for one task.
         """
         folders = tuple(folders)
-        found = {name: task for name, task in _stored(Path(folder)).items() if name in folders}
+        found = {name: task for name, task in _read_tasks(Path(folder)).items() if name in folders}
         twice = {task: name for name, task in found.items()}
         for name, task in found.items():
             if twice[task] != name:
@@ -61,14 +65,17 @@ class AdapterNames:
         return cls(folders, found)
 
     def folder_of(self, name: str, *, among: Collection[str] | None = None) -> str | None:
-        """The folder of a task, by the task's name or, where no task is called so, by its own; None where there is none.
+        """Find the folder of a task. The name of a task takes precedence over the name of a folder.
 
         Args:
-            name: of the task, or of the folder.
-            among: folders that are wanted; of others nothing need be known.
+            name: name of the task or of the folder.
+            among: the folders of interest. If none of the candidates is among them, the result is None and never an error.
+
+        Returns:
+            The name of the folder, or None if there is none.
 
         Raises:
-            InputError: the names of tasks are not known, and several folders could be this one's.
+            InputError: if the names of tasks are unknown, and several folders could belong to this one.
         """
         if (known := self._known(name)) is not None:
             return known
@@ -84,10 +91,14 @@ class AdapterNames:
         return slug
 
     def folders_of(self, names: Iterable[str], *, among: Collection[str] | None = None) -> dict[str, str | None]:
-        """The folder of each of several tasks.
+        """Find the folder of each of several tasks.
+
+        Args:
+            names: names of tasks or of folders.
+            among: as for :meth:`folder_of`.
 
         Raises:
-            InputError: as for :meth:`folder_of`; or two names that are not known would lead to one folder.
+            InputError: as for :meth:`folder_of`, or if two names lead to one folder and one of them is not known.
         """
         found = {name: self.folder_of(name, among=among) for name in names}
         first: dict[str, str] = {}
@@ -98,7 +109,7 @@ class AdapterNames:
         return found
 
     def nearest(self, name: str) -> str:
-        """The clause that suggests a folder or a task of nearly that name."""
+        """The end of an error message that suggests the folder or task with the most similar name."""
         return nearest(name, [*self.tasks.values(), *self.folders])
 
     def _known(self, name: str) -> str | None:
@@ -114,26 +125,32 @@ class AdapterNames:
 
     @cached_property
     def _stems(self) -> dict[str, str]:
-        """Of each folder whose task is not known: its name without a number, where the folder of that name is there too."""
+        """For each folder of unknown task: its name without the number at its end, if a folder with that name exists too."""
         unnamed = {folder for folder in self.folders if folder not in self.tasks}
         matches = {folder: re.fullmatch(r"(.+)-\d+", folder) for folder in sorted(unnamed)}
         return {folder: match[1] if match and match[1] in unnamed else folder for folder, match in matches.items()}
 
 
 def write_task_names(folder: Path, tasks: Mapping[str, str]) -> None:
-    """Write ``tasks.json``: the name of the task by folder."""
+    """Write ``tasks.json``.
+
+    Args:
+        folder: the folder that contains the adapter folders.
+        tasks: name of the task by name of the folder.
+    """
     text = json.dumps(dict(tasks), indent=2, ensure_ascii=False) + "\n"
     replace_file(folder / TASKS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _stored(folder: Path) -> dict[str, str]:
+def _read_tasks(folder: Path) -> dict[str, str]:
+    """The name of the task by folder, from ``tasks.json`` or else ``export.json``; empty if there is neither."""
     for name in (TASKS, EXPORT):
         file = folder / name
         if not file.is_file() or file.is_symlink():
             continue
         try:
-            content: Any = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= _BYTES else None
-            if name == EXPORT:  # draws are no tasks, and Θ is none
+            content: Any = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= _MAX_BYTES else None
+            if name == EXPORT:  # without draws and Θ, which are not tasks
                 described = content["adapters"]
                 content = {key: of["task"] for key, of in described.items() if "draw" not in of and of["task"] is not None}
         except (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError):

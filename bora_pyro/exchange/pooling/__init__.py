@@ -1,1 +1,1 @@
-"""Adapters that were trained apart, put under the hierarchy afterwards."""
+"""Pooling of separately trained adapters: the hierarchical prior is applied to them after training."""

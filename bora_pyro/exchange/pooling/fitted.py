@@ -1,4 +1,4 @@
-"""Adapters that were trained elsewhere as a fitted model, for the diagnostics, scores and plots of a fit.
+"""Conversion of pooled adapters to a fitted model, so that the diagnostics, scores and plots of a fit can be used.
 
 >>> import tempfile
 >>> from pathlib import Path
@@ -7,12 +7,12 @@
 >>> from bora_pyro.exchange.pooling.folder import read_adapters
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
 >>> with tempfile.TemporaryDirectory() as folder:
-...     for seed, task in enumerate(["ada", "bo"]):  # each with a start of its own
+...     for seed, task in enumerate(["ada", "bo"]):  # each adapter starts from another A
 ...         model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), seed=seed)
 ...         _ = bp.save_peft(Path(folder, task), model, {name: value + 0.01 for name, value in model.starts.items()})
 ...     adapters = read_adapters(folder)
 >>> fitted = pooled_fit(bp.pool(adapters, backbone, FixedShrinkage(1.0)))
->>> fitted.tasks, fitted.deviation_norms()  # Θ for all
+>>> fitted.tasks, fitted.deviation_norms()  # shrunk to Θ completely
 (['ada', 'bo'], tensor([0., 0.]))
 """
 
@@ -32,16 +32,16 @@ from bora_pyro.priors.learned import BOUNDS
 
 
 def pooled_fit(pooled: Pooled, *, shrunk: bool = True) -> Fitted:
-    """A MAP fit at the adapters, under the hierarchy that was found for them.
+    """Make a MAP fit whose weights are the adapters, with the estimated hierarchy as its prior.
 
-    In a common frame it is LoRA whose A is fixed, the frame Vᵀ itself, and whose B is B'_d: the model in which the hierarchical
-    Normal is one on ΔW. Its B has D x layers x out x R entries, R being up to the sum of the tasks' ranks; frames of lower rank
-    are filled up with zeros. τ is that of :class:`~bora_pyro.exchange.pooling.hierarchy.Hierarchy`, held within the bounds of a
-    learned one.
+    In the space ``delta_w`` the model is LoRA with a fixed A. A is the common basis Vᵀ and B is B'_d, so the hierarchical Normal
+    is on ΔW. B has D x layers x out x R entries. R can be as large as the sum of the tasks' ranks. Bases of lower rank are padded
+    with zeros. τ is that of :class:`~bora_pyro.exchange.pooling.hierarchy.Hierarchy`, clipped to the bounds of a learned τ.
 
     Args:
-        pooled: what :func:`~bora_pyro.exchange.pooling.pool.pool` has given.
-        shrunk: the adapters shrunk towards Θ, none of them cut to a lower rank; False: as they were given.
+        pooled: the result of :func:`~bora_pyro.exchange.pooling.pool.pool`.
+        shrunk: True uses the adapters after shrinkage towards Θ, without truncation to a lower rank. False uses the adapters
+            as they were given.
     """
     backbone, tasks = pooled.backbone, len(pooled.tasks)
     adapter, theta, mean, fixed = _in_frame(pooled, shrunk) if pooled.frames else _entrywise(pooled, shrunk)
@@ -66,11 +66,11 @@ def _in_frame(pooled: Pooled, shrunk: bool) -> tuple[Adapter, Weights, Weights, 
         values, bases = [], []
         for path in slot.paths:
             changes, basis = in_frame(given, path)
-            both = shrink(changes, pooled.groups[slot.name])
+            tasks_and_mean = shrink(changes, pooled.groups[slot.name])
             if not shrunk:
-                both[:-1] = changes
+                tasks_and_mean[:-1] = changes
             more = rank - basis.shape[1]
-            values.append(pad(both, (0, more)).float())
+            values.append(pad(tasks_and_mean, (0, more)).float())
             bases.append(pad(basis.mT, (0, 0, 0, more)).float())
         stacked = torch.stack(values, 1)
         theta[f"{slot.name}.lora_B"], mean[f"{slot.name}.lora_B"] = stacked[:-1], stacked[-1]
@@ -80,7 +80,7 @@ def _in_frame(pooled: Pooled, shrunk: bool) -> tuple[Adapter, Weights, Weights, 
 
 def _entrywise(pooled: Pooled, shrunk: bool) -> tuple[Adapter, Weights, Weights, Weights]:
     first = next(iter(pooled.adapters.values()))
-    factors = pooled.factors if shrunk else {task: one.factors for task, one in pooled.adapters.items()}
+    factors = pooled.factors if shrunk else {task: adapter.factors for task, adapter in pooled.adapters.items()}
     theta: Weights = {}
     mean: Weights = {}
     for slot in pooled.backbone.slots:

@@ -1,4 +1,4 @@
-"""From a folder of PEFT adapters to a folder of pooled ones with tables: what ``scripts/pool_adapters.py`` does.
+"""Reading of a folder of PEFT adapters to pool, and writing of a folder with the pooled adapters and tables.
 
 >>> from bora_pyro.exchange.pooling.hierarchy import FixedShrinkage
 >>> from bora_pyro.exchange.pooling.pool import pool
@@ -25,22 +25,26 @@ from bora_pyro.exchange.save import CONFIG, write_peft
 from bora_pyro.files.atomic import whole_folder, write_record
 from bora_pyro.files.slugs import GLOBAL_MEAN
 
-#: The file of a pooled folder that says how it was made.
+#: The file in a folder of pooled adapters with the options and the results of the pooling.
 POOLING = "pooling.json"
 
 
 def read_adapters(folder: str | Path, tasks: Sequence[str] | None = None) -> dict[str, PeftAdapter]:
-    """The adapters in the folders of a folder, by the folder's name.
+    """Read the adapters in the subfolders of a folder.
 
-    A folder ``global-mean`` and draws, ``<task>--draw-<k>``, as this library writes them, are no tasks and are passed over,
-    unless they are named.
+    Subfolders that are not adapters of a task (``global-mean`` and draws ``<task>--draw-<k>``, as this library writes them) are
+    ignored unless they are named.
 
     Args:
-        folder: where the PEFT folders lie.
-        tasks: names of folders, or of the tasks in them (:mod:`bora_pyro.exchange.names`); default: all.
+        folder: the folder that contains the PEFT folders.
+        tasks: names of folders or of tasks (:mod:`bora_pyro.exchange.names`); default: all tasks.
+
+    Returns:
+        The adapters, by name of their folder.
 
     Raises:
-        InputError: no such folder, fewer than two adapters, or as for :func:`~bora_pyro.exchange.load.read_peft`.
+        InputError: if there is no such folder, it has fewer than two adapters, or as for
+            :func:`~bora_pyro.exchange.load.read_peft`.
     """
     folder, names = Path(folder), _folders(folder)
     own = adapter_names(folder)
@@ -50,17 +54,17 @@ def read_adapters(folder: str | Path, tasks: Sequence[str] | None = None) -> dic
         found = {task: own.folder_of(task) or (task if task in names else None) for task in tasks}
         if unknown := [task for task in tasks if found[task] is None]:
             raise InputError(f"{folder} has no adapter {unknown[0]!r}, of {len(names)}{own.nearest(unknown[0])}")
-        tasks = [place for place in found.values() if place is not None]
+        tasks = [name for name in found.values() if name is not None]
     if len(dict.fromkeys(tasks)) < 2:
         raise InputError(f"{folder} has {len(tasks)} adapters of tasks; give a folder with two or more folders with {CONFIG}")
     return {task: read_peft(folder / task) for task in dict.fromkeys(tasks)}
 
 
 def adapter_names(folder: str | Path) -> AdapterNames:
-    """The adapters of tasks in a folder, Θ and draws passed over, and the names of those tasks as far as they are known.
+    """The adapter folders in a folder, without Θ and draws, and the names of their tasks if known.
 
     Raises:
-        InputError: no such folder, or as for :meth:`~bora_pyro.exchange.names.AdapterNames.read`.
+        InputError: if there is no such folder, or as for :meth:`~bora_pyro.exchange.names.AdapterNames.read`.
     """
     return AdapterNames.read(folder, (name for name in _folders(folder) if name != GLOBAL_MEAN and "--draw-" not in name))
 
@@ -72,15 +76,16 @@ def _folders(folder: str | Path) -> list[str]:
 
 
 def read_documents(file: str, tasks: Sequence[str], names: AdapterNames | None = None) -> list[float]:
-    """N_d of each task from a table with the columns ``task`` and ``documents``; other rows are passed over.
+    """Read N_d of each task from a table with the columns ``task`` and ``documents``. Rows of other tasks are ignored.
 
     Args:
         file: the table.
         tasks: names of the adapters' folders.
-        names: what is known of the tasks in them; a row may have the name of the task or of its folder.
+        names: the names of the tasks in these folders, if known. The table may use the name of a task or of its folder.
 
     Raises:
-        InputError: the table cannot be read, lacks a column or a task, names one twice, or has a number that is not positive.
+        InputError: if the table cannot be read, lacks a column or a task, has a task twice, or has a number that is not
+            positive.
     """
     table = read_file(Path(file))
     for column in ("task", "documents"):
@@ -104,7 +109,7 @@ def read_documents(file: str, tasks: Sequence[str], names: AdapterNames | None =
 
 
 def group_table(pooled: Pooled) -> pd.DataFrame:
-    """A row a group: entries, the frame's rank, spread, τ, h, and the shrinkage of the tasks."""
+    """One row per group: entries, rank of the frame, standard deviation, τ, h, and the least, mean and largest shrinkage."""
     return pd.DataFrame(
         [
             {
@@ -124,7 +129,7 @@ def group_table(pooled: Pooled) -> pd.DataFrame:
 
 
 def task_table(pooled: Pooled, documents: Sequence[float] | None = None) -> pd.DataFrame:
-    """A row a task: documents, shrinkage by group, distance from Θ before and after, what the cut to a low rank has lost."""
+    """One row per task: documents, rank, distance from Θ before and after shrinkage, truncation error, shrinkage by group."""
     before, after = pooled.distances
     shrinkages: dict[str, Tensor] = {f"shrinkage_{name}": found.shrinkage for name, found in pooled.groups.items()}
     return pd.DataFrame(
@@ -150,19 +155,19 @@ def write_pooled(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the shrunk adapters, Θ, and the tables, as one folder that appears when all of it is written.
+    """Write the shrunk adapters, Θ and the tables to one folder, which is created only when all of it is complete.
 
     Args:
-        output_dir: the folder to make: ``<task>/``, ``global-mean/``, ``groups.csv``, ``tasks.csv`` and ``pooling.json``.
-        pooled: what :func:`~bora_pyro.exchange.pooling.pool.pool` has given.
-        options: how it was made, for ``pooling.json``.
-        documents: N_d, for ``tasks.csv``.
-        names: what is known of the tasks' names; where something is, it goes to ``tasks.json``.
-        base_model: what the adapters call their base; default: the name that it was loaded by.
-        overwrite: replace an earlier result.
+        output_dir: the folder to make, with ``<task>/``, ``global-mean/``, ``groups.csv``, ``tasks.csv`` and ``pooling.json``.
+        pooled: the result of :func:`~bora_pyro.exchange.pooling.pool.pool`.
+        options: the options of the pooling, for ``pooling.json``.
+        documents: N_d of each task, for ``tasks.csv``.
+        names: the names of the tasks, for ``tasks.json``, which is written if any name is known.
+        base_model: the name of the base in the adapters; default: the name that the base was loaded by.
+        overwrite: whether to replace an earlier result.
 
     Raises:
-        InputError: the folder is taken or cannot be written, or a task is called as Θ's folder is.
+        InputError: if the folder exists or cannot be written, or a task has the name of Θ's folder.
     """
     if GLOBAL_MEAN in pooled.tasks:
         raise InputError(f"a task is called {GLOBAL_MEAN!r}, which is the folder of Θ; rename its folder")
@@ -186,7 +191,7 @@ def write_pooled(
 
 
 def _plain(row: dict[Any, Any]) -> dict[str, Any]:
-    """Numbers as JSON has them: infinity as the command line takes it, what is not known as null."""
+    """The values of a row for JSON: infinity as "inf", which the command line reads, and unknown values as null."""
     shown: dict[str, Any] = {}
     for name, value in row.items():
         number = isinstance(value, float)

@@ -1,4 +1,4 @@
-"""How far to shrink independently trained adapters, by documents that none of them was trained on.
+"""Choice of the shrinkage of independently trained adapters by documents that none of them was trained on.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -12,11 +12,11 @@
     ...     adapters = read_adapters(folder)
     >>> documents = TokenSplit.from_documents([[0, 5, 6], [0, 7, 8, 9]], task=[0, 1], num_tasks=2)
     >>> found = held_out_shrinkage(adapters, backbone, documents, shares=(0.0, 0.5, 1.0))
-    >>> found.share, list(found.perplexities)  # nothing is gained, so nothing is shrunk
+    >>> found.share, list(found.perplexities)  # no share improves the perplexity, so the adapters are not shrunk
     (0.0, [0.0, 0.5, 1.0])
 
-The estimators of :mod:`bora_pyro.exchange.pooling.hierarchy` suppose how noise and differences are made; this asks whether the
-adapters predict better nearer to Θ.
+The estimators of :mod:`bora_pyro.exchange.pooling.hierarchy` make assumptions about the noise and the differences of the tasks.
+This module makes none: it measures whether the adapters predict better when they are closer to Θ.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from bora_pyro.exchange.pooling.hierarchy import FixedShrinkage
 from bora_pyro.exchange.pooling.pool import pool
 from bora_pyro.inference.evaluate import evaluate
 
-#: The shares of the way to Θ that are tried.
+#: The shares of the way to Θ that are tried by default.
 SHARES = tuple(n / 10 for n in range(11))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What documents say of the shrinkage.
+    """The perplexity of held-out documents for several amounts of shrinkage.
 
     Attributes:
-        share: the share of the way to Θ at which they are predicted best.
-        perplexities: of all documents, by share.
+        share: the share of the way to Θ with the lowest perplexity.
+        perplexities: the perplexity of all documents, by share.
     """
 
     share: float
@@ -65,32 +65,34 @@ def held_out_shrinkage(
     shares: Sequence[float] = SHARES,
     same_base: bool = True,
 ) -> HeldOut:
-    """Try shares of the way to Θ, the same for all tasks and layers, none of the adapters cut to a lower rank.
+    """Compute the perplexity for several shares of the way to Θ.
+
+    A share is the same for all tasks and layers. The shrunk adapters are not truncated to a lower rank.
 
     Args:
         adapters: as for :func:`~bora_pyro.exchange.pooling.pool.pool`.
-        backbone: their base.
-        documents: documents of the tasks, in the order of the adapters; not those that they were trained on, which are predicted
-            best by the adapters as they are.
+        backbone: the base of the adapters.
+        documents: documents of the tasks; task d is that of adapter d. They must not be the training documents, which the
+            adapters predict best without shrinkage.
         space: as for :func:`~bora_pyro.exchange.pooling.pool.pool`.
-        shares: what to try, each from 0 to 1.
+        shares: the shares to try, each from 0 to 1.
         same_base: as for :func:`~bora_pyro.exchange.pooling.pool.pool`.
 
     Raises:
-        InputError: as for :func:`~bora_pyro.exchange.pooling.pool.pool`; or no documents.
+        InputError: as for :func:`~bora_pyro.exchange.pooling.pool.pool`, or if there are no documents.
     """
     if not len(documents):
         raise InputError("there are no documents to judge the shrinkage by")
     fitted = pooled_fit(pool(adapters, backbone, FixedShrinkage(0), space=space, same_base=same_base))
     theta, mean = fitted.weights()
     perplexities: dict[float, float] = {}
-    for s in shares:
-        shrunk = {name: (1 - s) * value + s * mean[name] for name, value in theta.items()}
+    for share in shares:
+        shrunk = {name: (1 - share) * value + share * mean[name] for name, value in theta.items()}
         [scores] = evaluate(fitted.model, documents, shrunk)
         perplexity = scores.perplexity()
-        assert perplexity is not None  # a document has tokens
-        perplexities[s] = perplexity
-    return HeldOut(min(perplexities, key=lambda s: perplexities[s]), perplexities)
+        assert perplexity is not None  # every document has tokens
+        perplexities[share] = perplexity
+    return HeldOut(min(perplexities, key=lambda share: perplexities[share]), perplexities)
 
 
 def read_held_out(
@@ -103,29 +105,29 @@ def read_held_out(
     text_column: str = "text",
     max_tokens: int = 256,
 ) -> TokenSplit:
-    """The documents of a table that are of some tasks; other rows are passed over.
+    """Read and tokenise the documents of some tasks from a table. Rows of other tasks are ignored.
 
     Args:
         source: as for :func:`~bora_pyro.data.read_table`.
         backbone: the base, with its tokenizer.
         tasks: names of the adapters' folders.
-        names: what is known of the tasks in them; a task of the table has its name, or that of its folder.
+        names: the names of the tasks in these folders, if known. The table may use the name of a task or of its folder.
         task_column: column with the name of the task.
         text_column: column with the text.
-        max_tokens: longer documents are cut.
+        max_tokens: longer documents are truncated.
 
     Raises:
-        InputError: the table cannot be read, or has no document of these tasks; a task whose folder is not known; the base
+        InputError: if the table cannot be read or has no document of these tasks, the folder of a task is not known, or the base
             has no tokenizer.
     """
     tokenizer = tokenizer_of(backbone)
     table, _ = read_table(source, task_column=task_column, text_column=text_column)
-    place = {task: d for d, task in enumerate(tasks)}
+    task_index = {task: d for d, task in enumerate(tasks)}
     folders = (names or AdapterNames(tuple(tasks))).folders_of(table["task"], among=tasks)
     rows = [(folders[name], text) for name, text in zip(table["task"], table["text"], strict=True)]
-    own = [(task, text) for task, text in rows if task in place]
+    own = [(task, text) for task, text in rows if task in task_index]
     if not own:
         raise InputError(f"{source} has no document of {', '.join(tasks[:3])}{', ...' if len(tasks) > 3 else ''}")
     documents = datasets.Dataset.from_dict({"task": [task for task, _ in own], "text": [text for _, text in own]})
     longest = max_tokens if backbone.context is None else min(max_tokens, backbone.context)
-    return tokenise(documents, tokenizer, task_index=place, max_tokens=longest).split
+    return tokenise(documents, tokenizer, task_index=task_index, max_tokens=longest).split

@@ -1,4 +1,4 @@
-"""What independently made estimates say of the hierarchy that they come from, and how far each is to be shrunk towards Θ.
+"""Estimators of the hierarchy behind independent estimates, and of the shrinkage of each estimate towards Θ.
 
     >>> import torch
     >>> estimates = torch.tensor([[1.0, 1.0], [3.0, 1.0], [2.0, 4.0]], dtype=torch.float64)  # (D, n)
@@ -6,15 +6,16 @@
     >>> found.variance, found.tau, found.shrinkage
     (2.0, 1.0, tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64))
 
-The model, for n entries i of D tasks d, is the one-way hierarchy: an estimate y_d = θ_d + ε_d with sampling noise
-ε_d ~ Normal(0, I/(h N_d)), h the information of one document on one entry, and θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1. Then
+The model is a one-way hierarchy of D tasks with n entries each. The estimate of task d is y_d = θ_d + ε_d with the sampling noise
+ε_d ~ Normal(0, I/(h N_d)), where h is the information of one document about one entry. The prior is θ_d ~ Normal(Θ, I/τ) with
+p(Θ) ∝ 1. For given precisions the posterior mean is
 
-    θ̂_d = (1 − s_d) y_d + s_d Θ̂,  s_d = τ/(τ + h N_d),  Θ̂ = Σ_d w_d y_d,  w_d ∝ 1/(1/τ + 1/(h N_d)),
+    θ̂_d = (1 − s_d) y_d + s_d Θ̂,  s_d = τ/(τ + h N_d),  Θ̂ = Σ_d w_d y_d,  w_d ∝ 1/(1/τ + 1/(h N_d)).
 
-is the posterior mean at the precisions, and their likelihood sees the estimates only through the inner products ⟨y_d, y_e⟩: the
-functions here take these, (D, D), and the number n. Estimates alone tell the sum 1/τ + 1/(h N_d) of a task and not its two parts:
-something else must part them. An estimator is that something: numbers of documents (:class:`MarginalLikelihood`), a known noise
-(:class:`JamesStein`), or a decision (:class:`FixedShrinkage`).
+The likelihood of the precisions depends on the estimates only through their inner products ⟨y_d, y_e⟩. The functions here
+therefore take the Gram matrix (D, D) and the number n. The estimates alone determine only the sum 1/τ + 1/(h N_d) of each task.
+An estimator uses additional information to separate its two terms: numbers of documents (:class:`MarginalLikelihood`), a known
+noise (:class:`JamesStein`), or a chosen shrinkage (:class:`FixedShrinkage`).
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from bora_pyro.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Hierarchy:
-    """What an estimator finds of one group of entries.
+    """The estimated hierarchy of one group of entries.
 
     Attributes:
-        entries: n.
-        variance: 1/τ + 1/(h N_d) of an entry, where it differs between tasks that of a task with the harmonic mean of the N_d.
-        tau: τ; infinite where all the tasks' differences are noise.
-        information: h, of one document on one entry; None where no documents were counted.
-        shrinkage: s_d, (D,) float64: 0 leaves a task as it is, 1 puts Θ in its place.
-        weights: w_d of the tasks in Θ̂, (D,) float64, of sum 1.
+        entries: n, the number of entries of a task.
+        variance: 1/τ + 1/(h N_d), the variance of an entry. If the N_d differ, N_d is replaced by their harmonic mean.
+        tau: τ; infinite if all differences between tasks are noise.
+        information: h, the information of one document about one entry; None if the estimator does not use numbers of documents.
+        shrinkage: s_d, (D,) float64. 0 leaves a task unchanged, 1 replaces it by Θ.
+        weights: w_d, the weights of the tasks in Θ̂, (D,) float64, with sum 1.
     """
 
     entries: int
@@ -54,40 +55,42 @@ class Hierarchy:
 
 
 class Estimator(ABC):
-    """How the spread of the estimates is parted into the tasks' own differences and noise."""
+    """Base class of estimators, which separate the variance of the estimates into differences between tasks and noise."""
 
     @abstractmethod
     def __call__(self, gram: Tensor, entries: int) -> Hierarchy:
-        """Estimate from one group of entries.
+        """Estimate the hierarchy of one group of entries.
 
         Args:
-            gram: inner products ⟨y_d, y_e⟩ over the entries, (D, D) float64, D from 2 up.
-            entries: n, how many there are.
+            gram: inner products ⟨y_d, y_e⟩ over the entries, (D, D) float64, with D at least 2.
+            entries: n, the number of entries.
 
         Raises:
-            InputError: the tasks are fewer, or other than the estimator was made for.
+            InputError: if D is below 2, or differs from the number of tasks of the estimator.
         """
 
 
 class MarginalLikelihood(Estimator):
-    """Maximum marginal likelihood (empirical Bayes), Θ integrated out: τ and h by what sets tasks with few documents apart.
+    """Maximum marginal likelihood (empirical Bayes) estimates of τ and h, with Θ integrated out, from numbers of documents.
 
         >>> MarginalLikelihood([10, 200, 40])
         MarginalLikelihood(3 tasks, 10 to 200 documents)
 
-    With σ_d² = 1/τ + 1/(h N_d) = φ u_d, u_d = ρ + (1 − ρ) H/N_d and H the harmonic mean of the N_d, the likelihood of a group is
+    Let H be the harmonic mean of the N_d, and σ_d² = 1/τ + 1/(h N_d) = φ u_d with u_d = ρ + (1 − ρ) H/N_d. The log-likelihood of
+    a group is, up to a constant,
 
-        −n/2 [Σ_d log σ_d² + log Σ_d σ_d⁻²] − ½ Σ_d ‖y_d − Θ̂‖²/σ_d²,
+        −n/2 [Σ_d log σ_d² + log Σ_d σ_d⁻²] − ½ Σ_d ‖y_d − Θ̂‖²/σ_d².
 
-    whose maximum over φ is Σ_d ‖y_d − Θ̂‖²/u_d / (n (D − 1)); what is left is one number, ρ from 0 (all noise) to 1 (none), found
-    by a grid and Brent's method. It supposes that the estimates of tasks with few documents scatter more. Adapters that were
-    stopped early do the opposite, the more documents the farther from the start; ρ is then 1 and nothing is shrunk.
+    It is largest at φ = Σ_d ‖y_d − Θ̂‖²/u_d / (n (D − 1)). The remaining number ρ, from 0 (all variance is noise) to 1 (no noise),
+    is found with a grid and Brent's method. The method assumes that the estimates of tasks with few documents vary more. Adapters
+    whose training was stopped early do the opposite: with more documents they move farther from their start. Then ρ = 1, and
+    nothing is shrunk.
 
     Args:
-        documents: N_d of each task, above 0 and not all the same.
+        documents: N_d of each task, above 0 and not all equal.
 
     Raises:
-        InputError: numbers that are not positive, or all the same, which cannot part the two variances.
+        InputError: if a number is not positive, or if all are equal, which does not separate the two variances.
     """
 
     def __init__(self, documents: Sequence[float]) -> None:
@@ -96,8 +99,8 @@ class MarginalLikelihood(Estimator):
             raise InputError(f"documents {list(documents)}: give a positive number for each of two or more tasks")
         if bool((self.documents == self.documents[0]).all()):
             raise InputError(
-                f"all {len(self.documents)} tasks have {documents[0]} documents, which cannot part noise from the tasks' "
-                "differences; give the noise or the shrinkage instead"
+                f"all {len(self.documents)} tasks have {documents[0]} documents, which cannot separate noise from the "
+                "differences of the tasks; give the noise or the shrinkage instead"
             )
 
     def __call__(self, gram: Tensor, entries: int) -> Hierarchy:
@@ -105,18 +108,18 @@ class MarginalLikelihood(Estimator):
         harmonic = 1 / (1 / self.documents).mean()
         around = centred(gram)
 
-        def parts(rho: float) -> tuple[Tensor, float]:
+        def u_and_phi(rho: float) -> tuple[Tensor, float]:
             u = rho + (1 - rho) * harmonic / self.documents
             return u, max(float(_spread(around, 1 / u)), 1e-300) / (entries * (len(u) - 1))
 
         def cost(rho: float) -> float:
-            u, phi = parts(rho)
+            u, phi = u_and_phi(rho)
             return (len(u) - 1) * math.log(phi) + float(u.log().sum() + (1 / u).sum().log())
 
-        if float(around.diagonal().sum()) <= 0:  # copies of one estimate
+        if float(around.diagonal().sum()) <= 0:  # all estimates are equal
             return _hierarchy(entries, 0.0, torch.ones_like(self.documents), torch.ones_like(self.documents), 0.0, math.inf)
-        rho = _least(cost)
-        u, phi = parts(rho)
+        rho = _minimise(cost)
+        u, phi = u_and_phi(rho)
         noise = (1 - rho) * harmonic / self.documents
         information = 1 / (phi * (1 - rho) * float(harmonic)) if rho < 1 else math.inf
         return _hierarchy(entries, phi, noise / u, 1 / u, phi * rho, information)
@@ -127,20 +130,20 @@ class MarginalLikelihood(Estimator):
 
 
 class JamesStein(Estimator):
-    """The positive-part estimate of James and Stein around the tasks' mean (Lindley's form), for a known noise σ.
+    """The positive-part James-Stein estimate around the tasks' mean (Lindley's form), for a known noise σ.
 
         >>> JamesStein(noise=0.01)
         JamesStein(noise=0.01)
 
-    s = min(1, σ² (n (D − 1) − 2) / Σ_d ‖y_d − ȳ‖²), the same for all tasks: for n (D − 1) above 2 its total squared error is
-    below that of the y_d themselves, whatever the θ_d.
+    The shrinkage is s = min(1, σ² (n (D − 1) − 2) / Σ_d ‖y_d − ȳ‖²) for all tasks. If n (D − 1) is above 2, its expected total
+    squared error is below that of the y_d for all θ_d.
 
     Args:
-        noise: σ, standard deviation of an entry of an estimate around the truth, as the difference of two
-            adapters of one task from two seeds shows it (divided by √2).
+        noise: σ, the standard deviation of an entry of an estimate around its true value. It can be estimated from two adapters
+            of one task with different seeds: the standard deviation of their difference, divided by √2.
 
     Raises:
-        InputError: a noise that is not positive and finite.
+        InputError: if the noise is not positive and finite.
     """
 
     def __init__(self, noise: float) -> None:
@@ -150,9 +153,10 @@ class JamesStein(Estimator):
 
     def __call__(self, gram: Tensor, entries: int) -> Hierarchy:
         _check(gram)
-        variance, freedom = _variance(gram, entries), entries * (len(gram) - 1)
+        variance, degrees_of_freedom = _variance(gram, entries), entries * (len(gram) - 1)
         noise = self.noise**2
-        share = min(1.0, max(freedom - 2, 0) / freedom * noise / variance) if variance > 0 else 1.0
+        correction = max(degrees_of_freedom - 2, 0) / degrees_of_freedom
+        share = min(1.0, correction * noise / variance) if variance > 0 else 1.0
         ones = torch.ones(len(gram), dtype=torch.float64)
         return _hierarchy(entries, variance, share * ones, ones, max(variance - noise, 0.0), None)
 
@@ -161,13 +165,13 @@ class JamesStein(Estimator):
 
 
 class FixedShrinkage(Estimator):
-    """The same share s of the way towards Θ for every task and group; it says that 1/τ is the share 1 − s of the spread.
+    """A chosen shrinkage s for every task and group. It implies that 1/τ is the share 1 − s of the variance.
 
     Args:
-        s: from 0 (every task as it is) to 1 (Θ for all).
+        s: the shrinkage, from 0 (tasks stay unchanged) to 1 (all tasks become Θ).
 
     Raises:
-        InputError: a share that is not from 0 to 1.
+        InputError: if the shrinkage is not from 0 to 1.
     """
 
     def __init__(self, s: float) -> None:
@@ -197,7 +201,7 @@ def _check(gram: Tensor, tasks: int | None = None) -> None:
 
 
 def centred(gram: Tensor) -> Tensor:
-    """Inner products of the deviations from the tasks' plain mean."""
+    """Inner products of the deviations from the unweighted mean of the tasks."""
     return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
 
 
@@ -207,12 +211,12 @@ def _spread(gram: Tensor, weights: Tensor) -> Tensor:
 
 
 def _variance(gram: Tensor, entries: int) -> float:
-    """The unbiased variance of an entry between the tasks."""
+    """The unbiased variance of an entry over the tasks."""
     return max(float(centred(gram).trace()), 0.0) / (entries * (len(gram) - 1))
 
 
-def _least(cost: Callable[[float], float]) -> float:
-    """Where a function of a number from 0 to 1 is least: the best of a grid, ends included, and Brent's method around it."""
+def _minimise(cost: Callable[[float], float]) -> float:
+    """Find the number in [0, 1] that minimises a function: the best point of a grid, improved with Brent's method."""
     grid = np.linspace(0, 1, 101)
     values = [cost(float(rho)) for rho in grid]
     best = int(np.argmin(values))

@@ -1,4 +1,4 @@
-"""Independently trained LoRA adapters under one hierarchy: their Θ and τ, and each of them shrunk towards Θ, nothing retrained.
+"""Pooling of independently trained LoRA adapters without retraining: estimates of Θ and τ, and shrinkage towards Θ.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -7,7 +7,7 @@
     >>> from bora_pyro.exchange.load import read_peft
     >>> backbone, adapters = bp.Backbone.from_pretrained("builtin:nano"), {}
     >>> for seed, task in enumerate(["ada", "bo", "cleo"]):
-    ...     model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), seed=seed)  # each with a start of its own
+    ...     model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), seed=seed)  # each adapter starts from another A
     ...     with tempfile.TemporaryDirectory() as folder:
     ...         _ = bp.save_peft(Path(folder), model, {name: value + 0.01 for name, value in model.starts.items()})
     ...         adapters[task] = read_peft(folder)
@@ -15,16 +15,16 @@
     >>> list(pooled.groups), pooled.frames["q_proj"]
     (['v_proj', 'q_proj'], [6, 6, 6, 6])
 
-LoRA's factors have a gauge: (B, A) and (B G⁻¹, G A) are the same ΔW, and adapters that started from different A stand in
-different gauges, so that the mean of their B and of their A is the mean of nothing. They are therefore brought into one frame
-first. With V (in, R) an orthonormal basis of the union of the row spaces of all A_d in a layer, every task's change is
+The factors of LoRA are not unique: (B, A) and (B G⁻¹, G A) give the same ΔW for every invertible G. If adapters started from
+different A, the means of their B and of their A have no meaning. All adapters are therefore first written in one common basis,
+the frame. Let V (in, R) be an orthonormal basis of the sum of the row spaces of all A_d in a layer. Then
 
-    ΔW_d = B'_d Vᵀ,  B'_d = (α/r) B_d A_d V  (out, R),
+    ΔW_d = B'_d Vᵀ,  B'_d = (α/r) B_d A_d V  (out, R)
 
-exactly, whatever its gauge, and the hierarchical Normal is put on B'_d: an isotropic one on ΔW within that subspace, which does
-not depend on the choice of the basis. Shrinkage is then linear in ΔW, and the result is cut back to a low rank by its singular
-values. Adapters of a common start, as BoRA's own, can also be pooled entry by entry of A and B (``space="weights"``), where
-nothing is cut.
+holds exactly for every task, and B'_d does not depend on G. The hierarchical Normal is put on B'_d. This is an isotropic Normal
+on ΔW within the subspace, and it does not depend on the choice of V. Shrinkage is then linear in ΔW, and the result is truncated
+to a low rank by its singular values. Adapters with a common start, such as those of BoRA, can also be pooled entry by entry of A
+and B (``space="weights"``). No truncation is needed then.
 """
 
 from __future__ import annotations
@@ -43,26 +43,28 @@ from bora_pyro.exchange.pooling.hierarchy import Estimator, Hierarchy, centred
 from bora_pyro.exchange.save import LayerFactors
 
 FULL = "full"
-# A direction of the frame below this share of the largest is float32's rounding of the others.
+# Directions with a singular value below this fraction of the largest one are float32 rounding errors.
 _RANK_TOLERANCE = 1e-5
 
 
 @dataclass(eq=False)
 class Pooled:
-    """What :func:`pool` makes of a set of adapters.
+    """The result of :func:`pool`.
 
     Attributes:
         backbone: the base.
-        tasks: names, in the order of the estimates.
-        adapters: the adapters as they were given, by task.
-        groups: what was found, by group: a kind of layer, or in the space of the weights a kind of layer and a factor.
-        frames: R of each layer, by kind of layer; empty in the space of the weights.
-        factors: the shrunk adapters by task, all of one rank.
-        mean: Θ in the same form.
-        alpha: α of both; a layer changes by (α/r) B A.
-        distances: ‖ΔW_d − ΔW_Θ‖ over all layers as given, and after shrinkage, before it is cut to its rank: (D,) each. In the
-            space of the weights ‖θ_d − Θ‖.
-        lost: relative Frobenius error of cutting each shrunk adapter to its rank, over all layers, (D,); ``mean_lost`` that of Θ.
+        tasks: names of the tasks, in the order of all tensors here.
+        adapters: the given adapters, by task.
+        groups: the estimated hierarchy of each group. A group is a kind of layer; in the space ``weights`` it is a kind of layer
+            and a factor.
+        frames: R of each layer, by kind of layer; empty in the space ``weights``.
+        factors: the shrunk adapters by task, all of the same rank.
+        mean: Θ, as an adapter of the same rank.
+        alpha: α of the shrunk adapters and of Θ. A layer changes by (α/r) B A.
+        distances: ‖ΔW_d − ΔW_Θ‖ over all layers before and after shrinkage, without truncation to a lower rank: (D,) each. In
+            the space ``weights`` it is ‖θ_d − Θ‖.
+        lost: (D,) relative Frobenius error of truncating each shrunk adapter to its rank, over all layers.
+        mean_lost: the same error for Θ.
     """
 
     backbone: Backbone
@@ -87,7 +89,7 @@ def pool(
     rank: int | str | None = None,
     same_base: bool = True,
 ) -> Pooled:
-    """Estimate the hierarchy of a set of adapters, and shrink each towards Θ.
+    """Estimate the hierarchy of a set of adapters, and shrink each adapter towards Θ.
 
         >>> import tempfile
         >>> from pathlib import Path
@@ -103,16 +105,17 @@ def pool(
         ['ada', 'bo']
 
     Args:
-        adapters: two or more, by name of the task.
-        backbone: their base, whose target layers are theirs.
-        estimator: how far to shrink, from what is known: see :mod:`bora_pyro.exchange.pooling.hierarchy`.
-        space: ``delta_w``, in a common frame; ``weights``, entry by entry of A and B, which means something only for adapters of
-            a common start.
-        rank: of the result; default the largest of the adapters; ``full`` keeps all of it, whose rank is up to Σ_d r_d.
+        adapters: two or more adapters, by name of the task.
+        backbone: the base of the adapters, with the same target layers.
+        estimator: the method that estimates the shrinkage; see :mod:`bora_pyro.exchange.pooling.hierarchy`.
+        space: ``delta_w`` pools ΔW in a common frame. ``weights`` pools the entries of A and B, which is only meaningful for
+            adapters with a common start.
+        rank: rank of the result. The default is the largest rank of the adapters. ``full`` truncates nothing; the rank is then
+            Σ_d r_d or less.
         same_base: as for :meth:`PeftAdapter.on`.
 
     Raises:
-        InputError: fewer than two adapters, one that is not of the base, or options that do not go together.
+        InputError: if there are fewer than two adapters, an adapter does not fit the base, or options exclude each other.
     """
     if len(adapters) < 2:
         raise InputError(f"{len(adapters)} adapter given; a hierarchy needs 2 or more")
@@ -127,23 +130,23 @@ def pool(
 
 
 def frame(a: Sequence[Tensor]) -> Tensor:
-    """V: an orthonormal basis of the union of the row spaces of some matrices.
+    """V, an orthonormal basis of the sum of the row spaces of several matrices.
 
         >>> frame([torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 3.0]])]).shape
         torch.Size([3, 2])
 
     Args:
-        a: A of each task, (r_d, in) float64. A change of gauge, A → G A, leaves the span as it is.
+        a: A of each task, (r_d, in) float64. Replacing A by G A with an invertible G does not change the result's span.
 
     Returns:
-        (in, R), R at most the sum of the ranks and the number of columns.
+        (in, R), where R is at most the sum of the ranks, and at most ``in``.
     """
-    # the tasks' own bases first, or the scale of an A would decide whether its directions count
+    # orthonormalise each A first, so that an A with small entries is not taken for rounding errors of the others
     return _row_basis(torch.cat([_row_basis(one).mT for one in a]))
 
 
 def _row_basis(rows: Tensor) -> Tensor:
-    """(rows, in) -> (in, rank)."""
+    """An orthonormal basis (in, rank) of the row space of a matrix (rows, in)."""
     if not len(rows):
         return rows.mT
     _, values, directions = torch.linalg.svd(rows, full_matrices=False)
@@ -151,7 +154,7 @@ def _row_basis(rows: Tensor) -> Tensor:
 
 
 def in_frame(adapters: Sequence[PeftAdapter], path: str) -> tuple[Tensor, Tensor]:
-    """One layer's changes in their common frame: B' (D, out, R) and V (in, R), float64, with ΔW_d = B'_d Vᵀ."""
+    """The ΔW_d of one layer in their common frame: B' (D, out, R) and V (in, R), float64, with ΔW_d = B'_d Vᵀ."""
     pairs = [(one.factors[path]["lora_A"].double(), one.scaling * one.factors[path]["lora_B"].double()) for one in adapters]
     basis = frame([a for a, _ in pairs])
     return torch.stack([b @ (a @ basis) for a, b in pairs]), basis
@@ -192,7 +195,7 @@ def _pool_delta_w(adapters: dict[str, PeftAdapter], backbone: Backbone, estimato
                     of_task[path] = _padded(given[d].factors[path], size, given[d].scaling / scaling)
                 else:
                     cut[d] += values[d, size:].square().sum()
-                    of_task[path] = _cut(left[d], values[d] / scaling, right[d] @ basis.mT, size)
+                    of_task[path] = _truncate(left[d], values[d] / scaling, right[d] @ basis.mT, size)
     lost = torch.where(squares > 0, (cut / squares.clamp(min=torch.finfo(squares.dtype).tiny)).sqrt(), 0.0)
     return Pooled(
         backbone, list(adapters), adapters, groups, frames, dict(zip(adapters, factors, strict=False)), factors[-1],
@@ -230,14 +233,14 @@ def _pool_weights(adapters: dict[str, PeftAdapter], backbone: Backbone, estimato
 
 
 def _estimate(estimator: Estimator, gram: Tensor, entries: int) -> Hierarchy:
-    return estimator(gram, max(entries, 1))  # matrices of zeros alone span nothing
+    return estimator(gram, max(entries, 1))  # entries is 0 if all matrices are 0
 
 
 def shrink(values: Tensor, found: Hierarchy) -> Tensor:
-    """θ̂ of all tasks, and Θ̂ behind them: (D, *shape) -> (D + 1, *shape)."""
+    """θ̂ of all tasks followed by Θ̂: (D + 1, *shape), from the estimates (D, *shape)."""
     weights, shrinkage = (value.view(-1, *[1] * (values.dim() - 1)) for value in (found.weights, found.shrinkage))
     mean = (weights * values).sum(0, keepdim=True)
-    # not y + s (Θ − y): at s = 1 this is Θ to the last bit, at s = 0 it is y
+    # unlike y + s (Θ − y), this is exactly Θ at s = 1 and exactly y at s = 0
     return torch.cat([(1 - shrinkage) * values + shrinkage * mean, mean])
 
 
@@ -248,22 +251,22 @@ def _distances(gram: Tensor, weights: Tensor) -> Tensor:
 
 
 def _common_scaling(adapters: Sequence[PeftAdapter]) -> float:
-    """α/r of the result: that of the adapters where they have one, so that what is not shrunk stays as it is; else 1."""
+    """α/r of the result: that of the adapters if they agree, so that adapters without shrinkage stay unchanged; else 1."""
     scalings = {one.scaling for one in adapters}
     return scalings.pop() if len(scalings) == 1 else 1.0
 
 
 def _padded(factors: Mapping[str, Tensor], rank: int, scale: float) -> dict[str, Tensor]:
-    """The same matrices with rows and columns of zeros up to the rank."""
+    """The matrices of a layer, padded with zeros to a larger rank, with B multiplied by a scale."""
     a, b = factors["lora_A"], factors["lora_B"] if scale == 1 else factors["lora_B"] * scale
     more = rank - a.shape[0]
     return {"lora_A": torch.nn.functional.pad(a, (0, 0, 0, more)), "lora_B": torch.nn.functional.pad(b, (0, more))}
 
 
-def _cut(left: Tensor, values: Tensor, right: Tensor, rank: int) -> dict[str, Tensor]:
-    """The best product of that rank, its two factors of one size: B = U √S, A = √S Vᵀ; (out, k), (k,), (k, in)."""
+def _truncate(left: Tensor, values: Tensor, right: Tensor, rank: int) -> dict[str, Tensor]:
+    """The best approximation of a given rank as B = U √S and A = √S Vᵀ, from U (out, k), S (k,) and Vᵀ (k, in)."""
     left, values, right = left[:, :rank], values[:rank], right[:rank]
-    # which of two opposite directions a decomposition gives is chance
+    # the signs of singular vectors are arbitrary: make the largest entry of each positive
     signs = torch.where(right.gather(1, right.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     a, b = values.sqrt()[:, None] * signs * right, left * values.sqrt() * signs[:, 0]
     return _padded({"lora_A": a.float(), "lora_B": b.float()}, rank, 1.0)

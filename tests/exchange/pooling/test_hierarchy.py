@@ -135,7 +135,7 @@ def test_a_share():
     [
         (
             lambda: MarginalLikelihood([3, 3, 3]),
-            "all 3 tasks have 3 documents, which cannot part noise from the tasks' differences",
+            "all 3 tasks have 3 documents, which cannot separate noise from the differences",
         ),
         (lambda: MarginalLikelihood([3, 0]), "give a positive number for each of two or more tasks"),
         (lambda: MarginalLikelihood([3, math.inf]), "give a positive number"),
