@@ -24,8 +24,8 @@ from bora_pyro.files.slugs import GLOBAL_MEAN
 from bora_pyro.files.text import name_line
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
-from bora_pyro.predict.authors import BASE, Writers
-from bora_pyro.predict.generate import Written, generate_side_by_side
+from bora_pyro.predict.authors import BASE, Authors
+from bora_pyro.predict.generate import Continuation, generate_side_by_side
 from bora_pyro.runs.saved import load_run
 
 #: A column narrower than this is no pleasure to read: tasks then stand below each other.
@@ -66,7 +66,7 @@ class GenerateConfig:
             raise InputError("no prompt is given; give the beginning of a text, as in --prompt 'It was'")
 
 
-def side_by_side(written: list[Written], width: int, *, between: str = "") -> Table:
+def side_by_side(written: list[Continuation], width: int, *, between: str = "") -> Table:
     """A column a task where they fit, else a row a task; a block of rows a prompt, and ``between`` it and its continuation."""
     tasks = list(dict.fromkeys(text.task for text in written))
     if width // max(len(tasks), 1) >= LEAST_WIDTH:
@@ -89,11 +89,11 @@ def side_by_side(written: list[Written], width: int, *, between: str = "") -> Ta
     return table
 
 
-def _samples(written: list[Written]) -> int:
+def _samples(written: list[Continuation]) -> int:
     return 1 + max(text.sample for text in written)
 
 
-def _shown(text: Written, between: str) -> Text:
+def _shown(text: Continuation, between: str) -> Text:
     return Text.assemble((escaped(text.prompt, keep="\n\t"), "dim"), between, escaped(text.text, keep="\n\t"))
 
 
@@ -108,8 +108,8 @@ def main(argv: list[str]) -> int:
     try:
         config = parse_config(GenerateConfig, argv, prog="generate.py")
         fitted = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code).fitted
-        writers = Writers(fitted.tasks)
-        tasks = config.task or [*fitted.tasks[:2], writers.mean, writers.base]
+        authors = Authors(fitted.tasks)
+        tasks = config.task or [*fitted.tasks[:2], authors.mean, authors.base]
         written = generate_side_by_side(
             fitted, config.prompt, tasks, samples=config.samples, max_new_tokens=config.max_new_tokens,
             temperature=config.temperature, top_p=config.top_p, seed=config.seed, raw=config.raw,

@@ -1,9 +1,9 @@
 """The names of all authors that can continue a text: the tasks of a fit, their mean Θ, and the base without an adapter.
 
->>> writers = Writers(["Ada", "base", "東京"])
->>> [writers.named(name) for name in ("Ada", "ada", "task", "Θ")]  # the name of a task or of its folder
+>>> authors = Authors(["Ada", "base", "東京"])
+>>> [authors.resolve(name) for name in ("Ada", "ada", "task", "Θ")]  # the name of a task or of its folder
 ['Ada', 'Ada', '東京', 'global-mean']
->>> writers.named("base"), writers.base  # here "base" is a task, so the base has another name
+>>> authors.resolve("base"), authors.base  # here "base" is a task, so the base has another name
 ('base', 'plain base')
 """
 
@@ -20,7 +20,7 @@ BASE = "base"
 THETA = "Θ"
 
 
-class Writers:
+class Authors:
     """Unique names for the tasks of a fit, Θ and the base.
 
     Args:
@@ -36,7 +36,7 @@ class Writers:
         self.tasks = {task: d for d, task in enumerate(tasks)}
         self.base, self.mean = self._plain(BASE), self._plain(GLOBAL_MEAN)
 
-    def named(self, name: str) -> str:
+    def resolve(self, name: str) -> str:
         """Find the author that a name stands for.
 
         Args:

@@ -25,12 +25,12 @@ from bora_pyro.backbone.texts import tokenizer_of
 from bora_pyro.errors import InputError
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import Weights
-from bora_pyro.predict.authors import Writers
+from bora_pyro.predict.authors import Authors
 from bora_pyro.predict.mixture_text import check_generation, end_tokens, prompt_tokens
 
 
 @dataclass(frozen=True)
-class Written:
+class Continuation:
     """A generated continuation of a prompt, and the author whose adapter generated it.
 
     Attributes:
@@ -62,7 +62,7 @@ def generate_side_by_side(
     top_p: float = 1.0,
     seed: int = 0,
     raw: bool = False,
-) -> list[Written]:
+) -> list[Continuation]:
     """Continue each prompt with the adapter of each task, at the centre of the guide, in one batch.
 
         >>> import bora_pyro as bp
@@ -105,15 +105,15 @@ def generate_side_by_side(
         )
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; give a probability above 0, up to 1")
-    backbone, writers = fitted.model.backbone, Writers(fitted.tasks)
+    backbone, authors = fitted.model.backbone, Authors(fitted.tasks)
     tokenizer = tokenizer_of(backbone, "read and write texts with")
-    tasks = list(dict.fromkeys(map(writers.named, [tasks] if isinstance(tasks, str) else tasks)))
-    weights, row_of = _weights(fitted, tasks, writers)
+    tasks = list(dict.fromkeys(map(authors.resolve, [tasks] if isinstance(tasks, str) else tasks)))
+    weights, row_of = _weights(fitted, tasks, authors)
     template = None if raw else fitted.chat_template
     encoded = [prompt_tokens(backbone, tokenizer, prompt, template) for prompt in prompts]
     requests = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
     sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
-    ends, written = end_tokens(backbone, tokenizer), dict[int, Written]()
+    ends, written = end_tokens(backbone, tokenizer), dict[int, Continuation]()
     with torch.random.fork_rng(), _without_own_settings(backbone.model):
         torch.manual_seed(seed)
         lengths = [len(encoded[n]) for n, _, _ in requests]
@@ -136,17 +136,17 @@ def generate_side_by_side(
                 n, task, sample = requests[i]
                 length = _length(tokens, ends)
                 text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-                written[i] = Written(prompts[n], task, sample, text, tokens[:length], log_prob[:length])
+                written[i] = Continuation(prompts[n], task, sample, text, tokens[:length], log_prob[:length])
     return [written[i] for i in range(len(requests))]
 
 
-def _weights(fitted: Fitted, tasks: Sequence[str], writers: Writers) -> tuple[Weights, dict[str, int]]:
+def _weights(fitted: Fitted, tasks: Sequence[str], authors: Authors) -> tuple[Weights, dict[str, int]]:
     """θ of the given tasks and Θ, as (rows, layers, *shape) by name, and the row of each author; the base has row −1."""
-    index = sorted({writers.tasks[task] for task in tasks if task in writers.tasks})
+    index = sorted({authors.tasks[task] for task in tasks if task in authors.tasks})
     theta, mean = fitted.weights_of()(torch.tensor(index or [0]))
     weights = {name: torch.cat([value[: len(index)], mean[name][None]]) for name, value in theta.items()}
-    rows = {task: index.index(writers.tasks[task]) for task in tasks if task in writers.tasks}
-    return weights, {writers.base: -1, writers.mean: len(index)} | rows
+    rows = {task: index.index(authors.tasks[task]) for task in tasks if task in authors.tasks}
+    return weights, {authors.base: -1, authors.mean: len(index)} | rows
 
 
 def _by_new_tokens(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> dict[int, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bora_pyro.files.text import replaced
-from bora_pyro.predict.authors import Writers
+from bora_pyro.predict.authors import Authors
 from bora_pyro.predict.generate import generate_side_by_side
 from bora_pyro.report.blocks import Samples
 from bora_pyro.runs.saved import SavedRun
@@ -35,13 +35,13 @@ def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_t
     counts = dict(zip(run.data.tasks, run.data.train.documents_per_task, strict=True))
     order = sorted(counts, key=lambda task: -counts[task])
     chosen = [order[n] for n in np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)]
-    writers = Writers(run.data.tasks)
-    notes = {writers.base: "no adapter", writers.mean: "Θ, the mean of all tasks"}
+    authors = Authors(run.data.tasks)
+    notes = {authors.base: "no adapter", authors.mean: "Θ, the mean of all tasks"}
     notes |= {task: f"{counts[task]:,} training document{'s' * (counts[task] != 1)}" for task in chosen}
     texts = generate_side_by_side(
         run.fitted,
         prompt,
-        [writers.base, writers.mean, *chosen],
+        [authors.base, authors.mean, *chosen],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         raw=raw,

@@ -139,7 +139,7 @@ def task_table(pooled: Pooled, documents: Sequence[float] | None = None) -> pd.D
             "rank": [one.rank for one in pooled.adapters.values()],
             "distance": before.numpy(),
             "distance_shrunk": after.numpy(),
-            "relative_error": pooled.lost.numpy(),
+            "relative_error": pooled.relative_error.numpy(),
             **{name: value.numpy() for name, value in shrinkages.items()},
         }
     )
@@ -184,7 +184,7 @@ def write_pooled(
             "options": options or {},
             "groups": {row.pop("group"): _plain(row) for row in groups.to_dict("records")},
             "tasks": {row.pop("task"): _plain(row) for row in tasks.to_dict("records")},
-            "global_mean_relative_error": pooled.mean_lost,
+            "global_mean_relative_error": pooled.mean_relative_error,
         }
         write_record(aside, POOLING, content)
     return Path(output_dir)

@@ -63,8 +63,8 @@ class Pooled:
         alpha: α of the shrunk adapters and of Θ. A layer changes by (α/r) B A.
         distances: ‖ΔW_d − ΔW_Θ‖ over all layers before and after shrinkage, without truncation to a lower rank: (D,) each. In
             the space ``weights`` it is ‖θ_d − Θ‖.
-        lost: (D,) relative Frobenius error of truncating each shrunk adapter to its rank, over all layers.
-        mean_lost: the same error for Θ.
+        relative_error: (D,) relative Frobenius error of truncating each shrunk adapter to its rank, over all layers.
+        mean_relative_error: the same error for Θ.
     """
 
     backbone: Backbone
@@ -76,8 +76,8 @@ class Pooled:
     mean: LayerFactors
     alpha: float
     distances: tuple[Tensor, Tensor]
-    lost: Tensor
-    mean_lost: float
+    relative_error: Tensor
+    mean_relative_error: float
 
 
 def pool(
@@ -196,10 +196,10 @@ def _pool_delta_w(adapters: dict[str, PeftAdapter], backbone: Backbone, estimato
                 else:
                     cut[d] += values[d, size:].square().sum()
                     of_task[path] = _truncate(left[d], values[d] / scaling, right[d] @ basis.mT, size)
-    lost = torch.where(squares > 0, (cut / squares.clamp(min=torch.finfo(squares.dtype).tiny)).sqrt(), 0.0)
+    relative_error = torch.where(squares > 0, (cut / squares.clamp(min=torch.finfo(squares.dtype).tiny)).sqrt(), 0.0)
     return Pooled(
         backbone, list(adapters), adapters, groups, frames, dict(zip(adapters, factors, strict=False)), factors[-1],
-        scaling * size, (before.sqrt(), after.sqrt()), lost[:-1], float(lost[-1]),
+        scaling * size, (before.sqrt(), after.sqrt()), relative_error[:-1], float(relative_error[-1]),
     )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def test_a_known_hierarchy_is_recovered(backbone):
     after = [error(of, of_task(truths, d)) for d, of in enumerate(shrunk)]
     assert all(new < old for new, old in zip(after, raw, strict=True))
     assert sum(after) < 0.5 * sum(raw)
-    assert pooled.lost.max() < 1e-6
+    assert pooled.relative_error.max() < 1e-6
 
 
 def test_the_gauge_changes_nothing(backbone):
@@ -114,7 +114,7 @@ def test_the_gauge_changes_nothing(backbone):
         assert two.groups[name].tau == pytest.approx(found.tau, rel=1e-3)
         torch.testing.assert_close(two.groups[name].shrinkage, found.shrinkage, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(one.distances, two.distances, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one.lost, two.lost, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(one.relative_error, two.relative_error, rtol=1e-3, atol=1e-6)
     for a, b in zip([*results(one)[0], results(one)[1]], [*results(two)[0], results(two)[1]], strict=True):
         for path, value in a.items():
             torch.testing.assert_close(b[path], value, rtol=1e-3, atol=1e-3)
@@ -137,7 +137,7 @@ def apart(backbone, ranks=(2, 3, 2), seed=0):
 def test_no_shrinkage_gives_the_adapters_back(backbone, tmp_path):
     adapters = apart(backbone, ranks=(2, 2, 2))
     pooled = pool(adapters, backbone, FixedShrinkage(0))
-    assert (pooled.alpha, pooled.lost.tolist()) == (3.0, [0, 0, 0])
+    assert (pooled.alpha, pooled.relative_error.tolist()) == (3.0, [0, 0, 0])
     for task, adapter in adapters.items():
         for path, factors in adapter.factors.items():
             assert all(torch.equal(pooled.factors[task][path][name], value) for name, value in factors.items())
@@ -179,7 +179,7 @@ def test_shrinkage_is_linear_and_the_cut_the_best(backbone, rank):
             cut, whole = cut + s[kept:].square().sum(), whole + s.square().sum()
             factors = pooled.factors[f"task {d}"][path]
             assert factors["lora_A"].shape[0] == factors["lora_B"].shape[1] == kept
-        assert pooled.lost[d].item() == pytest.approx((cut / whole).sqrt().item(), abs=1e-6)
+        assert pooled.relative_error[d].item() == pytest.approx((cut / whole).sqrt().item(), abs=1e-6)
     before = [error(given(adapter), mean) ** 0.5 for adapter in adapters.values()]
     assert pooled.distances[0].tolist() == pytest.approx(before)
     assert pooled.distances[1].tolist() == pytest.approx([0.6 * value for value in before])
@@ -206,7 +206,7 @@ def test_adapters_that_change_nothing(backbone):
     for estimator in (FixedShrinkage(0.5), JamesStein(1.0), MarginalLikelihood([1, 2])):
         pooled = pool(adapters, backbone, estimator)
         assert all(not value.any() for of_layer in pooled.mean.values() for value in of_layer.values())
-        assert pooled.lost.tolist() == [0, 0]
+        assert pooled.relative_error.tolist() == [0, 0]
         assert pooled_fit(pooled).deviation_norms().tolist() == [0, 0]
 
 
@@ -282,7 +282,7 @@ def test_tables_and_files(backbone, tmp_path):
     assert names == {*adapters, "global-mean", "groups.csv", "tasks.csv", "pooling.json"}
     stored = json.loads((tmp_path / "out" / "pooling.json").read_text())
     assert stored["groups"]["q_proj"]["tau"] == pytest.approx(pooled.groups["q_proj"].tau)
-    assert stored["tasks"]["task 3"]["relative_error"] == pytest.approx(pooled.lost[3].item())
+    assert stored["tasks"]["task 3"]["relative_error"] == pytest.approx(pooled.relative_error[3].item())
     assert stored["options"] == {"rank": 4}
     slot = backbone.slots[0]
     mean = load_peft(tmp_path / "out" / "global-mean", BoRA(backbone, 2, adapter=LoRA(4, pooled.alpha)))
