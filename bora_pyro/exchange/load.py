@@ -175,7 +175,7 @@ def load_peft(folder: str | Path, model: BoRA | Backbone, *, same_base: bool = T
         for name in tensors.names(slot):
             if layers[0][name].shape != tensors.latents[f"{slot.name}.{name}"].shape[1:]:
                 raise InputError(
-                    f"{folder} has the rank {peft.rank}, which {adapter} cannot have; give the model an adapter of that rank"
+                    f"{folder} has the rank {found.rank}, which {adapter} cannot have; give the model an adapter of that rank"
                 )
             weights[f"{slot.name}.{name}"] = torch.stack([of_layer[name] for of_layer in layers]).to(backbone.device)
     return weights
