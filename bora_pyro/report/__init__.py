@@ -3,8 +3,8 @@
 >>> from bora_pyro.report import run_page, write_page
 >>> write_page(run_page("runs/demo"), Path("runs/demo/report.html"))  # doctest: +SKIP
 
-``scripts/report.py`` does the same. A page has its numbers, pictures, style and script in itself: it can be mailed, and is read
-without a network, on a phone, in light and in dark.
+``scripts/report.py`` does the same. A page contains its numbers, pictures, style and script. It can be sent by mail and read
+without a network, also on a phone, with a light or a dark background.
 """
 
 from bora_pyro.report.blocks import Cell, Column, Folded, Lines, Number, Page, Picture, Pictures, Samples, Section, Table

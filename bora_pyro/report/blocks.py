@@ -1,10 +1,10 @@
-"""What a page is made of: headline numbers, tables, pictures, samples of text, and the sections that hold them.
+"""The parts of a page: headline numbers, tables, pictures, samples of text, and the sections that hold them.
 
     >>> table = Table("Tasks", [Column("task"), Column("perplexity", digits=2)], [["ada", 12.345], ["bo", None]])
     >>> [[cell.text for cell in row] for row in table.cells()]
     [['ada', '12.35'], ['bo', '–']]
 
-They hold plain values; the template alone writes HTML, and escapes what it writes.
+The parts hold plain values. Only the template writes HTML, and it escapes every value.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Number:
     """One headline number.
 
     Attributes:
-        label: what it is.
+        label: what the number is.
         text: the number as it is shown.
-        note: what to compare it with.
+        note: what to compare the number with.
     """
 
     label: str
@@ -40,10 +40,10 @@ class Cell:
     """One cell of a table.
 
     Attributes:
-        text: what it shows.
-        order: by what its column is sorted: a number, or a text; an empty text is last whichever way.
-        strong: whether it stands out.
-        link: where it leads to.
+        text: the text that is shown.
+        order: the sort key in its column, a number or a text. An empty text comes last in both directions.
+        strong: whether the cell is shown in bold.
+        link: the address that a click opens; None: the cell is no link.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """``order`` as the page's script reads it."""
+        """The sort key as a text that the page's script can read."""
         if isinstance(self.order, str):
             return self.order
         order = float(self.order)
@@ -65,10 +65,10 @@ class Column:
     """One column of a table.
 
     Attributes:
-        heading: its name.
-        digits: behind the decimal point, of a column of numbers; None: a column of texts.
-        number: whether its cells are sorted and aligned as numbers; default: where it has digits.
-        sign: whether numbers above 0 have one too.
+        heading: the column's name.
+        digits: digits after the decimal point; None: a column of texts.
+        number: whether cells are sorted and aligned as numbers; default: they are if ``digits`` is given.
+        sign: whether numbers above 0 get a plus sign.
     """
 
     heading: str
@@ -78,11 +78,11 @@ class Column:
 
     @property
     def numeric(self) -> bool:
-        """Whether it is sorted and aligned as numbers are."""
+        """Whether the column is sorted and aligned as numbers."""
         return self.digits is not None if self.number is None else self.number
 
     def cell(self, value: Any) -> Cell:
-        """A value as a cell; None and NaN are missing."""
+        """Make a value a cell. None, NaN and an empty text are shown as missing."""
         if isinstance(value, Cell):
             return value
         if value is None or value != value or value == "":
@@ -94,14 +94,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose columns the reader may sort.
+    """A table that the reader can sort by a column.
 
     Attributes:
-        caption: what it holds.
-        columns: of which the first names the rows.
-        rows: values, or cells, by row.
-        total: the last row, which stays where it is.
-        sortable: whether its columns can be sorted.
+        caption: what the table holds.
+        columns: the columns; the first one names the rows.
+        rows: the rows, each with a value or a cell a column.
+        total: a last row that sorting does not move; None: no such row.
+        sortable: whether the reader can sort the table.
     """
 
     kind: ClassVar[str] = "table"
@@ -129,10 +129,10 @@ class Picture:
     """A drawing.
 
     Attributes:
-        title: what it shows.
-        caption: how to read it.
+        title: what the drawing shows.
+        caption: how to read the drawing.
         svg: the drawing as an ``svg`` element.
-        width: its natural width in CSS pixels.
+        width: the natural width of the drawing in CSS pixels.
     """
 
     title: str
@@ -143,7 +143,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Drawings that stand together."""
+    """Drawings that are shown next to each other."""
 
     kind: ClassVar[str] = "pictures"
     pictures: Sequence[Picture]
@@ -151,11 +151,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Samples:
-    """Texts that different writers made of one beginning.
+    """Continuations of one prompt by different adapters.
 
     Attributes:
-        prompt: the beginning.
-        texts: who wrote, what is to be said of them, and their text.
+        prompt: the text that is continued.
+        texts: for each continuation the name of its adapter, a note on that adapter, and the text.
     """
 
     kind: ClassVar[str] = "samples"
@@ -165,7 +165,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Lines:
-    """Sentences: a list where there are several."""
+    """Sentences; more than one are shown as a list."""
 
     kind: ClassVar[str] = "lines"
     lines: Sequence[str]
@@ -173,7 +173,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Folded:
-    """A block that the reader opens."""
+    """A block that stays closed until the reader opens it."""
 
     kind: ClassVar[str] = "folded"
     summary: str
@@ -182,7 +182,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading; ``name`` is its anchor."""
+    """A part of the page with a heading; ``name`` is the anchor that links point to."""
 
     name: str
     title: str
@@ -195,13 +195,13 @@ class Page:
     """A whole page.
 
     Attributes:
-        kind: what it is of: a run, a sweep, runs.
-        title: the name of that.
-        subtitle: in one line, what was done.
-        numbers: the headline.
-        sections: the parts; one without blocks is left out.
-        versions: by name, those that the result was made with.
-        versions_of: what they are those of.
+        kind: what the page shows: a run, a sweep, runs.
+        title: the name of the run, the sweep or the folder of runs.
+        subtitle: one line on what was done.
+        numbers: the headline numbers.
+        sections: the sections; one without blocks is not shown.
+        versions: versions of the software by name.
+        versions_of: what was made with those versions.
     """
 
     kind: str
@@ -214,7 +214,7 @@ class Page:
 
 
 def number_text(value: float, digits: int = 2, *, sign: bool = False) -> str:
-    """A number for people: thousands set apart, a true minus, ∞.
+    """Format a number for people: commas between thousands, a true minus sign, ∞.
 
     >>> number_text(12345.678), number_text(-3, 0), number_text(2.5, 1, sign=True), number_text(float("inf"))
     ('12,345.68', '−3', '+2.5', '∞')
@@ -224,7 +224,7 @@ def number_text(value: float, digits: int = 2, *, sign: bool = False) -> str:
 
 
 def short_number(value: float) -> str:
-    """Three digits of a number of any size.
+    """Format a number of any size with three significant digits.
 
     >>> short_number(168.44), short_number(10000.0), short_number(float("inf"))
     ('168', '10,000', '∞')
@@ -233,7 +233,7 @@ def short_number(value: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A time for people.
+    """Format a duration in seconds for people.
 
     >>> duration_text(7.25), duration_text(185), duration_text(3 * 3600 + 60)
     ('7.2 s', '3.1 min', '3.0 h')
@@ -244,7 +244,7 @@ def duration_text(seconds: float) -> str:
 
 
 def option_text(value: Any) -> str:
-    """An option as YAML has it, which ``--config`` reads.
+    """Format an option's value as YAML, so that ``--config`` can read it.
 
     >>> option_text(["q_proj", "v_proj"]), option_text(None), option_text(0.01)
     ('[q_proj, v_proj]', 'null', '0.01')

@@ -1,4 +1,4 @@
-"""The adapters of a finished run as one folder to hand on: tasks, Θ, posterior draws, and what they are.
+"""Export the adapters of a finished run as one folder to share: tasks, Θ, posterior draws, and model cards.
 
     >>> import tempfile
     >>> from bora_pyro.runs.config.map_fit import MapFitConfig
@@ -11,10 +11,10 @@
     ...     sorted(entry.name for entry in exported.iterdir())[:3]
     ['README.md', 'algorithms', 'algorithms-approximation']
 
-All adapters lie in one flat folder, ``<task>``, ``global-mean`` and ``<task>--draw-<k>``, because servers look adapters up by
-the name of a folder in one place: vLLM's file system resolver reads ``<folder>/<name>/adapter_config.json``, LoRAX takes a local
-path or a name, and PEFT loads ``subfolder=<name>`` of a repository on the hub. The name in a request is then the folder's. The
-folder of a task has no two dashes in a row, so that none can be taken for a draw's.
+All adapters lie side by side in one folder, as ``<task>``, ``global-mean`` and ``<task>--draw-<k>``. Servers find adapters by
+the name of such a folder: vLLM's file system resolver reads ``<folder>/<name>/adapter_config.json``, LoRAX takes a local path or
+a name, and PEFT loads ``subfolder=<name>`` of a repository on the hub. A request names an adapter by its folder. The folder of a
+task never has two dashes in a row, so it cannot be confused with the folder of a draw.
 """
 
 from __future__ import annotations
@@ -58,31 +58,32 @@ def export_adapters(
     repo_id: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the adapters of a run as PEFT folders in one folder, which appears when all of it is written.
+    """Write the adapters of a run as PEFT folders in one folder. The folder appears once it is complete.
 
     Args:
         run: the run, a MAP fit or a posterior.
         output_dir: the folder to make.
-        tasks: names of tasks, or of their folders; default: all.
-        draws: K, draws of a posterior, each a folder a task and one of Θ; draw k of a seed is that of
-            :class:`~bora_pyro.predict.posterior.Posterior`.
-        seed: of the draws.
-        base_name: what the adapters call their base, as a server calls it that they are meant for; default: the run's.
-        license: of the adapters, as the hub abbreviates it; default: none, for whoever publishes to say.
-        repo_id: ``USER/NAME`` of the repository that the cards' snippets load from; default: the folder itself.
+        tasks: the tasks to export, by their names or the names of their folders; default: all.
+        draws: number K of posterior draws. Each draw adds a folder for every task and one for Θ. Draw k of a seed equals
+            draw k of :class:`~bora_pyro.predict.posterior.Posterior` with that seed.
+        seed: the seed of the draws.
+        base_name: the name of the base model in the adapters' files, as the server knows it; default: the run's name of it.
+        license: the license of the adapters, as an identifier of the hub; default: none is stated.
+        repo_id: ``USER/NAME`` of the repository that the code in the cards loads from; default: the exported folder.
         overwrite: replace an earlier export.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: no such task; draws of a point estimate, or fewer than none; a folder that is taken or cannot be written.
+        InputError: a task is not in the run; ``draws`` is negative, or not 0 for a point estimate; the folder exists already or
+            cannot be written.
     """
     chosen, base_model = _chosen(run, tasks), base_name or run.config.base_model
     if draws < 0:
         raise InputError(f"draws is {draws}; give a whole number from 0 up")
     if draws:
-        run.posterior(seed=seed)  # a point estimate has none
+        run.posterior(seed=seed)  # raises for a point estimate
     facts = CardFacts(base_model, license, repo_id, repr(run.fitted.model), run.adapted)
     scores = {folder: run.metrics["tasks"][folder] for folder in chosen.values()}
     kind = "the MAP estimate" if run.is_point else "the posterior's mean"
@@ -104,7 +105,7 @@ def export_adapters(
 
 
 def _chosen(run: SavedRun, tasks: Sequence[str] | None) -> dict[str, str]:
-    """Folders of the tasks that are wanted, by name."""
+    """Folder names of the chosen tasks, by task name."""
     slugs = adapter_folders(run.fitted.tasks)
     if tasks is None:
         return slugs
@@ -116,7 +117,7 @@ def _chosen(run: SavedRun, tasks: Sequence[str] | None) -> dict[str, str]:
 
 
 def _adapters(run: SavedRun, chosen: dict[str, str], draws: int, seed: int) -> Iterator[_Exported]:
-    """Each adapter with its folder, one draw after another."""
+    """Yield each adapter with its folder: first the run's own adapters, then draw after draw."""
     fitted, mean = run.fitted, None
     for d, theta, of_all in fitted.each_task():
         mean = mean or of_all
@@ -132,7 +133,7 @@ def _adapters(run: SavedRun, chosen: dict[str, str], draws: int, seed: int) -> I
 
 
 def _picture(run: SavedRun, file: Path) -> bool:
-    """Draw how far each task of the run stands from Θ; not of a run in which none does."""
+    """Draw each task's distance from Θ. Draw nothing and return False if all distances are 0."""
     if all(row["deviation_norm"] == 0 for row in run.scores):
         return False
     task = {"task": run.fitted.tasks}

@@ -1,4 +1,4 @@
-"""README.md files of exported adapters, as the Hugging Face hub reads them.
+"""Model cards: README.md files of exported adapters in the form of the Hugging Face hub.
 
 >>> card = adapter_card(CardFacts(base_model="facebook/opt-350m"), "Ada", "ada", "the MAP estimate")
 >>> card.data.to_dict()["library_name"], card.data.to_dict()["base_model"]
@@ -15,20 +15,21 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 TAGS = ("lora", "bora", "bora_pyro", "pyro", "multi-task", "text-generation")
-#: The picture of the export's card, a file beside it.
+#: File name of the picture in the export's card.
 PICTURE = "shrinkage.png"
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the cards of one export have in common.
+    """Facts that all cards of one export state.
 
     Attributes:
-        base_model: the base, as ``adapter_config.json`` names it.
-        license: an identifier of the hub, or None: whoever publishes adds one, which must go with the base's and the texts'.
-        repo_id: ``USER/NAME`` where the export goes to the hub; None: the snippets read the folder itself.
-        model: the model in a line.
-        adapted: the tasks are new ones, to which a finished fit to others was adapted.
+        base_model: the base model, as ``adapter_config.json`` names it.
+        license: the license as an identifier of the hub. None: none is stated, and the publisher adds one that is compatible with
+            the licenses of the base model and of the texts.
+        repo_id: ``USER/NAME`` of the repository on the hub; None: the snippets load from the exported folder.
+        model: the Bayesian model in one line.
+        adapted: whether a finished fit was adapted to these tasks, which were not part of that fit.
     """
 
     base_model: str
@@ -38,7 +39,7 @@ class CardFacts:
     adapted: bool = False
 
     def data(self) -> ModelCardData:
-        """The block of metadata; a base that is a folder of this machine is left out, since the hub knows it not."""
+        """The card's metadata. A base model that is a folder on this machine is left out: the hub has no such model."""
         local = self.base_model.startswith("builtin:") or Path(self.base_model).exists() or self.base_model.count("/") > 1
         return ModelCardData(
             base_model=None if local else self.base_model,
@@ -52,22 +53,22 @@ class CardFacts:
 def export_card(
     facts: CardFacts, title: str, scores: Mapping[str, Mapping[str, Any]], folders: Sequence[str], *, picture: bool
 ) -> ModelCard:
-    """The card of an export: what is in it, how well each adapter predicts, and how to load them.
+    """Make the card of a whole export: its adapters, how well each one predicts, and how to load them.
 
     Args:
-        facts: what all cards say.
+        facts: facts that all cards state.
         title: the heading.
-        scores: of each task by its folder, as ``metrics.json`` has them: ``name``, ``train_documents``, ``base_test_perplexity``,
-            ``test_perplexity``, ``deviation_norm``; of tasks that are in the export and of Θ's folder nothing.
+        scores: for each exported task, by the name of its folder, its entry in ``metrics.json``: ``name``, ``train_documents``,
+            ``base_test_perplexity``, ``test_perplexity``, ``deviation_norm``. Θ has no entry.
         folders: all adapter folders, Θ and draws included.
-        picture: whether the picture of the shrinkage stands beside the card.
+        picture: whether the export contains the picture of the shrinkage.
     """
     first, second = [*folders, *folders][:2]
     lines = [
         f"# {plain(title)}",
         "",
         f"{len(folders)} LoRA adapters of `{facts.base_model}`, one folder each. {_origin(facts)}, for texts of no known task"
-        + ("; `<task>--draw-<k>` are draws of the posterior." if any("--draw-" in name for name in folders) else "."),
+        + (". `<task>--draw-<k>` are draws of the posterior." if any("--draw-" in name for name in folders) else "."),
         "",
     ]
     if facts.model:
@@ -79,31 +80,31 @@ def export_card(
     for folder, row in scores.items():
         numbers = [_number(row.get(name)) for name in ("base_test_perplexity", "test_perplexity", "deviation_norm")]
         lines.append(f"| {plain(row['name'])} | `{folder}` | {row.get('train_documents', '–')} | {' | '.join(numbers)} |")
-    lines += ["", "Perplexities are of test documents that no part of the fit has seen, at the adapter of the task.", ""]
+    lines += ["", "Perplexities are those of test documents, which the fit did not use, under the adapter of the task.", ""]
     if picture:
         lines += [f"![distance of each task from Θ]({PICTURE})", "", "Distance of each task's adapter from Θ.", ""]
     lines += ["## Use", "", *_snippet(facts, first)]
     if second != first:
         lines += [
-            "", "Another adapter beside it:", "", "```python",
+            "", "Load another adapter and switch to it:", "", "```python",
             f"model.load_adapter({_place(facts, second)}, adapter_name={second!r}{_subfolder(facts, second)})",
             f"model.set_adapter({second!r})",
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))", "```", "",
-            "PEFT also takes one name a row, `model.generate(..., adapter_names=[...])`, where the base keeps its rows apart in "
-            "all adapted layers (OPT's feed-forward layers do not).",
+            "PEFT also takes one adapter name a row, `model.generate(..., adapter_names=[...])`. This needs a base whose adapted "
+            "layers all keep the batch dimension (OPT's feed-forward layers do not).",
         ]  # fmt: skip
     return _card(facts, lines)
 
 
 def adapter_card(facts: CardFacts, task: str | None, folder: str, kind: str, score: Mapping[str, Any] | None = None) -> ModelCard:
-    """The card of one adapter.
+    """Make the card of one adapter.
 
     Args:
-        facts: what all cards say.
-        task: the task's name; None for Θ, whose adapter is no one task's.
+        facts: facts that all cards state.
+        task: the task's name; None for Θ.
         folder: the adapter's folder within the export.
         kind: what the adapter is: "the MAP estimate", "draw 3 of the posterior", ...
-        score: the task's entry in ``metrics.json``.
+        score: the task's entry in ``metrics.json``; None: the card states no scores.
     """
     name = "Θ, the global mean of all tasks" if task is None else plain(task)
     origin = "a hierarchical fit by `bora_pyro`"
@@ -114,7 +115,7 @@ def adapter_card(facts: CardFacts, task: str | None, folder: str, kind: str, sco
     lines = [f"# {name}", "", f"A LoRA adapter of `{facts.base_model}`: {kind} of {origin}.", ""]
     if score is not None:
         base, adapted = _number(score.get("base_test_perplexity")), _number(score.get("test_perplexity"))
-        others = "held to those of other tasks" if facts.adapted else "on those of the others"
+        others = "drawn towards the other tasks" if facts.adapted else "on the documents of the other tasks"
         lines += [
             f"Fitted on {score.get('train_documents', '–')} documents of the task, and {others} through Θ. "
             f"Perplexity of its test documents: {base} under the base, {adapted} under the adapter of the fit.", "",
@@ -123,21 +124,21 @@ def adapter_card(facts: CardFacts, task: str | None, folder: str, kind: str, sco
 
 
 def _origin(facts: CardFacts) -> str:
-    """How the adapters of an export came about; the sentence ends with Θ."""
+    """Say how the adapters of an export were made. The last sentence ends with Θ and has no full stop."""
     if facts.adapted:
         return (
             "A finished fit by `bora_pyro` (BoRA, Bayesian hierarchical LoRA) was adapted to new tasks: each task's adapter θ_d "
-            "was inferred from its own texts alone, under the Normal around a global mean Θ that the fit had learned from other "
-            "tasks, so that few texts are enough. `global-mean` is that Θ"
+            "was inferred from its own texts alone. Its prior is a Normal around the global mean Θ that the fit had learned from "
+            "other tasks, so few texts are enough. `global-mean` is that Θ"
         )
     return (
-        "They were fitted together by `bora_pyro` (BoRA, Bayesian hierarchical LoRA): every task's adapter θ_d under one Normal "
-        "around a global mean Θ, so that tasks with few texts borrow from the others. `global-mean` is Θ"
+        "They were fitted together by `bora_pyro` (BoRA, Bayesian hierarchical LoRA): all task adapters θ_d have the same Normal "
+        "prior around a global mean Θ, so tasks with few texts borrow from the others. `global-mean` is Θ"
     )
 
 
 def _snippet(facts: CardFacts, folder: str) -> list[str]:
-    """Loading one adapter; without a repository it is read from the export, in which the code runs."""
+    """Code that loads one adapter, from the repository or, if there is none, from within the folder of the export."""
     if facts.base_model.startswith("builtin:"):
         load = [
             "from bora_pyro import Backbone", "from peft import PeftModel", "",
@@ -149,7 +150,7 @@ def _snippet(facts: CardFacts, folder: str) -> list[str]:
             f"base = AutoModelForCausalLM.from_pretrained({facts.base_model!r})",
             f"tokenizer = AutoTokenizer.from_pretrained({facts.base_model!r})",
         ]  # fmt: skip
-    where = "" if facts.repo_id else "From within the folder of the export:\n\n"
+    where = "" if facts.repo_id else "Run this in the folder of the export:\n\n"
     return [
         f"{where}```python", *load,
         f"model = PeftModel.from_pretrained(base, {_place(facts, folder)}{_subfolder(facts, folder)})",
@@ -172,7 +173,7 @@ def _card(facts: CardFacts, lines: Sequence[str]) -> ModelCard:
 
 
 def plain(text: object) -> str:
-    """A text from data as one cell of a table: no line break, no mark-up.
+    """Escape a text from the data for one cell of a Markdown table: no line break, no mark-up.
 
     >>> plain("a | <b>\\n*c*")
     'a &#124; &lt;b&gt; \\\\*c\\\\*'

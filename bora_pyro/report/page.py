@@ -1,4 +1,4 @@
-"""From a page's parts to one HTML file that needs nothing but itself.
+"""Render a page as one self-contained HTML file.
 
     >>> from bora_pyro.report.blocks import Number
     >>> page = Page("run", "demo", "two tasks", [Number("test perplexity", "16.62")], [])
@@ -6,7 +6,7 @@
     >>> html.startswith("<!doctype html>"), "https://" in html
     (True, False)
 
-Style sheet and script stand in the page. A content security policy lets no other script run and nothing be fetched.
+The file contains its style sheet and its script. A content security policy forbids all other scripts and all requests.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from bora_pyro.errors import InputError
 from bora_pyro.files.atomic import replace_file
 from bora_pyro.report.blocks import Page
 
-# Control characters, halves of surrogate pairs, and what is no character at all. Marks of direction stay: each text that others
-# have written is isolated from what stands around it.
-_UNHOLDABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# Control characters, single surrogates and noncharacters. Marks of the writing direction are kept: the template isolates each
+# text from the data, so that they cannot affect the text around it.
+_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(page: Page) -> str:
-    """The page as HTML; whatever a page's parts hold is shown as text, in which U+FFFD stands for what no page can hold."""
+    """Render the page as HTML. All values are escaped, and U+FFFD replaces characters that HTML does not allow."""
     loader = PackageLoader("bora_pyro.report", "template")
     environment = Environment(
         loader=loader,
@@ -40,12 +40,12 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=_holdable,
+        finalize=_allowed,
     )
     environment.filters["breakable"] = breakable
     style, script = (loader.get_source(environment, name)[0].strip() for name in ("style.css", "sort.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # these two are the project's own files
+    # style and script are the project's own files, so they need no escaping
     return environment.get_template("page.html").render(
         page=page,
         style=Markup(style),
@@ -55,29 +55,29 @@ def render(page: Page) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """A text whose lines may also end behind a point, a dash, a slash or an underscore.
+    """Allow line breaks after a full stop, a dash, a slash or an underscore.
 
     >>> breakable("algorithms.flow<b>")
     Markup('algorithms.<wbr>flow&lt;b&gt;')
     """
-    return Markup(re.sub(r"([./_-])(?=\w)", r"\1<wbr>", str(escape(_holdable(text)))))
+    return Markup(re.sub(r"([./_-])(?=\w)", r"\1<wbr>", str(escape(_allowed(text)))))
 
 
-def _holdable(value: Any) -> Any:
-    return value if isinstance(value, Markup) or not isinstance(value, str) else _UNHOLDABLE.sub("\ufffd", value)
+def _allowed(value: Any) -> Any:
+    return value if isinstance(value, Markup) or not isinstance(value, str) else _FORBIDDEN.sub("\ufffd", value)
 
 
 def check_output(file: Path) -> None:
-    """See that the file can be written, before the long work begins; its folder is made where it is missing.
+    """Check that the file can be written, before the long work begins. A missing folder is created.
 
     Raises:
-        InputError: it cannot.
+        InputError: the file cannot be written.
     """
     try:
         if file.is_dir():
             raise IsADirectoryError("it is a folder")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):  # finds out whether files can be written, also for root
+        with tempfile.TemporaryFile(dir=file.parent):  # root passes a check of permissions even where writing fails
             pass
     except (OSError, ValueError) as error:
         raise InputError(
@@ -86,6 +86,6 @@ def check_output(file: Path) -> None:
 
 
 def write_page(page: Page, file: Path) -> None:
-    """Write the page in one piece: a reader finds the old file or the new one."""
+    """Write the page atomically: a reader sees the old file or the new one, never a part."""
     html = render(page)
     replace_file(file, lambda temporary: temporary.write_text(html, encoding="utf-8"))

@@ -1,11 +1,11 @@
-"""Drawings of matplotlib's as ``svg`` elements of a page, in the page's own colours: one drawing for light and for dark.
+"""Matplotlib drawings as ``svg`` elements of a page. One drawing serves the light and the dark colours of the page.
 
     >>> picture = draw_picture("line", "A line", "It rises.", lambda ax: ax.plot([0, 1], [0, 1]))
     >>> str(picture.svg)[:11], "var(--blue)" in picture.svg
     ('<svg viewBo', True)
 
-Colours of ``bora_pyro.diagnostics.plots.style`` become CSS variables by their names there, which the page's style sheet defines.
-Texts are outlines, so that nothing depends on the reader's fonts; a screen reader gets the title and the caption.
+Colours of ``bora_pyro.diagnostics.plots.style`` become CSS variables, which the page's style sheet defines. Texts are drawn as
+outlines, so that nothing depends on the reader's fonts. A screen reader gets the title and the caption.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from bora_pyro.diagnostics.plots.style import BLACK, BLUE, GREEN, GREY, LIGHT, L
 from bora_pyro.files.text import replaced
 from bora_pyro.report.blocks import Picture
 
-#: Inches; the smallest letters are then above 8 pixels at a phone's width, and 14 on a desk.
+#: Size of a drawing in inches. The smallest letters are then over 8 pixels high on a phone and over 14 on a desktop screen.
 WIDTH, HEIGHT = 4.1, 3.2
-#: CSS variables of the colours that drawings use; matplotlib's own grey is that of its grids.
+#: CSS variables of the colours in drawings. "#B0B0B0" is matplotlib's colour of grid lines.
 COLORS = {
     BLACK: "ink", "#FFFFFF": "paper", GREY: "muted", LIGHT: "faint", LIGHT_BLUE: "wash", "#B0B0B0": "grid", BLUE: "blue",
     VERMILLION: "vermillion", GREEN: "green", ORANGE: "orange", PURPLE: "purple", SKY: "sky",
 }  # fmt: skip
-_LONGEST = 26  # letters of a name in a drawing
+_LONGEST = 26  # characters of a task's name in a drawing, at most
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _REFERENCE = re.compile(r"#([^)\s]+)")
 
@@ -42,20 +42,20 @@ _REFERENCE = re.compile(r"#([^)\s]+)")
 def draw_picture(
     key: str, title: str, caption: str, draw: Callable[[Axes], Any], *, width: float = WIDTH, height: float = HEIGHT
 ) -> Picture:
-    """One picture.
+    """Draw one picture.
 
     Args:
-        key: a name that no other picture of the page has.
-        title: what it shows.
-        caption: how to read it.
-        draw: draws on an axis.
-        width: in inches.
-        height: in inches.
+        key: prefix of the ids in the drawing; each picture of a page needs its own.
+        title: what the picture shows.
+        caption: how to read the picture.
+        draw: function that draws on the axes it is given.
+        width: width in inches.
+        height: height in inches.
     """
     file = io.StringIO()
     settings: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "bora_pyro"}
     with figure_style(), mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # the table has the name
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # the name is also in the table
         figure = Figure(figsize=(width, height))
         draw(figure.subplots())
         _keep_labels_inside(figure)
@@ -64,18 +64,18 @@ def draw_picture(
 
 
 def _keep_labels_inside(figure: Figure) -> None:
-    """Labels that reach beyond the drawing begin or end with their axis, are smaller, or take more lines, as need be."""
+    """Align, shrink or break axis labels that would reach beyond the edge of the drawing."""
     figure.draw_without_rendering()  # settles the layout
     width, height = figure.bbox.width, figure.bbox.height
     for ax in figure.axes:
-        along, upwards = ax.xaxis.label, ax.yaxis.label
-        if along.get_window_extent().x1 > width:
-            along.set(x=1.0, ha="right")
-        elif along.get_window_extent().x0 < 0:
-            along.set(x=0.0, ha="left")
+        x_label, y_label = ax.xaxis.label, ax.yaxis.label
+        if x_label.get_window_extent().x1 > width:
+            x_label.set(x=1.0, ha="right")
+        elif x_label.get_window_extent().x0 < 0:
+            x_label.set(x=0.0, ha="left")
         for label, inside in (
-            (along, lambda box: box.x0 >= 0 and box.x1 <= width),
-            (upwards, lambda box: box.y0 >= 0 and box.y1 <= height),
+            (x_label, lambda box: box.x0 >= 0 and box.x1 <= width),
+            (y_label, lambda box: box.y0 >= 0 and box.y1 <= height),
         ):
             if not inside(label.get_window_extent()):
                 label.set_fontsize(SMALL)
@@ -86,14 +86,14 @@ def _keep_labels_inside(figure: Figure) -> None:
 
 
 def _halved(line: str) -> str:
-    """A line broken at the space that is nearest its middle."""
+    """Break a line at the space that is nearest to its middle."""
     spaces = [n for n, letter in enumerate(line) if letter == " "]
     middle = min(spaces, key=lambda n: abs(2 * n - len(line)), default=None)
     return line if middle is None else f"{line[:middle]}\n{line[middle + 1 :]}"
 
 
 def name_labels(names: Iterable[str]) -> dict[str, str]:
-    """Tasks' names as drawings have them: on one line, not too long, all to be seen, no formula, and each its own.
+    """Labels of tasks in a drawing, by task name: one short line each, printable, no formula, no two alike.
 
     >>> labels = name_labels(["two  spaces", "a very long name of a task, with a comma", "a very long name of a task, alas"])
     >>> list(labels.values())
@@ -113,8 +113,8 @@ def name_labels(names: Iterable[str]) -> dict[str, str]:
 
 
 def _element(document: str, key: str) -> str:
-    """The ``svg`` element of matplotlib's document, with ids of its own and the page's colours; it names no reader's file."""
-    root = ElementTree.fromstring(replaced(document, keep="\n"))  # texts stand in comments, as they were given
+    """The ``svg`` element of matplotlib's document, with ids that begin with ``key`` and with the page's colours."""
+    root = ElementTree.fromstring(replaced(document, keep="\n"))  # comments repeat all texts, also ones that XML does not allow
     used = {name for element in root.iter() for value in element.attrib.values() for name in _REFERENCE.findall(value)}
     for element in root.iter():
         for child in [*element]:
@@ -130,7 +130,7 @@ def _element(document: str, key: str) -> str:
             element.set(name, f"{key}-{value}" if name == "id" else _value(name, value, key))
     size = root.attrib["viewBox"]
     root.attrib.clear()
-    # black is what matplotlib leaves out; its style sheet would be one for the whole page
+    # matplotlib writes no colour for black and sets line joins in a style sheet, which would apply to the whole page
     root.attrib.update(
         {"viewBox": size, "aria-hidden": "true", "fill": "currentColor", "stroke-linejoin": "round", "stroke-linecap": "butt"}
     )

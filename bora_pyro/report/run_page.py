@@ -45,25 +45,25 @@ from bora_pyro.runs.layout import CONFIG, FIT
 from bora_pyro.runs.results import GIVEN
 from bora_pyro.runs.versions import versions
 
-_FITTED_HERE = ("output_dir", "overwrite", "resume")  # options that say where, not what
-# What the page of a run calls it, and its configuration.
+_LOCATION = ("output_dir", "overwrite", "resume")  # options that say where the run is written, not what is fitted
+# Kinds of runs, as the page names them, and the class of their configuration.
 _KINDS: dict[str, type] = {"run": MapFitConfig, "posterior": PosteriorFitConfig, "adaptation": AdaptConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a page of a run shows beside its numbers.
+    """What the page of a run shows in addition to its numbers.
 
     Attributes:
-        adapters: whether to read the adapters, for which the base model and the documents must be where they were: pictures of
-            the shrinkage, effective parameters, samples.
-        draws: of a posterior, for the pictures; None for a MAP fit.
+        adapters: whether to show what needs the adapters: pictures of the shrinkage, effective parameters and samples. The base
+            model and the documents must still be where the fit found them.
+        draws: number of posterior draws for the pictures. A MAP fit ignores it.
         samples: how many tasks continue the prompt; 0: no samples.
-        prompt: what they continue; None: the beginning of a test document.
-        max_new_tokens: the longest continuation.
-        temperature: 0 takes the most probable token each time.
-        device: where the model runs.
-        trust_remote_code: let a base model that brings code of its own run it.
+        prompt: the text to continue; None: the beginning of a test document.
+        max_new_tokens: largest number of tokens in a continuation.
+        temperature: sampling temperature; 0 takes the most probable token each time.
+        device: device that the model runs on.
+        trust_remote_code: allow the base model to run code of its own.
     """
 
     adapters: bool = True
@@ -80,11 +80,12 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     """Make the page of a run.
 
     Args:
-        path: its folder.
+        path: the folder of the run.
         options: what to show; default: everything.
 
     Raises:
-        InputError: no run, an unfinished or a damaged one; with ``adapters`` also a base or documents that are gone.
+        InputError: the folder has no run, or the run is not finished or damaged; with ``adapters`` also if the base model or
+            the documents cannot be read.
     """
     options = options or RunOptions()
     folder = RunFolder.open(path)
@@ -116,15 +117,15 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
         [*_numbers(kind, tasks, metrics)],
         sections,
         versions=stored or versions(),
-        versions_of="the fit" if stored else "this page (the run has not kept its own)",
+        versions_of="the fit" if stored else "this page (the run has not recorded its own)",
     )
 
 
 def _of_adapters(
     folder: RunFolder, options: RunOptions, notes: list[str]
 ) -> tuple[list[Picture], dict[str, float] | None, Samples | None]:
-    """Pictures of the shrinkage, effective parameters by task, samples: all that needs the adapters themselves."""
-    # they bring ArviZ and the base's libraries: a page of numbers alone does without
+    """Pictures of the shrinkage, effective parameters by task, and samples. Notes are added to ``notes``."""
+    # imported here because a page without adapters needs neither ArviZ nor the base model's libraries
     from bora_pyro.diagnostics.deviations import task_gram
     from bora_pyro.diagnostics.shrinkage import shrinkage
     from bora_pyro.runs.saved import load_run
@@ -132,7 +133,7 @@ def _of_adapters(
     try:
         run = load_run(folder.path, device=options.device, trust_remote_code=options.trust_remote_code)
     except InputError as error:
-        raise InputError(f"{error}; or leave out what needs the adapters: --adapters false") from None
+        raise InputError(f"{error}; or make the page without the adapters: --adapters false") from None
     draws = None if run.is_point else options.draws
     container = shrinkage(run.fitted, run.data, draws=draws)
     pictures: list[Picture] = []
@@ -140,9 +141,9 @@ def _of_adapters(
     if gram.any():
         pictures = [*shrinkage_pictures(run.data.tasks, container, gram)]
         if len(run.data.tasks) > MANY_TASKS:
-            notes.append(f"of more than {MANY_TASKS} tasks there are no pictures with a row each")
+            notes.append(f"the run has more than {MANY_TASKS} tasks, so pictures with one row a task are left out")
     else:
-        notes.append("one ΔW serves all tasks, so there are no deviations to draw")
+        notes.append("all tasks have the same ΔW, so there are no deviations to draw")
     group = container["posterior" if draws is None else "constant_data"]
     effective = dict(zip(run.data.tasks, np.asarray(group["effective_parameters"], float).reshape(-1).tolist(), strict=True))
     samples = None
@@ -158,7 +159,7 @@ def _of_adapters(
 
 
 def _kind(folder: RunFolder) -> str:
-    """A fit, a posterior around one, or new tasks that were adapted under one."""
+    """The kind of the run: a MAP fit, a posterior around a MAP fit, or an adaptation of a MAP fit to new tasks."""
     if not (folder.path / FIT).is_file():
         return "run"
     return "adaptation" if folder.load_metadata("posterior").get("prior") == GIVEN else "posterior"
@@ -219,7 +220,7 @@ def _about_tau(metrics: Mapping[str, Any], kind: str) -> str:
 
 
 def _verdict(tasks: Mapping[str, Any]) -> str:
-    """In a sentence, what the adapters did for the tasks."""
+    """One sentence that says how the adapters change the perplexity of the tasks."""
     pairs = [(t.get("base_test_perplexity"), t.get("test_perplexity"), replaced(t["name"])) for t in tasks.values()]
     changes = sorted((adapted / base - 1, name) for base, adapted, name in pairs if base and adapted)
     if not changes:
@@ -253,7 +254,7 @@ def _results(tasks: Mapping[str, Any], metrics: Mapping[str, Any], effective: Ma
     total = {key: sum(row.get(key) or 0 for row in rows) for key in ("train_documents", "test_documents")}
     total |= {key: metrics.get(key) for _, key in columns if key.endswith("perplexity")} | {"change": _change(metrics)}
     caption = "Test documents by task, without and with its adapter"
-    caption += "; γ: how many of the adapter's numbers the task's own data determine" if effective else ""
+    caption += "; γ: how many of the adapter's parameters the task's own data determine" if effective else ""
     return Table(
         caption,
         [Column("task"), *(column for column, _ in shown)],
@@ -306,18 +307,18 @@ def _about_samples(options: RunOptions) -> str:
         if options.temperature == 0
         else f"tokens drawn at temperature {options.temperature:g}"
     )
-    return f"One beginning, continued by the base alone, by the mean of all tasks, and by some tasks' adapters: {how}."
+    return f"One prompt, continued by the base alone, by the mean of all tasks, and by the adapters of some tasks: {how}."
 
 
 def _configuration(folder: RunFolder, kind: str) -> Iterator[Any]:
-    """The options that are not the defaults, and all of them folded away."""
+    """A table of the options that differ from the defaults, and a closed table of all options."""
     files = [(CONFIG, _KINDS[kind], "fit" if kind == "run" else kind)]
     if kind != "run":
-        files.append((FIT, MapFitConfig, "fit that it began from"))
+        files.append((FIT, MapFitConfig, "MAP fit that it started from"))
     for name, cls, what in files:
         config = folder.read_config(name)
         defaults = dataclasses.asdict(cls())
-        changed = {key: value for key, value in config.items() if key not in _FITTED_HERE and value != defaults.get(key)}
+        changed = {key: value for key, value in config.items() if key not in _LOCATION and value != defaults.get(key)}
         columns = [Column("option"), Column("value")]
         rows = [[key, option_text(value)] for key, value in changed.items()]
         if rows:

@@ -1,4 +1,4 @@
-"""The pictures of one run: what the prior did to each task, how the fit learned, where τ went."""
+"""The pictures of one run: shrinkage of the tasks, learning curves, and the path of τ."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bora_pyro.diagnostics import plots
 from bora_pyro.report.blocks import Picture
 from bora_pyro.report.pictures import WIDTH, draw_picture, name_labels
 
-#: Of more tasks than these no picture has a row each.
+#: With more tasks than this, pictures with one row a task are left out.
 MANY_TASKS = 80
-_POINTS = 400  # of a path of τ
+_POINTS = 400  # points of a path of τ that are drawn, at most
 
 
 def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray) -> Iterator[Picture]:
-    """How far the tasks lie from Θ, where, and how they lie to one another.
+    """Draw how far the tasks are from Θ, in which layers, and how far they are from each other.
 
     Args:
-        tasks: their names.
-        container: what :func:`bora_pyro.diagnostics.shrinkage` gives.
-        gram: (D, D), of ΔW_d − ΔW_Θ (:func:`bora_pyro.diagnostics.deviations.task_gram`).
+        tasks: names of the D tasks.
+        container: result of :func:`bora_pyro.diagnostics.shrinkage`.
+        gram: Gram matrix of ΔW_d − ΔW_Θ, of shape (D, D) (:func:`bora_pyro.diagnostics.deviations.task_gram`).
     """
     names = list(name_labels(tasks).values())
     groups = {
@@ -37,58 +37,59 @@ def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray) -
         yield draw_picture(
             "forest",
             "Distance from the global mean",
-            "How far each task's adapter has moved from the one that all tasks share, Θ; the number of training documents in "
-            "parentheses. At the left end a task is like all others.",
+            "Distance of each task's adapter from Θ, which all tasks share. The number of training documents is in parentheses. "
+            "A task at the left end is like the average of all tasks.",
             partial(_call, plots.shrinkage_forest, groups),
             height=by_task,
         )
         yield draw_picture(
             "documents",
             "Distance against data",
-            "Each task's distance from Θ against its training documents. Under one prior, tasks with more data can afford to "
-            "stray farther.",
+            "Each task's distance from Θ against its number of training documents. All tasks have the same prior, so tasks with "
+            "more data can move farther away.",
             partial(_call, plots.deviation_by_documents, groups),
         )
         yield draw_picture(
             "heatmap",
             "Where the tasks deviate",
-            "Root mean square deviation of an adapter's entries from Θ, by layer and task: brighter is farther.",
+            "Root mean square deviation of an adapter's entries from Θ, by layer and task. Brighter means farther.",
             partial(_call, plots.deviation_heatmap, groups),
             width=max(WIDTH, 1.6 + 0.14 * len(names)),
             height=3.8,
         )
-    if any("pooling_factor" in data and np.isfinite(data["pooling_factor"]).any() for data in groups.values()):  # not of one task
+    # a single task has no pooling factor
+    if any("pooling_factor" in data and np.isfinite(data["pooling_factor"]).any() for data in groups.values()):
         yield draw_picture(
             "pooling",
             "How strongly each part is pooled",
-            "Gelman and Pardoe's pooling factor by layer, kind of layer and factor: at 1 the tasks share that part wholly, at 0 "
-            "each has its own.",
+            "Gelman and Pardoe's pooling factor by layer, kind of layer and factor. At 1 all tasks share that part, at 0 each "
+            "task has its own.",
             partial(_call, plots.pooling_factors, groups),
         )
     if 2 <= len(names) <= MANY_TASKS:
         yield draw_picture(
             "pca",
             "Tasks by what their adapters do",
-            "Principal components of the changes of the weights, ΔW less that of Θ: tasks that lie together are adapted alike. "
-            "A name that finds no room is left out.",
+            "Principal components of the tasks' changes of the weights, ΔW_d − ΔW_Θ. Tasks that lie close together have similar "
+            "adapters. A name without room is left out.",
             lambda ax: plots.task_pca(gram, names, ax),
             height=3.8,
         )
         yield draw_picture(
             "tree",
             "Which tasks are near one another",
-            "Average linkage of the distances between the tasks' ΔW: the farther left two tasks meet, the less they share.",
+            "Average linkage of the distances between the tasks' ΔW. The farther left two tasks meet, the less they share.",
             lambda ax: plots.task_dendrogram(gram, names, ax),
             height=by_task,
         )
 
 
 def learning_pictures(history: Sequence[Mapping[str, Any]], *, unit: str, best_epoch: int | None) -> Iterator[Picture]:
-    """Perplexity and τ while the fit ran.
+    """Draw perplexity and τ over the course of the fit.
 
     Args:
         history: the records of ``metrics.jsonl``.
-        unit: the observation of the likelihood.
+        unit: unit of the likelihood, ``tokens`` or ``documents``.
         best_epoch: the epoch whose state was kept.
     """
     history = [record for record in history if record.get("epoch") is not None]
@@ -96,8 +97,8 @@ def learning_pictures(history: Sequence[Mapping[str, Any]], *, unit: str, best_e
         yield draw_picture(
             "learning",
             "Learning curves",
-            "Perplexity of the training documents while an epoch ran, and of the validation documents after it; the state of the "
-            "ringed epoch was kept.",
+            "Perplexity of the training documents during each epoch, and of the validation documents after it. The fit kept the "
+            "state of the epoch with the ring.",
             lambda ax: plots.learning_curves(history, ax, unit=unit, best_epoch=best_epoch),
         )
     path = [
@@ -110,14 +111,14 @@ def learning_pictures(history: Sequence[Mapping[str, Any]], *, unit: str, best_e
         yield draw_picture(
             "tau",
             "Path of the learned precision",
-            "τ of each kind of layer and factor while it was learned: where it is large the tasks share that part, where it is "
-            "small they differ in it. A prior with standard deviation σ has τ = 1/σ².",
+            "τ of each kind of layer and factor while it was learned. A large τ means that the tasks share that part, a small τ "
+            "that they differ in it. A prior with standard deviation σ has τ = 1/σ².",
             lambda ax: plots.tau_path([*path[:-1:every], path[-1]], ax),
         )
 
 
 def _is_finite(tau: Any) -> bool:
-    """Whether a group has a τ to draw: that of what all tasks share is infinite, which JSON writes as null."""
+    """Whether a group has a finite τ. What all tasks share has an infinite τ, which JSON writes as null."""
     return None not in (tau if isinstance(tau, list) else [tau])
 
 

@@ -1,4 +1,4 @@
-"""The page of a folder of runs, whichever they are: a row a run, and a sweep's pictures where they are one."""
+"""The page of a folder of runs: one row a run, and the pictures of a sweep if the runs are one."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from bora_pyro.runs.versions import versions
 
 
 def runs_page(folder: str | Path, output: str | Path) -> Page:
-    """Make the page of a folder of runs: a sweep's pictures where they are one, in any case a row a run.
+    """Make the page of a folder of runs: one row a run, and the pictures of a sweep if the runs are one.
 
     Args:
-        folder: runs lie in it, at any depth; those that are not finished are noted.
-        output: where the page will lie; runs that have a page of their own are linked from there.
+        folder: folder with runs at any depth. Runs that are not finished are named in the notes.
+        output: path of the page, from which it links to the pages of single runs.
 
     Raises:
-        InputError: there is no finished run.
+        InputError: the folder has no finished run.
     """
     folder, tables, notes = Path(folder), dict[str, pd.DataFrame](), list[str]()
     configs: list[dict[str, Any]] = []
@@ -72,12 +72,12 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     for where, names, files in os.walk(folder):
         names.sort()
         if CONFIG in files and Path(where) != folder:
-            names.clear()  # what a run holds is no run
+            names.clear()  # there are no runs inside a run
             yield Path(where)
 
 
 def _is_sweep(firsts: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> bool:
-    """Whether the runs differ in τ, learning rate and seed, and are of the same tasks."""
+    """Whether the runs have the same tasks, several τ, and no two the same τ, learning rate and seed."""
     tasks = {tuple(rows["task"]) for rows in tables.values()}
     scored = firsts["validation_perplexity"].notna().any() and firsts["test_perplexity"].notna().any()
     return len(tasks) == 1 and not firsts.duplicated(KEY).any() and firsts["tau"].nunique() > 1 and bool(scored)
@@ -100,9 +100,9 @@ def _each_run(firsts: pd.DataFrame, folder: Path, output: Path) -> Table:
     columns = [
         Column("run"), Column("prior τ", number=True), Column("learning rate", number=True), Column("seed", 0),
         Column("validation perplexity", 2), Column("test perplexity", 2), Column("base perplexity", 2),
-        Column("to the base's", 3), Column("best epoch", 0), Column("seconds", 1),
+        Column("ratio to base", 3), Column("best epoch", 0), Column("seconds", 1),
     ]  # fmt: skip
-    return Table("The finished runs; a name leads to the page of its run, where it has one", columns, rows)
+    return Table("The finished runs; a name links to the page of its run, if there is one", columns, rows)
 
 
 def _tasks_by_run(tables: Mapping[str, pd.DataFrame]) -> Table:
@@ -114,7 +114,7 @@ def _tasks_by_run(tables: Mapping[str, pd.DataFrame]) -> Table:
         lowest = min((score for score in own if np.isfinite(score)), default=None)
         rows.append([replaced(task), *(score_cell(score, lowest) for score in own)])
     columns = [Column("task"), *(Column(name, number=True) for name in tables)]
-    return Table("Test perplexity by task and run; a task's lowest stands out", columns, rows)
+    return Table("Test perplexity by task and run; the lowest of each task is bold", columns, rows)
 
 
 def _best(firsts: pd.DataFrame) -> Any:
@@ -125,4 +125,7 @@ def _best(firsts: pd.DataFrame) -> Any:
 def _best_text(firsts: pd.DataFrame, best: Any) -> str:
     if best is None or len(firsts) < 2:
         return ""
-    return f"The validation documents prefer {replaced(str(best))}; runs on different documents or bases do not compare."
+    return (
+        f"{replaced(str(best))} has the lowest validation perplexity. Runs on different documents or base models "
+        "cannot be compared."
+    )

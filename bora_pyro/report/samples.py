@@ -1,4 +1,4 @@
-"""Texts that the base, the mean of all tasks and some tasks' adapters write from one beginning."""
+"""Continuations of one prompt by the base model, by the mean of all tasks and by the adapters of some tasks."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from bora_pyro.predict.generate import generate_side_by_side
 from bora_pyro.report.blocks import Samples
 from bora_pyro.runs.saved import SavedRun
 
-_BEGINNING = 8  # tokens of a document, its start included, that are a prompt where none is given
+_PROMPT_TOKENS = 8  # tokens of a document that serve as the default prompt, the start token included
 
 
 def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_tokens: int, temperature: float) -> Samples:
-    """Continue one text with several adapters, all of a posterior's centre where the run has one.
+    """Continue one prompt with several adapters. A posterior run uses the posterior's centre.
 
     Args:
         run: the finished run.
-        number: how many tasks write: the ones with most and fewest training documents, and others evenly between.
-        prompt: the beginning, or what a user says to a fit of chats; None: the beginning of the first test document.
-        max_new_tokens: the longest continuation.
+        number: how many tasks continue the prompt: those with the most and the fewest training documents, and others evenly
+            spaced between them.
+        prompt: the text to continue, or a user's message if the fit is one to chats; None: the beginning of the first test
+            document.
+        max_new_tokens: largest number of tokens in a continuation.
         temperature: as for :func:`bora_pyro.predict.generate.generate_side_by_side`.
 
     Raises:
-        InputError: a prompt that cannot be continued.
+        InputError: the prompt cannot be continued.
     """
-    raw = prompt is None  # a document's beginning, of a chat too, is no user's words
+    raw = prompt is None  # the beginning of a document, also of a chat, is not a user's message
     if prompt is None:
         documents, tokenizer = run.data.test if run.data.test.num_tokens else run.data.train, run.fitted.model.backbone.tokenizer
-        assert tokenizer is not None  # the documents were read with it
+        assert tokenizer is not None  # it tokenised the documents
         document = documents.document(0)
-        prompt = str(tokenizer.decode(document[: max(2, min(_BEGINNING, len(document) - 1))], skip_special_tokens=True))
+        prompt = str(tokenizer.decode(document[: max(2, min(_PROMPT_TOKENS, len(document) - 1))], skip_special_tokens=True))
     counts = dict(zip(run.data.tasks, run.data.train.documents_per_task, strict=True))
     order = sorted(counts, key=lambda task: -counts[task])
     chosen = [order[n] for n in np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)]

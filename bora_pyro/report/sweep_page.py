@@ -31,9 +31,9 @@ from bora_pyro.report.pictures import draw_picture, name_labels
 from bora_pyro.report.run_pictures import MANY_TASKS
 from bora_pyro.runs.versions import versions
 
-#: Whose versions a page has that nothing was fitted for.
+#: The footer says that its versions are those of this page: the fits may have had others.
 HERE = "this page"
-#: Columns of a table of tasks, at most.
+#: Largest number of score columns in a table of tasks.
 MOST = 12
 
 
@@ -41,12 +41,12 @@ def sweep_page(table: pd.DataFrame, *, title: str, options: Mapping[str, Any] | 
     """Make the page of a sweep.
 
     Args:
-        table: as :func:`bora_pyro.diagnostics.sweep_table.read_sweep` gives it.
-        title: its name.
-        options: those that all its fits share, where they are known.
+        table: the sweep's table, as :func:`bora_pyro.diagnostics.sweep_table.read_sweep` returns it.
+        title: the name of the sweep.
+        options: the options that all its fits share; None: they are not known.
 
     Raises:
-        InputError: no run has a validation perplexity, by which alone a learning rate may be chosen.
+        InputError: no run has a validation perplexity, which is needed to choose the learning rate.
     """
     rates, chosen, every = best_rates(table), runs(at_best_rates(table)), runs(table)
     seeds, tasks = sorted(every.seed.unique()), table.drop_duplicates("task")
@@ -63,7 +63,7 @@ def sweep_page(table: pd.DataFrame, *, title: str, options: Mapping[str, Any] | 
 
 
 def sweep_pictures(table: pd.DataFrame) -> Iterator[Picture]:
-    """What sharing does, in pictures."""
+    """Draw test perplexity against τ, the gain of each task, and the deviations at each τ."""
     best = at_best_rates(table)
     if not table["test_perplexity"].notna().any():
         return
@@ -71,8 +71,8 @@ def sweep_pictures(table: pd.DataFrame) -> Iterator[Picture]:
     yield draw_picture(
         "curve",
         "Perplexity against the strength of the prior",
-        "Each τ at its best learning rate, which the validation documents of the first seed have chosen. Left every task has an "
-        "adapter of its own, right there is one for all; the star is the fit that learned τ.",
+        "Each τ at its best learning rate, chosen by the validation documents of the first seed. At the left end every task has "
+        "an adapter of its own, at the right end all tasks share one. The star is the fit that learned τ.",
         lambda ax: plots.tau_curve(table, ax),
         height=3.4,
     )
@@ -88,8 +88,8 @@ def sweep_pictures(table: pd.DataFrame) -> Iterator[Picture]:
         yield draw_picture(
             "gain",
             "What each task gains by sharing",
-            "Gain in test perplexity over the limits, against the training documents of the task: over adapters of their own "
-            "(τ = 0), and over one adapter for all (τ = ∞). Below 0 the limit is better.",
+            "Gain in test perplexity over independent adapters (τ = 0) and over one adapter for all tasks (τ = ∞), against the "
+            "number of training documents of the task. Below 0 the limit is better.",
             gains,
             height=3.4,
         )
@@ -97,14 +97,14 @@ def sweep_pictures(table: pd.DataFrame) -> Iterator[Picture]:
         yield draw_picture(
             "deviation",
             "Distance from the global mean",
-            "‖θ_d − Θ‖ of each task at each τ, means over seeds: the stronger the prior, the closer the tasks stay together.",
+            "‖θ_d − Θ‖ of each task at each τ, means over seeds. The stronger the prior, the closer the tasks stay to Θ.",
             lambda ax: plots.deviation_by_documents(at_best_rates(table), ax),
             height=3.4,
         )
 
 
 def _chosen(table: pd.DataFrame) -> str | None:
-    """The fixed τ that the validation documents choose; None where there is nothing to choose."""
+    """The fixed τ that the validation documents choose; None if there is none to choose."""
     try:
         return best_tau(table)
     except InputError:
@@ -126,7 +126,7 @@ def _numbers(table: pd.DataFrame, chosen: pd.DataFrame) -> Iterator[Number]:
 
 
 def _verdict(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
-    """In a sentence, what sharing is worth here."""
+    """One sentence that compares the learned or best τ with the limits."""
     best = _chosen(table)
     ours = LEARNED if LEARNED in set(chosen.tau) else best
     means = chosen.groupby("tau").test_perplexity.mean()
@@ -154,10 +154,10 @@ def _by_tau(chosen: pd.DataFrame, rates: Mapping[str, str]) -> Table:
         rows.append([*cells, ratio.mean(), of_tau.fit_seconds.mean(), len(of_tau)])
     base = _mean_cell(chosen.drop_duplicates("seed").base_test_perplexity)
     return Table(
-        "Means ± standard deviations over seeds, each τ at its best learning rate; the lowest perplexities stand out",
+        "Means ± standard deviations over seeds, each τ at its best learning rate; the lowest perplexities are bold",
         [
             Column("prior τ", number=True), Column("learning rate", number=True), Column("validation perplexity", number=True),
-            Column("test perplexity", number=True), Column("to the base's", 3), Column("seconds a fit", 0), Column("fits", 0),
+            Column("test perplexity", number=True), Column("ratio to base", 3), Column("seconds a fit", 0), Column("fits", 0),
         ],
         rows,
         total=["base model", None, None, base, 1.0, None, None],
@@ -178,7 +178,7 @@ def _by_task(table: pd.DataFrame) -> Table:
         )
     heads = [Column("learned\u00a0τ" if tau == LEARNED else f"τ\u00a0=\u00a0{tau_cell(tau).text}", number=True) for tau in taus]
     return Table(
-        "Test perplexity by task, means over seeds, each τ at its best learning rate; a task's lowest stands out",
+        "Test perplexity by task, means over seeds, each τ at its best learning rate; the lowest of each task is bold",
         [Column("task"), Column("training documents", 0), Column("base", 2), *heads],
         rows,
     )
@@ -200,7 +200,7 @@ def _all_runs(every: pd.DataFrame) -> Table:
 
 
 def options_block(options: Mapping[str, Any]) -> Folded:
-    """Options that runs share, folded away."""
+    """A closed table of the options that the runs share."""
     rows = [[key, option_text(value)] for key, value in options.items()]
     return Folded(
         "Options that all the fits share",
@@ -228,12 +228,12 @@ def _mean_cell(values: pd.Series, *, strong: bool = False) -> Cell:
 
 
 def score_cell(score: float, lowest: float | None) -> Cell:
-    """A perplexity, the lowest of its row standing out."""
+    """A perplexity as a cell, bold if it is the lowest of its row."""
     return Cell(number_text(score), score, strong=score == lowest) if np.isfinite(score) else Cell("–")
 
 
 def tau_cell(tau: str, fitted: str | None = None) -> Cell:
-    """A τ of a table; sorted by its number, ``learned`` behind ∞."""
+    """A τ as a cell, sorted by its value; ``learned`` comes after ∞."""
     if tau == LEARNED:
         return Cell(LEARNED if fitted is None else f"learned, {fitted}", 1e300)
     return Cell("∞" if tau == "inf" else short_number(float(tau)), 1e299 if tau == "inf" else float(tau))

@@ -196,7 +196,10 @@ def test_a_refused_export_is_kept(fitted, tmp_path, capsys, hub, monkeypatch):
         ),
         (["{run}", "--output_dir", "{run}"], "which is no part of an earlier result; give another --output_dir"),
         (["{run}", "--output_dir", "{run}/config.yaml"], "is a file or a link; give another --output_dir"),
-        (["{run}", "--output_dir", "{out}", "--push_to_hub", "speeches"], "push_to_hub 'speeches' is no name on the hub"),
+        (
+            ["{run}", "--output_dir", "{out}", "--push_to_hub", "speeches"],
+            "push_to_hub 'speeches' is not a valid repository name on the hub",
+        ),
     ],
 )
 def test_bad_lines(fitted, tmp_path, capsys, words, message):

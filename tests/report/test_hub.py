@@ -76,7 +76,7 @@ def test_a_repository_that_is_there_is_added_to(hub, folder):
     [
         ({}, "hf_wrong", r"the hub answers 401 .*; log in with `hf auth login`, or set HF_TOKEN\."),
         ({"/api/": 403}, TOKEN, r"the hub answers 403 .*; use a token that may write there\."),
-        ({"/api/repos": 400}, TOKEN, "the hub answers 400 .*; see what it says"),
+        ({"/api/repos": 400}, TOKEN, "the hub answers 400 .*; see its answer"),
         ({"/api/models/ada/speeches/preupload": 404}, TOKEN, "the hub answers 404"),
         ({"/api/models/ada/speeches/commit": 413}, TOKEN, "the hub answers 413"),
         ({"/ada/speeches.git": 422}, TOKEN, "the hub answers 422"),
@@ -88,7 +88,7 @@ def test_what_the_hub_refuses(hub, folder, refuse, token, message):
         push_folder(folder, "ada/speeches", endpoint=hub.url, token=token)
     said = str(caught.value)
     assert said.startswith("ada/speeches was not sent: ")
-    assert said.endswith(f"{folder} is whole: `hf upload ada/speeches {folder}` sends it later")
+    assert said.endswith(f"{folder} is complete: `hf upload ada/speeches {folder}` sends it later")
     assert "\n" not in said
     assert contents(folder) == before
 
@@ -98,7 +98,7 @@ def test_no_hub_at_all(folder):
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
     with pytest.raises(
-        InputError, match=r"was not sent: the hub cannot be reached \(.*\); look at the network and HF_ENDPOINT"
+        InputError, match=r"was not sent: the hub cannot be reached \(.*\); check the network and HF_ENDPOINT"
     ) as caught:
         push_folder(folder, "ada/speeches", endpoint=address, token=TOKEN)
     assert "\n" not in str(caught.value)
@@ -106,6 +106,6 @@ def test_no_hub_at_all(folder):
 
 @pytest.mark.parametrize("name", ["speeches", "a/b/c", "a/..", "a b/c", "/x", "x/", "", "a/" + "x" * 100])
 def test_names_that_are_none(name):
-    with pytest.raises(InputError, match="is no name on the hub; give USER/NAME"):
+    with pytest.raises(InputError, match="is not a valid repository name on the hub; give USER/NAME"):
         check_repo_id(name)
     check_repo_id("ada/speeches-2.0")

@@ -35,7 +35,7 @@ def test_a_card_is_read_as_it_was_written(tmp_path):
 def test_one_adapter_alone_and_no_picture():
     card = export_card(CardFacts("gpt2"), "t", {}, ["global-mean--draw-0"], picture=False)
     assert PICTURE not in card.text
-    assert "Another adapter" not in card.text
+    assert "another adapter" not in card.text
     assert "draws of the posterior" in card.text
 
 
@@ -47,7 +47,7 @@ def test_cards_of_an_adaptation_say_so():
     assert "They were fitted together" in export_card(CardFacts("gpt2"), "t", {"ada": ROW}, ["ada"], picture=False).text
     of_task = adapter_card(facts, "Ada", "ada", "the MAP estimate", ROW).text
     assert "the MAP estimate of an adaptation of a hierarchical fit by `bora_pyro` to new tasks." in of_task
-    assert "Fitted on 3 documents of the task, and held to those of other tasks through Θ." in of_task
+    assert "Fitted on 3 documents of the task, and drawn towards the other tasks through Θ." in of_task
     of_mean = adapter_card(facts, None, "global-mean", "the MAP estimate").text
     assert "Θ of a hierarchical fit by `bora_pyro`, the prior of new tasks that it was adapted to." in of_mean
 
@@ -57,7 +57,7 @@ def test_snippets_of_a_repository():
     text = export_card(facts, "t", {}, ["a", "b"], picture=False).text
     assert "PeftModel.from_pretrained(base, 'ada/speeches', subfolder='a')" in text
     assert "model.load_adapter('ada/speeches', adapter_name='b', subfolder='b')" in text
-    assert "From within the folder" not in text
+    assert "in the folder of the export" not in text
 
 
 def test_texts_from_data_have_no_mark_up():

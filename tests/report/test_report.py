@@ -183,7 +183,7 @@ def test_numbers_alone_need_neither_base_nor_documents(folders, tmp_path, main, 
     assert main([str(copy), "--output", str(tmp_path / "page.html")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
-    assert err.endswith("or leave out what needs the adapters: --adapters false\n")
+    assert err.endswith("or make the page without the adapters: --adapters false\n")
     assert not (tmp_path / "page.html").exists()
     assert main([str(copy), "--output", str(tmp_path / "page.html"), "--adapters", "false"]) == 0
     page = check((tmp_path / "page.html").read_text(encoding="utf-8"))
@@ -234,7 +234,7 @@ def test_the_page_of_a_sweep(tmp_path, main, capsys):
     assert capsys.readouterr().out == f"page: {tmp_path / 'speeches.html'}\n"
     html = (tmp_path / "speeches.html").read_text(encoding="utf-8")
     page, best = check(html), at_best_rates(read_sweep(tmp_path / "speeches.csv"))
-    rows = page.table("prior τ", "to the base's")
+    rows = page.table("prior τ", "ratio to base")
     assert list(rows) == ["0", "100", "∞", "learned, 150", "base model"]
     assert rows["100"]["test perplexity"] == "20.50 ± 0.71"
     assert rows["100"]["learning rate"] == "0.03"
