@@ -1,4 +1,4 @@
-"""What the result of a run must have for the run to be read back, and whether it is of the documents at hand."""
+"""Checks of a finished run before it is read back: the result is complete, and the data are those of the fit."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from bora_pyro.errors import InputError
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import METRICS
 
-# What metrics.json must have for a run to be read back.
+# Names that metrics.json must have.
 _NEEDED = ("test_perplexity", "train_documents", "test_documents", "tasks")
 _NEEDED_OF_TASK = ("test_perplexity", "base_test_perplexity")
 
 
 def read_metrics(folder: RunFolder) -> dict[str, Any]:
-    """What ``metrics.json`` holds.
+    """Read ``metrics.json`` and check that it is complete.
 
     Raises:
-        InputError: there is none, or it lacks something that every run writes.
+        InputError: the file is missing, or lacks a name that every run writes.
     """
     metrics = folder.read_metrics()
     if missing := [name for name in _NEEDED if name not in metrics]:
@@ -28,12 +28,22 @@ def read_metrics(folder: RunFolder) -> dict[str, Any]:
 
 
 def check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Refuse data that are not those of the fit, as far as a run can tell."""
+    """Check that data are those of the fit, by the numbers of documents and the names of the tasks.
+
+    Args:
+        folder: the run folder.
+        data: the data that were loaded now.
+        metrics: content of ``metrics.json``.
+        metadata: metadata of ``posterior.safetensors``.
+
+    Raises:
+        InputError: the data differ from those of the fit, or the files of the run contradict each other.
+    """
     found: dict[str, Any] = {"train_documents": data.train.num_documents, "test_documents": data.test.num_documents}
     for name, number in found.items():
         if number != metrics[name]:
             raise InputError(
-                f"the run in {folder.path} had {metrics[name]} {name.replace('_', ' ')}, the data now give {number}; "
+                f"the run in {folder.path} had {metrics[name]} {name.replace('_', ' ')}, but the data now have {number}; "
                 "use the documents of the fit, or fit again"
             )
     try:
@@ -41,10 +51,10 @@ def check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], metad
     except (KeyError, ValueError, RecursionError):
         tasks = None
     if tasks != data.tasks:
-        raise InputError(f"the posterior in {folder.path} is of other tasks than its split.json; run the fit again")
+        raise InputError(f"the posterior in {folder.path} has other tasks than its split.json; run the fit again")
     rows = metrics["tasks"].values()
     if [row["name"] for row in rows] != data.tasks:
-        raise InputError(f"{folder.path / METRICS} is of other tasks than split.json; run the fit again with --resume true")
+        raise InputError(f"{folder.path / METRICS} has other tasks than split.json; run the fit again with --resume true")
     for row in rows:
         if missing := [name for name in _NEEDED_OF_TASK if name not in row]:
             raise InputError(
@@ -53,7 +63,7 @@ def check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], metad
 
 
 def stored_result(folder: RunFolder, data: TaskData) -> dict[str, Any] | None:
-    """What ``metrics.json`` holds of a finished run whose result is whole and of these documents; None of any other run."""
+    """Content of ``metrics.json`` of a finished run, if its result is complete and belongs to these data; otherwise None."""
     try:
         metrics = read_metrics(folder)
         folder.load_tensors("posterior")

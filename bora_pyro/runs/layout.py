@@ -1,4 +1,4 @@
-"""What stands in a run folder under which name, and what there is somebody's own.
+"""Names of the files in a run folder, and checks for entries that no run wrote.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
-#: By which a posterior knows the fit again around which it was made.
+#: Identifies the MAP fit that a posterior was made around.
 SOURCE = "source.json"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
 #: The folders in which trackers keep their files.
 TRACKED = ("tensorboard", "wandb")
-#: Held by the process that is at work in the folder.
+#: Lock file of the process that is writing to the folder.
 LOCK = ".lock"
-#: The first line of our config.yaml: nothing is ever deleted from a folder whose config.yaml lacks it.
+#: First line of a run's config.yaml. Nothing is ever deleted from a folder whose config.yaml does not begin with it.
 HEADER = "# bora_pyro run: the resolved configuration"
 _OURS = (CONFIG, FIT, SOURCE, LOG, METRICS, SPLIT, REPORT, "posterior.safetensors", CHECKPOINTS, ADAPTERS, DIAGNOSTICS, *TRACKED)
-# What a run writes in its folders; of the trackers' it does not know.
+# Names that a run writes inside its folders. The trackers' folders are left out: their files are not known here.
 _WITHIN = {
     ADAPTERS: re.compile(r"\.?tasks\.json(\.tmp)?|[^/]+/(adapter_config\.(json|tmp)|adapter_model\.safetensors)?"),
     CHECKPOINTS: re.compile(r"\.?step-\d+\.safetensors(\.tmp)?|task-rows-\w+"),
@@ -34,18 +34,21 @@ _WITHIN = {
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a run has taken the folder: its ``config.yaml`` begins as ours do."""
+    """Whether the folder belongs to a run: its ``config.yaml`` begins with :data:`HEADER`."""
     file = folder / CONFIG
     return file.is_file() and file.read_bytes().startswith(HEADER.encode())
 
 
 def foreign_entries(folder: Path, names: Sequence[str], *, within: bool) -> list[str]:
-    """What no run wrote among the folder's entries ``names``: all of them where no run has taken it.
+    """Find entries of a folder that no run wrote. In a folder that belongs to no run these are all entries.
 
     Args:
-        folder: the run folder.
-        names: of its entries.
-        within: look at what stands in its folders too.
+        folder: the folder.
+        names: the names of its entries to check.
+        within: also check the files inside the run's own folders.
+
+    Returns:
+        The names of the foreign entries, those inside a folder as ``folder/name``.
     """
     ours = _OURS if is_ours(folder) else ()
     temporary = {LOCK, *(f".{name}.tmp" for name in ours or (CONFIG,))}
@@ -58,7 +61,12 @@ def foreign_entries(folder: Path, names: Sequence[str], *, within: bool) -> list
 
 
 def clear(folder: Path, names: Sequence[str]) -> None:
-    """Delete a run's entries but its lock, ``config.yaml`` last: until then an interrupted deletion still looks like a run."""
+    """Delete a run's entries except its lock. ``config.yaml`` goes last, so that an interrupted deletion still looks like a run.
+
+    Args:
+        folder: the run folder.
+        names: the names of the entries to delete.
+    """
     for name in sorted(names, key=lambda name: name == CONFIG):
         if name == LOCK:
             continue

@@ -1,4 +1,4 @@
-"""What a person sees of a fit: its progress while it runs, and a table of the tasks when it is done.
+"""The output of a fit for people: its progress while it runs, and a table of the tasks at the end.
 
     >>> metrics = {"base_test_perplexity": 31.5, "test_perplexity": 20.25, "tasks": {
     ...     "drawing": {"name": "drawing", "train_documents": 40, "test_documents": 9, "base_test_perplexity": 31.5,
@@ -11,8 +11,8 @@
     <BLANKLINE>
       all tasks          40           9        31.50        20.25           –
 
-Progress goes to stderr, so that a program's result can be piped; a terminal gets a bar with the newest numbers beneath it, a
-log file (and a terminal that cannot move its cursor) plain lines.
+Progress goes to stderr, so that a program's result can be piped. A terminal gets a bar with the newest numbers below it. A log
+file, or a terminal that cannot move its cursor, gets plain lines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MISSING = "–"
 
 
 class _Bar(rich_progress.Progress):
-    """A bar, the steps and the time left in one line, the newest numbers in another: both fit into 80 columns."""
+    """A bar with the steps and the time left in one line, and the newest numbers in a second line, within 80 columns."""
 
     numbers = ""
 
@@ -45,20 +45,20 @@ class _Bar(rich_progress.Progress):
 
 
 class Progress:
-    """Progress of a fit, as a context manager.
+    """Show the progress of a fit. Use it as a context manager.
 
         >>> with Progress(2, enabled=False) as progress:
         ...     progress.update(1, loss=3.2, epoch=1)
         ...     progress.update(2, loss=3.1, epoch=1, validation_perplexity=20.9)
 
     Args:
-        total_steps: optimiser steps of the whole fit; the attribute may be set later, once it is known.
-        epochs: epochs of the whole fit; None leaves them out.
+        total_steps: optimiser steps of the whole fit. The attribute can be set later, once the number is known.
+        epochs: epochs of the whole fit; None: the number is not shown.
         enabled: False shows nothing.
-        start: steps that were done before, for a resumed fit; None takes the first update as the first step of this fit.
-        file: where to show it; stderr where None.
-        interval: seconds between plain lines, where there is no terminal. An epoch's end has a line in any case.
-        clock: seconds that only grow; tests bring their own.
+        start: steps that a resumed fit had done before. None: the first update reports the first step of this fit.
+        file: where to write; None: stderr.
+        interval: seconds between plain lines. The end of an epoch always gets a line.
+        clock: function that returns monotonic seconds; tests pass their own.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class Progress:
         validation_perplexity: float | None = None,
         tau: float | None = None,
     ) -> None:
-        """Show that ``step`` steps are done; quantities that are left out keep their last value.
+        """Show that ``step`` steps are done. Quantities that are None keep their last value.
 
         Args:
             step: optimiser steps done so far, over the whole fit.
             loss: training loss in nats a token.
             tokens_per_second: training speed.
-            epoch: the epoch that runs, from 1.
-            validation_perplexity: given once an epoch, at its end; a line of its own records it.
-            tau: precision of the prior, where the fit learns it.
+            epoch: the current epoch, counted from 1.
+            validation_perplexity: validation perplexity, given at the end of each epoch. It prints a line that stays.
+            tau: precision of the prior, if the fit learns it.
         """
         given = {"epoch": epoch, "loss": loss, "tokens_per_second": tokens_per_second, "perplexity": validation_perplexity}
         given["tau"] = None if tau is None else float(f"{tau:.3g}")
@@ -158,10 +158,10 @@ class Progress:
 
 
 def result_table(metrics: Mapping[str, Any]) -> Table:
-    """The tasks of a fit, one a row, and all of them in the last row.
+    """Make a table with one row a task and a last row for all tasks together.
 
     Args:
-        metrics: what ``metrics.json`` holds; a value that is None or not there prints as "–".
+        metrics: content of ``metrics.json``; a missing value is shown as "–".
     """
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("task", overflow="fold", max_width=NAME_LENGTH)
@@ -170,7 +170,7 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     tasks = metrics.get("tasks") or {}
     for slug, task in tasks.items():
-        # Text, not str: a task's name may hold what looks like rich's markup.
+        # Text, not str: a task's name may look like rich's markup
         table.add_row(Text(name_line(task.get("name") or slug, characters=None)), *_cells(task))
     table.add_section()
     counts = {
@@ -182,9 +182,13 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def print_table(metrics: Mapping[str, Any], *, file: TextIO | None = None) -> None:
-    """Print ``result_table`` to stdout: fitted to a terminal's width, elsewhere plain and as wide as it needs to be.
+    """Print ``result_table``, fitted to the width of a terminal. Elsewhere it is plain text of any width.
 
-    Names of more than ``NAME_LENGTH`` letters take several lines.
+    Names of more than ``NAME_LENGTH`` characters take several lines.
+
+    Args:
+        metrics: content of ``metrics.json``.
+        file: where to print; default: stdout.
     """
     file = file or sys.stdout
     table = result_table(metrics)
@@ -192,12 +196,12 @@ def print_table(metrics: Mapping[str, Any], *, file: TextIO | None = None) -> No
     if console.is_terminal:
         console.print(table)
         return
-    width = Console(width=10_000).measure(table).maximum  # nothing is cut
+    width = Console(width=10_000).measure(table).maximum  # wide enough for all cells
     plain = Console(file=file, color_system=None, width=width)
     with plain.capture() as captured:
         plain.print(table)
     lines = [line.rstrip() for line in captured.get().splitlines()]
-    # A pipe of a narrow encoding gets "?" for θ, never an error at the end of a fit.
+    # an encoding without θ gets "?": a fit must not end in an error here
     encoding = getattr(file, "encoding", None) or "utf-8"
     file.write("\n".join(lines).strip("\n").encode(encoding, "replace").decode(encoding) + "\n")
 

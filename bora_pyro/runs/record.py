@@ -1,4 +1,4 @@
-"""What a run may say of itself: every name in ``metrics.json`` and ``metrics.jsonl`` that is read has a value of its type.
+"""Type checks of ``metrics.json`` and ``metrics.jsonl``: every value that the library reads must have the right type.
 
 >>> strange_metric({"test_perplexity": 20.2, "tau": "inf", "tasks": {"ada": {"name": "Ada", "test_perplexity": None}}})
 >>> strange_metric({"tasks": {"ada": {"name": "Ada", "test_perplexity": "low"}}})
@@ -6,7 +6,7 @@
 >>> strange_record({"epoch": 1, "loss": "x"})
 "has 'x' for 'loss'"
 
-A run folder may come from anybody, and what reads these files, a page above all, should not have to doubt each number.
+A run folder may come from anybody. After these checks, a page or a table can use the values without checking each one again.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ from typing import Any
 
 from bora_pyro.errors import shown
 
-#: Names of ``metrics.json`` that are numbers, or None where there is none.
+#: Names in ``metrics.json`` whose values are numbers or None.
 NUMBERS = (
     "test_perplexity", "base_test_perplexity", "validation_perplexity", "mixture_test_perplexity", "map_test_perplexity",
     "map_validation_perplexity", "test_bits_per_character", "base_test_bits_per_character", "epochs", "best_epoch", "draws",
     "fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "train_documents",
     "test_documents",
 )  # fmt: skip
-#: Those of each task.
+#: The same for the entry of a task.
 NUMBERS_OF_TASK = (
     "test_perplexity", "base_test_perplexity", "mixture_test_perplexity", "test_bits_per_character", "epistemic",
     "deviation_norm", "train_documents", "test_documents",
 )  # fmt: skip
-#: Those of a line of ``metrics.jsonl``.
+#: The same for a line of ``metrics.jsonl``.
 NUMBERS_OF_RECORD = ("loss", "validation_perplexity", "learning_rate", "training_tokens_per_second", "seconds")
 COUNTS_OF_RECORD = ("epoch", "step")
-_LARGEST = 1e300  # a fit that has diverged comes near it
-_PRECISIONS = (1e-45, 1e39)  # of float32, in which they are learned
-_GROUP = re.compile(r"[\w.-]{1,200}")  # a kind of layer and a factor
+_LARGEST = 1e300  # metrics of a fit that diverged can be almost as large
+_PRECISIONS = (1e-45, 1e39)  # range of float32, the type of learned precisions
+_GROUP = re.compile(r"[\w.-]{1,200}")  # name of a group of τ: a kind of layer and a factor
 
 
 def strange_metric(metrics: Mapping[str, Any]) -> str | None:
-    """What is wrong with the content of a ``metrics.json``, in the words of an error; None where nothing is."""
+    """Find the first wrong value of a ``metrics.json``.
+
+    Returns:
+        The end of an error message, which follows the name of the file; None if all values are right.
+    """
     kinds: dict[str, Callable[[Any], bool]] = dict.fromkeys(NUMBERS, _is_number)
     kinds |= {"tau": _is_tau, "tau_by_group": _is_tau_by_group, "notes": _is_list_of_texts, "versions": _is_texts_by_name}
     kinds |= {"mean": _is_calibration, "mixture": _is_calibration, "tasks": lambda tasks: isinstance(tasks, Mapping)}
@@ -53,7 +57,11 @@ def strange_metric(metrics: Mapping[str, Any]) -> str | None:
 
 
 def strange_record(record: Any) -> str | None:
-    """What is wrong with a line of ``metrics.jsonl``, in the words of an error; None where nothing is."""
+    """Find the first wrong value of a line of ``metrics.jsonl``.
+
+    Returns:
+        The end of an error message, which follows the name of the file; None if all values are right.
+    """
     if not isinstance(record, Mapping):
         return "holds no mapping"
     kinds = dict.fromkeys(NUMBERS_OF_RECORD, _is_number) | dict.fromkeys(COUNTS_OF_RECORD, _is_count)

@@ -1,4 +1,4 @@
-"""Tables of results that a script fills run by run: what is there is read again, and not run again.
+"""Tables of results that a script fills run by run. A later call reads the rows that exist and runs only the missing ones.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -22,10 +22,10 @@ from bora_pyro.runs.folder import RunFolder
 
 
 def read_results(output: str | Path, keys: Sequence[str]) -> pd.DataFrame:
-    """What an earlier run has left, an empty table with the columns ``keys`` where there is nothing.
+    """Read the table that an earlier run wrote. If there is none, return an empty table with the columns ``keys``.
 
     Raises:
-        InputError: the table is another one, which lacks one of the columns.
+        InputError: the file is another table, which lacks one of the columns ``keys``.
     """
     table = pd.read_csv(output) if Path(output).exists() else pd.DataFrame(columns=list(keys))
     if missing := [name for name in keys if name not in table]:
@@ -34,24 +34,24 @@ def read_results(output: str | Path, keys: Sequence[str]) -> pd.DataFrame:
 
 
 def write_results(table: pd.DataFrame, output: str | Path) -> None:
-    """Replace the file in one piece.
+    """Write the table to a file atomically.
 
     Raises:
-        InputError: it cannot be written; the old one is as it was.
+        InputError: the file cannot be written; an old file is unchanged.
     """
     replace_file(Path(output), lambda file: table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n"))
 
 
 def rows_of_run(run_folder: RunFolder | str | Path, *, tau: str | None = None, learning_rate: str | None = None) -> pd.DataFrame:
-    """The rows of one finished run in a sweep table, one a task (:mod:`bora_pyro.diagnostics.sweep_table`).
+    """The rows of one finished run in a sweep table, one row a task (:mod:`bora_pyro.diagnostics.sweep_table`).
 
     Args:
         run_folder: the folder of a fit, or its path.
-        tau: the text of τ; default: what ``metrics.json`` has.
-        learning_rate: the text of the learning rate; default: what ``metrics.json`` has.
+        tau: τ as a text; default: the value in ``metrics.json``.
+        learning_rate: the learning rate as a text; default: the value in ``metrics.json``.
 
     Raises:
-        InputError: there is no run, it is not finished, or its ``metrics.json`` cannot be used.
+        InputError: the folder has no run, the run is not finished, or its ``metrics.json`` cannot be used.
     """
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder.open(run_folder)
     where = f"metrics.json of {run.path}"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop: noted, and fulfilled where nothing is lost by it.
+"""Stop a fit cleanly on Ctrl-C or SIGTERM: the signal is recorded, and the fit stops after saving its state.
 
 >>> import os, signal
 >>> with StopSignals(quiet=True) as stop:
@@ -18,12 +18,13 @@ from typing import Any
 
 
 class StopSignals:
-    """While it is entered, the first SIGINT or SIGTERM is only noted; a second one does at once what it always does.
+    """Context manager that records the first SIGINT or SIGTERM. A second one has its usual effect.
 
-    Calling it tells whether one has come. Outside the main thread, where Python handles no signals, it does nothing.
+    Calling the object tells whether a signal has arrived. Outside the main thread it has no effect, because Python handles
+    signals only there.
 
     Args:
-        quiet: do not say on stderr that one has come.
+        quiet: do not report the signal on stderr.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -46,11 +47,11 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program that a signal has ended: 130 after Ctrl-C, 143 after SIGTERM."""
+        """Exit code of a program that was ended by the signal: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + (self.received or signal.SIGINT)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self.__exit__()
         if not self.quiet:
-            print(f"{self.received.name}: stopping after this step, its state saved; once more stops at once", file=sys.stderr)
+            print(f"{self.received.name}: will save and stop after this step; a second signal stops at once", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The runs of a sweep: which to make next, which folder has one already, and the processes that make them.
+"""The runs of a sweep: which to fit next, which are finished, and the processes that fit them.
 
 >>> next_rates(["0.003", "0.01", "0.03"], {}, "climb")
 ['0.01']
@@ -31,8 +31,8 @@ from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.results_table import rows_of_run
 
 SEARCHES = ("climb", "grid")
-# Options that leave the result of a fit alone.
-_HOW = {
+# Options that do not change the result of a fit.
+_NO_EFFECT = {
     "output_dir", "overwrite", "resume", "threads", "device", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "gradient_checkpointing", "trackers",
 }  # fmt: skip
@@ -54,43 +54,43 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         return f"tau{self.tau}-lr{self.rate}-seed{self.seed}"
 
 
 def next_rates(rates: Sequence[str], scores: Mapping[str, float], search: str) -> list[str]:
-    """The learning rates to try next; none where the search has come to its end.
+    """The learning rates to try next; an empty list if the search is over.
 
     Args:
         rates: the grid, ascending.
-        scores: the validation perplexity at the rates that were tried, infinite where the fit failed.
-        search: ``grid`` tries all. ``climb`` takes the perplexity to have one minimum: it begins in the middle and goes up as
-            long as that is better; where the first step up was not, it goes down in the same way.
+        scores: validation perplexity by rate for the rates that were tried; infinite if the fit failed.
+        search: ``grid`` tries all rates. ``climb`` assumes that the perplexity has one minimum. It begins in the middle and goes
+            up as long as the perplexity falls. If the first step up does not lower it, it goes down in the same way.
     """
     if search == "grid":
         return [rate for rate in rates if rate not in scores]
     middle = (len(rates) - 1) // 2
-    for way in (rates[middle:], rates[middle::-1]):
-        for n, rate in enumerate(way):
+    for direction in (rates[middle:], rates[middle::-1]):
+        for n, rate in enumerate(direction):
             if rate not in scores:
                 return [rate]
-            if n and not scores[rate] < scores[way[n - 1]]:
+            if n and not scores[rate] < scores[direction[n - 1]]:
                 break
-        if len(way) > 1 and scores[way[1]] < scores[way[0]]:
+        if len(direction) > 1 and scores[direction[1]] < scores[direction[0]]:
             break
     return []
 
 
 def finished_rows(asked: MapFitConfig, *, tau: str, learning_rate: str) -> pd.DataFrame | None:
-    """The rows of the finished run in ``asked.output_dir``; None where it is to be fitted, now or again.
+    """The rows of the finished run in ``asked.output_dir``; None if the run has to be fitted or resumed.
 
     Args:
-        asked: the run's configuration, as it is to be.
-        tau: the text of its τ.
-        learning_rate: the text of its learning rate.
+        asked: the configuration that the run should have.
+        tau: its τ as a text.
+        learning_rate: its learning rate as a text.
 
     Raises:
-        InputError: the folder holds something that no run wrote, or a finished run with other options.
+        InputError: the folder contains something that no run wrote, or a finished run with other options.
     """
     folder = Path(asked.output_dir)
     if not folder.exists():
@@ -107,25 +107,26 @@ def finished_rows(asked: MapFitConfig, *, tau: str, learning_rate: str) -> pd.Da
 
 
 def difference(asked: MapFitConfig) -> str | None:
-    """The first option in which the run in ``asked.output_dir`` differs, of those that change a fit; None where none does.
+    """Describe the first option in which the run in ``asked.output_dir`` differs from ``asked``; None if there is none.
 
-    An option that is newer than the run stands at its default there.
+    Options that do not change the result of a fit are ignored. An option that did not exist when the run was made counts as
+    its default.
 
     Raises:
-        InputError: there is no run.
+        InputError: the folder has no run.
     """
     stored = RunFolder.open(asked.output_dir).read_config()
     for field in dataclasses.fields(asked):
-        value, there = getattr(asked, field.name), stored.get(field.name, getattr(MapFitConfig(), field.name))
-        same = value == there or (field.name == "data" and Path(value).resolve() == Path(str(there)).resolve())
-        same = same or (field.name == "chat_template" and same_chat_template(value, there))
-        if field.name not in _HOW and not same:
-            return f"{field.name} {there}, where {value} is asked for"
+        value, found = getattr(asked, field.name), stored.get(field.name, getattr(MapFitConfig(), field.name))
+        same = value == found or (field.name == "data" and Path(value).resolve() == Path(str(found)).resolve())
+        same = same or (field.name == "chat_template" and same_chat_template(value, found))
+        if field.name not in _NO_EFFECT and not same:
+            return f"{field.name} {found} instead of {value}"
     return None
 
 
 def can_resume(asked: MapFitConfig) -> bool:
-    """Whether ``asked.output_dir`` has a checkpoint of just the fit that is asked for."""
+    """Whether ``asked.output_dir`` has a checkpoint of a fit with the same options."""
     try:
         found = Checkpoints(RunFolder.open(asked.output_dir).checkpoints).newest()
         return found is not None and difference(asked) is None
@@ -134,11 +135,11 @@ def can_resume(asked: MapFitConfig) -> bool:
 
 
 class Fits:
-    """Processes of a script, so many at a time.
+    """Fits that run as processes of a script, a limited number at a time.
 
     Args:
-        script: what each of them runs.
-        jobs: how many may run at the same time, one thread each.
+        script: the script that each process runs.
+        jobs: how many processes may run at the same time, each with one thread.
     """
 
     def __init__(self, script: Path, jobs: int) -> None:
@@ -147,16 +148,20 @@ class Fits:
         self.stopped = False
 
     def start(self, arguments: Sequence[str]) -> Future[str | None]:
-        """Begin a fit as soon as there is room; its result is why it failed, in one line, or None."""
+        """Queue a fit. Its result is None, or one line that says why the fit failed.
+
+        Args:
+            arguments: the script's command-line arguments.
+        """
         return self.pool.submit(self._run, [sys.executable, str(self.script), *arguments])
 
     def _run(self, command: list[str]) -> str | None:
-        # the tokens are found where this process keeps them
-        own = {"HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
-        environment = os.environ | own | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # the processes share this process's cache of tokenised documents
+        cache = {"HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
+        environment = os.environ | cache | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with self.lock:
             if self.stopped:
-                return "it was not begun"
+                return "it was not started"
             child = subprocess.Popen(
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
             )
@@ -172,7 +177,7 @@ class Fits:
         return lines[-1].removeprefix("error: ") if lines else f"it ended with code {child.returncode}"
 
     def stop(self) -> None:
-        """End the fits that are running, and begin no other."""
+        """Terminate the running fits and cancel the queued ones."""
         with self.lock:
             self.stopped = True
             for child in self.children:
@@ -182,14 +187,15 @@ class Fits:
 
 @contextmanager
 def interrupts() -> Iterator[Event]:
-    """Ctrl-C and a polite kill, noted in an event for the main loop to find.
+    """Context manager whose event is set by Ctrl-C or SIGTERM. The main loop has to check the event.
 
-    An exception of their own would come anywhere: in the middle of a table, or of a garbage collection, which swallows it.
+    An exception from a signal handler could be raised anywhere: while a table is written, or in garbage collection, which ignores
+    it.
     """
-    asked = Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupted = Event()
+    before = {number: signal.signal(number, lambda *_: interrupted.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The versions that a result was made with.
+"""Versions of the software that produced a result.
 
 >>> list(versions())
 ['bora_pyro', 'torch', 'pyro-ppl', 'transformers', 'Python']
@@ -13,8 +13,8 @@ _PACKAGES = ("torch", "pyro-ppl", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """This library, those whose numbers it gives on, and Python."""
-    from bora_pyro import __version__  # the package is complete only after its modules are
+    """Versions of this library, of the libraries that decide its numbers, and of Python."""
+    from bora_pyro import __version__  # imported late: the package imports this module
 
     packages = {name: metadata.version(name) for name in _PACKAGES}
     return {"bora_pyro": __version__, **packages, "Python": platform.python_version()}

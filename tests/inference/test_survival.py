@@ -165,7 +165,7 @@ def test_a_signal_saves_and_ends_with_the_code_of_a_shell(tmp_path, number, code
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (code, "")
-    assert f"{number.name}: stopping after this step, its state saved" in err
+    assert f"{number.name}: will save and stop after this step" in err
     last = err.splitlines()[-1]
     assert last.startswith("stopped after step ")
     assert last.endswith("; go on with --resume true")

@@ -203,7 +203,7 @@ DAMAGES = {
     "metrics cut": (cut("metrics.json"), "{run}/metrics.json cannot be read (*); run the fit again with --resume true"),
     "metrics of no tasks": (
         change_json("metrics.json", lambda metrics: metrics.update(tasks={"ada": {"name": "Ada"}})),
-        "{run}/metrics.json is of other tasks than split.json; run the fit again with --resume true",
+        "{run}/metrics.json has other tasks than split.json; run the fit again with --resume true",
     ),
     "metrics without a score": (
         change_json("metrics.json", lambda metrics: metrics["tasks"]["ada"].pop("test_perplexity")),
@@ -233,9 +233,9 @@ DAMAGES = {
         change_metadata(guide="norml"), "the run in {run} was fitted with guide 'norml'; known are map, *; did you mean 'normal'?"
     ),
     "other tasks": (
-        change_metadata(tasks='["Ada"]'), "the posterior in {run} is of other tasks than its split.json; run the fit again"
+        change_metadata(tasks='["Ada"]'), "the posterior in {run} has other tasks than its split.json; run the fit again"
     ),
-    "no tasks": (change_metadata(tasks=None), "the posterior in {run} is of other tasks than its split.json; run the fit again"),
+    "no tasks": (change_metadata(tasks=None), "the posterior in {run} has other tasks than its split.json; run the fit again"),
     "another rank": (
         config(rank=3),
         f"the posterior in {{run}} has {SITE!r} of shape (2, 2, 16), expected (2, 3, 16); "
@@ -285,7 +285,7 @@ DAMAGES = {
     "base model gone": (config(base_model="gone/model/of/mine"), "*gone/model/of/mine*"),
     "fewer documents read": (
         config(max_train_documents=1),
-        "the run in {run} had * train documents, the data now give 3; use the documents of the fit, or fit again",
+        "the run in {run} had * train documents, but the data now have 3; use the documents of the fit, or fit again",
     ),
 }  # fmt: skip
 

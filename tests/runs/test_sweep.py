@@ -23,10 +23,10 @@ def test_what_makes_two_runs_differ(tmp_path, monkeypatch):
     same = {"seed": 1, "data": str(tmp_path / "speeches.csv")}
     assert difference(asked(tmp_path / "run", **same, threads=1)) is None
     for option, words in (
-        ({"tau": math.inf}, "tau 100.0, where inf is asked for"),
-        ({"seed": 2}, "seed 1, where 2 is asked for"),
-        ({"data": "other.csv"}, "data speeches.csv, where other.csv is asked for"),
-        ({"rank": 4}, "rank 8, where 4 is asked for"),  # older than the option: the default
+        ({"tau": math.inf}, "tau 100.0 instead of inf"),
+        ({"seed": 2}, "seed 1 instead of 2"),
+        ({"data": "other.csv"}, "data speeches.csv instead of other.csv"),
+        ({"rank": 4}, "rank 8 instead of 4"),  # older than the option: the default
     ):
         assert difference(asked(tmp_path / "run", **same | option)) == words
 

@@ -243,7 +243,7 @@ def test_wandb_that_cannot_begin_is_one_line(main, inputs, tmp_path, wandb, caps
     assert main(line({**inputs, "trackers": "tensorboard,wandb", "output_dir": tmp_path / "run"})) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        "error: wandb cannot begin (api_key not configured (no-tty)); WANDB_MODE=offline needs neither network nor account, "
+        "error: wandb cannot start (api_key not configured (no-tty)); WANDB_MODE=offline needs neither network nor account, "
         "or leave wandb out of --trackers"
     )
 

@@ -1,4 +1,4 @@
-"""Trackers: where else the numbers of a fit go while it runs, beside its run folder.
+"""Trackers: send the numbers of a fit to TensorBoard or Weights & Biases while it runs.
 
     >>> sorted(TRACKERS)
     ['tensorboard', 'wandb']
@@ -6,7 +6,7 @@
     Traceback (most recent call last):
     bora_pyro.errors.InputError: tracker 'tensorbord' is not known; it is one of tensorboard, wandb; did you mean 'tensorboard'?
 
-A new one is one file with a subclass of :class:`Tracker`, and one line in :data:`TRACKERS`.
+A new tracker is one file with a subclass of :class:`Tracker`, and one line in :data:`TRACKERS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bora_pyro.runs.trackers.tensorboard import TensorBoardTracker
 from bora_pyro.runs.trackers.tracking import Tracking
 from bora_pyro.runs.trackers.wandb import WandbTracker
 
-#: Trackers by the name that a configuration gives them.
+#: Trackers by their name in a configuration.
 TRACKERS: dict[str, type[Tracker]] = {
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
@@ -30,10 +30,10 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def check_trackers(names: Sequence[str] | None) -> None:
-    """Check the names alone: a configuration is read back also where a tracker's package is not installed.
+    """Check the names of trackers, but not their packages: a configuration can be read without them.
 
     Raises:
-        InputError: a name that no tracker has, or one that is given twice.
+        InputError: a name is not that of a tracker, or is given twice.
     """
     for n, name in enumerate(names or ()):
         if name not in TRACKERS:
@@ -43,10 +43,10 @@ def check_trackers(names: Sequence[str] | None) -> None:
 
 
 def check_packages(names: Sequence[str] | None) -> None:
-    """Import what the trackers need, before anything starts.
+    """Import the packages that the trackers need, before the fit starts.
 
     Raises:
-        InputError: a package is not installed; the message has the extra that brings it.
+        InputError: a package is not installed; the message names the extra that installs it.
     """
     check_trackers(names)
     for name in names or ():
@@ -63,20 +63,20 @@ def check_packages(names: Sequence[str] | None) -> None:
 def track(
     names: Sequence[str] | None, folder: Path, config: Mapping[str, Any], *, resume: bool = False, quiet: bool = False
 ) -> Tracking:
-    """Begin to track a fit; a context manager, at whose end the trackers are closed.
+    """Start the trackers of a fit. The result is a context manager that closes them at its end.
 
         >>> with track(None, Path("runs/demo"), {"tau": 100.0}) as tracking:
         ...     tracking.step({"step": 1, "total": 8, "loss": 3.2})
 
     Args:
-        names: of the trackers; None: none.
-        folder: the run's folder, in which they keep what they write on this machine.
-        config: the configuration, which they show beside the numbers.
-        resume: whether the fit goes on from a checkpoint: the trackers go on where it was.
-        quiet: they say nothing.
+        names: names of the trackers; None: no tracker.
+        folder: the run folder, where trackers write their local files.
+        config: the run's configuration, which trackers show next to the numbers.
+        resume: whether the fit resumes from a checkpoint; the trackers then continue their earlier record.
+        quiet: trackers print nothing.
 
     Raises:
-        InputError: a tracker cannot begin.
+        InputError: a tracker cannot start.
     """
     tracking = Tracking()
     try:

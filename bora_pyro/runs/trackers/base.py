@@ -1,6 +1,6 @@
-"""What a tracker is: something that takes named numbers at a step.
+"""The interface of a tracker, which receives named numbers at a step.
 
-A new tracker is one file with a subclass of :class:`Tracker`, and one line in ``bora_pyro/trackers/__init__.py``.
+A new tracker is one file with a subclass of :class:`Tracker`, and one line in ``bora_pyro/runs/trackers/__init__.py``.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any, ClassVar
 
 
 class Tracker(ABC):
-    """A place where the numbers of a fit go.
+    """A service or a file format that records the numbers of a fit.
 
     Args:
-        folder: the run's folder; a tracker keeps its files in a folder of its own there, which
-            ``bora_pyro.runs.folder.TRACKED`` names.
+        folder: the run folder. A tracker keeps its files in a subfolder of it, whose name is in
+            ``bora_pyro.runs.layout.TRACKED``.
         config: the run's configuration.
-        resume: whether the fit goes on from a checkpoint.
-        quiet: say nothing.
+        resume: whether the fit resumes from a checkpoint.
+        quiet: print nothing.
 
     Raises:
-        InputError: the tracker cannot begin.
+        InputError: the tracker cannot start.
     """
 
-    #: The package that it needs, by the name that it is imported by.
+    #: Import name of the package that the tracker needs.
     package: ClassVar[str]
-    #: The extra of this project that brings the package.
+    #: The extra of this project that installs the package.
     extra: ClassVar[str]
 
     @abstractmethod
@@ -35,12 +35,26 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take numbers, by names such as ``train/loss``, of a step from 1 up; steps never go down."""
+        """Record numbers of a step.
+
+        Args:
+            numbers: numbers by name, such as ``train/loss``.
+            step: the step, counted from 1. It is never smaller than in an earlier call.
+        """
 
     @abstractmethod
     def conclude(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take the numbers of the whole fit, once, at its last step."""
+        """Record the final numbers of the fit. This is called once.
+
+        Args:
+            numbers: numbers by name, such as ``final/test_perplexity``.
+            step: the last step of the fit.
+        """
 
     @abstractmethod
     def close(self, *, failed: bool) -> None:
-        """Write what is not written yet; ``failed`` says that the fit has not come to its end."""
+        """Write what is still buffered and close the tracker.
+
+        Args:
+            failed: whether the fit ended early.
+        """

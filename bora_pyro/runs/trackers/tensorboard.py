@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run's folder ``tensorboard``; ``tensorboard --logdir runs`` shows all runs side by side."""
+"""TensorBoard: event files in the folder ``tensorboard`` of a run. ``tensorboard --logdir runs`` compares all runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoardTracker(Tracker):
-    """Scalars by step, the configuration as a text; no network, no account."""
+    """Writes scalars by step and the configuration as a text. It needs neither network nor account."""
 
     package: ClassVar[str] = "tensorboard"
     extra: ClassVar[str] = "tracking"
@@ -25,12 +25,12 @@ class TensorBoardTracker(Tracker):
         self._writer: SummaryWriter | None = None
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        # what a killed run had written beyond the checkpoint that this one goes on from is taken back
+        # a resumed fit discards the steps that the earlier process wrote after the checkpoint
         writer = self._open(step if self.resume else None)
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
         if any(name.startswith("validation/") for name in numbers):
-            writer.flush()  # an epoch's end; a run that is killed later has left this much
+            writer.flush()  # at the end of an epoch, so that a run that is killed later keeps it
 
     def conclude(self, numbers: Mapping[str, float], step: int) -> None:
         writer = self._open(None)
@@ -43,7 +43,7 @@ class TensorBoardTracker(Tracker):
 
     def _open(self, purge_step: int | None) -> SummaryWriter:
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # needs the package
+            from torch.utils.tensorboard import SummaryWriter  # this import needs tensorboard, which is optional
 
             self._writer = SummaryWriter(str(self.folder), purge_step=purge_step)
             text = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""From the reports of a fit to the numbers that trackers take.
+"""Convert the reports of a fit to numbers, and send them to all its trackers.
 
 >>> report = {"step": 8, "total": 8, "loss": 3.1, "validation_perplexity": 20.5}
 >>> report |= {"tau_path": [{"step": 8, "tau": {"q_proj.lora_A": 90.0, "q_proj.lora_B": [80.0, 120.0]}}]}
@@ -15,10 +15,10 @@ from typing import Any
 
 from bora_pyro.runs.trackers.base import Tracker
 
-#: Steps of a fit that are logged, at most; the last step of an epoch is one in any case.
+#: Largest number of logged steps of a fit. The last step of each epoch is logged in addition.
 POINTS = 1000
-# Names of the numbers of a step, by what a report of `fit` calls them.
-_OF_STEP = {
+# Names of a step's numbers in the trackers, by their names in a report of `fit`.
+_STEP_NAMES = {
     "loss": "train/loss",
     "learning_rate": "train/learning_rate",
     "training_tokens_per_second": "train/tokens_per_second",
@@ -28,12 +28,12 @@ _OF_STEP = {
 class Tracking:
     """The trackers of one fit, as a context manager.
 
-    A step has ``train/loss`` (nats a training observation, the mean of the epoch so far, as ``metrics.jsonl`` has it),
-    ``train/learning_rate`` and ``train/tokens_per_second``; an epoch ``validation/perplexity`` and, where τ is learned,
-    ``tau/<group>``; the whole fit every number at the top of ``metrics.json``, as ``final/<name>``.
+    Each step has ``train/loss``, ``train/learning_rate`` and ``train/tokens_per_second``. The loss is the mean of the epoch so
+    far in nats a training observation, as in ``metrics.jsonl``. Each epoch has ``validation/perplexity`` and, if τ is learned,
+    ``tau/<group>``. The whole fit has every number at the top level of ``metrics.json``, as ``final/<name>``.
 
     Args:
-        trackers: those that take the numbers.
+        trackers: the trackers that receive the numbers.
     """
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
@@ -47,22 +47,22 @@ class Tracking:
         self.close(failed=kind is not None)
 
     def step(self, report: Mapping[str, Any]) -> None:
-        """Log what a step reports, of at most some :data:`POINTS` steps of a fit."""
+        """Log the report of a step. Of a long fit only about :data:`POINTS` steps are logged."""
         if int(report["step"]) % -(-int(report["total"]) // POINTS) == 0:
             self._log(report)
 
     def epoch(self, report: Mapping[str, Any]) -> None:
-        """Log what an epoch reports, its last step included."""
+        """Log the report of an epoch and of its last step."""
         self._log(report)
         numbers = epoch_numbers(report)
         for tracker in self.trackers if numbers else ():
             tracker.log(numbers, int(report["step"]))
 
     def conclude(self, metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
-        """Log the numbers of the whole fit.
+        """Log the final numbers of the fit.
 
         Args:
-            metrics: what ``metrics.json`` holds.
+            metrics: content of ``metrics.json``.
             history: the reports of the epochs.
         """
         numbers = {f"final/{name}": float(value) for name, value in metrics.items() if _is_number(value)}
@@ -70,7 +70,7 @@ class Tracking:
             tracker.conclude(numbers, int(history[-1]["step"]) if history else 0)
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the trackers, each of them whatever becomes of the others."""
+        """Close all trackers, even if closing one of them raises an error."""
         with ExitStack() as stack:
             for tracker in self.trackers:
                 stack.callback(tracker.close, failed=failed)
@@ -80,13 +80,16 @@ class Tracking:
         if int(report["step"]) == self._last:
             return
         self._last = int(report["step"])
-        numbers = {name: float(report[key]) for key, name in _OF_STEP.items() if _is_number(report.get(key))}
+        numbers = {name: float(report[key]) for key, name in _STEP_NAMES.items() if _is_number(report.get(key))}
         for tracker in self.trackers:
             tracker.log(numbers, self._last)
 
 
 def epoch_numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Validation perplexity, and τ by group at the epoch's end; a group with a τ a layer or task has a number for each."""
+    """Validation perplexity, and τ by group at the end of an epoch.
+
+    A group with a list of τ, one a layer or one a task, gives one number for each.
+    """
     numbers = {}
     if _is_number(report.get("validation_perplexity")):
         numbers["validation/perplexity"] = float(report["validation_perplexity"])

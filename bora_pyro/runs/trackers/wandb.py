@@ -1,6 +1,6 @@
-"""Weights & Biases: a run of the project ``bora_pyro``, or of the one that ``WANDB_PROJECT`` names.
+"""Weights & Biases: a run in the project ``bora_pyro``, or in the project that ``WANDB_PROJECT`` names.
 
-``WANDB_MODE=offline`` needs neither network nor account: the run's folder ``wandb`` then has what ``wandb sync`` uploads later.
+``WANDB_MODE=offline`` needs neither network nor account. ``wandb sync`` can later upload the folder ``wandb`` of the run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 from bora_pyro.errors import InputError
 from bora_pyro.runs.trackers.base import Tracker
 
-# Which of the account's runs this folder's is, so that a resumed fit goes on with it.
+# File with the id of the run at Weights & Biases, so that a resumed fit continues the same run there.
 _ID = "run_id.txt"
 
 
 class WandbTracker(Tracker):
-    """Numbers by step, the configuration, and the numbers of the whole fit as the run's summary."""
+    """Records numbers by step, the configuration, and the final numbers as the run's summary."""
 
     package: ClassVar[str] = "wandb"
     extra: ClassVar[str] = "wandb"
@@ -39,12 +39,12 @@ class WandbTracker(Tracker):
                 config=dict(config),
                 id=file.read_text(encoding="utf-8"),
                 resume="allow",
-                # the progress of a fit is no log of it
+                # the console output is a progress bar, which is no use as a log
                 settings={"console": "off", "silent": quiet},
             )
         except wandb.Error as error:
             raise InputError(
-                f"wandb cannot begin ({' '.join(str(error).split())}); WANDB_MODE=offline needs neither network nor account, "
+                f"wandb cannot start ({' '.join(str(error).split())}); WANDB_MODE=offline needs neither network nor account, "
                 "or leave wandb out of --trackers"
             ) from None
 
