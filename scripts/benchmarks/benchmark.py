@@ -27,12 +27,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from arms import ARMS, Arm, Work, alternate, nano_tokenizer
@@ -44,17 +42,14 @@ from bases import (
     machine,
     outline,
     place,
-    seconds,
     spread,
     writable,
 )
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from machine_limits import fraction_of_floor, free_bytes, matrix_parameters, matrix_product, needed_bytes, own_peak_bytes
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.data import TaskData, load_tasks, read_table
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.inference.memory import peak_memory_bytes
 from bora_pyro.options.command_line import parse_config, run_script, to_yaml
 from bora_pyro.options.field import check_choices, option
 from bora_pyro.priors.base import check_tau
@@ -151,7 +146,10 @@ def report(config: ReportConfig) -> dict[str, Any]:
     data = load_data(config)
     result: dict[str, Any] = {"machine": machine(device), "options": json_options(asdict(config)), "cases": [], "skipped": []}
     for name, base in outlines.items():
-        need, free = needed_bytes(base, config), free_bytes(device)
+        need, free = (
+            needed_bytes(base, rows=config.rows, max_tokens=config.max_tokens, precision=config.precision),
+            free_bytes(device),
+        )
         if need > free:
             reason = f"needs about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
             print(f"note: {name} is left out: {reason}", file=sys.stderr, flush=True)
@@ -177,27 +175,6 @@ def load_data(config: ReportConfig) -> TaskData:
     if not len(data.train):
         raise InputError(f"{config.data} has no training documents; give more documents")
     return data
-
-
-def matrix_parameters(base: Backbone) -> int:
-    """Entries of all weights that multiply hidden states: every linear layer and the head, not the embeddings."""
-    linear = (module.weight for module in base.model.modules() if isinstance(module, nn.Linear | Conv1D))
-    return sum(weight.numel() for weight in linear if isinstance(weight, torch.Tensor))
-
-
-def needed_bytes(base: Backbone, config: ReportConfig) -> int:
-    """An estimate of what a step needs at most: the weights once, the activations of one full batch, its logits four times."""
-    size = getattr(torch, config.precision).itemsize
-    widths = sum(m.out_features for m in base.model.model.modules() if isinstance(m, nn.Linear))
-    tokens, model = config.rows * config.max_tokens, base.model
-    # each linear layer's output and about as much again in between (norms, activations); float32 logits
-    activations = tokens * (2 * widths * size + 4 * 4 * model.config.vocab_size)
-    return int(model.num_parameters() * size + activations)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be had now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def measure(config: ReportConfig, name: str, base: Backbone, data: TaskData, device: torch.device) -> dict[str, Any]:
@@ -256,33 +233,6 @@ def measure(config: ReportConfig, name: str, base: Backbone, data: TaskData, dev
     return entry
 
 
-def fraction_of_floor(tokens_per_second: float, parameters: int, operations_per_second: float) -> float:
-    """The floor of the time, 4 operations a parameter and token, over the time itself.
-
-    >>> fraction_of_floor(1000.0, 10_000_000, 80e9)
-    0.5
-    """
-    return 4 * parameters * tokens_per_second / operations_per_second
-
-
-def matrix_product(device: torch.device, precision: str) -> Callable[[], float]:
-    """A measure of the machine's speed: floating-point operations a second of one large product."""
-    size, times = (8192, 5) if device.type == "cuda" else (2048, 1)
-    dtype = getattr(torch, precision)
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    out = torch.empty(size, size, device=device, dtype=dtype)
-
-    def multiply() -> None:
-        for _ in range(times):
-            torch.mm(a, b, out=out)
-
-    @torch.no_grad()
-    def speed() -> float:
-        return 2 * size**3 * times / seconds(multiply, device)
-
-    return speed
-
-
 def memory_of(config: ReportConfig, name: str, arm: str) -> int | None:
     """Peak memory of one arm in a process of its own; None where it did not come to its end."""
     with tempfile.TemporaryDirectory() as folder:
@@ -300,16 +250,6 @@ def memory_of(config: ReportConfig, name: str, arm: str) -> int | None:
     reason = lines[-1] if lines else f"ended with code {done.returncode}"
     print(f"note: no peak memory of {arm} on {name}: {reason}", file=sys.stderr, flush=True)
     return None
-
-
-def own_peak_bytes(device: torch.device) -> int:
-    """Peak memory of this process; ``ru_maxrss`` on Linux would hand down the peak of the process that started this one."""
-    status = Path("/proc/self/status")
-    if device.type != "cuda" and status.exists():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_memory_bytes(device)
 
 
 def _middle(values: list[float]) -> dict[str, float]:

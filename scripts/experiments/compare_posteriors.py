@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from posteriors_table import markdown
 from pyro.infer.autoguide import AutoDelta
 from scipy import stats
 
@@ -280,6 +281,10 @@ class Comparison:
             seconds += fitted.seconds
         return run.fitted, lambda: members, seconds
 
+    def chosen(self, arm: str) -> pd.Series | None:
+        """The run whose learning rate and temperature an arm uses; None for an arm that has neither."""
+        return self.best(arm, "mean" if ARMS[arm].fitted else "mixture") if arm in ARMS else None
+
     def scale_correlation(self, posterior: Posterior, run: SavedRun) -> float:
         """Rank correlation of a task's posterior scale with its number of training tokens."""
         tokens = torch.zeros(len(run.data.tasks)).index_add_(0, run.data.train.task, run.data.train.predicted.float())
@@ -287,35 +292,6 @@ class Comparison:
         if bool((scales == scales[0]).all()) or bool((tokens == tokens[0]).all()):
             return math.nan  # a constant has no ranks
         return float(stats.spearmanr(tokens.numpy(), scales.numpy()).statistic)
-
-    def summary(self) -> str:
-        """A Markdown table: each arm at its choice, mean ± sd over seeds."""
-        lines = [
-            "| arm | T | rate | of | NLL a token | perplexity | to MAP | ECE | NLL, few | ECE, few | seconds | state | ρ |",
-            "|" + "---|" * 13,
-        ]
-        reference = self.table[self.table.arm == "map"].set_index("seed").test_perplexity
-        for arm in self.config.arms:
-            for prediction in ("mean", "mixture"):
-                rows = self.table[(self.table.arm == arm) & (self.table.prediction == prediction)]
-                if arm in ARMS:
-                    chosen = self.best(arm, "mean" if ARMS[arm].fitted else "mixture")
-                    for name in ("temperature", "learning_rate"):
-                        rows = rows[rows[name].isna()] if pd.isna(chosen[name]) else rows[np.isclose(rows[name], chosen[name])]
-                if rows.empty:
-                    continue
-                rows = rows.set_index("seed")
-                cells = [_text(rows.temperature.iloc[0]), _text(rows.learning_rate.iloc[0]), prediction]
-                cells += [
-                    _mean_sd(rows.test_nll, 3),
-                    _mean_sd(rows.test_perplexity, 2),
-                    _mean_sd(rows.test_perplexity / reference, 3),
-                ]
-                cells += [_mean_sd(rows.test_ece, 4), _mean_sd(rows.test_few_nll, 3), _mean_sd(rows.test_few_ece, 4)]
-                cells += [f"{rows.seconds.mean():.0f}", f"{rows.state.mean():.1f}"]
-                rho = rows["scale_correlation"] if "scale_correlation" in rows else pd.Series(dtype=float)
-                lines.append(f"| {arm} | " + " | ".join([*cells, _mean_sd(rho.dropna(), 2)]) + " |")
-        return "\n".join(lines)
 
 
 def few_tasks(run: SavedRun) -> torch.Tensor:
@@ -334,16 +310,6 @@ def state_ratio(fitted: Fitted, run: SavedRun) -> float:
     return entries(fitted.guide) / entries(run.fitted.guide)
 
 
-def _text(value: Any) -> str:
-    return "–" if pd.isna(value) else f"{float(value):g}"
-
-
-def _mean_sd(values: pd.Series, digits: int) -> str:
-    if values.empty:
-        return "–"
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
-
-
 def main(argv: list[str]) -> int:
     """Run the comparison and print its table."""
     transformers.utils.logging.disable_progress_bar()
@@ -355,7 +321,7 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(comparison.summary())
+    print(markdown(comparison.table, {arm: comparison.chosen(arm) for arm in config.arms}))
     return 0
 
 

@@ -1,12 +1,12 @@
-"""Damage files in every way and have them read: nothing may come of it but success or an ``InputError`` of one line.
+"""Fuzz all readers of files: each must read a damaged file or raise an ``InputError`` with a message of one line.
 
     python scripts/maintenance/fuzz.py --inputs 100000 --output results/fuzz.csv
 
-A tiny fit makes the valid files; each input is one of them with a few mutations, of its bytes or of its structure, drawn from
-the seed and the input's number. Anything else that a reader does is a crash: another exception, more than 5 seconds of the
-processor (or 100 by the clock), more memory than --memory, the death of the process. The damaged file is kept, and the line that
-repeats it is printed. Ends with 1 where anything crashed. The readers run in a child of this process (on Unix), which is started
-again where it dies.
+A tiny fit makes the valid files. Each input is one of them with a few mutations of its bytes or of its structure, drawn from the
+seed and the input's number. Everything else counts as a crash: another exception, more than 5 seconds of processor time (or 100
+seconds in all), more memory than --memory, or the death of the process. The damaged file is kept, and the command that repeats
+the crash is printed. The exit code is 1 if there was a crash. The readers run in a child process (Unix only), which is started
+again if it dies.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from bora_pyro.options.field import option
 
 READ, REFUSED, CRASHED = range(3)
 SECONDS = 5.0
-# by the clock for each of them: a busy machine is no hang
+# factor between the limits of elapsed time and of processor time: on a busy machine a reader may only be waiting
 PATIENCE = 20
-# crashes of one reader whose files are kept
+# largest number of crashes of one reader whose files are kept
 KEPT = 10
 
 
 @dataclass(kw_only=True)
 class FuzzConfig:
-    """Damage files in every way and have them read."""
+    """Read damaged files with every reader."""
 
-    inputs: int = option(100_000, "how many files to damage")
-    seed: int = option(0, "seed of the damages")
+    inputs: int = option(100_000, "number of files to damage")
+    seed: int = option(0, "seed of the mutations")
     readers: list[str] | None = option(None, "only these readers (default: all)")
-    memory: float = option(2.0, "GiB that reading one file may take, beyond what the process has")
+    memory: float = option(2.0, "GiB that reading a file may use, in addition to what the process uses already")
     output: str | None = option(None, "CSV of the counts by reader (default: they are only printed)")
     crashes: str = option("fuzz_crashes", "folder for the files that crash a reader")
-    repeat: str | None = option(None, "read a file that has crashed once more: its folder, as it was printed")
+    repeat: str | None = option(None, "repeat a crash: its folder, as it was printed")
 
     def validate(self) -> None:
         """Check the numbers.
@@ -68,7 +68,7 @@ class FuzzConfig:
 
 
 class _TooLongError(BaseException):
-    """Reading took more than ``SECONDS``; no reader may catch it."""
+    """Reading took more than ``SECONDS``. It is a BaseException so that readers do not catch it."""
 
 
 def _too_long(*_: object) -> None:
@@ -76,7 +76,15 @@ def _too_long(*_: object) -> None:
 
 
 def outcome(reader: Reader, raw: bytes) -> tuple[int, str]:
-    """Have a file read: what came of it, and the traceback where it is a crash."""
+    """Read a file with a reader.
+
+    Args:
+        reader: the reader.
+        raw: content of the file.
+
+    Returns:
+        ``READ``, ``REFUSED`` or ``CRASHED``, and a traceback if it is a crash.
+    """
     reader.file.write_bytes(raw)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
@@ -84,30 +92,30 @@ def outcome(reader: Reader, raw: bytes) -> tuple[int, str]:
     except InputError as error:
         one_line = str(error) and str(error).isprintable()
         return (REFUSED, "") if one_line else (CRASHED, f"InputError that is not one line: {str(error)!r}")
-    except BaseException:  # also Rust's panics, and an exit
+    except BaseException:  # includes panics of Rust code and SystemExit
         return CRASHED, traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         if reader.file.exists() and len(reader.valid) == 1:
-            reader.file.write_bytes(reader.valid[0])  # the other readers of the folder need it
+            reader.file.write_bytes(reader.valid[0])  # other readers need the valid file
     return READ, ""
 
 
 class Fuzz:
-    """All inputs in order, in a child process that is started again after the input at which it died."""
+    """Reads all inputs in order, in a child process that is restarted after an input that killed it."""
 
     def __init__(self, config: FuzzConfig, found: list[Reader]) -> None:
         self.config, self.readers = config, found
-        # shared with the child: counts and nanoseconds by reader; the input that is being read, and since when
+        # memory shared with the child: counts and nanoseconds by reader; number and start time of the current input
         self.counts = np.frombuffer(mmap.mmap(-1, 32 * len(found)), dtype=np.int64).reshape(-1, 4)
         self.at = np.frombuffer(mmap.mmap(-1, 16), dtype=np.float64)
 
     def input(self, index: int) -> tuple[int, bytes]:
-        """The reader of an input, and the input."""
-        dice = random.Random(f"{self.config.seed} {index}")
-        (number,) = dice.choices(range(len(self.readers)), [reader.share for reader in self.readers])
+        """Make an input: the number of its reader, and its content."""
+        rng = random.Random(f"{self.config.seed} {index}")
+        (number,) = rng.choices(range(len(self.readers)), [reader.share for reader in self.readers])
         reader = self.readers[number]
-        return number, damaged(dice, reader.valid, reader.form, packed=reader.file.suffix == ".gz")
+        return number, damaged(rng, reader.valid, reader.form, packed=reader.file.suffix == ".gz")
 
     def run(self) -> None:
         """Read all inputs."""
@@ -121,7 +129,7 @@ class Fuzz:
             while not ended:
                 time.sleep(0.05)
                 ended, status = os.waitpid(child, os.WNOHANG)
-                if not ended and time.monotonic() - self.at[1] > PATIENCE * SECONDS:  # in a library that hears no alarm
+                if not ended and time.monotonic() - self.at[1] > PATIENCE * SECONDS:  # the alarm did not stop it
                     os.kill(child, signal.SIGKILL)
             first = int(self.at[0]) + 1
             if status:
@@ -132,8 +140,8 @@ class Fuzz:
         code = 1
         try:
             if sys.platform == "linux":
-                held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (held + int(self.config.memory * 2**30),) * 2)
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + int(self.config.memory * 2**30),) * 2)
             signal.signal(signal.SIGPROF, _too_long)
             for index in range(first, self.config.inputs):
                 number, raw = self.input(index)
@@ -166,7 +174,7 @@ class Fuzz:
         print(f"crash of {reader.name}: {what:.120}\n  again: {again}", flush=True)
 
     def table(self) -> pd.DataFrame:
-        """The counts, a row a reader, and their sum."""
+        """A table of the counts with one row a reader, and a last row with their sums."""
         table = pd.DataFrame(self.counts[:, :3], columns=["read", "refused", "crashed"])
         table.insert(0, "inputs", table.sum(axis=1))
         table.insert(0, "reader", [reader.name for reader in self.readers])
@@ -178,7 +186,15 @@ class Fuzz:
 
 
 def repeat(found: list[Reader], folder: Path) -> int:
-    """Read a file that has crashed once more, and say what comes of it."""
+    """Repeat a crash and print what happens.
+
+    Args:
+        found: all readers.
+        folder: folder of the crash.
+
+    Returns:
+        1 if it crashes again, else 0.
+    """
     name = (folder / "reader.txt").read_text(encoding="utf-8")
     (reader,) = (reader for reader in found if reader.name == name)
     signal.signal(signal.SIGPROF, _too_long)
@@ -188,7 +204,7 @@ def repeat(found: list[Reader], folder: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Make the valid files, damage them, print the counts."""
+    """Make the valid files, read damaged copies of them, and print the counts."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -198,7 +214,7 @@ def main(argv: list[str]) -> int:
     try:
         config = parse_config(FuzzConfig, argv, prog="fuzz.py")
         if config.repeat is not None and not (Path(config.repeat) / "input").is_file():
-            raise InputError(f"{config.repeat} holds no input; give the folder of a crash, as it was printed")
+            raise InputError(f"{config.repeat} contains no input; give the folder of a crash, as it was printed")
         with tempfile.TemporaryDirectory() as work:
             datasets.config.HF_DATASETS_CACHE = Path(work, "cache")
             found = readers(Path(work))
@@ -207,7 +223,7 @@ def main(argv: list[str]) -> int:
             names = [reader.name for reader in found]
             for name in config.readers or ():
                 if name not in names:
-                    raise InputError(f"no reader {name!r}; there are {', '.join(names)}{nearest(name, names)}")
+                    raise InputError(f"reader {name!r} is not known; it is one of {', '.join(names)}{nearest(name, names)}")
             fuzz = Fuzz(config, [reader for reader in found if reader.name in (config.readers or names)])
             fuzz.run()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Mutations of files, by their bytes and by their structure, for ``scripts/maintenance/fuzz.py``."""
+"""Mutations of files for ``scripts/maintenance/fuzz.py``: of their bytes and of their structure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-# What parsers trip over, in any format.
+# Tokens that often break parsers, of any format.
 TOKENS = [
     b'"', b'""', b"'", b"\\", b",", b"\t", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8",
     b"\xed\xa0\x80", b"\xc2\x85", b"\x1b[2J", b"\\ud800", b"\\u0000", b"\\Uffffffff", b"1e999", b"-1", b"9" * 400, b"9" * 5000,
@@ -28,158 +28,158 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-def _bytes(dice: random.Random, raw: bytes, others: list[bytes]) -> bytes:
-    """One mutation of bytes."""
-    a, b = sorted(dice.randrange(len(raw) + 1) for _ in range(2))
-    c = min(b, a + dice.randrange(1, 16))
-    other = dice.choice(others)
-    match dice.randrange(9):
+def _bytes(rng: random.Random, raw: bytes, others: list[bytes]) -> bytes:
+    """Apply one random mutation to bytes."""
+    a, b = sorted(rng.randrange(len(raw) + 1) for _ in range(2))
+    c = min(b, a + rng.randrange(1, 16))
+    other = rng.choice(others)
+    match rng.randrange(9):
         case 0 if raw:  # a flipped bit
             a = min(a, len(raw) - 1)
-            return raw[:a] + bytes([raw[a] ^ 1 << dice.randrange(8)]) + raw[a + 1 :]
+            return raw[:a] + bytes([raw[a] ^ 1 << rng.randrange(8)]) + raw[a + 1 :]
         case 1:
             return raw[:a]
         case 2:
             return raw[:a] + raw[c:]
         case 3:
-            return raw[:a] + dice.randbytes(dice.randrange(1, 9)) + raw[c:]
+            return raw[:a] + rng.randbytes(rng.randrange(1, 9)) + raw[c:]
         case 4:
             return raw[:b] + raw[a:b] + raw[b:]
         case 5:  # the end of another file
-            return raw[:a] + other[dice.randrange(len(other) + 1) :]
+            return raw[:a] + other[rng.randrange(len(other) + 1) :]
         case 6:
-            return raw[:a] + dice.choice([0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1]).to_bytes(8, "little") + raw[a + 8 :]
+            return raw[:a] + rng.choice([0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1]).to_bytes(8, "little") + raw[a + 8 :]
         case _:
-            return raw[:a] + dice.choice(TOKENS) + raw[dice.choice((a, c)) :]
+            return raw[:a] + rng.choice(TOKENS) + raw[rng.choice((a, c)) :]
 
 
-def _nested(dice: random.Random, value: Any) -> Any:
-    """One mutation somewhere in nested lists and mappings."""
+def _nested(rng: random.Random, value: Any) -> Any:
+    """Apply one random mutation somewhere in nested lists and mappings."""
     keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    if not keys or dice.random() < 0.2:
-        return dice.choice(VALUES)
-    key = dice.choice(keys)
-    match dice.randrange(8):
+    if not keys or rng.random() < 0.2:
+        return rng.choice(VALUES)
+    key = rng.choice(keys)
+    match rng.randrange(8):
         case 0:
             del value[key]
         case 1 if isinstance(value, dict):
-            value[dice.choice(["", "\ud800", "__metadata__", "a/b", "x" * 500, *keys])] = value.pop(key)
+            value[rng.choice(["", "\ud800", "__metadata__", "a/b", "x" * 500, *keys])] = value.pop(key)
         case 2 if isinstance(value, list):
             value *= 2
         case 3:
-            value[key] = dice.choice(VALUES)
+            value[key] = rng.choice(VALUES)
         case _:
-            value[key] = _nested(dice, value[key])
+            value[key] = _nested(rng, value[key])
     return value
 
 
-def _json(dice: random.Random, raw: bytes) -> bytes:
-    return json.dumps(_nested(dice, json.loads(raw)), ensure_ascii=dice.random() < 0.5).encode(errors="surrogatepass")
+def _json(rng: random.Random, raw: bytes) -> bytes:
+    return json.dumps(_nested(rng, json.loads(raw)), ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
 
 
-def _lines(dice: random.Random, raw: bytes, change: Callable[[random.Random, bytes], bytes]) -> bytes:
+def _lines(rng: random.Random, raw: bytes, change: Callable[[random.Random, bytes], bytes]) -> bytes:
     lines = raw.split(b"\n")
-    n = dice.randrange(len(lines))
-    match dice.randrange(4):
+    n = rng.randrange(len(lines))
+    match rng.randrange(4):
         case 0:
-            lines.insert(dice.randrange(len(lines) + 1), lines[n])
+            lines.insert(rng.randrange(len(lines) + 1), lines[n])
         case 1:
-            dice.shuffle(lines)
+            rng.shuffle(lines)
         case _ if lines[n].strip():
-            lines[n] = change(dice, lines[n])
+            lines[n] = change(rng, lines[n])
     return b"\n".join(lines)
 
 
-def _option(dice: random.Random, line: bytes) -> bytes:
+def _option(rng: random.Random, line: bytes) -> bytes:
     key, _, value = line.partition(b":")
-    token = dice.choice(TOKENS)
-    return dice.choice(
+    token = rng.choice(TOKENS)
+    return rng.choice(
         [key + b": " + token, token + b": " + value, b"  " + line, b"\t" + line, key + b":\n- " + token + b"\n- a", b"- " + line]
     )
 
 
-def _table(dice: random.Random, raw: bytes, separator: str = ",") -> bytes:
+def _table(rng: random.Random, raw: bytes, separator: str = ",") -> bytes:
     rows = list(csv.reader(io.StringIO(raw.decode()), delimiter=separator))
-    row = dice.choice(rows)
-    match dice.randrange(5):
+    row = rng.choice(rows)
+    match rng.randrange(5):
         case 0:
             row.append(row[0])
         case 1:
             row.pop()
         case 2:
-            row[:] = row * dice.randrange(2, 50)
+            row[:] = row * rng.randrange(2, 50)
         case _:
-            row[dice.randrange(len(row))] = dice.choice(TOKENS).decode(errors="replace")
+            row[rng.randrange(len(row))] = rng.choice(TOKENS).decode(errors="replace")
     text = io.StringIO()
-    csv.writer(text, delimiter=separator, quoting=dice.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL)), lineterminator="\n").writerows(
+    csv.writer(text, delimiter=separator, quoting=rng.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL)), lineterminator="\n").writerows(
         rows
     )
     return text.getvalue().encode(errors="surrogatepass")
 
 
-def _parquet(dice: random.Random, raw: bytes) -> bytes:
-    if dice.random() < 0.7:  # what the file says of itself stands at its end
-        n = len(raw) - 9 - dice.randrange(min(600, len(raw) - 9))
-        return raw[:n] + dice.randbytes(1) + raw[n + 1 :]
+def _parquet(rng: random.Random, raw: bytes) -> bytes:
+    if rng.random() < 0.7:  # parquet stores its metadata at the end of the file
+        n = len(raw) - 9 - rng.randrange(min(600, len(raw) - 9))
+        return raw[:n] + rng.randbytes(1) + raw[n + 1 :]
     cells = [3, 2.5, math.nan, None, True, b"\xff", ["a"], {"a": 1}, "text", pd.Timestamp(0), pd.Timedelta(1), 2**70]
-    columns = {name: [dice.choice(cells)] * 3 for name in dice.sample(["task", "text", "doc_id", "task ", ""], 3)}
+    columns = {name: [rng.choice(cells)] * 3 for name in rng.sample(["task", "text", "doc_id", "task ", ""], 3)}
     buffer = io.BytesIO()
     try:
         pd.DataFrame(columns).to_parquet(buffer)
-    except (ValueError, TypeError, OverflowError):  # a column that parquet has no type for
+    except (ValueError, TypeError, OverflowError):  # parquet has no type for a column
         return raw
     return buffer.getvalue()
 
 
-def _tensors(dice: random.Random, raw: bytes) -> bytes:
+def _tensors(rng: random.Random, raw: bytes) -> bytes:
     size = int.from_bytes(raw[:8], "little")
     head, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
-    match dice.randrange(4):
-        case 0:  # NaN, infinity, numbers beyond float32's good sense
-            n = dice.randrange(0, len(body) - 3, 4)
-            body = body[:n] + dice.choice((b"\0\0\xc0\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f")) + body[n + 4 :]
+    match rng.randrange(4):
+        case 0:  # NaN, infinity, the largest float32
+            n = rng.randrange(0, len(body) - 3, 4)
+            body = body[:n] + rng.choice((b"\0\0\xc0\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f")) + body[n + 4 :]
         case 1 if "progress" in head.get("__metadata__", {}):
-            head["__metadata__"]["progress"] = _json(dice, head["__metadata__"]["progress"].encode()).decode(errors="replace")
-        case 2:  # a tensor's own entry
-            name = dice.choice([name for name in head if name != "__metadata__"])
-            head[name] = _nested(dice, head[name])
+            head["__metadata__"]["progress"] = _json(rng, head["__metadata__"]["progress"].encode()).decode(errors="replace")
+        case 2:  # the header entry of one tensor
+            name = rng.choice([name for name in head if name != "__metadata__"])
+            head[name] = _nested(rng, head[name])
         case _:
-            head = _nested(dice, head)
+            head = _nested(rng, head)
     text = json.dumps(head).encode()
-    length = len(text) if dice.random() < 0.9 else dice.choice([0, 2**40, 2**64 - 1, len(text) + 1])
+    length = len(text) if rng.random() < 0.9 else rng.choice([0, 2**40, 2**64 - 1, len(text) + 1])
     return length.to_bytes(8, "little") + text + body
 
 
 FORMS: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "csv": _table,
-    "tsv": lambda dice, raw: _table(dice, raw, "\t"),
+    "tsv": lambda rng, raw: _table(rng, raw, "\t"),
     "json": _json,
-    "jsonl": lambda dice, raw: _lines(dice, raw, _json),
-    "yaml": lambda dice, raw: _lines(dice, raw, _option),
+    "jsonl": lambda rng, raw: _lines(rng, raw, _json),
+    "yaml": lambda rng, raw: _lines(rng, raw, _option),
     "parquet": _parquet,
     "safetensors": _tensors,
 }
 
 
-def damaged(dice: random.Random, valid: list[bytes], form: str, *, packed: bool = False) -> bytes:
-    """A valid file with up to four mutations; those of its structure come first, for those of its bytes may leave none.
+def damaged(rng: random.Random, valid: list[bytes], form: str, *, packed: bool = False) -> bytes:
+    """Apply up to four mutations to a valid file. Those of its structure come first: a file with changed bytes may have none.
 
     Args:
-        dice: what decides.
-        valid: files to begin from, before gzip.
-        form: their structure, a key of ``FORMS``.
-        packed: the file goes through gzip, and its bytes may be changed thereafter, too.
+        rng: random number generator.
+        valid: contents of valid files, before gzip.
+        form: their format, a key of ``FORMS``.
+        packed: whether the file is compressed with gzip. Its compressed bytes may then be mutated, too.
     """
-    raw = dice.choice(valid)
-    for _ in range(dice.choice((0, 1, 1, 2))):
+    raw = rng.choice(valid)
+    for _ in range(rng.choice((0, 1, 1, 2))):
         try:
-            raw = FORMS[form](dice, raw)
-        except (ValueError, LookupError, TypeError, AttributeError, csv.Error):  # the first mutation left no structure
+            raw = FORMS[form](rng, raw)
+        except (ValueError, LookupError, TypeError, AttributeError, csv.Error):  # the first mutation destroyed the structure
             break
-    for _ in range(dice.choice((0, 0, 1, 1, 2))):
-        raw = _bytes(dice, raw, valid)
+    for _ in range(rng.choice((0, 0, 1, 1, 2))):
+        raw = _bytes(rng, raw, valid)
     if packed:
         raw = gzip.compress(raw, 1, mtime=0)
-        for _ in range(dice.choice((0, 0, 0, 1, 2))):
-            raw = _bytes(dice, raw, [raw])
+        for _ in range(rng.choice((0, 0, 0, 1, 2))):
+            raw = _bytes(rng, raw, [raw])
     return raw

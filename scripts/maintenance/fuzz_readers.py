@@ -1,4 +1,4 @@
-"""What ``scripts/maintenance/fuzz.py`` feeds: everything of the library that reads a file, with valid files from a tiny fit."""
+"""The readers that ``scripts/maintenance/fuzz.py`` tests: all of the library that reads files, with valid files of a tiny fit."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from bora_pyro.runs.saved import load_run
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads one kind of file.
+    """A function that reads one kind of file.
 
     Attributes:
-        name: of the reader.
-        file: where the damaged file goes, in the folder of the files.
-        form: its structure, as ``fuzz_mutations.damaged`` takes it.
-        read: reads it; it has the path.
-        share: how many of the inputs it has, relative to the others.
-        valid: valid files to begin from.
+        name: name of the reader.
+        file: path at which it reads the damaged file.
+        form: format of the file, a key of ``fuzz_mutations.FORMS``.
+        read: function that reads the file at a path.
+        share: share of the inputs, relative to the other readers.
+        valid: contents of valid files, which are damaged.
     """
 
     name: str
@@ -50,22 +50,20 @@ class Reader:
 
 
 def readers(folder: Path) -> list[Reader]:
-    """All readers, with valid files in ``folder`` that a tiny fit has made."""
+    """Make valid files in ``folder`` with a tiny fit, and return all readers in a fixed order."""
     words = ["red green blue", 'one, "two"', "Ærlig\nsagt", "north east south west"]
     rows = [
         {"task": task, "text": f"{n} {words[n % 4]} {task}", "doc_id": f"s{n}"}
         for task in ("Ada", "Bo B.", "東京")
         for n in range(8)
     ]
-    few = pd.DataFrame(rows).iloc[[0, 1, 8, 9, 16]]
     config = _tiny_run(folder, rows)
-    run = folder / "run"
-    model, data = build_run(config, quiet=True)
-    loop = Loop(
-        model, data, map_guide(model), learning_rate=1e-2, warmup=0.1, token_budget=256, accumulate=1, gradient_clip=1.0, seed=0,
-        epochs=2,
-    )  # fmt: skip
-    split_of, _ = read_table(pd.DataFrame(rows))
+    return [*_input_readers(folder, rows, config), *_run_readers(folder / "run", rows, config)]
+
+
+def _input_readers(folder: Path, rows: list[dict[str, str]], config: MapFitConfig) -> list[Reader]:
+    """Readers of what a fit is given: tables, configurations, folders of data."""
+    few = pd.DataFrame(rows).iloc[[0, 1, 8, 9, 16]]
     saved, card = folder / "saved", folder / "card"
     datasets.Dataset.from_list(rows[:2]).save_to_disk(saved)
     card.mkdir()
@@ -80,23 +78,7 @@ def readers(folder: Path) -> list[Reader]:
     def configuration(file: Path) -> None:
         parse_config(MapFitConfig, ["--config", str(file)]).validate()
 
-    [newest] = (run / "checkpoints").iterdir()
-    adapter = run / "adapters" / "ada"
-
-    def signed(file: Path) -> Path:
-        """The file with the digest that its bytes now have: damage that somebody has meant."""
-        _, found, place = read_digest(file)
-        if place + len(found) <= file.stat().st_size and place > 8:
-            with file.open("r+b") as opened:
-                opened.seek(place)
-                opened.write(found.encode())
-        return file
-
-    def tensors(file: Path) -> None:
-        RunFolder(run).load_tensors(file.stem)
-        RunFolder(run).load_metadata(file.stem)
-
-    found = [
+    return [
         *(Reader(f"table .{name}", folder / f"t.{name}", name, read_table, 10, [raw]) for name, raw in tables.items()),
         *(Reader(f"table .{n}.gz", folder / f"t.{n}.gz", n, read_table, 5, [tables[n]]) for n in ("csv", "jsonl")),
         Reader("configuration", folder / "fit.yaml", "yaml", configuration, 12, [short, short, short, options]),
@@ -104,30 +86,55 @@ def readers(folder: Path) -> list[Reader]:
             b"---\nlicense: mit\nconfigs:\n- config_name: a\n  data_files:\n  - split: train\n    path: train*.csv\n---\nText.\n"
         ]),
         _of(saved / "state.json", "saved data set", "json", lambda _: check_folder(saved), 5),
+    ]  # fmt: skip
+
+
+def _run_readers(run: Path, rows: list[dict[str, str]], config: MapFitConfig) -> list[Reader]:
+    """Readers of what a fit wrote: the files of its run folder, its adapters and checkpoints, and the whole run."""
+    model, data = build_run(config, quiet=True)
+    loop = Loop(
+        model, data, map_guide(model), learning_rate=1e-2, warmup=0.1, token_budget=256, accumulate=1, gradient_clip=1.0, seed=0,
+        epochs=2,
+    )  # fmt: skip
+    split_of, _ = read_table(pd.DataFrame(rows))
+    [newest] = (run / "checkpoints").iterdir()
+    adapter = run / "adapters" / "ada"
+
+    def tensors(file: Path) -> None:
+        RunFolder(run).load_tensors(file.stem)
+        RunFolder(run).load_metadata(file.stem)
+
+    found = [
         _of(run / "config.yaml", "run: config", "yaml", lambda _: RunFolder.open(run), 2),
         _of(run / "metrics.json", "run: metrics", "json", lambda _: rows_of_run(run), 5),
         _of(run / "metrics.jsonl", "run: log", "jsonl", lambda _: RunFolder(run).read_log(), 8),
         _of(run / "split.json", "run: split", "json", lambda _: apply_split(split_of, RunFolder(run).read_split()), 8),
         _of(run / "posterior.safetensors", "run: posterior", "safetensors", tensors, 2),
-        _of(run / "posterior.safetensors", "run: posterior, signed", "safetensors", lambda file: tensors(signed(file)), 8),
+        _of(run / "posterior.safetensors", "run: posterior, signed", "safetensors", lambda file: tensors(_signed(file)), 8),
         _of(adapter / "adapter_model.safetensors", "adapter", "safetensors", lambda _: load_peft(adapter, model), 8),
         _of(adapter / "adapter_config.json", "adapter: config", "json", lambda _: load_peft(adapter, model), 4),
         _of(newest, "run: checkpoint", "safetensors", lambda file: loop.load(Checkpoint(file)), 2),
-        _of(newest, "run: checkpoint, signed", "safetensors", lambda file: loop.load(Checkpoint(signed(file))), 6),
+        _of(newest, "run: checkpoint, signed", "safetensors", lambda file: loop.load(Checkpoint(_signed(file))), 6),
     ]  # fmt: skip
-    for name, form in (
-        ("config.yaml", "yaml"),
-        ("metrics.json", "json"),
-        ("split.json", "json"),
-    ):
+    for name, form in (("config.yaml", "yaml"), ("metrics.json", "json"), ("split.json", "json")):
         found.append(_of(run / name, f"whole run: {name}", form, lambda _: load_run(run, device="cpu"), 0.1))
     posterior = run / "posterior.safetensors"
 
     def whole_run(file: Path) -> None:
-        signed(file)
+        _signed(file)
         load_run(run, device="cpu")
 
     return [*found, _of(posterior, "whole run: posterior.safetensors, signed", "safetensors", whole_run, 0.1)]
+
+
+def _signed(file: Path) -> Path:
+    """Replace the digest in a file by the digest of its present bytes, so that the damage is not found by the digest."""
+    _, found, place = read_digest(file)
+    if place + len(found) <= file.stat().st_size and place > 8:
+        with file.open("r+b") as opened:
+            opened.seek(place)
+            opened.write(found.encode())
+    return file
 
 
 def _of(file: Path, name: str, form: str, read: Callable[[Path], object], share: float) -> Reader:

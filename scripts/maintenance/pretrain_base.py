@@ -1,10 +1,10 @@
-"""Make the embedded base model ``builtin:nano``: a small OPT-architecture language model and its tokenizer.
+"""Pretrain the embedded base model ``builtin:nano``: a small language model of the OPT architecture, and its tokenizer.
 
     python scripts/maintenance/pretrain_base.py --output_dir bora_pyro/assets/nano
 
 The text is documentation that is installed with the project: the docstrings of the Python packages named in ``PACKAGES``
-and of the standard library. networkx is left out, because ``builtin:documentation`` is made of it. Paragraphs that were
-seen before are dropped (much documentation is copied). The run is seeded; it takes at most an hour on 2 cores.
+and of the standard library. networkx is left out, because ``builtin:documentation`` is made of it. Repeated paragraphs are
+dropped, because much documentation is copied. The run is seeded. It takes at most an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def documents() -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``VOCABULARY`` tokens with OPT's special tokens (every text begins with ``</s>``)."""
+    """Train a byte-level BPE of ``VOCABULARY`` tokens with OPT's special tokens. Every text begins with ``</s>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -74,16 +74,16 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """All texts, each led by ``</s>``, packed into rows of ``CONTEXT`` tokens: (rows, CONTEXT)."""
+    """Pack all texts, each after a ``</s>``, into rows of ``CONTEXT`` tokens: (rows, CONTEXT)."""
     flat = [token for encoding in tokenizer(texts)["input_ids"] for token in encoding]
     rows = len(flat) // CONTEXT
     return torch.tensor(flat[: rows * CONTEXT], dtype=torch.int32).view(rows, CONTEXT)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) in float32: momentum whose matrix is orthogonalised by five Newton-Schulz steps.
+    """Muon (Jordan et al., 2024) in float32: five Newton-Schulz steps orthogonalise the momentum of each matrix.
 
-    ``torch.optim.Muon`` iterates in bfloat16, which is some hundred times slower on CPUs without bfloat16 instructions.
+    ``torch.optim.Muon`` iterates in bfloat16, which is about a hundred times slower on CPUs without bfloat16 instructions.
     """
 
     def __init__(
@@ -116,42 +116,48 @@ def mean_loss(model: torch.nn.Module, rows: torch.Tensor) -> float:
     return sum(losses) / len(rows)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("bora_pyro/assets/nano"))
     parser.add_argument("--tokens", type=float, default=7e6, help="training tokens")
     parser.add_argument("--batch_rows", type=int, default=16, help=f"rows of {CONTEXT} tokens a step")
-    parser.add_argument("--learning_rate", type=float, default=5e-3, help="peak, for the embeddings (AdamW)")
     parser.add_argument(
-        "--muon_learning_rate", type=float, default=1e-2, help="peak, for the matrices (Muon); 0 means AdamW for all"
+        "--learning_rate", type=float, default=5e-3, help="peak learning rate of AdamW (embeddings, biases, norms)"
+    )
+    parser.add_argument(
+        "--muon_learning_rate", type=float, default=1e-2, help="peak learning rate of Muon (matrices); 0 uses AdamW for all"
     )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--stop_after", type=int, default=0, help="stop after that many steps (to try things)")
+    parser.add_argument("--stop_after", type=int, default=0, help="stop after this number of steps, for a trial")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
-    torch.manual_seed(arguments.seed)
-    start = time.time()
-    texts = documents()
-    random.Random(arguments.seed).shuffle(texts)
-    held_out, training = texts[:400], texts[400:]
-    tokenizer = train_tokenizer(training)
-    held_out_rows, rows = blocks(held_out, tokenizer), blocks(training, tokenizer)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(arguments.seed))]
-    print(
-        f"{len(texts)} docstrings, {sum(map(len, texts)) / 1e6:.1f} M characters, {rows.numel() / 1e6:.2f} M training tokens",
-        flush=True,
-    )
 
+def new_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> OPTForCausalLM:
+    """An OPT model with random weights for the tokenizer's vocabulary."""
     config = OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=arguments.layers, num_attention_heads=4, ffn_dim=1024,
+        vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=layers, num_attention_heads=4, ffn_dim=1024,
         word_embed_proj_dim=256, max_position_embeddings=CONTEXT, dropout=0.0, attention_dropout=0.0, layerdrop=0.0,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         init_std=0.02,
     )  # fmt: skip
-    model = OPTForCausalLM(config)
-    size = sum(p.numel() for p in model.parameters())
+    return OPTForCausalLM(config)
+
+
+def train(model: OPTForCausalLM, rows: torch.Tensor, arguments: argparse.Namespace, start: float) -> bool:
+    """Train the model.
+
+    Args:
+        model: the model.
+        rows: (rows, CONTEXT) token ids, in the order of training.
+        arguments: the command line.
+        start: time at which the run began, in seconds.
+
+    Returns:
+        Whether all steps were done; False after ``--stop_after``.
+    """
     matrices = (
         [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n] if arguments.muon_learning_rate else []
     )
@@ -165,7 +171,7 @@ def main() -> None:
     peaks = [arguments.learning_rate, arguments.muon_learning_rate]
 
     forward = torch.compile(model) if arguments.compile else model
-    steps = int(arguments.tokens / (arguments.batch_rows * CONTEXT))
+    steps = step_count(arguments)
     average = None
     for step in range(steps):
         # linear warm-up over 3 % of the steps, then linear decay to zero
@@ -187,19 +193,47 @@ def main() -> None:
                 f"step {step + 1}/{steps} loss {average:.3f} {rate:.0f} tokens/s {(time.time() - start) / 60:.1f} min", flush=True
             )
         if step + 1 == arguments.stop_after:
-            print("held out", math.exp(mean_loss(model, held_out_rows[:64])))
-            return
+            return False
+    return True
 
+
+def step_count(arguments: argparse.Namespace) -> int:
+    """Number of training steps."""
+    return int(arguments.tokens / (arguments.batch_rows * CONTEXT))
+
+
+def main() -> None:
+    """Read the documentation, train tokenizer and model, and save both with a record of the run."""
+    arguments = parse_arguments()
+    torch.manual_seed(arguments.seed)
+    start = time.time()
+    texts = documents()
+    random.Random(arguments.seed).shuffle(texts)
+    held_out, training = texts[:400], texts[400:]
+    tokenizer = train_tokenizer(training)
+    held_out_rows, rows = blocks(held_out, tokenizer), blocks(training, tokenizer)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(arguments.seed))]
+    print(
+        f"{len(texts)} docstrings, {sum(map(len, texts)) / 1e6:.1f} M characters, {rows.numel() / 1e6:.2f} M training tokens",
+        flush=True,
+    )
+
+    model = new_model(tokenizer, arguments.layers)
+    if not train(model, rows, arguments, start):
+        print("held out", math.exp(mean_loss(model, held_out_rows[:64])))
+        return
+
+    size = sum(p.numel() for p in model.parameters())
     perplexity = math.exp(mean_loss(model.eval(), held_out_rows))
     bits = mean_loss(model, held_out_rows) * held_out_rows.numel() / math.log(2) / sum(map(len, held_out))
     minutes = (time.time() - start) / 60
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    # float16 halves the file; the library computes in the precision that it is asked for
+    # float16 halves the file; the library converts it to the precision of the fit
     model.half().save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)
     record = {
         "parameters": size,
-        "tokens": steps * arguments.batch_rows * CONTEXT,
+        "tokens": step_count(arguments) * arguments.batch_rows * CONTEXT,
         "documents": len(training),
         "minutes": round(minutes, 1),
         "held_out_perplexity": round(perplexity, 2),
