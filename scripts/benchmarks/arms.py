@@ -1,15 +1,16 @@
-"""Four ways to train adapters of the same layers on the same documents, each as a step that can be timed.
+"""Four ways to train adapters of the same layers on the same documents. Each is a step that can be timed.
 
-- ``ours``: what ``bora_pyro.inference.fit`` does with a batch, documents of like length in each.
+- ``ours``: the step of ``bora_pyro.inference.fit``, on batches of documents of similar length.
 - ``peft_one_adapter``: the loop of PEFT's documentation, one adapter for all tasks, random batches.
 - ``peft_trainer``: the same model and documents under Hugging Face's ``Trainer``.
-- ``released``: the step of the BoRA paper's released code, made again: an adapter a task and a mean adapter in one PEFT model.
+- ``released``: the step of the BoRA paper's released code, reimplemented: an adapter a task and a mean adapter in one PEFT model.
 
-The padding of each is its own: ours sorts by length, PEFT's loop and the ``Trainer`` pad to the longest row with an attention
-mask, the released code pads every row to the longest document allowed, with end marks that count in its loss. So speed is
-counted in predicted tokens of the documents, which padding cannot raise. Building the batch is part of each step.
+Each way pads as it usually does. Ours sorts documents by length. PEFT's loop and the ``Trainer`` pad to the longest row with an
+attention mask. The released code pads every row to ``max_tokens`` with end marks, which count in its loss. Speed is therefore
+counted in predicted tokens of the documents, which do not include padding. The time of a step includes building the batch.
 
 >>> from bases import load_base
+>>> from bora_pyro.data.token_split import TokenSplit
 >>> documents = TokenSplit.from_documents([[2, 5, 6], [2, 7]], task=[0, 1], num_tasks=2)
 >>> work = Work(load_base("random:tiny"), documents, nano_tokenizer(), rows=2, max_tokens=4, rank=2, tau=100.0)
 >>> {name: arm(work).step() for name, arm in ARMS.items() if name != "peft_trainer"}
@@ -20,95 +21,31 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
-from bases import GRADIENT_CLIP, LEARNING_RATE, adamw, bora_loop, loop_step, now, optimise, peft_model
+from arm_work import Arm, Work, nano_tokenizer
+from bases import GRADIENT_CLIP, LEARNING_RATE, adamw, bora_loop, loop_step, now, optimise
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-from bora_pyro.backbone.backbone import BUILTIN_BASES, Backbone
 from bora_pyro.data.batch import Batch
-from bora_pyro.data.token_split import TokenSplit
 
 __all__ = ["ARMS", "Arm", "Work", "alternate", "nano_tokenizer", "released_loss"]
 
 MEAN = "mean"
 
 
-def nano_tokenizer() -> PreTrainedTokenizerBase:
-    """The tokenizer of builtin:nano, whose vocabulary all random bases hold."""
-    return AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every arm is given.
-
-    Attributes:
-        backbone: the frozen base; its weights are shared by all arms.
-        split: the training documents.
-        tokenizer: whose padding and end mark PEFT's side uses.
-        rows: documents of a batch.
-        max_tokens: of the longest document; ours takes rows x max_tokens tokens a batch, padding included.
-        rank, tau, seed: of the adapters, of the prior, and of order and start.
-    """
-
-    backbone: Backbone
-    split: TokenSplit
-    tokenizer: PreTrainedTokenizerBase
-    rows: int
-    max_tokens: int
-    rank: int
-    tau: float
-    seed: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base lies."""
-        return self.backbone.device
-
-    def features(self) -> list[dict[str, Any]]:
-        """The documents as PEFT's examples have them: one mapping each, unpadded."""
-        numbers = range(len(self.split))
-        documents = [(n, self.split.document(n).tolist(), self.split.labels(n).tolist()) for n in numbers]
-        return [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "document": n} for n, ids, labels in documents
-        ]
-
-    def predicted(self, documents: Tensor) -> int:
-        """Tokens of some documents that are predicted."""
-        return int(self.split.predicted[documents].sum())
-
-    def peft_model(self, *adapters: str) -> Any:
-        """PEFT's model on the base."""
-        return peft_model(self.backbone, rank=self.rank, seed=self.seed, adapters=adapters or ("default",))
-
-
-class Arm:
-    """One way to train; ``step()`` takes one step and returns how many tokens were predicted in it, padding left out."""
-
-    #: The tensors that it trains.
-    parameters: list[torch.nn.Parameter]
-
-    def step(self) -> int:
-        """Build the next batch, forward, backward, update."""
-        raise NotImplementedError
-
-
 class Ours(Arm):
-    """The step of ``bora_pyro.inference.fit`` on the batches of ``bora_pyro.inference.fit``."""
+    """The step and the batches of ``bora_pyro.inference.fit``."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -128,7 +65,7 @@ class Ours(Arm):
 
 
 class Collator:
-    """Pad to the longest row, with an attention mask and labels of −100 at the padding; remember what each batch predicts."""
+    """Pads to the longest row, with an attention mask and labels of −100 at the padding; counts each batch's predicted tokens."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.counts = work, list[int]()
@@ -168,14 +105,20 @@ class PeftOneAdapter(Arm):
 
 
 class PeftTrainer(Arm):
-    """PEFT's model under Hugging Face's ``Trainer``, which calls back after each of its steps; see :func:`alternate`."""
+    """PEFT's model under Hugging Face's ``Trainer``, which runs its own loop and has callbacks; see :func:`alternate`."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.collator, self.model = work, Collator(work), work.peft_model()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def run(self, steps: int, before: Callable[[], None], done: Callable[[float, int], None]) -> None:
-        """Train; ``before()`` precedes each step and ``done(seconds, tokens)`` follows it, both outside its time."""
+        """Train, and call two functions at each step. Their own time is not measured.
+
+        Args:
+            steps: number of steps.
+            before: called before each step.
+            done: called after each step with its seconds and its predicted tokens.
+        """
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # the Trainer seeds globally
             arguments = TrainingArguments(
                 output_dir=folder,
@@ -197,7 +140,7 @@ class PeftTrainer(Arm):
                 report_to="none",
                 disable_tqdm=True,
             )
-            arguments._n_gpu = 1  # on more the Trainer would split the batch
+            arguments._n_gpu = 1  # with several GPUs the Trainer would split the batch
             trainer = Trainer(
                 model=self.model,
                 args=arguments,
@@ -210,7 +153,7 @@ class PeftTrainer(Arm):
 
 
 class _Pace(TrainerCallback):
-    """Lets others have their turn between two steps of a ``Trainer``, and times all that it does from one turn to the next."""
+    """Calls functions between two steps of a ``Trainer``, and times everything that it does from one call to the next."""
 
     def __init__(self, arm: PeftTrainer, before: Callable[[], None], done: Callable[[float, int], None]) -> None:
         self.arm, self.before, self.done = arm, before, done
@@ -224,7 +167,7 @@ class _Pace(TrainerCallback):
         self._begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # its batches come in the order of the collator, which may be a batch ahead
+        # the collator may be a batch ahead of the Trainer, so the count is taken by the number of the step
         self.done(now(self.arm.work.device) - self.start, self.arm.collator.counts[self.number])
         self.number += 1
         if state.global_step < state.max_steps:
@@ -232,7 +175,7 @@ class _Pace(TrainerCallback):
 
 
 class Released(Arm):
-    """The released code's step: a forward pass a task, all padded to the full length, and a Python loop over the tensors."""
+    """The released code's step: one forward pass a task, all rows padded to the full length, and a Python loop over tensors."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -267,14 +210,14 @@ class Released(Arm):
 
 
 def released_loss(model: Any, names: list[str], input_ids: Tensor, task: Tensor, documents: int, tau: float) -> Tensor:
-    """N x the mean token loss of the rows + τ Σ_d Σ_tensors ‖θ_d − Θ‖, padding and all.
+    """N x the mean token loss of the rows, including padding, + τ Σ_d Σ_tensors ‖θ_d − Θ‖.
 
     Args:
-        model: PEFT's model with an adapter of each name and one that is called ``mean``; all are trainable afterwards.
-        names: the adapters of the tasks.
+        model: PEFT's model with an adapter of each name and one called ``mean``. All of them are trainable afterwards.
+        names: names of the tasks' adapters.
         input_ids: (rows, tokens), all predicted.
         task: (rows,), index of the adapter of each row.
-        documents: N, the training documents of all tasks.
+        documents: N, the number of training documents of all tasks.
         tau: τ.
     """
     parameters = dict(model.named_parameters())
@@ -283,7 +226,7 @@ def released_loss(model: Any, names: list[str], input_ids: Tensor, task: Tensor,
         rows = input_ids[(task == d).to(input_ids.device)]
         model.set_adapter(names[d])
         loss = loss + model(input_ids=rows, labels=rows).loss * (len(rows) / len(input_ids))
-    # set_adapter freezes all adapters but its own; the one backward pass must reach each of them
+    # set_adapter freezes all other adapters, but the single backward pass must reach all of them
     for name, parameter in parameters.items():
         if "lora_" in name:
             parameter.requires_grad_(True)
@@ -295,7 +238,7 @@ def released_loss(model: Any, names: list[str], input_ids: Tensor, task: Tensor,
     return documents * loss + tau * penalty
 
 
-#: The ways to train by their names, in the order in which they take turns.
+#: The arms by name, in the order in which they take turns.
 ARMS: dict[str, Callable[[Work], Arm]] = {
     "ours": Ours,
     "peft_one_adapter": PeftOneAdapter,
@@ -307,16 +250,18 @@ ARMS: dict[str, Callable[[Work], Arm]] = {
 def alternate(
     arms: dict[str, Any], rounds: int, device: torch.device, *, extra: Callable[[], object] | None = None
 ) -> dict[str, list[tuple[float, int]]]:
-    """Let each arm take a step, in turn, for some rounds: (seconds, predicted tokens) of every step.
+    """Run the arms in turn, one step of each a round.
 
-    A ``Trainer`` cannot be stopped between two steps, so that where there is one it sets the pace: the others have their turns
-    in its callbacks.
+    A ``Trainer`` runs its own loop. If there is one, the other arms take their turns in its callbacks.
 
     Args:
         arms: arms of :data:`ARMS` by name.
-        rounds: steps of each.
-        device: whose work is waited for.
-        extra: called after each round, untimed.
+        rounds: number of steps of each arm.
+        device: device of the base, which is synchronised before the clock is read.
+        extra: function called after each round, outside the measured time.
+
+    Returns:
+        For each arm (seconds, predicted tokens) of every step.
     """
     records: dict[str, list[tuple[float, int]]] = {name: [] for name in arms}
     names = [*arms]

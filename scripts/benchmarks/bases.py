@@ -1,4 +1,4 @@
-"""What the benchmarks share: bases of every size, the step of our fit, PEFT's model on the same layers, and how both are timed.
+"""Shared by the benchmarks: bases of every size, the step of our fit, PEFT's model on the same layers, and the timing of both.
 
 >>> backbone = load_base("random:tiny")
 >>> [(slot.name, slot.layers) for slot in backbone.slots]
@@ -6,7 +6,7 @@
 >>> peft_model(backbone, rank=2).num_parameters(only_trainable=True)
 512
 
-This module needs the extra ``peft``; the rest of the library does not import it.
+This module needs the extra ``peft``.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _opt(vocabulary: int, width: int, layers: int, heads: int, **more: Any) -> d
     return {**_OPT, **sizes, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
 
 
-#: Bases with random weights: the time of a step does not depend on what the weights are. All but the first two have the sizes of
-#: the published models; every vocabulary holds that of builtin:nano.
+#: Bases with random weights; the time of a step does not depend on their values. All but the first two have the sizes of
+#: published models. Every vocabulary is at least as large as that of builtin:nano.
 RANDOM_BASES: dict[str, dict[str, Any]] = {
     "random:tiny": _opt(4096, 32, 2, 2, ffn_dim=64),
     "random:40m": _opt(16_384, 512, 10, 8),
@@ -69,9 +69,9 @@ Step = Callable[[], object]
 
 
 def check_base(name: str) -> None:
-    """Raise ``InputError`` where a name begins as a random base's and is none."""
+    """Raise ``InputError`` if a name begins with ``random:`` but is not in ``RANDOM_BASES``."""
     if name.startswith("random:") and name not in RANDOM_BASES:
-        raise InputError(f"no random base {name!r}; there is {', '.join(RANDOM_BASES)}{nearest(name, RANDOM_BASES)}")
+        raise InputError(f"no random base {name!r}; it is one of {', '.join(RANDOM_BASES)}{nearest(name, RANDOM_BASES)}")
 
 
 def load_base(
@@ -82,10 +82,10 @@ def load_base(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Backbone:
-    """A frozen base: one of ``RANDOM_BASES`` with weights by the seed, a path, a hub id, or builtin:nano.
+    """Load a frozen base: one of ``RANDOM_BASES`` with weights drawn from the seed, a path, a hub id, or builtin:nano.
 
     Raises:
-        InputError: there is no such base, or it has no such targets.
+        InputError: the base does not exist, or has no such targets.
     """
     check_base(name)
     dtype = getattr(torch, precision)
@@ -98,13 +98,13 @@ def load_base(
 
 
 def outline(name: str, *, targets: Sequence[str] | str | None = None) -> Backbone:
-    """A base of ``RANDOM_BASES`` or an embedded one without its weights: its sizes, in no memory.
+    """Make a base of ``RANDOM_BASES`` or an embedded base without weights, on the meta device.
 
         >>> outline("random:llama-1b").model.num_parameters()
         1235814400
 
     Raises:
-        InputError: it has no such targets.
+        InputError: the base has no such targets.
     """
     config = (
         AutoConfig.for_model(**RANDOM_BASES[name]) if name in RANDOM_BASES else AutoConfig.from_pretrained(BUILTIN_BASES[name])
@@ -125,7 +125,7 @@ def bora_loop(
 ) -> Loop:
     """The loop of ``bora_pyro.inference.fit`` on one split, ready for its first step."""
     model = BoRA(backbone, split.num_tasks, adapter=LoRA(rank=rank), prior=prior_from_tau(tau), seed=seed)
-    # nothing is validated: only steps are timed
+    # only steps are timed, so there are no validation documents
     none = TokenSplit.from_documents([], task=[], num_tasks=split.num_tasks)
     data = TaskData([f"task {d}" for d in range(split.num_tasks)], train=split, validation=none, test=none)
     return Loop(
@@ -143,21 +143,21 @@ def bora_loop(
 
 
 def loop_step(loop: Loop, batch: Batch) -> float:
-    """What the loop does with each batch, without what it does once an epoch; returns the loss."""
+    """Do the loop's work for one batch, without its work at the end of an epoch, and return the loss."""
     return float(loop.step([batch], LEARNING_RATE, 0)[0])
 
 
 def peft_model(backbone: Backbone, *, rank: int, seed: int = 0, adapters: Sequence[str] = ("default",)) -> Any:
-    """PEFT's LoRA on the backbone's layers, with the backbone's own weights (shared, not copied) under modules of its own.
+    """Make a PEFT LoRA model on the backbone's layers. It shares the backbone's weights, but has modules of its own.
 
-    PEFT is spared what it need not pay for: no dropout, no key-value cache, and adapters in the base's precision, so that it does
-    not cast each layer's input. All adapters are trainable, the last one is active.
+    The model has no avoidable cost: no dropout, no key-value cache, and adapters in the base's precision, so that PEFT does not
+    cast each layer's input. All adapters are trainable, and the last one is active.
 
     Args:
-        backbone: whose layers are adapted.
+        backbone: the backbone whose layers are adapted.
         rank: rank and alpha of the adapters.
-        seed: of their start.
-        adapters: their names.
+        seed: seed of their start.
+        adapters: names of the adapters.
     """
     lora = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -168,12 +168,12 @@ def peft_model(backbone: Backbone, *, rank: int, seed: int = 0, adapters: Sequen
         fan_in_fan_out=backbone.slots[0].fan_in_fan_out,
     )
     base = backbone.model
-    own = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+    shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # PEFT reads an attribute that transformers has renamed: theirs to settle
+        # PEFT reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         torch.manual_seed(seed)
-        model = peft.get_peft_model(copy.deepcopy(base, own), lora, adapter_name=adapters[0], autocast_adapter_dtype=False)
+        model = peft.get_peft_model(copy.deepcopy(base, shared), lora, adapter_name=adapters[0], autocast_adapter_dtype=False)
         for name in adapters[1:]:
             model.add_adapter(name, lora, autocast_adapter_dtype=False)
             model.set_adapter(name)
@@ -181,38 +181,38 @@ def peft_model(backbone: Backbone, *, rank: int, seed: int = 0, adapters: Sequen
         parameter.requires_grad_("lora_" in name)
     model.config.use_cache = False
     if base.config._attn_implementation == SHORT_SDPA:
-        model.set_attn_implementation("sdpa")  # transformers' own, whose backward pass ours replaces
+        model.set_attn_implementation("sdpa")  # PEFT is measured with the attention of transformers, not with ours
     return model.eval()
 
 
 def adamw(parameters: Sequence[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """The optimiser of all steps: fused, without weight decay."""
+    """The optimiser of all steps: fused AdamW without weight decay."""
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
 def optimise(optimizer: torch.optim.AdamW, parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Clip, take the step, forget the gradients: what follows a backward pass."""
+    """Clip the gradients, do an optimiser step, and clear the gradients."""
     torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 def seconds(step: Step, device: torch.device) -> float:
-    """How long one call takes, until the device has done all of it."""
+    """Seconds of one call, until the device has finished its work."""
     start = now(device)
     step()
     return now(device) - start
 
 
 def now(device: torch.device) -> float:
-    """The clock, once the device has done all that was asked of it."""
+    """Wait for the device and read the clock, in seconds."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine and the versions of the libraries."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     modules = (torch, peft, transformers, pyro)
     return gpu | {
@@ -226,7 +226,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def place(where: dict[str, Any]) -> str:
-    """The machine in a few words."""
+    """Describe the machine in a few words."""
     return str(where["gpu"]) if "gpu" in where else f"{where['cpu']}, {where['threads']} of {where['cores']} cores"
 
 
@@ -250,7 +250,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def at_least(config: Any, limits: dict[str, int]) -> None:
-    """Raise ``InputError`` where a whole number of a configuration is below its limit; None is none."""
+    """Raise ``InputError`` if an option that is a whole number is below its least value. None is allowed.
+
+    Args:
+        config: the configuration.
+        limits: the least value of each option.
+    """
     for name, least in limits.items():
         value = getattr(config, name)
         if value is not None and value < least:
@@ -258,7 +263,7 @@ def at_least(config: Any, limits: dict[str, int]) -> None:
 
 
 def json_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as JSON has them: it has no infinity, so that one is written as the command line takes it.
+    """Prepare options for JSON, which has no infinity: it is written as ``inf``, as on the command line.
 
     >>> json_options({"tau": float("inf"), "rank": 8})
     {'tau': 'inf', 'rank': 8}
@@ -267,16 +272,16 @@ def json_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_output(output: str | None) -> None:
-    """Raise ``InputError`` where the name of the JSON file is that of a folder."""
+    """Raise ``InputError`` if the path of the JSON file is a folder."""
     if output is not None and Path(output).is_dir():
         raise InputError(f"output {output!r} is a folder; give the name of a JSON file")
 
 
 def writable(name: str) -> Path:
-    """The file of that name; what cannot be written is known before the minutes of measuring.
+    """Check that a file can be written, before minutes of measuring, and return its path.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     file = Path(name)
     try:
@@ -286,5 +291,5 @@ def writable(name: str) -> Path:
         if is_new:
             file.unlink()
     except OSError as error:
-        raise InputError(f"output {name!r} cannot be written ({error.strerror}); give a JSON file that can") from None
+        raise InputError(f"output {name!r} cannot be written ({error.strerror}); give another path") from None
     return file

@@ -1,22 +1,22 @@
-"""Time BoRA's training step against three others, as predicted tokens a second, and against the floor of the machine.
+"""Compare BoRA's training step with three others, in predicted tokens a second, and with the least time that the machine allows.
 
     python scripts/benchmarks/benchmark.py --cases nano 40m --output results/benchmark.json
 
-In one process, on the same base weights, layers, rank, precision and threads, each of these takes a step in turn:
+These arms take steps in turn, in one process, on the same base weights, layers, rank, precision and threads:
 
-- ``ours``: the step of ``bora_pyro.inference.fit`` under ``HierarchicalNormal(tau)``, documents of like length in each batch.
+- ``ours``: the step of ``bora_pyro.inference.fit`` under ``HierarchicalNormal(tau)``, on batches of documents of similar length.
 - ``peft_one_adapter``: the loop of PEFT's documentation, one adapter, random batches padded to the longest row.
-- ``peft_trainer``: the same under Hugging Face's ``Trainer``, logging, saving and evaluation off.
-- ``released``: the step of the BoRA paper's released code, made again (``scripts.benchmarks.arms`` says how).
+- ``peft_trainer``: the same under Hugging Face's ``Trainer``, without logging, saving and evaluation.
+- ``released``: the step of the BoRA paper's released code, reimplemented (see ``scripts/benchmarks/arms.py``).
 
-Only the documents' own tokens are counted, padding is not. ``ratio`` is our tokens a second over the peer's, pair by pair: above
-1 ours is faster. The floor is the time of the base's own matrix products, 4 operations a parameter and predicted token (two
+Only tokens of the documents are counted, not padding. ``ratio`` is our tokens a second divided by the other arm's, pair by pair:
+above 1 ours is faster. The floor is the time of the base's own matrix products: 4 operations a parameter and predicted token (two
 forward, two backward to the inputs; the frozen weights need no gradient), at the speed of a large matrix product measured between
-the steps. ``fraction_of_floor`` is the floor over our time: 1 cannot be reached. Peak memory is that of a process of its own for
-each arm, the libraries included (on a GPU: of torch's allocations).
+the steps. ``fraction_of_floor`` is the floor divided by our time; it is always below 1. Peak memory is measured in a separate
+process for each arm and includes the libraries (on a GPU it is torch's allocations).
 
-The bases have random weights, except nano, and the sizes of the published models. A case for which the free memory will not do is
-left out with a line that says so; ``--arms ours --memory process`` measures the memory of one arm by hand.
+The bases have the sizes of published models and, except nano, random weights. A case that needs more than the free memory is left
+out with a note. ``--arms ours --memory process`` measures the memory of one arm alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from bora_pyro.runs.build import find_device
 
 @dataclass(frozen=True)
 class Case:
-    """A base, and how many rounds are measured on it where ``--repetitions`` does not say."""
+    """A base, and its default of ``--repetitions``."""
 
     base: str
     repetitions: int
@@ -80,13 +80,13 @@ class ReportConfig:
     """Time BoRA's training step against PEFT's loop, the Trainer and the released code's step."""
 
     cases: list[str] = option(DEFAULT_CASES, f"which bases (default: {' '.join(DEFAULT_CASES)}; also tiny, for a trial)")
-    arms: list[str] = option([*ARMS], f"who takes part (default: {' '.join(ARMS)})")
+    arms: list[str] = option([*ARMS], f"which arms (default: {' '.join(ARMS)})")
     data: str = option("builtin:documentation", "the documents, as map_fit.py takes them")
     task_column: str = option("task", "column that names a document's task")
     text_column: str = option("text", "column that holds a document's text")
-    num_tasks: int = option(25, "at most so many tasks")
+    num_tasks: int = option(25, "largest number of tasks")
     max_tokens: int = option(256, "tokens of a document that are read")
-    rows: int = option(25, "documents of a batch; ours takes rows x max_tokens tokens, padding included")
+    rows: int = option(25, "documents of a batch; a batch of ours has up to rows x max_tokens tokens, padding included")
     rank: int = option(8, "rank r of the adapters; alpha is the rank")
     targets: list[str] | None = option(
         None, "layers that get an adapter, by the last part of their names (default: the architecture's usual ones)"
@@ -99,46 +99,46 @@ class ReportConfig:
     warmup: int = option(2, "steps of each before the first that is measured")
     memory: str = option(
         "arms",
-        "peak memory of each arm in a process of its own (arms), of this process (process, for one case and arm), or of none",
+        "peak memory: measured for each arm in a separate process (arms), for this process (process; one case and arm), or not",
         choices=("arms", "process", "off"),
     )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
     device: str = option("auto", "auto, cpu or cuda")
-    seed: int = option(0, "of the split, the order of the documents and all starts")
+    seed: int = option(0, "seed of the split, the order of the documents and all starts")
     output: str | None = option(None, "a JSON file for all numbers (default: none is written)")
 
     def validate(self) -> None:
-        """Check every value that needs no model to be checked."""
+        """Check the values that can be checked without a model."""
         check_choices(self)
         at_least(self, _LEAST)
         for what, names, valid in (("case", self.cases, CASES), ("arm", self.arms, ARMS)):
             for name in names:
                 if name not in valid:
-                    raise InputError(f"no {what} {name!r}; there is {', '.join(valid)}{nearest(name, valid)}")
+                    raise InputError(f"no {what} {name!r}; it is one of {', '.join(valid)}{nearest(name, valid)}")
             if len(set(names)) < len(names):
                 raise InputError(f"{what}s are {', '.join(names)}; give each once")
         check_tau(self.tau)
         if not 0 < self.tau < float("inf"):
-            raise InputError(f"tau is {self.tau}; give a number above 0, the limits have no penalty to be timed")
+            raise InputError(f"tau is {self.tau}; give a finite number above 0, because the limits have no penalty to time")
         if self.memory == "process" and len(self.arms) * len(self.cases) > 1:
-            raise InputError("memory is 'process', of which there is one; give one of the cases and one of the arms")
+            raise InputError("memory is 'process', which measures a single arm; give one of the cases and one of the arms")
         if self.device not in ("auto", "cpu", "cuda"):
             raise InputError(f"device is {self.device!r}; allowed: auto, cpu, cuda (the Trainer takes the first GPU)")
         check_output(self.output)
 
 
-# AdamW's states come into being in the first step, and the Trainer's loader: at least one must go before the measured ones.
+# The first step allocates AdamW's state and starts the Trainer's loader, so at least one step must be a warm-up step.
 _LEAST = {
     "num_tasks": 2, "max_tokens": 2, "rows": 1, "rank": 1, "repetitions": 1, "warmup": 1, "threads": 1, "seed": 0,
 }  # fmt: skip
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
-    """Measure all cases; what the JSON file holds."""
+    """Measure all cases and return the content of the JSON file."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
-    # before the first minutes of measuring: what one of the bases has not or cannot read
+    # check targets and context lengths of all bases before minutes of measuring
     outlines = {name: outline(CASES[name].base, targets=config.targets) for name in config.cases}
     for name, base in outlines.items():
         if base.context is not None and config.max_tokens > base.context:
@@ -164,7 +164,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 
 def load_data(config: ReportConfig) -> TaskData:
-    """The documents under nano's tokenizer, of at most ``num_tasks`` tasks."""
+    """Load the documents of at most ``num_tasks`` tasks with nano's tokenizer."""
     rows, _ = read_table(config.data, task_column=config.task_column, text_column=config.text_column)
     fewer = len(set(rows["task"][:])) <= config.num_tasks
     num_tasks = None if fewer else config.num_tasks
@@ -178,9 +178,9 @@ def load_data(config: ReportConfig) -> TaskData:
 
 
 def measure(config: ReportConfig, name: str, base: Backbone, data: TaskData, device: torch.device) -> dict[str, Any]:
-    """Run the arms in turn on one base; its entry in the report."""
+    """Run the arms in turn on one base and return its entry in the report."""
     memory: dict[str, int | None] = {}
-    if config.memory == "arms":  # first, so that each process has the machine to itself
+    if config.memory == "arms":  # first, while this process still uses little memory
         memory = {arm: memory_of(config, name, arm) for arm in config.arms}
     backbone = load_base(CASES[name].base, targets=config.targets, precision=config.precision, device=device, seed=config.seed)
     work = Work(
@@ -189,7 +189,7 @@ def measure(config: ReportConfig, name: str, base: Backbone, data: TaskData, dev
     )  # fmt: skip
     arms: dict[str, Arm] = {arm: ARMS[arm](work) for arm in config.arms}
     products: list[float] = []
-    # the matrices of the measure would count in the peak
+    # the matrices of the speed measurement would count in the peak memory
     measures_speed = config.memory != "process"
     multiply = matrix_product(device, config.precision) if measures_speed else None
     rounds = config.warmup + (config.repetitions or CASES[name].repetitions)
@@ -234,7 +234,7 @@ def measure(config: ReportConfig, name: str, base: Backbone, data: TaskData, dev
 
 
 def memory_of(config: ReportConfig, name: str, arm: str) -> int | None:
-    """Peak memory of one arm in a process of its own; None where it did not come to its end."""
+    """Measure the peak memory of one arm in a separate process, in bytes; None if the process failed."""
     with tempfile.TemporaryDirectory() as folder:
         output, options = Path(folder) / "memory.json", Path(folder) / "options.yaml"
         alone = replace(config, cases=[name], arms=[arm], memory="process", repetitions=2, warmup=1, output=str(output))
@@ -258,12 +258,12 @@ def _middle(values: list[float]) -> dict[str, float]:
 
 
 def table(entry: dict[str, Any], where: str) -> str:
-    """One case for a reader."""
+    """A printed table of one case."""
     data = entry["data"]
     lines = [
         f"{entry['name']}: {entry['parameters'] / 1e6:.1f} M parameters, {entry['precision']}, {data['source']} "
         f"({data['tasks']} tasks, {data['train_documents']} documents), on {where}",
-        f"{'':<18}{'tokens/s':>12}{'middle half':>24}{'ours / it':>12}{'middle half':>18}{'peak memory':>14}",
+        f"{'':<18}{'tokens/s':>12}{'middle half':>24}{'ours / arm':>12}{'middle half':>18}{'peak memory':>14}",
     ]
     for arm, rate in entry["tokens_per_second"].items():
         row, ratio, memory = entry["spread"][arm], entry["ratio"].get(arm), entry["peak_memory_bytes"].get(arm)
@@ -279,7 +279,7 @@ def table(entry: dict[str, Any], where: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print a table a case, write the file."""
+    """Measure, print a table for each case, and write the JSON file."""
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(ReportConfig, argv, prog="benchmark.py")

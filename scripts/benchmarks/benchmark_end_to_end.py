@@ -1,12 +1,12 @@
-"""Time from nothing to a good validation perplexity: one fit that learns tau, against the paper's six fits of a grid.
+"""Compare the time to a good validation perplexity: one fit that learns tau against the six fits of the paper's grid.
 
     python scripts/benchmarks/benchmark_end_to_end.py --output results/end_to_end.json
 
-The paper's recipe: the centred form, a fit for each tau of the grid, the learning rate proportional to tau (``--coefficient``
-times tau), and the fit of the best validation perplexity is kept. Its time is that of all fits. Ours: one fit of the non-centred
-form that learns tau; its time is that until its validation perplexity is as low as the best of the grid. Both have the same base,
-data, batches, most epochs and patience, and validate after each epoch. A fit of the grid that diverges counts with the best state
-that it had, and with its time until then.
+The paper's recipe uses the centred form. It fits once for each tau of the grid, with a learning rate proportional to tau
+(``--coefficient`` times tau), and keeps the fit with the best validation perplexity. Its time is that of all fits. Ours is one
+fit of the non-centred form that learns tau. Its time is that until its validation perplexity is as low as the best of the grid.
+Both have the same base, data, batches, maximum of epochs and patience, and validate after each epoch. A fit of the grid that
+diverges counts with its best state and with its time until then.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class EndToEndConfig:
     data: str = option("builtin:documentation", "the documents, as map_fit.py takes them")
     task_column: str = option("task", "column that names a document's task")
     text_column: str = option("text", "column that holds a document's text")
-    num_tasks: int | None = option(None, "use only so many tasks (default: all)")
+    num_tasks: int | None = option(None, "largest number of tasks (default: all)")
     max_tokens: int = option(128, "tokens of a document that are read")
-    max_train_documents: int | None = option(16, "at most so many training documents of a task, or none for all")
-    max_eval_documents: int | None = option(12, "at most so many validation documents of a task, or none for all")
+    max_train_documents: int | None = option(16, "largest number of training documents of a task, or none for all")
+    max_eval_documents: int | None = option(12, "largest number of validation documents of a task, or none for all")
     base_model: str = option("builtin:nano", "the frozen language model, with its tokenizer: a path, a hub id, or builtin:nano")
     targets: list[str] | None = option(
         None, "layers that get an adapter, by the last part of their names (default: the architecture's usual ones)"
@@ -51,18 +51,18 @@ class EndToEndConfig:
     taus: list[str] = option(
         ["1", "10", "100", "1000", "10000", "100000"], "the paper's grid of tau (default: 1 10 100 1000 10000 100000)"
     )
-    coefficient: float = option(1e-5, "the grid's learning rate is so much times tau; the paper's table has 0.00001")
+    coefficient: float = option(1e-5, "the grid's learning rate divided by tau; the paper's table has 0.00001")
     learning_rate: float = option(1e-2, "learning rate of our fit")
-    epochs: int = option(12, "passes over the training documents, at most")
-    patience: int = option(3, "stop after so many epochs without a better validation perplexity; 0 never stops early")
+    epochs: int = option(12, "largest number of passes over the training documents")
+    patience: int = option(3, "stop after this number of epochs without a better validation perplexity; 0 never stops early")
     token_budget: int = option(2048, "tokens of a batch, padding included")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    seed: int = option(0, "of the split, the start and the order of the documents")
+    seed: int = option(0, "seed of the split, the start and the order of the documents")
     output: str | None = option(None, "a JSON file for all numbers (default: none is written)")
 
     def validate(self) -> None:
-        """Check every value that needs no model to be checked."""
+        """Check the values that can be checked without a model."""
         check_choices(self)
         at_least(self, _LEAST)
         for name in ("coefficient", "learning_rate"):
@@ -74,11 +74,11 @@ class EndToEndConfig:
             except ValueError:
                 usable = False
             if not usable:
-                raise InputError(f"taus has {tau!r}; give finite numbers above 0, for the learning rate is proportional to tau")
+                raise InputError(
+                    f"taus has {tau!r}; give finite numbers above 0, because the learning rate is proportional to tau"
+                )
         if self.base_model.startswith("random:"):
-            raise InputError(
-                f"base_model is {self.base_model!r}; a perplexity to reach needs a trained base, such as builtin:nano"
-            )
+            raise InputError(f"base_model is {self.base_model!r}; this benchmark needs a trained base, such as builtin:nano")
         check_output(self.output)
 
 
@@ -89,7 +89,7 @@ _LEAST = {
 
 
 def timed_fit(config: EndToEndConfig, backbone: bp.Backbone, data: TaskData, prior: Prior, rate: float) -> dict[str, Any]:
-    """One fit: its time, its best validation perplexity, and the curve by epoch with the seconds since the fit began."""
+    """Fit once, and return the time, the best validation perplexity and a curve with the seconds and perplexity of each epoch."""
     curve: list[dict[str, Any]] = []
     diverged = False
     start = time.perf_counter()
@@ -128,7 +128,7 @@ def timed_fit(config: EndToEndConfig, backbone: bp.Backbone, data: TaskData, pri
 
 
 def seconds_to(curve: list[dict[str, Any]], target: float) -> float | None:
-    """When the curve first was as low as the target; None where it never was.
+    """Seconds until the curve is first as low as the target; None if it never is.
 
     >>> curve = [{"seconds": 2.0, "validation_perplexity": 9.0}, {"seconds": 4.0, "validation_perplexity": 7.5}]
     >>> seconds_to(curve, 8.0), seconds_to(curve, 7.0)
@@ -138,7 +138,7 @@ def seconds_to(curve: list[dict[str, Any]], target: float) -> float | None:
 
 
 def measure(config: EndToEndConfig) -> dict[str, Any]:
-    """Run our fit and the grid; what the JSON file holds."""
+    """Run our fit and the grid, and return the content of the JSON file."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
@@ -159,8 +159,8 @@ def measure(config: EndToEndConfig) -> dict[str, Any]:
         small_tasks="drop",
     )
     if not data.validation.num_tokens:
-        raise InputError(f"{config.data} has no validation documents, whose perplexity is to be reached; give more documents")
-    # nothing that happens once in a process (compiled kernels, Pyro's first trace) is to count for whoever comes first
+        raise InputError(f"{config.data} has no validation documents, which this benchmark needs; give more documents")
+    # a first fit, so that one-time costs of a process (compiled kernels, Pyro's first trace) are not measured
     warm = bp.BoRA(backbone, data.num_tasks, adapter=bp.LoRA(rank=config.rank))
     bp.fit(warm, data, epochs=1, token_budget=config.token_budget, patience=0)
 
@@ -202,7 +202,7 @@ def _line(name: str, fit: dict[str, Any]) -> str:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The result for a reader."""
+    """The printed result."""
     found = report["summary"]
     lines = [
         f"on {place(report['machine'])}: the grid's best validation perplexity is {found['target_perplexity']:.3f} (tau "
@@ -220,7 +220,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print, write the file."""
+    """Measure, print the result, and write the JSON file."""
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(EndToEndConfig, argv, prog="benchmark_end_to_end.py")

@@ -1,16 +1,16 @@
-"""Time one training step of BoRA on a batch of many tasks against one step of PEFT's LoRA on the same batch.
+"""Compare the time of one training step of BoRA on a batch of many tasks with one step of PEFT's LoRA on the same batch.
 
     python scripts/benchmarks/benchmark_step.py --base_model random:40m --targets q_proj v_proj fc1 fc2 --output results/step.json
 
-Ours is a step of ``bora_pyro.inference.fit`` as it is: forward, -ELBO, backward, clipping, fused AdamW over all tasks' adapters
-and their mean. PEFT's is the loop of its documentation: ``get_peft_model``, the Hugging Face model's own loss, backward,
-clipping, fused AdamW over one adapter. Both run in this process on the same base weights, layers, rank, batch and precision, in
-turn (ours, PEFT, ours, PEFT, ...), so that whatever else the machine does meets both. The figure that travels is the ratio.
+Ours is the unchanged step of ``bora_pyro.inference.fit``: forward, -ELBO, backward, clipping, fused AdamW over all adapters and
+their mean. PEFT's is the loop of its documentation: ``get_peft_model``, the Hugging Face model's own loss, backward, clipping,
+fused AdamW over one adapter. Both run in this process in turn (ours, PEFT, ours, PEFT, ...), on the same base weights, layers,
+rank, batch and precision, so that other load on the machine affects both. Compare the ratio between machines, not the times.
 
-``--guide normal --against map`` times the step of another guide against our own MAP step instead.
+``--guide normal --against map`` compares the step of another guide with our own MAP step instead.
 
-PEFT is spared what it need not pay for: no dropout, no key-value cache, and no float32 copies of the layers' inputs (its adapter
-has the base's precision; ours stays float32). No document is padded.
+PEFT has no avoidable cost: no dropout, no key-value cache, and no float32 copies of the layers' inputs (its adapter has the
+base's precision; ours stays float32). No document is padded.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class BenchmarkConfig:
     warmup: int = option(3, "steps of each before the first that is measured")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    seed: int = option(0, "of the tokens and of all starts")
-    profile: bool = option(False, "print the operators that take most time in each step, too")
+    seed: int = option(0, "seed of the tokens and of all starts")
+    profile: bool = option(False, "also print the operators that take most time in each step")
     output: str | None = option(None, "a JSON file for all numbers (default: none is written)")
 
     def validate(self) -> None:
-        """Check every value that needs no model to be checked."""
+        """Check the values that can be checked without a model."""
         check_choices(self)
         at_least(self, _LEAST)
         check_base(self.base_model)
@@ -91,12 +91,12 @@ class BenchmarkConfig:
         check_output(self.output)
 
 
-# The optimisers' states come into being in the first step: at least one must go before the measured ones.
+# The first step allocates the optimisers' states, so at least one step must be a warm-up step.
 _LEAST = {"num_tasks": 2, "rows": 1, "tokens": 2, "rank": 1, "repetitions": 1, "warmup": 1, "threads": 1, "seed": 0}
 
 
 def base_of(config: BenchmarkConfig) -> Backbone:
-    """The frozen base that both steps use."""
+    """Load the frozen base that both steps use."""
     device = find_device(config.device)
     backbone = load_base(config.base_model, targets=config.targets, precision=config.precision, device=device, seed=config.seed)
     if backbone.context is not None and config.tokens > backbone.context:
@@ -105,7 +105,7 @@ def base_of(config: BenchmarkConfig) -> Backbone:
 
 
 def random_documents(config: BenchmarkConfig, vocabulary: int) -> TokenSplit:
-    """Documents of one length, as many as the batch has rows."""
+    """Random documents of equal length, one for each row of the batch."""
     generator = torch.Generator().manual_seed(config.seed)
     documents = torch.randint(vocabulary, (config.rows, config.tokens), generator=generator).tolist()
     task = [row % config.num_tasks for row in range(config.rows)]
@@ -113,14 +113,14 @@ def random_documents(config: BenchmarkConfig, vocabulary: int) -> TokenSplit:
 
 
 def bora_step(config: BenchmarkConfig, backbone: Backbone, split: TokenSplit, batch: Batch, guide: str) -> tuple[Step, int]:
-    """The fit loop's step, and how many numbers it trains."""
+    """Make the step of the fit loop. Returns the step and its number of trained parameters."""
     budget = config.rows * config.tokens
     loop = bora_loop(backbone, split, rank=config.rank, tau=config.tau, guide=guide, token_budget=budget, seed=config.seed)
     return lambda: loop_step(loop, batch), sum(p.numel() for p in loop.state.shared)
 
 
 def peft_step(config: BenchmarkConfig, backbone: Backbone, batch: Batch) -> tuple[Step, int]:
-    """PEFT's step with one adapter on the same layers, and how many numbers it trains."""
+    """Make PEFT's step with one adapter on the same layers. Returns the step and its number of trained parameters."""
     model = peft_model(backbone, rank=config.rank, seed=config.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters)
@@ -133,7 +133,7 @@ def peft_step(config: BenchmarkConfig, backbone: Backbone, batch: Batch) -> tupl
 
 
 def measure(config: BenchmarkConfig) -> dict[str, Any]:
-    """Run both steps in turn; returns what the JSON file holds."""
+    """Run both steps in turn and return the content of the JSON file."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     backbone = base_of(config)
@@ -181,7 +181,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def profiled(step: Step, device: torch.device) -> str:
-    """A table of the operators that take most time of their own: of the CPU's, or of the GPU's where there is one."""
+    """A table of the operators with the most own time, on the GPU if the device is one, otherwise on the CPU."""
     activities, key = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
     if device.type == "cuda":
         activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_cuda_time_total"
@@ -193,7 +193,7 @@ def profiled(step: Step, device: torch.device) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The summary for a reader."""
+    """A printed table of the summary."""
     batch, where, summary = report["batch"], report["machine"], report["summary"]
     lines = [
         f"one training step: {batch['rows']} rows of {batch['tasks']} tasks x {batch['tokens']} tokens, "
@@ -217,7 +217,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print the table, write the file."""
+    """Measure, print the table, and write the JSON file."""
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(BenchmarkConfig, argv, prog="benchmark_step.py")

@@ -1,10 +1,10 @@
-"""Time a step and measure its memory for ever more tasks, the batch staying the same.
+"""Measure time and memory of a step for growing numbers of tasks, with a batch of the same size.
 
     python scripts/benchmarks/benchmark_tasks.py --output results/benchmark_tasks.json
 
-Every number of tasks is measured in a process of its own, so that its memory is its own: documents of random tokens, a few a
-task, in batches of the same size and with as many tasks. Before the first step every row of every task is written, so that
-steps find rows as in the midst of a fit.
+Every number of tasks is measured in a separate process, so that its memory can be measured. Documents have random tokens. All
+batches have the same size and the same number of tasks. Before the first step every row of every task is written, so that the
+steps find rows as they are in the middle of a fit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bora_pyro.priors import prior_from_tau
 
 @dataclass(kw_only=True)
 class TasksConfig:
-    """Time a step for ever more tasks."""
+    """Measure time and memory of a step for growing numbers of tasks."""
 
     tasks: list[str] = option(["25", "1000", "10000"], "numbers of tasks")
     base: str = option("builtin:nano", "the base: a path, a hub id, builtin:nano, or a random one as random:40m")
@@ -48,10 +48,10 @@ class TasksConfig:
     documents: int = option(4, "training documents a task")
     rows: int = option(25, "documents of a batch")
     max_tokens: int = option(128, "tokens of a document")
-    steps: int = option(60, "steps in a run that are timed")
-    warmup: int = option(10, "steps before them")
+    steps: int = option(60, "timed steps in a run")
+    warmup: int = option(10, "steps before the timed ones")
     repetitions: int = option(3, "runs of each number of tasks, in turn")
-    task_memory: float = option(1.0, "GiB for what belongs to tasks; beyond it they lie in files")
+    task_memory: float = option(1.0, "GiB of memory for the tasks' rows; if they need more, they are kept in files")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
     seed: int = option(0, "seed of documents and order")
     output: str | None = option(None, "a JSON file for the results")
@@ -69,7 +69,12 @@ class TasksConfig:
 
 
 def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
-    """Seconds of a step, and the largest resident memory after one, for one number of tasks, in this process."""
+    """Measure the seconds of a step and the largest resident memory after a step, in this process.
+
+    Args:
+        config: the options.
+        tasks: number of tasks.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     backbone = load_base(config.base)
@@ -81,8 +86,8 @@ def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
     train = TokenSplit(tokens, lengths, task=task, characters=lengths - 1, num_tasks=tasks)
     none = TokenSplit.from_documents([], task=[], num_tasks=tasks)
     model = BoRA(backbone, tasks, adapter=LoRA(rank=config.rank), prior=prior_from_tau(config.tau), seed=config.seed)
-    held = psutil.Process()
-    before = held.memory_info().rss
+    process = psutil.Process()
+    before = process.memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(
             model,
@@ -105,7 +110,7 @@ def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
             for store in group.values():
                 store.all()
                 store.forget()
-        # in the documents' own order: as many tasks in a batch, however many there are
+        # in the order of the documents, so that a batch has the same number of tasks whatever their total number
         steps = EpochSteps(train, token_budget=config.rows * config.max_tokens, partition=[torch.arange(tasks)])
         seconds, drawn, resident = [], [], []
         for number in range(config.warmup + config.steps):
@@ -115,7 +120,7 @@ def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
             if number >= config.warmup:
                 seconds.append(time.perf_counter() - start)
                 drawn.append(sum(len(batch.tasks.index) for batch in batches if batch.tasks))
-                resident.append(held.memory_info().rss)
+                resident.append(process.memory_info().rss)
     row = sum(start.numel() * start.element_size() for start in model.starts.values())
     return {
         "tasks": tasks,
@@ -129,7 +134,7 @@ def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Measure every number of tasks in turn and print the table."""
+    """Measure every number of tasks in turn, and print the table."""
     try:
         config = parse_config(TasksConfig, argv, prog="benchmark_tasks.py")
     except InputError as error:
@@ -147,7 +152,7 @@ def main(argv: list[str]) -> int:
             runs.append(json.loads(done.stdout.splitlines()[-1]))
     rows = [_summary([run for run in runs if run["tasks"] == int(tasks)], runs, int(config.tasks[0])) for tasks in config.tasks]
     print(
-        f"{'tasks':>7} {'s/step':>8} {'(range)':>17} {'ratio':>6} {'tasks/step':>11} {'resident':>10} {'state of all':>13}  where"
+        f"{'tasks':>7} {'s/step':>8} {'(range)':>17} {'ratio':>6} {'tasks/step':>11} {'resident':>10} {'total state':>13}  where"
     )
     for row in rows:
         low, high = row["seconds_range"]
@@ -166,11 +171,11 @@ def _words(key: str, value: Any) -> list[str]:
     return [] if value is None else [f"--{key}", *(value if isinstance(value, list) else [str(value)])]
 
 
-def _summary(runs: list[dict[str, Any]], all_runs: list[dict[str, Any]], least: int) -> dict[str, Any]:
-    """One number of tasks over its runs; the ratio is to the first number, run by run."""
-    first = [run["seconds_per_step"] for run in all_runs if run["tasks"] == least]
+def _summary(runs: list[dict[str, Any]], all_runs: list[dict[str, Any]], first: int) -> dict[str, Any]:
+    """Summarise the runs of one number of tasks. The ratio is to the runs of the first number of tasks, run by run."""
+    reference = [run["seconds_per_step"] for run in all_runs if run["tasks"] == first]
     seconds = [run["seconds_per_step"] for run in runs]
-    ratios = [own / of_first for own, of_first in zip(seconds, first, strict=True)]
+    ratios = [own / other for own, other in zip(seconds, reference, strict=True)]
     return runs[0] | {
         "seconds_per_step": statistics.median(seconds),
         "seconds_range": [min(seconds), max(seconds)],

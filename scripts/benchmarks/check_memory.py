@@ -1,10 +1,10 @@
-"""Compare the memory that a fit is predicted to need with what it needs, each setting in a process of its own.
+"""Compare the predicted memory of fits with the measured one, each setting in a separate process.
 
     python scripts/benchmarks/check_memory.py --output results/memory.csv
 
-Each process fits two epochs of a few steps, with validation and checkpoints, on random documents. On CPUs the measured figure
-is the process's largest resident size, so that what glibc's allocator keeps of freed blocks counts, too; on CUDA it is the
-largest amount that torch had allocated.
+Each process fits two epochs of a few steps, with validation and checkpoints, on random documents. On CPUs the measured figure is
+the largest resident size of the process. It includes freed blocks that glibc's allocator keeps. On CUDA the figure is the largest
+amount that torch had allocated.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _LLAMA = {
 USUAL, ALL = ["q_proj", "v_proj"], "all-linear"
 TOKENS, STEPS = 128, 2
 
-#: What is fitted: base, tasks, rank, tokens of a batch, targets, and whether with gradient checkpointing. With more than 64
-#: tasks a step draws some; the rows of the last setting's, 7 GiB, lie in files.
+#: The fits: base, tasks, rank, tokens of a batch, targets, and whether gradient checkpointing is on. With more than 64 tasks each
+#: step uses only some of them. The rows of the last setting, 7 GiB, are kept in files.
 SETTINGS: list[tuple[str, int, int, int, list[str] | str, bool]] = [
     ("builtin:nano", 25, 8, 4096, USUAL, False),
     ("builtin:nano", 100, 16, 4096, ALL, False),
@@ -73,7 +73,7 @@ class CheckConfig:
     device: str = option("cpu", "cpu, cuda, cuda:1, ...")
     threads: int = option(1, "CPU threads")
     output: str | None = option(None, "a CSV file for the table (default: none is written)")
-    setting: int | None = option(None, "measure only this one of the settings, in this process, and print it as JSON")
+    setting: int | None = option(None, "measure only the setting of this number, in this process, and print it as JSON")
 
     def validate(self) -> None:
         """Check the number of the setting."""
@@ -82,7 +82,7 @@ class CheckConfig:
 
 
 def measure(number: int, device: torch.device) -> dict[str, Any]:
-    """Fit one setting; a process must do so once, for a peak never falls."""
+    """Fit one setting and measure its memory. A process can do this only once, because its peak never falls."""
     base, tasks, rank, budget, targets, checkpointing = SETTINGS[number]
     process = resident_bytes(device)
     model = BoRA(_base(base, targets, checkpointing, device), tasks, adapter=LoRA(rank=rank), prior=LearnedPrecision())
@@ -117,7 +117,7 @@ def _documents(rows: int, tasks: int, vocabulary: int) -> TokenSplit:
 
 
 def main(argv: list[str]) -> int:
-    """Measure all settings one after another, print the table, write the file."""
+    """Measure all settings one after another, print the table, and write the file."""
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(CheckConfig, argv, prog="check_memory.py")

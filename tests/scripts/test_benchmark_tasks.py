@@ -43,7 +43,7 @@ def test_ratios_are_of_the_runs_of_one_round(script):
         (["--tasks", "25", "many"], "tasks has 'many'; give whole numbers from 2 up, as in --tasks 25 1000"),
         (["--rows", "0"], "rows is 0; give a whole number from 1 up"),
         (["--guide", "nrmal"], "guide is 'nrmal'; allowed: map, normal"),
-        (["--base", "random:nano"], "no random base 'random:nano'; there is random:tiny"),
+        (["--base", "random:nano"], "no random base 'random:nano'; it is one of random:tiny"),
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys):
