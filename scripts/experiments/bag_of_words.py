@@ -1,4 +1,4 @@
-"""The baseline of task inference: scikit-learn's logistic regression on TF-IDF of words and pairs of words."""
+"""Baseline of task inference: scikit-learn's logistic regression on TF-IDF of words and pairs of words."""
 
 from __future__ import annotations
 
@@ -14,27 +14,34 @@ from bora_pyro.data import TaskData, TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.inference.fitted import Fitted
 
-#: Inverse strengths of the penalty to choose from.
+#: Grid of inverse strengths of the penalty.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
 def beginnings(split: TokenSplit, tokens: int) -> TokenSplit:
-    """The first so many tokens of each document; a prompt is part of the text, whose task is asked of all its tokens."""
+    """Cut each document to its first tokens. All tokens count as observed, also those of a prompt.
+
+    Args:
+        split: the documents.
+        tokens: largest number of tokens of a document.
+    """
     lengths = split.lengths.clamp(max=tokens)
     return split.replace(lengths=lengths, characters=lengths - 1, observed=None)
 
 
 class BagOfWords:
-    """Trained on the training documents and on their beginnings, its penalty chosen by beginnings of the validation documents.
+    """Classifier that is trained on the training documents and on their beginnings.
+
+    Beginnings of the validation documents choose the strength of the penalty.
 
     Args:
-        fitted: whose tokenizer turns the documents back into texts, as the model reads them.
+        fitted: the fit whose tokenizer decodes the documents.
         data: the documents.
-        tokens: of each held-out document it sees the first so many.
-        prior: (D,) log p(d) that replaces the training frequencies, as the model's does.
+        tokens: number of tokens at the beginning of a held-out document that the classifier sees.
+        prior: (D,) log p(d), which replaces the frequencies of the tasks in the training documents.
 
     Attributes:
-        strength: the inverse strength of the penalty that was chosen.
+        strength: the chosen inverse strength of the penalty.
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -54,19 +61,19 @@ class BagOfWords:
         x = self._words.fit_transform(self._texts(data.train, sys.maxsize) + self._texts(data.train, tokens))
         validation, task = self._words.transform(self._texts(data.validation, tokens)), data.validation.task[:, None]
 
-        def right(model: Any) -> float:
-            """Mean log-probability of the validation documents' own tasks."""
-            return float(self._of(model, validation).gather(1, task).mean())
+        def score(model: Any) -> float:
+            """Mean log-probability of the right task over the validation documents."""
+            return float(self._log_prob(model, validation).gather(1, task).mean())
 
         fits = {strength: LogisticRegression(C=strength, max_iter=2000).fit(x, of_train) for strength in STRENGTHS}
-        self.strength = max(STRENGTHS, key=lambda strength: right(fits[strength]))
+        self.strength = max(STRENGTHS, key=lambda strength: score(fits[strength]))
         self._model = fits[self.strength]
 
     def log_prob(self, split: TokenSplit) -> Tensor:
-        """(documents, D) log p(d | the document's beginning), float64."""
-        return self._of(self._model, self._words.transform(self._texts(split, self._tokens)))
+        """log p(d | beginning of the document): (documents, D), float64."""
+        return self._log_prob(self._model, self._words.transform(self._texts(split, self._tokens)))
 
-    def _of(self, model: Any, rows: Any) -> Tensor:
+    def _log_prob(self, model: Any, rows: Any) -> Tensor:
         found = torch.full((rows.shape[0], len(self._shift)), -torch.inf, dtype=torch.float64)
         found[:, model.classes_] = torch.from_numpy(model.predict_log_proba(rows))
         return (found + self._shift).nan_to_num(nan=-torch.inf).log_softmax(1).clamp(min=-50).log_softmax(1)

@@ -1,19 +1,19 @@
-"""The centred and the non-centred form of one and the same model, side by side: how far each comes in how many steps.
+"""Compare the convergence of the centred and the non-centred form of the same model.
 
     python scripts/experiments/compare_forms.py --fit_config results/documentation.yaml --taus 100 1000 --output results/forms.csv
 
-Both forms have the same MAP. ``centered`` samples θ_d itself, with the paper's rule, a learning rate of a coefficient times τ
-(``--coefficients``; the paper's is 1e-5). ``noncentered`` samples the whitened deviation, with one learning rate for every τ
-(``--learning_rates``). Each arm runs all its epochs at every rate of its grid, and the lowest validation perplexity chooses the
-arm's rate. Arms that the output already has are not run again.
+Both forms have the same MAP. ``centered`` samples θ_d itself. Its learning rate follows the paper's rule: a coefficient times τ
+(``--coefficients``; the paper's is 1e-5). ``noncentered`` samples the whitened deviation, with the same learning rates for every
+τ (``--learning_rates``). Each arm runs all its epochs at every rate of its grid, and the lowest validation perplexity chooses
+its rate. Arms that the output already has are not run again.
 
-The table has a row an epoch, and one for the start (epoch 0):
+The table has a row for each epoch and one for the start (epoch 0):
 
-- ``learning_rate``: as ``map_fit.py`` takes it; for ``centered`` the coefficient, so that AdamW's peak is this times τ;
-- ``step``, ``epoch``: what has been done;
-- ``objective``: −ELBO in nats a training observation, the mean over the epoch's steps; none at the start. In both forms it is
-  that of the density of θ_d: the density of √τ (θ_d − Θ) differs from it by a constant, ½ log τ an entry, which is taken off;
-- ``validation_perplexity``, ``test_perplexity``: of the state after that epoch. The test split chooses nothing.
+- ``learning_rate``: the option of ``map_fit.py``; for ``centered`` the coefficient, so AdamW's peak rate is this times τ;
+- ``step``, ``epoch``: number of steps and epochs done;
+- ``objective``: −ELBO in nats a training observation, the mean over the epoch's steps; missing at the start. In both forms it
+  uses the density of θ_d. The density of √τ (θ_d − Θ) differs from it by a constant, ½ log τ an entry, which is subtracted;
+- ``validation_perplexity``, ``test_perplexity``: perplexities after that epoch. The test split is only reported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Arm = tuple[str, str, str]  # form, tau, learning rate
 
 @dataclass(kw_only=True)
 class FormsConfig:
-    """Compare the centred form, its learning rate proportional to tau, with the non-centred form."""
+    """Compare the centred form, with a learning rate proportional to tau, with the non-centred form."""
 
     fit_config: str = option("results/documentation.yaml", "YAML of map_fit.py's options that all arms share")
     data: str | None = option(None, "the documents (default: what fit_config names)")
@@ -61,7 +61,7 @@ class FormsConfig:
     )
     seed: int = option(0, "seed of the split, the start and the order of the documents")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
-    output: str = option("results/forms.csv", "the table; an arm that it has is not run again")
+    output: str = option("results/forms.csv", "the table; arms that it has are not run again")
 
     def validate(self) -> None:
         """Check the values."""
@@ -78,13 +78,13 @@ class FormsConfig:
 
 
 def arms(config: FormsConfig) -> list[Arm]:
-    """Every form at every τ and every rate of its own grid."""
+    """Both forms at every τ and every rate of their own grid."""
     grids = {"noncentered": config.learning_rates, "centered": config.coefficients}
     return [(form, number_text(tau), number_text(rate)) for tau in config.taus for form, grid in grids.items() for rate in grid]
 
 
 def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
-    """Fit one arm through all its epochs: a row an epoch, the start included."""
+    """Fit one arm through all its epochs. Returns a row for the start and one for each epoch."""
     form, tau, rate = arm
     options = {"tau": tau, "prior_form": form, "learning_rate": rate, "seed": config.seed, "patience": 0}
     options |= {name: value for name in ("data", "threads") if (value := getattr(config, name)) is not None}
@@ -93,7 +93,7 @@ def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
     model, data = build_run(run, quiet=True)
     if not (data.validation.num_tokens and data.test.num_tokens):
         raise InputError(
-            "the validation or the test split has no document; the first chooses the learning rate, the second is shown"
+            "the validation or the test split has no document; both are needed, to choose the learning rate and to report"
         )
     guide = map_guide(model)
     shift = _whitening(model, data) if form == "noncentered" else 0.0
@@ -108,7 +108,7 @@ def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
         where: dict[str, Any] = {"step": report["step"], "epoch": report["epoch"], "objective": objective}
         rows.append({"form": form, "tau": tau, "learning_rate": rate} | where | scores)
 
-    guide(data.train.batches(token_budget=run.token_budget)[0].to(model.backbone.device))  # makes the guide's parameters
+    guide(data.train.batches(token_budget=run.token_budget)[0].to(model.backbone.device))  # creates the guide's parameters
     record({"step": 0, "epoch": 0})
     try:
         fit(
@@ -131,20 +131,20 @@ def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
 
 
 def _whitening(model: BoRA, data: TaskData) -> float:
-    """½ log τ of every entry of every task's deviation, in nats a training observation."""
+    """Sum of ½ log τ over all entries of all tasks' deviations, in nats a training observation."""
     logs = (model.prior.precision(name, start).log().mean() * start.numel() for name, start in model.starts.items())
     observations = model.likelihood.observations(data.train.num_documents, data.train.num_tokens)
     return 0.5 * model.num_tasks * float(sum(logs)) / observations
 
 
 def best_arms(table: pd.DataFrame) -> pd.DataFrame:
-    """For each form and τ the row of lowest validation perplexity: its rate is the arm's."""
+    """The row with the lowest validation perplexity for each form and τ."""
     chosen = table.sort_values("validation_perplexity").drop_duplicates(["tau", "form"])
     return chosen.sort_values(["tau", "form"], key=lambda column: column.astype(float) if column.name == "tau" else column)
 
 
 def summary(table: pd.DataFrame) -> str:
-    """A Markdown table: each arm at its rate, where it is best."""
+    """A Markdown table of each form and τ at its best learning rate and epoch."""
     lines = [
         "| form | τ | learning rate | validation perplexity | test perplexity | epoch | step |",
         "|---|---|---|---|---|---|---|",
@@ -157,7 +157,7 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def read_table(output: Path) -> pd.DataFrame:
-    """What an earlier call left, or nothing."""
+    """Read the table of an earlier call; an empty table if there is none."""
     if not output.exists():
         return pd.DataFrame(columns=COLUMNS)
     table = pd.read_csv(output, dtype={"tau": str, "learning_rate": str})
@@ -167,7 +167,7 @@ def read_table(output: Path) -> pd.DataFrame:
 
 
 def run_all(config: FormsConfig) -> pd.DataFrame:
-    """Run the arms that the table does not have, and return the table of those that were asked for."""
+    """Run the arms that the table does not have, and return the rows of the configured arms."""
     output = Path(config.output)
     table = read_table(output)
     done = set(zip(table.form, table.tau, table.learning_rate, strict=True))

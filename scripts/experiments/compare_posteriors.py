@@ -1,21 +1,22 @@
-"""Compare posteriors with the MAP fit they begin from, on held-out documents: likelihood, calibration, time and memory.
+"""Compare posteriors with the MAP fit that they start from, on held-out documents: likelihood, calibration, time and memory.
 
     python scripts/experiments/compare_posteriors.py --fit_config results/documentation.yaml --output
     results/posteriors_documentation.csv
 
-The arms, each around the MAP fit with a learned τ of the same seed (split, start, order of the documents):
+For each seed (split, start, order of the documents) there is a MAP fit with a learned τ. The arms start from it:
 
 - ``map``: the point estimate.
-- ``map_longer``: the point estimate, fitted for as many epochs more as the guides are: what of a gain is the training.
-- ``ensemble``: four MAP fits from other starts, their probabilities averaged (deep ensembles, Lakshminarayanan et al., 2017).
+- ``map_longer``: the point estimate, fitted for as many more epochs as the guides. It shows what longer training alone gains.
+- ``ensemble``: four MAP fits from different starts, with averaged probabilities (deep ensembles, Lakshminarayanan et al., 2017).
 - ``normal``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its weight.
-- ``laplace``, ``laplace_kronecker``: nothing fitted; ``..._tempered`` have the curvature divided by the temperature that
-  validation chooses.
+- ``laplace``, ``laplace_kronecker``: guides from the curvature, without a fit; in ``..._tempered`` the curvature is divided by a
+  temperature that the validation split chooses.
 
-Learning rates and temperatures are chosen with the first seed, by the validation split: a learning rate by the perplexity of the
-posterior's mean, climbing from the grid's middle, Laplace's temperature by that of the mixture. The other seeds are run at that
-choice. The test split is only reported. Two rows a run: what the posterior's mean predicts, and what the mixture of draws does.
-``few`` columns are of the third of the tasks with the fewest training documents. What the output already has is not run again.
+The first seed chooses learning rates and temperatures on the validation split. The perplexity of the posterior's mean chooses a
+learning rate, in a search that climbs from the middle of the grid. The perplexity of the mixture chooses Laplace's temperature.
+The other seeds use these choices. The test split is only reported. Each run has two rows: the prediction of the posterior's
+mean, and that of the mixture of draws. ``few`` columns are about the third of the tasks with the fewest training documents. Rows
+that the output already has are not computed again.
 """
 
 from __future__ import annotations
@@ -62,7 +63,13 @@ TEMPERATURES = (1.0, 1e-3, 1e-6)
 
 @dataclass(frozen=True)
 class Arm:
-    """How a posterior is made: which guide, at which temperature and first scale; a temperature of None is chosen."""
+    """How a posterior is made.
+
+    Attributes:
+        guide: name of the guide.
+        temperature: temperature of the guide; None: the validation split chooses it.
+        scale: initial standard deviations, in units of the prior's.
+    """
 
     guide: str
     temperature: float | None = 1.0
@@ -70,7 +77,7 @@ class Arm:
 
     @property
     def fitted(self) -> bool:
-        """Whether it is fitted, or read off the curvature."""
+        """Whether the guide is fitted; otherwise it comes from the curvature."""
         return not self.guide.startswith("laplace")
 
 
@@ -90,18 +97,18 @@ KEYS = ["arm", "seed", "temperature", "learning_rate", "prediction"]
 
 @dataclass(kw_only=True)
 class PosteriorsConfig:
-    """Compare posteriors with the MAP fit they begin from, on held-out documents."""
+    """Compare posteriors with the MAP fit that they start from, on held-out documents."""
 
     fit_config: str = option("results/documentation.yaml", "YAML of the MAP fits' options")
     data: str | None = option(None, "the documents (default: what fit_config names)")
     arms: list[str] = option([*NAMES], f"which arms (default: {' '.join(NAMES)})")
-    seeds: int = option(3, "how many seeds, from 0")
+    seeds: int = option(3, "number of seeds, from 0")
     epochs: int = option(6, "epochs of the fitted guides")
     draws: int = option(8, "draws of a mixture")
     map_learning_rate: float = option(0.03, "learning rate of the MAP fits")
     threads: int = option(1, "CPU threads")
-    runs_dir: str = option("runs/posteriors", "where the MAP fits go")
-    output: str = option("results/posteriors_documentation.csv", "the table, two rows a run")
+    runs_dir: str = option("runs/posteriors", "folder of the MAP fits")
+    output: str = option("results/posteriors_documentation.csv", "the table, two rows for each run")
 
     def validate(self) -> None:
         """Check the values."""
@@ -118,7 +125,7 @@ class PosteriorsConfig:
 
 
 class Comparison:
-    """The rows of one comparison, and the runs that fill them."""
+    """The table of one comparison, and the runs that fill it."""
 
     table: Any
 
@@ -127,41 +134,25 @@ class Comparison:
         self.table = read_results(self.output, KEYS)
 
     def run_all(self) -> None:
-        """Every arm with the first seed, where choices are made, then with the others."""
+        """Run every arm with every seed; the first seed makes the choices."""
         for seed in range(self.config.seeds):
             run = self.map_run(seed)
             for arm in self.config.arms:
                 self.run_arm(arm, run, seed)
 
     def map_run(self, seed: int) -> SavedRun:
-        """The MAP fit of a seed, fitted where it is missing."""
+        """Load the MAP fit of a seed, after fitting it if it is missing."""
         folder = Path(self.config.runs_dir) / self.output.stem / f"map-seed{seed}"
         if not (folder / METRICS).is_file():
-            words = [
-                "--config",
-                self.config.fit_config,
-                "--seed",
-                str(seed),
-                "--learning_rate",
-                str(self.config.map_learning_rate),
-            ]
-            words += [
-                "--tau",
-                "learned",
-                "--output_dir",
-                str(folder),
-                "--overwrite",
-                "true",
-                "--threads",
-                str(self.config.threads),
-            ]
-            run_map_fit(
-                parse_config(MapFitConfig, words + (["--data", self.config.data] if self.config.data else [])), quiet=True
-            )
+            options = {"config": self.config.fit_config, "seed": seed, "learning_rate": self.config.map_learning_rate}
+            options |= {"tau": "learned", "output_dir": folder, "overwrite": "true", "threads": self.config.threads}
+            options |= {"data": self.config.data} if self.config.data else {}
+            words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+            run_map_fit(parse_config(MapFitConfig, words), quiet=True)
         return load_run(folder, device="cpu")
 
     def run_arm(self, arm: str, run: SavedRun, seed: int) -> None:
-        """Fill the rows of an arm, as far as they are missing."""
+        """Compute the missing rows of an arm."""
         if arm == "map":
             self.fill(arm, run, seed, None, None, lambda: (run.fitted, None, run.fitted.seconds))
         elif arm == "ensemble":
@@ -174,7 +165,7 @@ class Comparison:
                 self.fill(arm, run, seed, temperature, None, partial(self.laplace, ARMS[arm], run, temperature))
 
     def rates(self, arm: str, seed: int) -> Iterator[float]:
-        """The learning rates to run: climbing from the middle with the first seed, the chosen one with the others."""
+        """The learning rates to run: the first seed climbs from the middle of the grid, the others use its choice."""
         if seed:
             yield float(self.best(arm, "mean")["learning_rate"])
             return
@@ -190,7 +181,7 @@ class Comparison:
                 return
 
     def temperatures(self, arm: str, seed: int) -> list[float]:
-        """The temperatures to run: all with the first seed where one is to be chosen, the chosen one with the others."""
+        """The temperatures to run: if one is to be chosen, the first seed tries all and the others use its choice."""
         fixed = ARMS[arm].temperature
         if fixed is not None:
             return [fixed]
@@ -204,7 +195,16 @@ class Comparison:
     def fill(
         self, arm: str, run: SavedRun, seed: int, temperature: float | None, rate: float | None, make: Callable[[], Any]
     ) -> None:
-        """Make a posterior and add its rows, unless the table has them."""
+        """Make a posterior and add its rows, unless the table has them.
+
+        Args:
+            arm: name of the arm.
+            run: the MAP fit.
+            seed: the seed.
+            temperature: temperature of the guide; None: the arm has none.
+            rate: learning rate; None: the arm has none.
+            make: function that returns the fitted posterior, its draws (None: draws of its guide) and its seconds.
+        """
         own = self.table[(self.table.arm == arm) & (self.table.seed == seed)]
         for name, value in (("temperature", temperature), ("learning_rate", rate)):
             own = own[own[name].isna()] if value is None else own[np.isclose(own[name].astype(float), value)]
@@ -234,7 +234,13 @@ class Comparison:
             sys.stdout.flush()
 
     def row(self, keys: dict[str, Any], run: SavedRun, draws: Draws) -> dict[str, Any]:
-        """What a set of draws predicts of both held-out splits."""
+        """Score the mixture of some draws on both held-out splits.
+
+        Args:
+            keys: columns that identify the row.
+            run: the MAP fit, with the data.
+            draws: function that returns the weights of each draw.
+        """
         row, few = dict(keys), few_tasks(run)
         for name, split in (("validation", run.data.validation), ("test", run.data.test)):
             start = time.perf_counter()
@@ -248,7 +254,7 @@ class Comparison:
         return row
 
     def variational(self, arm: Arm, run: SavedRun, seed: int, rate: float) -> tuple[Fitted, None, float]:
-        """A guide fitted around the MAP."""
+        """Fit a guide around the MAP."""
         assert arm.temperature is not None
         guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=arm.scale)
         options: dict[str, Any] = {"learning_rate": rate, "temperature": arm.temperature, "seed": seed}
@@ -260,18 +266,18 @@ class Comparison:
         return fitted, None, fitted.seconds
 
     def laplace(self, arm: Arm, run: SavedRun, temperature: float) -> tuple[Fitted, None, float]:
-        """The curvature at the MAP."""
+        """Make a Laplace guide from the curvature at the MAP."""
         start = time.perf_counter()
         guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, temperature=temperature)
         return Fitted(run.fitted.model, guide, run.data.tasks), None, time.perf_counter() - start
 
     def ensemble(self, run: SavedRun, seed: int) -> tuple[Fitted, Draws, float]:
-        """The MAP fit and three more, with other starts and orders on the same split."""
+        """Fit three more MAP estimates on the same split, with other starts and orders of the documents."""
         members: list[Weights] = [run.fitted.weights()[0]]
         seconds = run.fitted.seconds
         for number in range(1, MEMBERS):
             config = replace(run.config, seed=1000 * number + seed)
-            # the documents are the run's own: with another seed a cap on their number would choose others
+            # use the documents of the run: with another seed, a limit on their number would select different ones
             model, _ = build_run(config, quiet=True, split_record=run.folder.read_split())
             fitted = fit(
                 model, run.data, epochs=config.epochs, learning_rate=config.learning_rate, token_budget=config.token_budget,
@@ -282,7 +288,7 @@ class Comparison:
         return run.fitted, lambda: members, seconds
 
     def chosen(self, arm: str) -> pd.Series | None:
-        """The run whose learning rate and temperature an arm uses; None for an arm that has neither."""
+        """The row with an arm's chosen learning rate and temperature; None for an arm that has neither."""
         return self.best(arm, "mean" if ARMS[arm].fitted else "mixture") if arm in ARMS else None
 
     def scale_correlation(self, posterior: Posterior, run: SavedRun) -> float:
@@ -290,7 +296,7 @@ class Comparison:
         tokens = torch.zeros(len(run.data.tasks)).index_add_(0, run.data.train.task, run.data.train.predicted.float())
         scales = posterior.deviation_scales(draws=max(2, self.config.draws))
         if bool((scales == scales[0]).all()) or bool((tokens == tokens[0]).all()):
-            return math.nan  # a constant has no ranks
+            return math.nan  # a rank correlation with a constant is not defined
         return float(stats.spearmanr(tokens.numpy(), scales.numpy()).statistic)
 
 
@@ -302,7 +308,7 @@ def few_tasks(run: SavedRun) -> torch.Tensor:
 
 
 def state_ratio(fitted: Fitted, run: SavedRun) -> float:
-    """Numbers that a guide keeps, in units of the MAP's."""
+    """Number of values in a guide's state, divided by that of the MAP guide."""
 
     def entries(guide: Any) -> int:
         return sum(value.numel() for value in guide.state_dict().values())

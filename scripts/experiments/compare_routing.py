@@ -1,14 +1,15 @@
-"""Which task is a text of: the model's own answer beside a bag-of-words classifier, on held-out documents.
+"""Compare the model's inference of a text's task with a bag-of-words classifier, on held-out documents.
 
     python scripts/experiments/compare_routing.py runs/demo --output results/routing.csv
 
-- ``bora``: p(d | text) ∝ p(d) p(text | θ_d), ``infer_task``; as it is, and calibrated on the validation documents.
-- ``bag of words``: scikit-learn's logistic regression on TF-IDF of words and pairs of words, trained on the training documents
-  of the run, its regularisation chosen by the validation documents. It sees the same texts, cut where the run cuts them.
+- ``bora``: p(d | text) ∝ p(d) p(text | θ_d), by ``infer_task``, with and without calibration on the validation documents.
+- ``bag of words``: scikit-learn's logistic regression on TF-IDF of words and pairs of words. It is trained on the training
+  documents of the run, and the validation documents choose its regularisation. It sees the same texts, cut at the same length.
 
-Accuracy, mean log-probability of the right task, and calibration error (ECE, 10 bins) of the test documents; then their
-perplexity under their own task's adapter, the most probable task's, all tasks' averaged by p(d | tokens before), Θ, and the base.
-Of each document the first ``--lengths`` tokens are asked about. Needs scikit-learn (pip install 'bora_pyro[routing]').
+The table has accuracy, mean log-probability of the right task, and calibration error (ECE, 10 bins) on the test documents, cut
+to their first ``--lengths`` tokens. The script also prints the perplexity of the whole test documents under five adapters: that
+of the right task, that of the most probable task, an average of all by p(d | tokens before), Θ, and the base alone. Needs
+scikit-learn (pip install 'bora_pyro[routing]').
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class RoutingConfig:
     """Compare the model's task inference with a bag-of-words classifier."""
 
     run: str = option("", "folder of a finished fit, its output_dir", positional=True)
-    lengths: list[str] = option(["16", "32", "64", "all"], "first tokens of each document to ask about (default: 16 32 64 all)")
+    lengths: list[str] = option(["16", "32", "64", "all"], "numbers of first tokens of each document (default: 16 32 64 all)")
     prior: str = option(
         "flat", "p(d): flat, or documents, in proportion to the training documents", choices=("flat", "documents")
     )
     trust_remote_code: bool = option(
-        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+        False, "allow the base model to run its own code on this machine; only on the command line", line_only=True
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-    output: str = option("results/routing.csv", "the table, a row a method and length")
+    output: str = option("results/routing.csv", "the table, one row for each method and length")
 
     def validate(self) -> None:
         """Check the values."""
@@ -57,7 +58,13 @@ class RoutingConfig:
 
 
 def ece(log_prob: Tensor, task: Tensor, *, bins: int = 10) -> float:
-    """Expected calibration error of the most probable task: mean over texts of |confidence − accuracy| of their bin."""
+    """Expected calibration error of the most probable task: the mean over texts of |confidence − accuracy| in their bin.
+
+    Args:
+        log_prob: (texts, D) log p(d | text).
+        task: (texts,) index of the right task.
+        bins: number of bins of equal width.
+    """
     confidence, best = log_prob.exp().max(1)
     right = (best == task).double()
     place = (confidence * bins).long().clamp(max=bins - 1)
@@ -66,7 +73,7 @@ def ece(log_prob: Tensor, task: Tensor, *, bins: int = 10) -> float:
 
 
 def scores(method: str, length: str, log_prob: Tensor, task: Tensor, **more: Any) -> dict[str, Any]:
-    """A row of the table."""
+    """One row of the table."""
     right = (log_prob.argmax(1) == task).double()
     return {
         "method": method, "tokens": length, "documents": len(task), "accuracy": float(right.mean()),
@@ -76,7 +83,7 @@ def scores(method: str, length: str, log_prob: Tensor, task: Tensor, **more: Any
 
 
 def compare(run: SavedRun, config: RoutingConfig) -> pd.DataFrame:
-    """A row a method and length."""
+    """A table with one row for each method and length."""
     fitted, rows = run.fitted, []
     for length in config.lengths:
         tokens = sys.maxsize if length == "all" else int(length)
@@ -91,7 +98,7 @@ def compare(run: SavedRun, config: RoutingConfig) -> pd.DataFrame:
 
 
 def perplexities(run: SavedRun, found: TaskProbabilities) -> dict[str, float]:
-    """Perplexity of the whole test documents by who reads them."""
+    """Perplexity of the whole test documents under five choices of the adapter."""
     fitted, test = run.fitted, run.data.test
     theta, mean = fitted.weights()
     of_mean = {name: value[None].expand_as(theta[name]) for name, value in mean.items()}
@@ -108,6 +115,7 @@ def perplexities(run: SavedRun, found: TaskProbabilities) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
+    """Compare, write the table, and print it."""
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(RoutingConfig, argv, prog="compare_routing.py")
@@ -115,14 +123,14 @@ def main(argv: list[str]) -> int:
         if not len(run.data.test) or not len(run.data.validation):
             raise InputError(f"the run in {config.run} has no validation or no test documents; give one that has both")
         table = compare(run, config)
-        # p(d) beforehand, tasks whose text it is being unknown: averaged over the tasks as they come
+        # on whole documents, whatever the lengths of the table are
         averaged = perplexities(run, infer_task(run.fitted, run.data.test, prior=config.prior))
         write_results(table, config.output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table.round(3).to_string(index=False))
-    print("test perplexity, read by:")
+    print("test perplexity under:")
     for name, value in averaged.items():
         print(f"  {name}: {value:.2f}")
     print(f"table: {config.output}")

@@ -1,16 +1,17 @@
-"""Is a text of none of the tasks? p(unknown | text) of documents whose task the fit knows, and of tasks that it has not seen.
+"""Compare ways to detect texts of unknown tasks, on documents of known tasks and of tasks that the fit has not seen.
 
     python scripts/experiments/compare_unknown.py --output results/unknown.csv
 
-In each seed some tasks are left out and BoRA (learned τ) is fitted to the others; then the test documents of all are asked about.
-Scores of "none of them", the higher the surer:
+For each seed some tasks are left out, BoRA (learned τ) is fitted to the others, and the test documents of all tasks are scored. A
+higher score means that a text is more likely of an unknown task:
 
 - ``prior predictive``: log p(unknown | text) of ``infer_task(..., unknown=0.5)``.
 - ``doubt``: minus the largest p(d | text) among the known tasks, calibrated on their validation documents.
 - ``bag of words``: minus the largest p(d | text) of scikit-learn's logistic regression on TF-IDF.
 
-Reported are the AUROC of each (0.5 is chance), and for the first how often ``unknown`` is the most probable answer for documents
-of known and of unknown tasks, at p(unknown) = 0.5 beforehand. Needs scikit-learn (pip install 'bora_pyro[routing]').
+The table has the AUROC of each score (0.5 is chance). For the first score it also says how often ``unknown`` is the most probable
+answer for documents of known and of unknown tasks, with the prior p(unknown) = 0.5. Needs scikit-learn
+(pip install 'bora_pyro[routing]').
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ KEYS = ["seed", "method", "tokens"]
 
 @dataclass(kw_only=True)
 class UnknownConfig:
-    """How well texts of tasks that a fit has not seen are told from those of its own."""
+    """Compare ways to detect texts of tasks that a fit has not seen."""
 
     fit_config: str = option("results/documentation.yaml", "YAML of the options of the fit to the other tasks")
     data: str | None = option(None, "the documents (default: what fit_config names)")
-    left_out: int = option(5, "how many tasks are left out")
-    eval_documents: int = option(20, "validation and test documents of each task, at most")
+    left_out: int = option(5, "number of tasks that are left out")
+    eval_documents: int = option(20, "largest number of validation and of test documents of a task")
     learning_rate: float = option(0.03, "learning rate of the fit to the other tasks")
-    lengths: list[str] = option(["32", "all"], "first tokens of each document to ask about (default: 32 all)")
+    lengths: list[str] = option(["32", "all"], "numbers of first tokens of each document (default: 32 all)")
     draws: int = option(8, "draws of the prior predictive")
-    unknown: float = option(0.5, "probability beforehand that a text is of none of the tasks")
-    seeds: int = option(3, "how many seeds, from 0")
+    unknown: float = option(0.5, "prior probability that a text is of none of the tasks")
+    seeds: int = option(3, "number of seeds, from 0")
     threads: int = option(2, "CPU threads")
-    output: str = option("results/unknown.csv", "the table, a row a seed, method and length")
+    output: str = option("results/unknown.csv", "the table, one row for each seed, method and length")
 
     def validate(self) -> None:
         """Check the values."""
@@ -75,14 +76,19 @@ class UnknownConfig:
 
 
 def auroc(of_known: Tensor, of_unknown: Tensor) -> float:
-    """Probability that a document of an unknown task has the higher score, ties counted half (Mann and Whitney's U)."""
+    """Probability that a document of an unknown task has the higher score (Mann and Whitney's U); a tie counts half.
+
+    Args:
+        of_known: scores of documents of known tasks.
+        of_unknown: scores of documents of unknown tasks.
+    """
     more = of_unknown[:, None] > of_known
     same = of_unknown[:, None] == of_known
     return float((more.double() + same.double() / 2).mean())
 
 
 def fit_others(config: UnknownConfig, seed: int) -> tuple[Fitted, TaskData, TokenSplit]:
-    """A fit to the tasks that are not left out, their data, and the test documents of the others."""
+    """Fit the tasks that are not left out. Returns the fit, its data, and the test documents of the tasks that are left out."""
     words = ["--config", config.fit_config, "--seed", str(seed), *(["--data", config.data] if config.data else [])]
     chosen = dataclasses.replace(parse_config(MapFitConfig, words), max_eval_documents=config.eval_documents)
     model, data = build_run(dataclasses.replace(chosen, threads=config.threads), quiet=True)
@@ -98,13 +104,13 @@ def fit_others(config: UnknownConfig, seed: int) -> tuple[Fitted, TaskData, Toke
 
 
 def of_known_tasks(found: TaskProbabilities) -> TaskProbabilities:
-    """p(d | text) given that the task is a known one."""
+    """p(d | text), given that the task is known."""
     likelihood, prior = found.log_likelihood[:, :-1], found.log_prior[:-1].log_softmax(0)
     return dataclasses.replace(found, tasks=found.known, log_likelihood=likelihood, log_prior=prior, unknown=False)
 
 
 def compare(config: UnknownConfig, seed: int) -> list[dict[str, Any]]:
-    """The rows of a seed."""
+    """The rows of one seed."""
     fitted, old, new = fit_others(config, seed)
     rows = []
     for length in config.lengths:
@@ -130,6 +136,7 @@ def compare(config: UnknownConfig, seed: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> int:
+    """Compare for every seed, write the table, and print its means."""
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(UnknownConfig, argv, prog="compare_unknown.py")

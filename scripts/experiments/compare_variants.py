@@ -1,23 +1,23 @@
-"""Compare the paper's model with what its released code does instead, each variant at its own best τ and learning rate.
+"""Compare the paper's model with variants from its released code, each at its own best τ and learning rate.
 
     python scripts/experiments/compare_variants.py --fit_config results/documentation.yaml --tau 100 --output results/fidelity.csv
 
-The variants, each but the last one change of the paper's model (Normal penalty, every token an observation, non-centred):
+Each variant except the last is one change of the paper's model (Normal penalty, every token an observation, non-centred):
 
-- ``paper``: nothing changed.
+- ``paper``: no change.
 - ``centered_rate_by_tau``: θ_d itself is sampled, and the learning rate is proportional to τ. The model is the same.
-- ``norm_penalty``: the sum of unsquared norms ‖θ_d − Θ‖, one a matrix.
-- ``document_likelihood``: a document counts once, by its mean token loss.
-- ``shared_plus_task``: a shared adapter plus the task's own, added together.
-- ``released_objective``: what the released code's ``regularized`` fits do: norms, documents, centred with the rate ∝ τ.
+- ``norm_penalty``: the penalty is the sum of unsquared norms ‖θ_d − Θ‖, one for each matrix.
+- ``document_likelihood``: a document counts as one observation, with its mean token loss.
+- ``shared_plus_task``: the sum of a shared adapter and the task's own adapter.
+- ``released_objective``: the ``regularized`` fits of the released code: norms, documents, centred with the rate ∝ τ.
 
-Every fit is a run of ``scripts/map_fit.py`` with the options of ``--fit_config``. What the penalty weighs decides what τ
-means, so that each variant has its own small grid of τ, set off from ``--tau``, the paper model's: the standard deviation of a
-matrix's entries is √(n + 1)/τ under the norm and 1/√τ under the Normal, and a document of some hundred tokens counts as one
-observation. With the first seed τ is chosen at the middle learning rate, then the rate at that τ, both by the validation
-perplexity; the other seeds (other splits, other starts) are fitted at that choice. The test split is only reported. Runs that the
-output already has are not repeated. The column ``learning_rate`` is ``map_fit.py``'s: where the rate is proportional to τ, its
-factor.
+Every fit is a run of ``scripts/map_fit.py`` with the options of ``--fit_config``. The meaning of τ depends on the penalty and on
+the likelihood. The standard deviation of a matrix's entries is √(n + 1)/τ under the norm and 1/√τ under the Normal, and a
+document of some hundred tokens may count as one observation. So each variant has its own small grid of τ, relative to ``--tau``,
+which is that of the paper's model. With the first seed, validation perplexity chooses τ at the middle learning rate, and then
+the rate at that τ. The other seeds (other splits, other starts) use this choice. The test split is only reported. Runs that the
+output already has are not repeated. The column ``learning_rate`` is the option of ``map_fit.py``: if the rate is proportional to
+τ, it is the factor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ Run = tuple[str, str, str, int]  # variant, tau, learning rate, seed
 
 @dataclass(frozen=True)
 class Variant:
-    """Options of ``map_fit.py`` that make a variant, and its grid of τ by the τ of the paper's model."""
+    """One variant.
+
+    Attributes:
+        options: options of ``map_fit.py``.
+        taus: function from the τ of the paper's model to the variant's grid of τ.
+    """
 
     options: dict[str, str]
     taus: Callable[[float], list[float]] = lambda tau: [tau]
@@ -72,20 +77,20 @@ VARIANTS = {
 
 @dataclass(kw_only=True)
 class VariantsConfig:
-    """Compare the paper's model with the released code's variants of it, each at its own best tau and learning rate."""
+    """Compare the paper's model with variants from its released code, each at its own best tau and learning rate."""
 
     fit_config: str = option("results/documentation.yaml", "YAML of the options that all fits share")
     data: str | None = option(None, "the documents (default: what fit_config names)")
     variants: list[str] = option([*VARIANTS], f"which variants (default: {' '.join(VARIANTS)})")
-    tau: float = option(100.0, "precision of the paper's model on these data, from which the variants' own grids are set off")
+    tau: float = option(100.0, "precision of the paper's model on these data; the grids of the variants are relative to it")
     learning_rates: list[str] = option(
         ["0.003", "0.01", "0.03"],
-        "the grid of learning rates as AdamW gets them, a factor tau included (default: 0.003 0.01 0.03)",
+        "the grid of AdamW's learning rates, a factor tau included (default: 0.003 0.01 0.03)",
     )
-    seeds: int = option(3, "how many seeds, from 0")
+    seeds: int = option(3, "number of seeds, from 0")
     jobs: int = option(2, "fits that run at the same time, one thread each")
-    runs_dir: str = option("runs/variants", "where the run folders go")
-    output: str = option("results/fidelity.csv", "the table, one row a run; what it has is not run again")
+    runs_dir: str = option("runs/variants", "folder of the runs")
+    output: str = option("results/fidelity.csv", "the table, one row for each run; runs that it has are not repeated")
 
     def validate(self) -> None:
         """Check the values."""
@@ -98,7 +103,7 @@ class VariantsConfig:
             if name not in VARIANTS:
                 raise InputError(f"variant {name!r} is not known; known: {', '.join(VARIANTS)}{nearest(name, VARIANTS)}")
         if not 0 < self.tau < math.inf:
-            raise InputError(f"tau is {self.tau}; give a finite number above 0, the limits have no variants")
+            raise InputError(f"tau is {self.tau}; give a finite number above 0, because the limits have no variants")
         for rate in self.learning_rates:
             try:
                 allowed = 0 < float(rate) < math.inf
@@ -113,7 +118,7 @@ class Comparison:
 
     def __init__(self, config: VariantsConfig) -> None:
         self.config, self.output = config, Path(config.output)
-        self.chosen: dict[str, tuple[str, str]] = {}  # τ and learning rate of each variant, by the first seed
+        self.chosen: dict[str, tuple[str, str]] = {}  # τ and learning rate of each variant, chosen with the first seed
         self.table = pd.DataFrame(columns=COLUMNS)
         if self.output.exists():
             self.table = pd.read_csv(self.output, dtype={"tau": str, "learning_rate": str})
@@ -127,14 +132,14 @@ class Comparison:
         return [_number(tau) for tau in VARIANTS[variant].taus(self.config.tau)]
 
     def rates(self, variant: str, tau: str) -> list[str]:
-        """The grid of learning rates of a variant at τ: divided by τ where they will be multiplied by it."""
+        """The grid of learning rates of a variant at τ, divided by τ if ``map_fit.py`` multiplies them by it."""
         rates = sorted(map(float, self.config.learning_rates))
         if "scale_learning_rate_with_tau" not in VARIANTS[variant].options:
             return [number_text(rate) for rate in rates]
         return [_number(rate / float(tau)) for rate in rates]
 
     def run_all(self) -> None:
-        """Choose τ, then the learning rate, by the first seed; then the other seeds."""
+        """Choose τ and then the learning rate with the first seed, and run the other seeds at this choice."""
         names, pairs = self.config.variants, {}
         for name in names:
             pairs[name] = [(tau, _middle(self.rates(name, tau))) for tau in self.taus(name)]
@@ -148,7 +153,7 @@ class Comparison:
         self.chosen = chosen
 
     def best(self, variant: str, pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
-        """Of the pairs of τ and learning rate the one of lowest validation perplexity with the first seed."""
+        """The pair of τ and learning rate that has the lowest validation perplexity with the first seed."""
         first = self.table[(self.table.variant == variant) & (self.table.seed == 0)].dropna(subset="validation_perplexity")
         found = dict(zip(zip(first.tau, first.learning_rate, strict=True), first.validation_perplexity, strict=True))
         scores = {pair: found[pair] for pair in pairs if pair in found}
@@ -157,10 +162,10 @@ class Comparison:
         return min(scores, key=lambda pair: scores[pair])
 
     def run(self, runs: Iterable[Run]) -> None:
-        """Run what the table does not have; a fit that fails is left out.
+        """Run the fits that the table does not have. A fit that fails is left out.
 
         Raises:
-            InputError: the first fit of all has failed: so will the others.
+            InputError: the very first fit has failed, so that the others would probably fail, too.
         """
         done = set(zip(self.table.variant, self.table.tau, self.table.learning_rate, self.table.seed, strict=True))
         fits = Fits(Path(__file__).parents[1] / "map_fit.py", self.config.jobs)
@@ -179,14 +184,14 @@ class Comparison:
             fits.stop()
 
     def folder(self, run: Run) -> Path:
-        """Where a run is left."""
+        """The folder of a run."""
         return Path(self.config.runs_dir) / self.output.stem / "{}-tau{}-lr{}-seed{}".format(*run)
 
     def arguments(self, run: Run) -> list[str]:
-        """What map_fit.py is called with.
+        """The arguments of map_fit.py for a run.
 
         Raises:
-            InputError: map_fit.py will not take it.
+            InputError: map_fit.py would refuse them.
         """
         variant, tau, rate, seed = run
         options = VARIANTS[variant].options | {"tau": tau, "learning_rate": rate, "seed": str(seed), "threads": "1"}
@@ -197,7 +202,7 @@ class Comparison:
         return words
 
     def add(self, run: Run) -> None:
-        """Put a finished run into the table."""
+        """Add a finished run to the table."""
         metrics = RunFolder.open(self.folder(run)).read_metrics()
         row = metrics | dict(zip(COLUMNS[:4], run, strict=True))
         self.table = pd.DataFrame([*self.table.to_dict("records"), row])[COLUMNS]
@@ -211,7 +216,7 @@ class Comparison:
         replace_file(self.output, lambda file: table.to_csv(file, index=False, lineterminator="\n"))
 
     def summary(self) -> str:
-        """A Markdown table: each variant at its choice, and its ratio to the paper's model on the same splits."""
+        """A Markdown table of each variant at its choice, and its ratio to the first variant on the same splits."""
         lines = ["| variant | τ | learning rate | test perplexity | to the first | fits |", "|---|---|---|---|---|---|"]
         reference = None
         for name, (tau, rate) in self.chosen.items():
@@ -223,7 +228,7 @@ class Comparison:
         return "\n".join([*lines, *self._ends()])
 
     def _ends(self) -> list[str]:
-        """A note for each choice at an end of its grid: beyond it may lie a better one."""
+        """Notes about choices at an end of their grid, where a larger grid might have a better value."""
         notes = []
         for name, (tau, rate) in self.chosen.items():
             grids = {"tau": (tau, self.taus(name)), "learning rate": (rate, self.rates(name, tau))}
@@ -234,7 +239,7 @@ class Comparison:
 
 
 def _number(value: float) -> str:
-    """A number of three digits as a text."""
+    """Format a number with three significant digits."""
     return number_text(f"{value:.3g}")
 
 

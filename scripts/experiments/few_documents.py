@@ -1,18 +1,18 @@
-"""How many documents does a new task need? Test perplexity against their number, tasks left out of the fit.
+"""Measure how many documents a new task needs: test perplexity of tasks outside the fit against their number of documents.
 
     python scripts/experiments/few_documents.py --output results/few_documents.csv
 
-In each seed some tasks are left out, BoRA (learned τ) and one pooled adapter are fitted to the others, and the left-out tasks
-come with 0, 5, 10, ... training documents each:
+For each seed some tasks are left out, and BoRA (learned τ) and one pooled adapter are fitted to the others. Each task that was
+left out then gets 0, 5, 10, ... training documents, in four arms:
 
-- ``bora``: Θ and τ of the fit stay, only the new deviations are inferred, as ``bora_pyro.inference.adapt`` does.
-- ``scratch``: LoRA from its start, without a prior.
-- ``pooled``: the pooled adapter as it is; documents do not change it.
+- ``bora``: Θ and τ of the fit are fixed, and only the new deviations are inferred, as in ``bora_pyro.inference.adapt``.
+- ``scratch``: LoRA from its usual start, without a prior.
+- ``pooled``: the pooled adapter, which is not changed by the documents.
 - ``pooled_tuned``: the pooled adapter, trained further on the new documents without a prior.
 
-The two fits choose their learning rates by the validation documents of their own tasks (rows ``others``), each arm its rate and
-steps at each number of documents by the validation documents of the left-out tasks; both with the first seed, held for the other
-seeds. The test documents are only reported. What the output has is not run again.
+The validation documents of the fitted tasks choose the learning rates of the two fits (rows ``others``). The validation documents
+of the left-out tasks choose the rate and the steps of each arm at each number of documents. Both choices are made with the first
+seed and used for the other seeds. The test documents are only reported. Rows that the output already has are not computed again.
 """
 
 from __future__ import annotations
@@ -48,38 +48,38 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.results_table import read_results, write_results
 
 ARMS = ("bora", "scratch", "pooled", "pooled_tuned")
-#: The arms whose fits to the other tasks are shared by all.
+#: Priors of the fits to the other tasks, by arm. All arms use these two fits.
 FITS: dict[str, type[LearnedPrecision | Pooled]] = {"bora": LearnedPrecision, "pooled": Pooled}
-#: What the column ``documents`` has in the rows of those fits; their ``steps`` are epochs.
+#: Value of the column ``documents`` in the rows of those fits. Their ``steps`` are epochs.
 OTHERS = "others"
 KEYS = ["seed", "arm", "documents", "split", "learning_rate", "steps", "task"]
 #: Tokens of a batch of the new tasks' documents.
 TOKEN_BUDGET = 2048
-#: More than any task has.
+#: A number of documents that is larger than that of any task.
 ALL = 10**9
 
 
 @dataclass(kw_only=True)
 class FewDocumentsConfig:
-    """Test perplexity of new tasks against their number of documents."""
+    """Measure the test perplexity of new tasks against their number of documents."""
 
     fit_config: str = option("results/documentation.yaml", "YAML of the options of the fit to the other tasks")
     data: str | None = option(None, "the documents (default: what fit_config names)")
     documents: list[str] = option(["0", "5", "10", "20", "50", "all"], "numbers of documents (default: 0 5 10 20 50 all)")
     arms: list[str] = option([*ARMS], f"which arms (default: {' '.join(ARMS)})")
-    left_out: int = option(5, "how many tasks are left out")
-    least_documents: int = option(50, "training documents that a task must have to be left out")
-    others_documents: int = option(64, "training documents of each of the other tasks, at most")
-    seeds: int = option(3, "how many seeds, from 0")
+    left_out: int = option(5, "number of tasks that are left out")
+    least_documents: int = option(50, "least number of training documents of a task that is left out")
+    others_documents: int = option(64, "largest number of training documents of each of the other tasks")
+    seeds: int = option(3, "number of seeds, from 0")
     fit_learning_rates: list[str] = option(
-        ["0.01", "0.03"], "learning rates of the fits to the other tasks to choose from (default: 0.01 0.03)"
+        ["0.01", "0.03"], "grid of learning rates of the fits to the other tasks (default: 0.01 0.03)"
     )
     learning_rates: list[str] = option(
-        ["0.001", "0.003", "0.01", "0.03", "0.1"], "learning rates to choose from (default: 0.001 0.003 0.01 0.03 0.1)"
+        ["0.001", "0.003", "0.01", "0.03", "0.1"], "grid of learning rates (default: 0.001 0.003 0.01 0.03 0.1)"
     )
-    steps: list[str] = option(["15", "60", "240"], "numbers of steps of each task to choose from (default: 15 60 240)")
+    steps: list[str] = option(["15", "60", "240"], "grid of numbers of steps of each task (default: 15 60 240)")
     threads: int = option(2, "CPU threads")
-    output: str = option("results/few_documents.csv", "the table, a row a task and run")
+    output: str = option("results/few_documents.csv", "the table, one row for each task and run")
 
     def validate(self) -> None:
         """Check the values."""
@@ -91,7 +91,7 @@ class FewDocumentsConfig:
                 raise InputError(f"arm {name!r} is not known; known: {', '.join(ARMS)}{nearest(name, ARMS)}")
         for name in self.documents:
             if name != "all" and not name.isdigit():
-                raise InputError(f"documents {name!r} is no number; give whole numbers from 0 up, or all")
+                raise InputError(f"documents {name!r} is not a number; give whole numbers from 0 up, or all")
         for option_, kind in (("fit_learning_rates", float), ("learning_rates", float), ("steps", int)):
             for text in getattr(self, option_):
                 try:
@@ -106,7 +106,7 @@ class FewDocumentsConfig:
 
 @dataclass
 class Setting:
-    """What one seed gives: the fits to the other tasks, and the data of those left out."""
+    """The fits of one seed to the other tasks, and the data of the tasks that were left out."""
 
     bora: Fitted
     pooled: Fitted
@@ -114,7 +114,7 @@ class Setting:
 
 
 class Curve:
-    """The rows of the table, and the runs that fill it."""
+    """The table, and the runs that fill it."""
 
     table: Any
 
@@ -123,7 +123,7 @@ class Curve:
         self.table = read_results(self.output, KEYS)
 
     def run_all(self) -> None:
-        """Every seed, the first with the choices."""
+        """Run every seed; the first seed makes the choices."""
         for seed in range(self.config.seeds):
             wanted = [(arm, number) for arm in self.config.arms for number in self.config.documents]
             if all(len(self.rows(seed, arm, number, "test")) for arm, number in wanted):
@@ -138,17 +138,23 @@ class Curve:
                 self.run(setting, seed, arm, number, rate, steps, "test")
 
     def tuned(self, arm: str, number: str) -> bool:
-        """Whether an arm does anything with the documents."""
+        """Whether an arm trains on the documents."""
         return arm != "pooled" and number != "0"
 
     def rows(self, seed: int, arm: str, number: str, split: str) -> Any:
-        """What the table has of them."""
+        """The rows of the table with these keys."""
         table = self.table
         found = (table["seed"] == seed) & (table["arm"] == arm) & (table["documents"].astype(str) == number)
         return table[found & (table["split"] == split)]
 
     def search(self, setting: Setting, arm: str, number: str) -> None:
-        """Every learning rate and number of steps, on the validation documents of the first seed, whose setting it is."""
+        """Run every learning rate and number of steps, scored on the validation documents.
+
+        Args:
+            setting: the setting of the first seed.
+            arm: name of the arm.
+            number: number of documents, as a text.
+        """
         for rate in map(float, self.config.learning_rates):
             for steps in map(int, self.config.steps):
                 if not self.tried(0, arm, number, rate, steps):
@@ -160,7 +166,7 @@ class Curve:
         return bool(((have["learning_rate"] == rate) & (have["steps"] == steps)).any())
 
     def choice(self, arm: str, number: str) -> tuple[float, int]:
-        """Learning rate and steps, by the validation documents of the first seed."""
+        """The learning rate and number of steps that the validation documents of the first seed choose."""
         have = self.rows(0, arm, number, "validation").groupby(["learning_rate", "steps"])[["log_likelihood", "tokens"]].sum()
         if have.empty:
             raise InputError(
@@ -170,7 +176,7 @@ class Curve:
         return float(rate), int(steps)
 
     def setting(self, seed: int) -> Setting:
-        """Fit to the tasks that are not left out."""
+        """Fit the tasks that are not left out."""
         config = self.config
         words = ["--config", config.fit_config, "--seed", str(seed), *(["--data", config.data] if config.data else [])]
         chosen = parse_config(MapFitConfig, words)
@@ -196,7 +202,15 @@ class Curve:
         return Setting(fits["bora"], fits["pooled"], new)
 
     def fit_to_others(self, seed: int, arm: str, old: TaskData, epochs: int, fit_others: Callable[[float], Fitted]) -> Fitted:
-        """The fit at its best learning rate by the validation documents of its own tasks; the first seed tries them all."""
+        """Fit at the learning rate that the validation documents of its own tasks choose. The first seed tries all rates.
+
+        Args:
+            seed: the seed.
+            arm: name of the arm.
+            old: the data of the fit.
+            epochs: largest number of epochs.
+            fit_others: function that fits at a learning rate.
+        """
         found: dict[float, Fitted] = {}
 
         def fit_at(rate: float) -> Fitted:
@@ -216,10 +230,10 @@ class Curve:
         return found[best] if best in found else fit_at(best)
 
     def run(self, setting: Setting, seed: int, arm: str, number: str, rate: float, steps: int, split: str) -> None:
-        """One run, and its rows."""
+        """Do one run and record its rows."""
         documents = ALL if number == "all" else int(number)
         some = subset(setting.new, setting.new.tasks, max_train_documents=documents, seed=seed)
-        # validation documents choose rate and steps, not an epoch: a new task would have none to spare
+        # validation documents choose the rate and the steps, but do not stop the fit: a new task would have none for that
         data = dataclasses.replace(some, validation=subset(some, some.tasks, max_train_documents=0).train)
         start = time.perf_counter()
         fitted = self.fitted(setting, arm, data, rate, steps, seed)
@@ -229,7 +243,15 @@ class Curve:
         self.record(scores, some, split, (seed, arm, number, rate, steps), seconds)
 
     def record(self, scores: Scores, data: TaskData, split: str, run: tuple[int, str, str, float, int], seconds: float) -> None:
-        """A row a task, in the file before anything else is run. ``run`` is (seed, arm, documents, learning rate, steps)."""
+        """Add one row for each task to the table, and write the file.
+
+        Args:
+            scores: scores of the documents.
+            data: the data of the run.
+            split: name of the split that was scored.
+            run: (seed, arm, documents, learning rate, steps).
+            seconds: duration of the fit.
+        """
         seed, arm, number, rate, steps = run
         rows = []
         for d, task in enumerate(data.tasks):
@@ -245,7 +267,7 @@ class Curve:
         print(f"seed {seed}: {arm}, {how}: {split} {scores.perplexity():.2f} in {seconds:.1f} s", file=sys.stderr)
 
     def fitted(self, setting: Setting, arm: str, data: TaskData, rate: float, steps: int, seed: int) -> Fitted:
-        """The new tasks as an arm has them: all of them in the same steps."""
+        """Fit an arm to all new tasks together."""
         model = setting.pooled.model
         if arm == "bora":
             new = given_model(setting.bora, len(data.tasks))
@@ -255,7 +277,9 @@ class Curve:
             new = BoRA(model.backbone, len(data.tasks), adapter=model.adapter, prior=flat)
         batches = 0 if arm == "pooled" else len(data.train.batches(token_budget=TOKEN_BUDGET, seed=seed))
         if not batches:
-            return fit_deviations(new, dataclasses.replace(data, train=data.validation))  # none: the prior's centre
+            return fit_deviations(
+                new, dataclasses.replace(data, train=data.validation)
+            )  # without documents: the centre of the prior
         return fit(
             new, data, epochs=-(-steps // batches), learning_rate=rate, token_budget=TOKEN_BUDGET, patience=0,
             task_subsampling=False, seed=seed,
@@ -263,7 +287,7 @@ class Curve:
 
 
 def summary(table: Any) -> Any:
-    """Test perplexity by arm and number of documents: mean and standard deviation over seeds, and the time of an adaptation."""
+    """Test perplexity by arm and number of documents, as mean and standard deviation over seeds, and the median time of a run."""
     test = table[table["split"] == "test"].assign(documents=table["documents"].astype(str))
     sums = test.groupby(["arm", "documents", "seed"])[["log_likelihood", "tokens"]].sum()
     perplexity = np.exp(-sums["log_likelihood"] / sums["tokens"]).rename("perplexity")
@@ -275,6 +299,7 @@ def summary(table: Any) -> Any:
 
 
 def main(argv: list[str]) -> int:
+    """Run all seeds and print the summary."""
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(FewDocumentsConfig, argv, prog="few_documents.py")

@@ -1,32 +1,33 @@
-"""NUTS as the gold standard: a model so small that its posterior can be sampled, and every guide fitted to that very model.
+"""Compare every guide with NUTS, the gold standard, on a model that is small enough to sample its posterior.
 
     python scripts/experiments/gold_standard.py
 
-A causal language model of one layer with random weights generates the documents of three tasks under adapters that were drawn
-from the hierarchical Normal itself, so that the model is right. The adapters are ``FrozenALoRA``'s, of which only B is learned:
-LoRA's (B, A) and (B G⁻¹, G A) are one model, and no chain would mix over G. Pyro's NUTS samples the very ``BoRA`` object that
-the guides are fitted to, all documents in one batch; float32, the precision of the likelihood. The language model's normalised
-layers bound the likelihood, so that under p(Θ) ∝ 1 the posterior is proper only in practice: far out it is flat, and no chain
-that starts near the MAP comes there while r-hat is near 1.
+A causal language model with one layer and random weights generates the documents of three tasks. Their adapters are drawn from
+the hierarchical Normal, so the model is well specified. The adapters are ``FrozenALoRA``'s, where only B is learned: LoRA's (B,
+A) and (B G⁻¹, G A) are the same model, and no chain would mix over G. Pyro's NUTS samples the same ``BoRA`` object that the
+guides are fitted to, with all documents in one batch, in float32. The normalised layers of the language model bound the
+likelihood, so under p(Θ) ∝ 1 the posterior is not strictly proper: far from the MAP it is flat. A chain that starts near the MAP
+does not get there as long as r-hat is near 1.
 
-Each guide of ``bora_pyro.guides.GUIDES`` but ``map`` begins at the MAP and is fitted by :func:`bora_pyro.fit`, all documents in
-a batch; the two of Laplace are not fitted. They take the empirical Fisher information Σ_n g_n g_nᵀ for the Hessian. At the true
-weights of a model that is right both have the same expectation, but of few documents the first scatters widely, and at the MAP
-it is too small, for the fit has made the gradients small: the fewer documents a task has, the more.
+Each guide of ``bora_pyro.guides.GUIDES`` except ``map`` starts at the MAP and is fitted by :func:`bora_pyro.fit` with all
+documents in one batch. The two Laplace guides are not fitted: they replace the Hessian by the empirical Fisher information
+Σ_n g_n g_nᵀ. At the true weights of a well specified model both have the same expectation. With few documents the Fisher
+information has a large variance. At the MAP it is too small, because the fit has made the gradients small; the fewer documents a
+task has, the larger this effect.
 
-Two tables. ``--output`` has a row a guide and an entry of the adapters: ``quantity`` (``mean`` is Θ, ``deviation`` θ_d − Θ,
-``theta`` θ_d), ``documents`` (N_d; 0 for Θ), ``entry``, posterior mean and standard deviation by NUTS and by the guide.
-``--summary`` has a row a guide:
+The script writes two tables. ``--output`` has a row for each guide and each entry of the adapters: ``quantity`` (``mean`` is Θ,
+``deviation`` θ_d − Θ, ``theta`` θ_d), ``documents`` (N_d; 0 for Θ), ``entry``, and posterior mean and standard deviation by NUTS
+and by the guide. ``--summary`` has a row for each guide:
 
-- ``error_<N>``: root mean square of (guide's − NUTS' posterior mean of θ_d) / NUTS' sd, of the task with N documents;
+- ``error_<N>``: root mean square of (guide's − NUTS' posterior mean of θ_d) / NUTS' sd, for the task with N documents;
 - ``<quantity>_<N>``: geometric mean of guide's sd / NUTS' sd; below 1 the guide is too narrow;
-- ``log_density``: mean log probability of the held-out tokens, in nats, of the mixture of the draws; ``log_density_<N>`` by task;
+- ``log_density``: mean log probability of the held-out tokens under the mixture of draws, in nats; ``log_density_<N>`` by task;
 - ``probability_difference``: mean absolute difference of the next-token probabilities from those of NUTS;
-- ``elbo``, ``elbo_change``: nats, the mean over the last tenth of the steps, and how much that is above the tenth before.
+- ``elbo``, ``elbo_change``: mean ELBO over the last tenth of the steps, and its change from the tenth before, in nats.
 
-The row ``nuts`` compares the first chain with the second, which is the noise of the comparison, and has ``r_hat`` (largest),
-``ess`` (least bulk or tail effective sample size) and ``divergences``. ``truth`` predicts with the adapters that generated the
-documents, ``map`` with the MAP.
+The row ``nuts`` compares the first two chains with each other, which shows the noise of the comparison. It also has ``r_hat``
+(largest), ``ess`` (smallest bulk or tail effective sample size) and ``divergences``. The row ``truth`` predicts with the adapters
+that generated the documents, and ``map`` with the MAP.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from compare_draws import Sites, compare, diagnostics, entries, probabilities
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoGuide, init_to_value
@@ -58,7 +60,6 @@ from bora_pyro.options.field import option
 
 VOCABULARY, START = 16, 0
 EVERYTHING = 10**9  # a token budget that makes one batch of all documents
-Sites = dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
@@ -91,16 +92,16 @@ class GoldStandardConfig:
             if getattr(self, name) < lowest:
                 raise InputError(f"{name} is {getattr(self, name)}; give a whole number from {lowest} up")
         if self.width % 2:
-            raise InputError(f"width is {self.width}; the two heads share it, give an even number, nearest: {self.width + 1}")
+            raise InputError(f"width is {self.width}; give an even number for the two heads, nearest: {self.width + 1}")
         if len(self.documents) < 2 or not all(text.isdigit() and int(text) > 0 for text in self.documents):
             raise InputError(f"documents is {' '.join(self.documents)}; give two or more whole numbers above 0")
         if len(set(self.documents)) < len(self.documents):
-            raise InputError(f"documents is {' '.join(self.documents)}; the tables know tasks by them, give different numbers")
+            raise InputError(f"documents is {' '.join(self.documents)}; give different numbers, which identify the tasks")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, documents that it generated, and the adapters that it generated them with."""
+    """A model, documents that it generated, and the adapters θ that it used for them."""
 
     model: BoRA
     data: TaskData
@@ -142,7 +143,17 @@ def _documents(model: BoRA, theta: Weights, counts: Sequence[int], tokens: int, 
 
 
 def sample(config: GoldStandardConfig, model: BoRA, batch: Batch, maximum: Sites) -> tuple[list[list[Sites]], int]:
-    """NUTS: the draws of each chain as values of the sites, and the number of divergences. Chains start about the MAP."""
+    """Sample with NUTS. Chains start near the MAP.
+
+    Args:
+        config: the options.
+        model: the model.
+        batch: all documents.
+        maximum: values of the sites at the MAP.
+
+    Returns:
+        For each chain its draws as values of the sites, and the number of divergences.
+    """
     chains, divergences = [], 0
     for chain in range(config.chains):
         with poutine.seed(rng_seed=config.seed + 1 + chain), warnings.catch_warnings():
@@ -162,7 +173,7 @@ def sample(config: GoldStandardConfig, model: BoRA, batch: Batch, maximum: Sites
 
 
 def fitted_guide(config: GoldStandardConfig, problem: Problem, name: str, maximum: Sites | None = None) -> Fitted:
-    """A guide fitted to the full batch, begun at the MAP; Laplace's are not fitted."""
+    """Make a guide that starts at the MAP, and fit it to the full batch. Laplace guides are not fitted."""
     model, data = problem.model, problem.data
     guide = GUIDES[name](model, maximum, data=data)
     if name.startswith("laplace"):
@@ -179,58 +190,8 @@ def draws_of(guide: AutoGuide, number: int, seed: int) -> list[Sites]:
         return [{name: value.detach() for name, value in guide().items()} for _ in range(number)]
 
 
-def entries(model: BoRA, draws: Iterable[Sites]) -> dict[str, Tensor]:
-    """Θ, (draws, 1, entries), and the tasks' deviations and θ, (draws, D, entries), all latents one after the other."""
-    rows: dict[str, list[Tensor]] = {"mean": [], "deviation": [], "theta": []}
-    for sites in draws:
-        theta, mean = model.weights_given(sites)
-        own = torch.cat([value.flatten(1) for value in theta.values()], 1)
-        common = torch.cat([value.flatten() for value in mean.values()])[None]
-        for name, value in (("mean", common), ("deviation", own - common), ("theta", own)):
-            rows[name].append(value)
-    return {name: torch.stack(values).double() for name, values in rows.items()}
-
-
-@torch.no_grad()
-def probabilities(model: BoRA, batch: Batch, draws: Iterable[Weights | None]) -> Tensor:
-    """Next-token probabilities of a mixture of draws at every predicted position: (tokens, vocabulary)."""
-    predicted = batch.labels[:, 1:] != IGNORED
-    return torch.stack([model.logits(batch, weights)[:, :-1][predicted].softmax(-1) for weights in draws]).mean(0)
-
-
-def compare(
-    counts: Sequence[int], reference: dict[str, Tensor], found: dict[str, Tensor]
-) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Means and standard deviations of both, a row an entry, and by task how far the second is from the first."""
-    tables, numbers = [], {}
-    for quantity, values in reference.items():
-        nuts_mean, nuts_sd, mean, sd = values.mean(0), values.std(0), found[quantity].mean(0), found[quantity].std(0)
-        for d, documents in enumerate([0] if quantity == "mean" else counts):
-            columns = {"nuts_mean": nuts_mean[d], "nuts_sd": nuts_sd[d], "mean": mean[d], "sd": sd[d]}
-            of = {"quantity": quantity, "documents": documents, "entry": range(len(mean[d]))}
-            tables.append(pd.DataFrame(of | {name: value.numpy() for name, value in columns.items()}))
-            ratio = float((sd[d] / nuts_sd[d]).log().mean().exp())
-            numbers[quantity if quantity == "mean" else f"{quantity}_{documents}"] = ratio
-            if quantity == "theta":
-                error = (mean[d] - nuts_mean[d]) / nuts_sd[d]
-                numbers[f"error_{documents}"] = float(error.square().mean().sqrt())
-    return pd.concat(tables, ignore_index=True), numbers
-
-
-def diagnostics(model: BoRA, chains: Sequence[list[Sites]]) -> dict[str, float]:
-    """The largest r-hat and the least effective sample size over all entries of Θ, θ and the deviations (ArviZ)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
-        import arviz  # here, for it takes seconds
-    drawn = [entries(model, chain) for chain in chains]
-    data = arviz.convert_to_dataset({name: torch.stack([chain[name] for chain in drawn]).numpy() for name in drawn[0]})
-    r_hat = max(float(value.max()) for value in arviz.rhat(data).values())
-    ess = min(float(value.min()) for kind in ("bulk", "tail") for value in arviz.ess(data, method=kind).values())
-    return {"r_hat": r_hat, "ess": ess}
-
-
 class Predictions:
-    """What the models say of the held-out documents, as columns of the summary."""
+    """Predictions of the held-out documents, and their columns in the summary."""
 
     def __init__(self, problem: Problem, counts: Sequence[int]) -> None:
         self.model, self.counts = problem.model, counts
@@ -239,16 +200,21 @@ class Predictions:
         self.label, self.task = self.batch.labels[:, 1:][kept], self.batch.task[kept.nonzero()[:, 0]]
 
     def of_draws(self, draws: Sequence[Sites], number: int) -> Tensor:
-        """Probabilities of the mixture of ``number`` draws, evenly spaced over those given."""
+        """Next-token probabilities of a mixture of ``number`` evenly spaced draws."""
         chosen = [draws[k * len(draws) // number] for k in range(number)] if number < len(draws) else draws
         return probabilities(self.model, self.batch, (self.model.weights_given(sites)[0] for sites in chosen))
 
     def of_weights(self, weights: Weights | None) -> Tensor:
-        """Probabilities under given θ, or under the base."""
+        """Next-token probabilities under given θ; None: under the base."""
         return probabilities(self.model, self.batch, [weights])
 
     def columns(self, found: Tensor, reference: Tensor) -> dict[str, float]:
-        """Log density of the held-out tokens, over all and by task, and the difference from the reference's probabilities."""
+        """Mean log density of the held-out tokens, in all and by task, and the mean difference from other probabilities.
+
+        Args:
+            found: (tokens, vocabulary) probabilities.
+            reference: (tokens, vocabulary) probabilities of NUTS.
+        """
         log_p = found.double().gather(1, self.label[:, None])[:, 0].log()
         by_task = {f"log_density_{count}": float(log_p[self.task == d].mean()) for d, count in enumerate(self.counts)}
         difference = float((found - reference).abs().mean())
@@ -256,7 +222,7 @@ class Predictions:
 
 
 def end_of_elbo(fitted: Fitted, observations: int) -> dict[str, float]:
-    """The ELBO's mean over the last tenth of the steps, in nats, and how much that is above the tenth before."""
+    """Mean ELBO over the last tenth of the steps, and its change from the tenth before, in nats."""
     values = [-report["objective"] * observations for report in fitted.history]
     if not values:
         return {}
@@ -266,7 +232,7 @@ def end_of_elbo(fitted: Fitted, observations: int) -> dict[str, float]:
 
 
 def run(config: GoldStandardConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Sample, fit every guide, and compare: the table of entries and that of the guides."""
+    """Sample, fit every guide, and compare. Returns the table of entries and the table of guides."""
     counts = [int(count) for count in config.documents]
     setting = problem(config)
     model, data = setting.model, setting.data
@@ -304,7 +270,7 @@ def run(config: GoldStandardConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def markdown(summary: pd.DataFrame, counts: Sequence[int]) -> str:
-    """The summary for people."""
+    """The summary as a Markdown table."""
     last = counts[-1]
     header = ["", *(f"error of θ, N = {n}" for n in counts), "sd of Θ", *(f"of deviation, N = {n}" for n in (counts[0], last)),
               *(f"of θ, N = {n}" for n in counts), "log density", "|Δp|"]  # fmt: skip

@@ -1,18 +1,18 @@
-"""Measure how noisy the gradient of the ELBO is, and how much of the noise each estimator removes.
+"""Measure the variance of the gradient of the ELBO under several estimators.
 
     python scripts/experiments/gradient_variance.py runs/demo --output results/gradient_variance.csv
 
-The guide is the mean-field Normal around a finished MAP fit, at its start. For a fixed batch of training documents the gradient
-of −ELBO with respect to the guide's means and log-scales is drawn again and again; the figure is the total variance (the trace of
-the covariance), the mean over some batches. The estimators:
+The guide is the mean-field Normal around a finished MAP fit, with its initial scales. For a fixed batch of training documents
+the gradient of −ELBO with respect to the guide's means and log-scales is drawn many times. The table has its total variance (the
+trace of the covariance), averaged over some batches. The estimators:
 
-- ``sampled_kl``: one draw of all tasks, the KL divergence from the same draw, as ``AutoNormal`` under ``Trace_ELBO`` has it.
-- ``exact_kl``: one draw of all tasks, the KL divergence exact: what ``bora_pyro.inference.fit`` does.
-- ``per_document``: a draw for every document (local reparametrisation at the level of documents, Kingma et al., 2015; among the
-  tokens of a document the weights must be the same, or it would be another model).
-- ``mirrored``: one draw, and its mirror image about the mean for every second document of the batch; costs nothing.
-- ``antithetic``: the mean over one draw and its mirror image; costs two passes, so its variance counts twice.
-- ``batches``: for comparison, the variance of ``exact_kl`` when the batch is drawn too: two passes on two batches halve it.
+- ``sampled_kl``: one draw for all tasks; the KL divergence uses the same draw, as ``AutoNormal`` under ``Trace_ELBO`` does.
+- ``exact_kl``: one draw for all tasks, and the exact KL divergence, as in ``bora_pyro.inference.fit``.
+- ``per_document``: one draw for each document (local reparametrisation by document, Kingma et al., 2015). Tokens of the same
+  document must have the same weights, because otherwise the model would be a different one.
+- ``mirrored``: one draw, and its mirror image about the mean for every second document of the batch; no additional cost.
+- ``antithetic``: the mean over one draw and its mirror image; it needs two passes, so its variance counts twice.
+- ``batches``: for comparison, the variance of ``exact_kl`` over random batches, which two passes on two batches would halve.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from bora_pyro.options.field import option
 from bora_pyro.runs.saved import SavedRun, load_run
 
 PARTS = ("mean of Θ", "log-scale of Θ", "mean of deviations", "log-scale of deviations")
-#: Passes over a batch that one gradient costs.
+#: Passes over a batch that one gradient needs.
 PASSES = {"sampled_kl": 1, "exact_kl": 1, "per_document": 1, "mirrored": 1, "antithetic": 2}
 Noise = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(kw_only=True)
 class VarianceConfig:
-    """Measure how noisy the gradient of the ELBO is, and how much of the noise each estimator removes."""
+    """Measure the variance of the gradient of the ELBO under several estimators."""
 
     run: str = option("", "folder of a MAP fit in the non-centred form", positional=True)
-    scale: float = option(0.5, "standard deviations of the deviations, in units of the prior's; those of Θ are 0.01 times it")
+    scale: float = option(0.5, "standard deviation of the deviations, in units of the prior's; that of Θ is 0.01 times this")
     draws: int = option(12, "gradients of each estimator and batch")
-    batches: int = option(2, "batches on which each is measured")
-    seed: int = option(0, "of the draws")
+    batches: int = option(2, "batches on which each estimator is measured")
+    seed: int = option(0, "seed of the draws")
     trust_remote_code: bool = option(
-        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+        False, "allow the base model to run its own code on this machine; only on the command line", line_only=True
     )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
-    output: str = option("results/gradient_variance.csv", "the table, a row an estimator and part of the guide")
+    output: str = option("results/gradient_variance.csv", "the table, one row for each estimator and part of the guide")
 
     def validate(self) -> None:
         """Check the values."""
@@ -68,7 +68,7 @@ class VarianceConfig:
 
 
 class Estimators:
-    """The mean-field Normal around a MAP fit, and several unbiased gradients of its negative ELBO."""
+    """The mean-field Normal around a MAP fit, and several unbiased estimators of the gradient of its negative ELBO."""
 
     def __init__(self, run: SavedRun, scale: float) -> None:
         self.model, sites = run.fitted.model, run.fitted.sites()
@@ -82,7 +82,11 @@ class Estimators:
             self.parameters[name] = tuple(value.clone().requires_grad_() for value in values)
 
     def noise(self, rows: int | None = None) -> Noise:
-        """ε of Θ and of the deviations by latent: one of each, or one a row."""
+        """Draw standard Normal noise for Θ and for the deviations, by latent.
+
+        Args:
+            rows: number of rows that each get noise of their own; None: all rows share one draw.
+        """
         shapes = {
             name: (mean.shape, white.shape) if rows is None else ((rows, *mean.shape), (rows, *white.shape[1:]))
             for name, (mean, _, white, _) in self.parameters.items()
@@ -90,7 +94,14 @@ class Estimators:
         return {name: (torch.randn(one), torch.randn(other)) for name, (one, other) in shapes.items()}
 
     def log_likelihood(self, batch: Batch, noise: Noise, sign: Tensor, *, by_row: bool = False) -> Tensor:
-        """Of a batch, scaled to all documents; sign: (rows,), −1 where a row has the mirror image of the draw."""
+        """Log-likelihood of a batch, scaled to all documents.
+
+        Args:
+            batch: the batch.
+            noise: noise of the draw, from :meth:`noise`.
+            sign: (rows,), −1 for rows that use the mirror image of the draw, otherwise 1.
+            by_row: whether each row has noise of its own.
+        """
         weights = {}
         for name, (mean, log_s, white, log_t) in self.parameters.items():
             of_mean, of_white = noise[name]
@@ -111,14 +122,14 @@ class Estimators:
         return total
 
     def sampled_kl(self, noise: Noise) -> Tensor:
-        """log q − log p at the draw, up to a constant."""
+        """log q − log p at a draw, up to a constant."""
         total = torch.zeros(())
         for name, (_, log_s, white, log_t) in self.parameters.items():
             total = total + 0.5 * (white + log_t.exp() * noise[name][1]).square().sum() - log_t.sum() - log_s.sum()
         return total
 
     def loss(self, kind: str, batch: Batch) -> Tensor:
-        """One draw of the negative ELBO, up to a constant."""
+        """Draw an estimate of the negative ELBO, up to a constant."""
         plus = torch.ones(len(batch.task))
         if kind == "per_document":
             return self.exact_kl() - self.log_likelihood(batch, self.noise(len(plus)), plus, by_row=True)
@@ -132,14 +143,19 @@ class Estimators:
         return divergence - self.log_likelihood(batch, noise, plus)
 
     def gradient(self, kind: str, batch: Batch) -> dict[str, Tensor]:
-        """The gradient by part of the guide."""
+        """Draw a gradient, by part of the guide."""
         every = [value for values in self.parameters.values() for value in values]
         gradients = torch.autograd.grad(self.loss(kind, batch), every)
         return {part: torch.cat([gradient.flatten() for gradient in gradients[place::4]]) for place, part in enumerate(PARTS)}
 
 
 def total_variance(draw: Callable[[], dict[str, Tensor]], number: int) -> dict[str, float]:
-    """The trace of the covariance of so many draws, by part."""
+    """The trace of the covariance of some draws, by part.
+
+    Args:
+        draw: function that returns a draw by part.
+        number: number of draws.
+    """
     sums: dict[str, list[Tensor]] = {}
     for _ in range(number):
         for part, value in draw().items():
@@ -182,7 +198,7 @@ def measure(config: VarianceConfig) -> pd.DataFrame:
 
 
 def main(argv: list[str]) -> int:
-    """Measure, write the table and print it."""
+    """Measure, write the table, and print it."""
     transformers.utils.logging.disable_progress_bar()
     try:
         config = parse_config(VarianceConfig, argv, prog="gradient_variance.py")

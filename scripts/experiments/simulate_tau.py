@@ -1,11 +1,12 @@
-"""Does the learned τ find the τ that tasks were drawn with? Linear-Gaussian hierarchies, where the truth is known.
+"""Compare the learned τ with the true τ on simulated linear-Gaussian hierarchies.
 
     python scripts/experiments/simulate_tau.py --output results/simulated_tau.csv
 
-Each draw has 25 tasks with θ_d ~ Normal(Θ, I/τ), and y_dn ~ Normal(θ_d, σ² I) for 4 to 40 training documents a task and 8
-validation documents. The noise is such that an average task's documents say as much of θ_d as the prior does (N σ⁻² = τ). MAP by
-``AutoDelta`` and AdamW as in a fit, τ by :class:`~bora_pyro.LearnedPrecision`, from the same start for every truth; what is
-reported is its average over the second half of the fit, for τ follows single looks at few documents.
+Each simulation has 25 tasks with θ_d ~ Normal(Θ, I/τ), and y_dn ~ Normal(θ_d, σ² I) for 4 to 40 training documents a task and 8
+validation documents. The noise is chosen so that the documents of an average task have as much information about θ_d as the
+prior (N σ⁻² = τ). The MAP is fitted by ``AutoDelta`` and AdamW as in a fit, and τ is learned by
+:class:`~bora_pyro.LearnedPrecision` from the same start for every true τ. The table has the average of τ over the second half of
+the fit, because each update of τ uses only few documents.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ LEARNING_RATE = 0.05
 
 @dataclass(kw_only=True)
 class SimulateConfig:
-    """Draw linear-Gaussian hierarchies and learn their tau."""
+    """Simulate linear-Gaussian hierarchies and learn their tau."""
 
     taus: list[str] = option(["1", "100", "10000"], "the true precisions (default: 1 100 10000)")
-    draws: int = option(50, "simulated hierarchies of each")
+    draws: int = option(50, "simulated hierarchies for each tau")
     tasks: int = option(25, "tasks of each hierarchy")
     per: str = option("model", "what has a tau of its own", choices=("site", "layer", "task", "model"))
-    start: float = option(100.0, "where tau starts")
+    start: float = option(100.0, "initial tau")
     steps: int = option(600, "steps of each fit")
-    output: str = option("results/simulated_tau.csv", "the table, one row a draw")
+    output: str = option("results/simulated_tau.csv", "the table, one row for each simulation")
 
     def validate(self) -> None:
         """Check the values."""
@@ -62,7 +63,16 @@ class SimulateConfig:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Documents y (documents, layers, width) of tasks that were drawn with a known τ."""
+    """Documents of tasks that were drawn with a known τ.
+
+    Attributes:
+        y: (documents, layers, width) training documents.
+        task: (documents,) their tasks.
+        held_out: (documents, layers, width) validation documents.
+        held_out_task: (documents,) their tasks.
+        noise: σ.
+        tasks: number of tasks.
+    """
 
     y: Tensor
     task: Tensor
@@ -73,7 +83,7 @@ class Hierarchy:
 
 
 def draw(tau: float, *, tasks: int, seed: int) -> Hierarchy:
-    """Draw a hierarchy."""
+    """Simulate a hierarchy."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(4, 41, (tasks,), generator=generator)
     noise = math.sqrt(22 / tau)
@@ -89,7 +99,7 @@ def draw(tau: float, *, tasks: int, seed: int) -> Hierarchy:
 
 
 def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int) -> float:
-    """Fit the hierarchy by MAP while the prior learns; returns the geometric mean of its τ over the second half of the steps."""
+    """Fit the hierarchy by MAP while the prior learns τ. Returns the geometric mean of τ over the second half of the steps."""
     start = hierarchy.y.mean(0)
 
     def theta() -> Tensor:
@@ -112,19 +122,19 @@ def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int) -> float
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % prior.every == 0:
-            look = order[(step // prior.every) % len(order)]
+            chosen = order[(step // prior.every) % len(order)]
             sites = guide.median()
             with torch.no_grad():
                 values = poutine.condition(theta, data=sites)()
-                task = hierarchy.held_out_task[look]
-                gradients = (hierarchy.held_out[look] - values[task]) / hierarchy.noise**2
+                task = hierarchy.held_out_task[chosen]
+                gradients = (hierarchy.held_out[chosen] - values[task]) / hierarchy.noise**2
                 prior.learn({NAME: (values - values.mean(0))[task]}, {NAME: gradients}, task)
             path.append(float(prior.precision(NAME, start).log().mean()))
     return math.exp(statistics.fmean(path[len(path) // 2 :]))
 
 
 def main(argv: list[str]) -> int:
-    """Draw, learn, write the table and print how far the learned τ is from the truth."""
+    """Simulate, learn, write the table, and print how far the learned τ is from the true τ."""
     try:
         config = parse_config(SimulateConfig, argv, prog="simulate_tau.py")
         LearnedPrecision(config.per, config.start)

@@ -1,22 +1,24 @@
-"""Is the posterior of a guide calibrated? Simulation-based calibration (Talts et al., 2018) on linear-Gaussian hierarchies.
+"""Simulation-based calibration (Talts et al., 2018) of the guides on linear-Gaussian hierarchies.
 
     python scripts/experiments/simulation_based_calibration.py
 
-Each simulation draws θ_d ~ Normal(Θ, I/τ) for 8 tasks with 1 to 16 documents y_dn ~ Normal(θ_d, σ² I), fits a guide to the
-documents, and counts how many of 99 draws of a quantity lie below its true value. Over simulations these ranks are uniform if
-the guide is the posterior. Under p(Θ) ∝ 1 there is no Θ to draw, and none is needed: the posterior moves with Θ and the
-documents, so that the law of the ranks is the same for every Θ, and Θ = 0 stands for all.
+Each simulation draws θ_d ~ Normal(Θ, I/τ) for 8 tasks with 1 to 16 documents y_dn ~ Normal(θ_d, σ² I). It fits a guide to the
+documents and counts how many of 99 draws of a quantity are below its true value. If the guide is the posterior, these ranks have
+a uniform distribution over simulations. Under p(Θ) ∝ 1 one cannot draw Θ, but this is not needed: the posterior shifts with Θ
+and the documents, so the distribution of the ranks is the same for every Θ. The simulations use Θ = 0.
 
-Three cases: τ ``known``, and τ drawn from the hyperprior of ``RandomPrecision`` (``half_cauchy``, ``gamma``) and sampled by the
-guide. All simulations of a case stand in one plate and are fitted together: none shares a parameter or a draw with another, and
-the ELBO is the sum of theirs. Guides begin at the exact posterior's mean of θ and Θ, at its median of τ. ``exact`` draws from
-the posterior itself, τ from a fine grid: it tells an error of the simulation from one of a guide. ``laplace`` has the
-likelihood's own curvature and is the posterior where τ is known; where τ is not it holds it, and is left out.
+There are three cases: τ is ``known``, or it is drawn from a hyperprior of ``RandomPrecision`` (``half_cauchy``, ``gamma``) and
+sampled by the guide. All simulations of a case are in one plate and are fitted together. They share no parameters and no draws,
+and the ELBO is the sum of theirs. Guides start at the exact posterior mean of θ and Θ and at the posterior median of τ.
+``exact`` draws from the posterior itself, with τ from a fine grid; it separates errors of the simulation from errors of a guide.
+``laplace`` uses the exact curvature of the likelihood and equals the posterior if τ is known. It cannot sample τ, so the other
+cases leave it out.
 
 ``--output`` has the histograms of the ranks: case, guide, quantity, bin (0 to 19, of 5 ranks each), count. ``--summary`` has a
-row a case, guide and quantity: Pearson's χ² over the bins with its p-value, and the shares of simulations whose true value lies
-in the central 50 % and 90 % of the draws. Quantities: ``mean`` (an entry of Θ), and for the tasks with the fewest and the most
-documents N ``theta_<N>`` and ``deviation_<N>`` (the same entry of θ_d and of θ_d − Θ) and ``distance_<N>`` (‖θ_d − Θ‖); ``tau``.
+row for each case, guide and quantity: Pearson's χ² over the bins with its p-value, and the shares of simulations whose true
+value is in the central 50 % and 90 % of the draws. The quantities are ``mean`` (an entry of Θ), ``tau``, and for the tasks with
+the fewest and the most documents N ``theta_<N>`` and ``deviation_<N>`` (the same entry of θ_d and of θ_d − Θ) and
+``distance_<N>`` (‖θ_d − Θ‖).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
+from linear_posterior import COUNTS, Values, given_tau, posterior_of_tau
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from scipy.stats import chi2
@@ -48,11 +51,10 @@ from bora_pyro.options.field import option
 from bora_pyro.priors import Prior, RandomPrecision
 from bora_pyro.priors.random_precision import HYPERPRIORS
 
-COUNTS = (1, 1, 2, 3, 4, 6, 10, 16)  # N_d, from few to many
 NAME, WIDTH = "x", 5
 BINS = 20
 KNOWN = "known"
-#: Guides by case; all but exact are of ``bora_pyro.guides``.
+#: Guides by case. All except ``exact`` are guides of ``bora_pyro.guides``.
 CASES = {
     KNOWN: ("laplace", "normal", "low_rank", "auto_normal"),
     **{hyperprior: ("exact", "normal", "low_rank", "auto_normal") for hyperprior in HYPERPRIORS},
@@ -64,14 +66,14 @@ BUILDERS: dict[str, Callable[..., AutoGuide]] = {
 
 @dataclass(kw_only=True)
 class CalibrationConfig:
-    """Count ranks of true values among draws of guides, on linear-Gaussian hierarchies."""
+    """Count the ranks of true values among draws of guides, on linear-Gaussian hierarchies."""
 
     simulations: int = option(500, "simulated hierarchies of each case")
-    draws: int = option(99, "draws of a guide; 19, 39, 59, ...: all bins have as many ranks")
+    draws: int = option(99, "draws of a guide: 19, 39, 59, ..., so that all bins have the same number of ranks")
     steps: int = option(1000, "steps of each fit")
-    learning_rate: float = option(0.03, "peak learning rate of the fits; a cosine takes it to 0")
-    noise: float = option(1.0, "standard deviation of a document about its task")
-    tau: float = option(4.0, "precision of the prior where it is known; the hyperprior's scale is tau^-1/2")
+    learning_rate: float = option(0.03, "peak learning rate of the fits; it falls to 0 along a cosine")
+    noise: float = option(1.0, "standard deviation of a document around its task")
+    tau: float = option(4.0, "precision of the prior if it is known; the hyperprior's scale is tau^-1/2")
     seed: int = option(0, "seed of everything")
     output: str = option("results/simulation_based_calibration.csv", "the table of histograms")
     summary: str = option("results/simulation_based_calibration_summary.csv", "the table of p-values and coverage")
@@ -89,32 +91,14 @@ class CalibrationConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; give a finite number above 0")
 
 
-@dataclass(frozen=True)
-class Values:
-    """θ (D, S, width), Θ (S, width) and τ (S,) of all simulations."""
-
-    theta: Tensor
-    mean: Tensor
-    tau: Tensor
-
-    def quantities(self) -> dict[str, Tensor]:
-        """What is ranked, (S,) by name."""
-        found = {"mean": self.mean[:, 0]}
-        for d in (0, -1):
-            deviation = self.theta[d] - self.mean
-            found |= {f"theta_{COUNTS[d]}": self.theta[d, :, 0], f"deviation_{COUNTS[d]}": deviation[:, 0],
-                      f"distance_{COUNTS[d]}": deviation.norm(dim=-1)}  # fmt: skip
-        return found | {"tau": self.tau}
-
-
 class Hierarchies(BoRA):
     """S independent linear-Gaussian hierarchies with BoRA's sites.
 
     Args:
         prior: how tasks share.
-        y: the mean of each task's documents, all that the likelihood needs of them: (D, S, width).
+        y: mean of each task's documents, which is sufficient for the likelihood: (D, S, width).
         noise: σ.
-        layers: whether the simulations are the layers of one latent, and not a plate about all sites.
+        layers: whether the simulations are the layers of one latent; otherwise they are a plate around all sites.
     """
 
     def __init__(self, prior: Prior, y: Tensor, noise: float, *, layers: bool = False) -> None:
@@ -130,24 +114,29 @@ class Hierarchies(BoRA):
             pyro.sample("y", dist.Normal(theta, self.curvature**-0.5).to_event(2), obs=self.y)
 
     def weights(self, batch: Batch | TaskDraw | None = None) -> Weights:
-        """Sample θ: (D, S, width) as layers, (S, D, 1, width) in a plate."""
+        """Sample θ, of shape (D, S, width) as layers or (S, D, 1, width) in a plate."""
         if self.layers:
             return super().weights(batch)
         with pyro.plate("simulations", self.y.shape[1], dim=-2):
             return super().weights(batch)
 
     def by_task(self, theta: Tensor) -> Tensor:
-        """θ of either form, or Θ with one task, as (D, S, width)."""
+        """Bring θ of either form, or Θ with one task, to the shape (D, S, width)."""
         return theta if self.layers else theta[..., 0, :].transpose(0, 1)
 
     def values(self, sites: dict[str, Tensor], tau: Tensor) -> Values:
-        """The values that the sites stand for; tau: (S,), where it is no site."""
+        """The values of θ, Θ and τ at the sites.
+
+        Args:
+            sites: values of the sites.
+            tau: (S,) τ, used if it is not a site.
+        """
         theta, mean = self.weights_given(sites)
         of_mean = mean[NAME] if self.layers else self.by_task(mean[NAME])[0]
         return Values(self.by_task(theta[NAME]), of_mean, sites.get(f"precision.{NAME}", tau).flatten())
 
     def sites_of(self, values: Values) -> dict[str, Tensor]:
-        """``values`` undone, with the site of τ whether there is one or not."""
+        """The inverse of :meth:`values`. The result always has the site of τ, also if the model has none."""
         tau, mean = values.tau[:, None], values.mean
         white = tau**0.5 * (values.theta - mean)
         if not self.layers:
@@ -159,7 +148,7 @@ class Hierarchies(BoRA):
 
 
 def simulate(config: CalibrationConfig, case: str) -> tuple[Values, Tensor]:
-    """True values around Θ = 0, and the mean of each task's documents, (D, S, width)."""
+    """Draw true values around Θ = 0, and the mean of each task's documents, (D, S, width)."""
     s, shape = config.simulations, (len(COUNTS), config.simulations, WIDTH)
     with poutine.seed(rng_seed=config.seed):
         tau = torch.full((s,), config.tau, dtype=torch.float64)
@@ -170,33 +159,8 @@ def simulate(config: CalibrationConfig, case: str) -> tuple[Values, Tensor]:
         return Values(theta, torch.zeros_like(theta[0]), tau), theta + spread * torch.randn(shape, dtype=torch.float64)
 
 
-def posterior_of_tau(y: Tensor, h: Tensor, hyperprior: dist.TorchDistribution, log_tau: Tensor) -> Tensor:
-    """The posterior of log τ of each simulation on an even grid, with θ and Θ integrated out: (S, grid), sums are 1.
-
-    log p(y | τ) = ½ Σ_entries [Σ_d log w_d − log W − Σ_d w_d (y_d − m)²] and a constant, w_d = (1/τ + 1/h_d)⁻¹, W = Σ_d w_d,
-    m = Σ_d w_d y_d / W.
-    """
-    w = 1 / ((-log_tau).exp() + 1 / h.view(-1, 1))  # (D, grid)
-    total = w.sum(0)
-    squares = torch.einsum("dse,dg->sg", y.square(), w)
-    of_mean = torch.einsum("dse,dg->seg", y, w).square().sum(1) / total
-    log_p = 0.5 * (y.shape[-1] * (w.log().sum(0) - total.log()) - squares + of_mean)
-    return (log_p + hyperprior.log_prob(log_tau.exp()) + log_tau).softmax(-1)
-
-
-def given_tau(y: Tensor, h: Tensor, tau: Tensor, noisy: bool) -> Values:
-    """The posterior's mean of Θ and θ given τ (S,), or a draw from it."""
-    t = tau[:, None]
-    noise = torch.randn_like if noisy else torch.zeros_like
-    w = 1 / (1 / t + 1 / h)
-    mean = (w * y).sum(0) / w.sum(0)
-    mean = mean + w.sum(0) ** -0.5 * noise(mean)
-    theta = (t * mean + h * y) / (t + h)
-    return Values(theta + (t + h) ** -0.5 * noise(theta), mean, tau)
-
-
 class Exact:
-    """The posterior itself, of τ on a grid."""
+    """The exact posterior, with τ on a grid."""
 
     def __init__(self, config: CalibrationConfig, case: str, y: Tensor) -> None:
         self.y, self.h = y, (torch.tensor(COUNTS, dtype=y.dtype) / config.noise**2).view(-1, 1, 1)
@@ -209,7 +173,7 @@ class Exact:
         self.cumulative = posterior_of_tau(y, self.h, HYPERPRIORS[case](scale, scale), self.log_tau).cumsum(-1)
 
     def quantile(self, level: Tensor) -> Tensor:
-        """τ at a level of its posterior, (S,); the grid's cells are filled evenly."""
+        """The quantile of τ at a level, (S,). The density is constant within a cell of the grid."""
         if self.tau is not None:
             return self.tau
         cell = torch.searchsorted(self.cumulative, level[:, None]).clamp(max=len(self.log_tau) - 1)
@@ -219,19 +183,19 @@ class Exact:
         return (self.log_tau[cell] + (share - 0.5) * (self.log_tau[1] - self.log_tau[0])).exp()[:, 0]
 
     def centre(self) -> Values:
-        """The median of τ, and the mean of Θ and θ given that."""
+        """The median of τ, and the mean of Θ and θ given this τ."""
         return given_tau(self.y, self.h, self.quantile(self.y.new_full(self.y.shape[1:2], 0.5)), noisy=False)
 
     def draw(self) -> Values:
-        """A draw of all simulations."""
+        """Draw from the posteriors of all simulations."""
         return given_tau(self.y, self.h, self.quantile(torch.rand(self.y.shape[1], dtype=self.y.dtype)), noisy=True)
 
 
 def fitted_guide(config: CalibrationConfig, case: str, name: str, y: Tensor) -> tuple[Hierarchies, AutoGuide]:
-    """A guide of the hierarchies of the documents y, fitted where it is to be fitted."""
+    """Make a model of the documents y and a guide, and fit the guide. A Laplace guide is not fitted."""
     scale = config.tau**-0.5
     prior = HierarchicalNormal(config.tau) if case == KNOWN else RandomPrecision(case, "layer", scale=scale, start=config.tau)
-    # Laplace's guide knows tasks and layers, and no other plate
+    # a Laplace guide supports tasks and layers, but no other plate
     model = Hierarchies(prior, y, config.noise, layers=name == "laplace")
     sites = model.sites_of(Exact(config, case, y).centre())
     if name == "laplace":
@@ -250,7 +214,13 @@ def fitted_guide(config: CalibrationConfig, case: str, name: str, y: Tensor) -> 
 
 
 def draws_of(model: Hierarchies, guide: AutoGuide, tau: Tensor) -> Iterator[Values]:
-    """Draws of a guide without end; tau: (S,), where it is known."""
+    """Yield draws of a guide without end.
+
+    Args:
+        model: the model.
+        guide: the guide.
+        tau: (S,) τ, used if it is known.
+    """
     while True:
         with torch.no_grad():
             values = model.values(guide(), tau)
@@ -258,13 +228,13 @@ def draws_of(model: Hierarchies, guide: AutoGuide, tau: Tensor) -> Iterator[Valu
 
 
 def exact_draws(exact: Exact) -> Iterator[Values]:
-    """Draws of the posterior itself without end."""
+    """Yield draws of the exact posterior without end."""
     while True:
         yield exact.draw()
 
 
 def ranks(config: CalibrationConfig, case: str, name: str) -> dict[str, Tensor]:
-    """How many of a guide's draws lie below the true value, (S,) by quantity."""
+    """Count the draws of a guide that are below the true value: (S,) by quantity."""
     truth, y = simulate(config, case)
     if name == "exact":
         draws: Iterator[Values] = exact_draws(Exact(config, case, y))
@@ -283,7 +253,7 @@ def ranks(config: CalibrationConfig, case: str, name: str) -> dict[str, Tensor]:
 
 
 def histogram(rank: Tensor, draws: int) -> Tensor:
-    """Counts of the ranks 0 to ``draws`` in ``BINS`` bins of as many ranks."""
+    """Count the ranks 0 to ``draws`` in ``BINS`` bins with equal numbers of ranks."""
     return torch.bincount(rank * BINS // (draws + 1), minlength=BINS)
 
 
@@ -297,7 +267,7 @@ def assess(rank: Tensor, draws: int) -> dict[str, float]:
 
 
 def run(config: CalibrationConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every guide in every case: the table of histograms and that of p-values and coverage."""
+    """Run every guide in every case. Returns the table of histograms and the table of p-values and coverage."""
     histograms, rows = [], []
     for case, names in CASES.items():
         for name in names:
@@ -310,7 +280,7 @@ def run(config: CalibrationConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """The summary for people: coverage of 50 % and 90 %, and a star where the ranks are not uniform (p < 0.001)."""
+    """The summary as a Markdown table: coverage of 50 % and 90 %, and a star if the ranks are not uniform (p < 0.001)."""
     quantities = list(dict.fromkeys(summary["quantity"]))
     header = ["τ", "guide", "simulations", *quantities]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
@@ -325,7 +295,7 @@ def markdown(summary: pd.DataFrame) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run the calibration, write both tables and print the coverage."""
+    """Run the calibration, write both tables, and print the coverage."""
     try:
         config = parse_config(CalibrationConfig, argv, prog="simulation_based_calibration.py")
         histograms, summary = run(config)

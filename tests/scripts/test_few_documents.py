@@ -109,7 +109,7 @@ def test_a_later_seed_searches_nothing(curve, tmp_path):
     ("change", "words"),
     [
         (["--arms", "bora,scratsch"], "arm 'scratsch' is not known.*did you mean 'scratch'"),
-        (["--documents", "5,many"], "documents 'many' is no number"),
+        (["--documents", "5,many"], "documents 'many' is not a number"),
         (["--steps", "0"], "steps has '0'"),
         (["--fit_learning_rates", "0.01,fast"], "fit_learning_rates has 'fast'"),
         (["--left_out", "0"], "left_out is 0"),

@@ -119,9 +119,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     ("words", "message"),
     [
         (["--chains", "1"], "chains is 1; give a whole number from 2 up"),
-        (["--width", "5"], "width is 5; the two heads share it, give an even number, nearest: 6"),
+        (["--width", "5"], "width is 5; give an even number for the two heads, nearest: 6"),
         (["--documents", "4"], "documents is 4; give two or more whole numbers above 0"),
-        (["--documents", "4", "4"], "documents is 4 4; the tables know tasks by them, give different numbers"),
+        (["--documents", "4", "4"], "documents is 4 4; give different numbers, which identify the tasks"),
         (["--tau", "0"], "tau=0.0 is a limit of HierarchicalNormal; use Independent(), or prior_from_tau(0.0)"),
     ],
 )
