@@ -1,8 +1,8 @@
-"""Run the py:percent twin of a notebook and store the notebook, outputs and all, beside it: what ``make notebooks`` does.
+"""Run a notebook from its py:percent file and store it with its outputs; ``make notebooks`` calls this.
 
     python notebooks/execute.py notebooks/prior_strength.py
 
-The stored notebook is replaced only when every cell has run.
+The stored notebook is replaced only after every cell has run.
 """
 
 import os
@@ -15,10 +15,18 @@ from nbclient import NotebookClient
 
 
 def executed(twin: Path, *, folder: Path | None = None) -> nbformat.NotebookNode:
-    """The twin as a notebook with outputs, run in ``folder`` (default: the twin's own)."""
+    """Run a py:percent file as a notebook.
+
+    Args:
+        twin: the py:percent file.
+        folder: working directory; default: the folder of the file.
+
+    Returns:
+        The notebook with its outputs.
+    """
     notebook = jupytext.read(twin)
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # jupytext draws them at random, which would be a change at every run
+        cell.id = f"cell-{number}"  # jupytext's ids are random and would change at every run
     client = NotebookClient(
         notebook,
         timeout=3600,
@@ -30,6 +38,7 @@ def executed(twin: Path, *, folder: Path | None = None) -> nbformat.NotebookNode
 
 
 def main(twins: list[Path]) -> None:
+    """Run the files one after another and store their notebooks."""
     for twin in twins:
         notebook, stored = executed(twin), twin.with_suffix(".ipynb")
         temporary = stored.with_name(f".{stored.name}.tmp")

@@ -14,13 +14,13 @@
 # %% [markdown]
 # # How strong should the prior be?
 #
-# Many tasks share one frozen language model, and every task d has LoRA weights of its own under one prior,
-# θ_d ~ Normal(Θ, I/τ). The precision τ says how much the tasks share: at τ = 0 each task is on its own, at τ = ∞ there is one
-# adapter for all, and in between a task leans on the others as far as its own documents leave room for that.
+# Many tasks share one frozen language model, and every task d has its own LoRA weights with the same prior,
+# θ_d ~ Normal(Θ, I/τ). The precision τ says how much the tasks share. At τ = 0 each task is independent, and at τ = ∞ all tasks
+# have the same adapter. In between, a task borrows from the others; the fewer documents it has, the more it borrows.
 #
-# This notebook asks which τ to take, in five steps: a sweep over τ, three fits side by side with the texts they write, each
-# task's own view of τ, what shrinkage looks like inside a fit, and which tasks gain. The sweeps were made by
-# `scripts/tau_sweep.py` and are read from `results/`; the three fits are made here, in a few minutes on two cores.
+# This notebook shows how to choose τ, in five steps: a sweep over τ, a comparison of three fits and of the texts they write, the
+# best τ of each task, the shrinkage inside a fit, and the gain of each task. The sweeps were made by `scripts/tau_sweep.py` and
+# are read from `results/`. The three fits are made here, in a few minutes on two cores.
 
 # %%
 # %matplotlib inline
@@ -45,7 +45,7 @@ from bora_pyro.diagnostics.plots.sweeps import gain_by_task
 from bora_pyro.diagnostics.shrinkage import compare_priors, held_out, shrinkage
 from bora_pyro.diagnostics.sweep_table import at_best_rates, best_rates, best_tau, read_sweep, runs, summary, tau_order
 
-# What the three fits are made of. BORA_PYRO_NOTEBOOK=small makes them in seconds, to see that everything runs.
+# Settings of the three fits. BORA_PYRO_NOTEBOOK=small makes them small, so that the notebook can be tested in seconds.
 DOCUMENTS = {"max_tokens": 128, "max_train_documents": 8, "max_eval_documents": 6}
 TARGETS, RANK, EPOCHS, TOKEN_BUDGET = ["q_proj", "v_proj", "fc1", "fc2"], 8, 6, 1024
 TASK, PROMPT_TOKENS, NEW_TOKENS = "algorithms.shortest_paths", 24, 60
@@ -61,17 +61,17 @@ plt.rcParams.update(plots.STYLE | {"figure.dpi": 100})
 # %% [markdown]
 # ## 1. The question in one picture
 #
-# Two corpora, both with few documents a task: the documentation of networkx (a task is a sub-package), and presidents' speeches
-# (a task is a president). Every τ is fitted at several learning rates, and the validation split chooses the rate; the test split
-# is only reported. A curve that is lowest in the middle says that tasks differ and still have something to tell one another; one
-# that falls all the way to τ = ∞ says that what there is to learn is the same for all.
+# There are two corpora, both with few documents a task: the documentation of networkx (a task is a sub-package), and presidents'
+# speeches (a task is a president). Every τ is fitted at several learning rates. The validation split chooses the rate, and the
+# test split is only reported. If a curve is lowest in the middle, the tasks differ, but can still learn from each other. If it
+# falls up to τ = ∞, one adapter can learn everything.
 
 # %%
 corpora = {"documentation": "documentation of networkx", "presidents": "presidents' speeches"}
 here = Path.cwd()
 results = next((path for folder in (here, *here.parents) if (path := folder / "results").is_dir()), Path("results"))
 tables = {name: results / f"{name}.parquet" for name in corpora}
-# the rest of the notebook is about the documentation; the other corpus is shown where its table is
+# the documentation is needed below; the other corpus is optional
 sweeps = {name: read_sweep(path) for name, path in tables.items() if name == "documentation" or path.is_file()}
 
 figure, axes = plt.subplots(1, len(sweeps), figsize=(4.9 * len(sweeps), 3.8), squeeze=False)
@@ -80,12 +80,12 @@ for ax, (name, sweep) in zip(axes[0], sweeps.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# The same in numbers. The sentence under each table compares test perplexities on the same split, seed by seed.
+# The tables show the same results. The sentence below each table compares test perplexities on the same split, seed by seed.
 
 
 # %%
 def worse_by(sweep: pd.DataFrame, tau: str, reference: str) -> str:
-    """By how many percent the test perplexity at one τ is above that at another: the mean over the seeds that both have."""
+    """Difference of test perplexity between two τ in percent: the mean over the seeds that both have."""
     by_tau = runs(at_best_rates(sweep)).pivot(index="seed", columns="tau", values="test_perplexity")
     percent = (100 * (by_tau[tau] / by_tau[reference] - 1)).dropna()
     return f"{percent.mean():+z.1f} %" + (f" (± {percent.std():.1f})" if len(percent) > 1 else "")
@@ -103,13 +103,13 @@ for name, sweep in sweeps.items():
     display(Markdown(f"The validation split chooses {title(chosen)}. Test perplexity against that: {', '.join(lines)}."))
 
 # %% [markdown]
-# A grid of fixed τ costs a fit, or several, for each τ; the learned τ costs one fit for each learning rate. The rows above show
-# what that saving costs in perplexity.
+# A grid of fixed τ needs at least one fit for each τ. The learned τ needs one fit for each learning rate. The tables show how
+# much perplexity the learned τ loses or gains.
 #
 # ## 2. One task under three priors
 #
-# Now three fits of our own, on the documentation with only a few training documents a task: independent tasks, a learned τ, one
-# adapter for all. Each has the learning rate that the sweep chose for its prior.
+# Now we make three fits, on the documentation with only a few training documents a task: independent tasks, a learned τ, and one
+# adapter for all. Each uses the learning rate that the sweep chose for its prior.
 
 # %%
 backbone = bp.Backbone.from_pretrained("builtin:nano", targets=TARGETS)
@@ -124,10 +124,10 @@ print(data)
 print(f"learned τ, geometric mean: {fits['learned'].tau():.0f}")
 
 # %% [markdown]
-# Perplexity on held-out documents, of all tasks and of the one that we look at below; then the three fits compared document by
-# document: `elpd` is the log probability of the test documents in nats, `elpd_diff` how much is missing to the best, `dse` the
-# standard error of that difference (rather too small, as documents of one task share an adapter). One task need not rank the
-# three as all tasks together do; section 3 comes back to that.
+# The first table has the perplexity on test documents, of all tasks and of the task that we look at below. The second compares
+# the three fits document by document. `elpd` is the log probability of the test documents in nats, `elpd_diff` its difference
+# from the best fit, and `dse` the standard error of this difference (somewhat too small, because documents of one task share an
+# adapter). The order of the three fits can differ between one task and all tasks together; section 3 shows this.
 
 # %%
 names = {tau: title(tau) for tau in fits}
@@ -152,19 +152,19 @@ plt.show()
 
 
 # %% [markdown]
-# What do they write? Each fit continues the same beginning of a test document, drawn token by token with the same random
-# numbers. The base has 4.3 million parameters, so these texts are rough whatever the prior, and one text proves nothing; the
-# number beside each name, the perplexity of the document's real text, is the better guide.
+# What do the fits write? Each one continues the beginning of the same test document, with the same random numbers. The base has
+# only 4.3 million parameters, so the texts are poor under every prior, and a single text is no evidence. The number after each
+# name is the perplexity of the real document, which is the better measure.
 
 
 # %%
 @torch.inference_mode()
 def write(start: torch.Tensor, change, *, temperature: float = 0.7) -> str:
-    """Continue the tokens `start` with the changes that an adapter makes to the base (None: the base alone)."""
-    draws, tokens = torch.Generator().manual_seed(SEED), start[None]
+    """Continue the tokens `start` with an adapter's change of the base (None: the base alone)."""
+    generator, tokens = torch.Generator().manual_seed(SEED), start[None]
     for _ in range(NEW_TOKENS):
         probabilities = (backbone.logits(tokens, change)[0, -1] / temperature).softmax(-1)
-        token = torch.multinomial(probabilities, 1, generator=draws)
+        token = torch.multinomial(probabilities, 1, generator=generator)
         if token.item() == backbone.tokenizer.eos_token_id:
             break
         tokens = torch.cat([tokens, token[None]], 1)
@@ -181,12 +181,12 @@ document = data.test.document(chosen)
 start, rest = document[:PROMPT_TOKENS], document[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]
 texts = [
     paragraph(f"the beginning ({TASK})", backbone.tokenizer.decode(start, skip_special_tokens=True)),
-    paragraph("how it really goes on", backbone.tokenizer.decode(rest, skip_special_tokens=True)),
+    paragraph("the real continuation", backbone.tokenizer.decode(rest, skip_special_tokens=True)),
     paragraph("base model", write(start, None)),
 ]
 for tau, fitted in fits.items():
-    held = containers[names[tau]]
-    per_token = held["log_likelihood"]["documents"].values[0, 0, chosen] / held["constant_data"]["document_tokens"].values[chosen]
+    log_likelihood = containers[names[tau]]["log_likelihood"]["documents"].values[0, 0, chosen]
+    per_token = log_likelihood / containers[names[tau]]["constant_data"]["document_tokens"].values[chosen]
     theta, _ = fitted.weights()
     change = fitted.model.change(theta, torch.tensor([task]))
     texts.append(paragraph(f"{names[tau]} (perplexity of the document: {np.exp(-per_token):.1f})", write(start, change)))
@@ -195,11 +195,10 @@ print("\n".join(texts))
 # %% [markdown]
 # ## 3. The same τ is not best for all
 #
-# Each task, seen alone, would choose a τ of its own. The panels show, for every τ of the documentation's sweep, by how much each
-# task's test perplexity lies above the lowest that any fixed τ gives that task. Nobody could have chosen that lowest value
-# beforehand, as it is read off the test split: it is a yardstick, not a method (and a learned τ, which differs between groups of
-# weights, may even fall below it). Tasks with the fewest training documents stand at the bottom. Look for the panel in which all
-# tasks are near 0.
+# Each task alone would choose its own τ. For every τ of the documentation's sweep, a panel shows how far each task's test
+# perplexity is above the task's lowest test perplexity at any fixed τ. The lowest value is only a reference: it comes from the
+# test split, so nobody could have chosen it beforehand. A learned τ differs between groups of weights and can even be below it.
+# Tasks with the fewest training documents are at the bottom. In a good panel all tasks are near 0.
 
 # %%
 sweep = at_best_rates(sweeps["documentation"])
@@ -227,27 +226,15 @@ figure.supxlabel("test perplexity above the task's own lowest (%)", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Where widgets run, the slider below goes through the same table, this time in perplexities themselves: the point is a task's
-# perplexity at the chosen τ, the line its range over all fixed τ. The pictures are drawn beforehand, so that the slider needs no
-# running kernel.
+# If widgets are available, the slider below shows the same table as perplexities. A point is a task's perplexity at the chosen τ,
+# and a line its range over all fixed τ. The pictures are drawn in advance, so the slider works without a running kernel.
 
 
 # %%
 def picture(tau: str) -> bytes:
-    """The tasks' perplexities at one τ, as the bytes of a PNG."""
+    """The tasks' perplexities at one τ, as the bytes of a PNG file."""
     figure, ax = plt.subplots(figsize=(6.2, 4.4))
-    fixed = by_task.drop(columns="learned", errors="ignore")
-    ax.hlines(rows, fixed.min(axis=1), fixed.max(axis=1), colors=LIGHT, linewidth=2)
-    ax.plot(by_task[tau], rows, "o")
-    ax.set_yticks(rows, labels)
-    ax.set_ylabel("task ($N_d$)")
-    ax.set_xscale("log")
-    low, high = by_task.min(axis=None) * 0.93, by_task.max(axis=None) * 1.07
-    ax.set_xlim(low, high)
-    ticks = [tick for tick in (2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500) if low < tick < high]
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.xaxis.minorticks_off()
-    ax.set_xlabel("test perplexity of the task")
+    plots.task_ranges(by_task.set_axis(labels), tau, ax)
     ax.set_title(f"{title(tau)}: all tasks {runs(sweep).query('tau == @tau').test_perplexity.mean():.2f}")
     figure.savefig(file := BytesIO(), format="png", dpi=80)
     plt.close(figure)
@@ -257,7 +244,7 @@ def picture(tau: str) -> bytes:
 try:
     import ipywidgets
 except ImportError:
-    print("no slider without ipywidgets; the panels above show all its pictures")
+    print("the slider needs ipywidgets; the panels above show the same values")
 else:
     slider = ipywidgets.SelectionSlider(options=[(tau.replace("inf", "∞"), tau) for tau in taus], description="τ")
     stack = ipywidgets.Stack([ipywidgets.Image(value=picture(tau), format="png") for tau in taus], selected_index=0)
@@ -266,10 +253,10 @@ else:
     display(bundle | {"text/plain": "(a slider over τ, where widgets can be shown)"}, raw=True)
 
 # %% [markdown]
-# ## 4. Inside the fit: who is shrunk how far
+# ## 4. Inside the fit: how far each task is shrunk
 #
-# Back to our own fit with the learned τ. How τ moved during it, one line for each kind of layer and factor of its LoRA product;
-# the vertical line marks the end of the epoch whose state was kept:
+# We return to our fit with the learned τ. The picture shows the path of τ during the fit, one line for each kind of layer and
+# factor of its LoRA product. The vertical line marks the end of the epoch whose state was kept.
 
 # %%
 fitted = fits["learned"]
@@ -280,7 +267,7 @@ if fitted.best_epoch:
 plt.show()
 
 # %% [markdown]
-# How far each task stands from Θ, and in which layers:
+# How far is each task from Θ, and in which layers?
 
 # %%
 container = shrinkage(fitted, data)
@@ -292,12 +279,11 @@ plots.deviation_heatmap(container, axes[1])
 plt.show()
 
 # %% [markdown]
-# A distance from Θ says little by itself: is it what the documents ask for, or all that the prior lets through? Two numbers
-# help. γ_d = Σ h/(h + τ), with h the curvature of the task's log-likelihood in each entry, counts the entries that the task's
-# documents determine rather than the prior. The pooling factor λ, of a layer, compares the tasks' differences with what is not
-# known of them: 1 means that the differences drown in that uncertainty, lower values that the tasks do stand apart. An adapter
-# has far more entries than a few documents can determine, so a small share γ_d and a λ near 1 are to be expected; the places
-# where λ is lower are where the tasks differ most clearly.
+# A distance from Θ alone does not show whether the documents or the prior determine it. Two numbers help. γ_d = Σ h/(h + τ), with
+# h the curvature of the task's log-likelihood in each entry, is the effective number of entries that the documents determine. The
+# pooling factor λ of a layer compares the differences between tasks with their uncertainty. If λ is 1, the differences are not
+# larger than the uncertainty; if it is lower, the tasks clearly differ. An adapter has far more entries than a few documents can
+# determine, so one should expect a small share γ_d and a λ near 1. The tasks differ most clearly where λ is lower.
 
 # %%
 gamma = posterior["effective_parameters"].values[0, 0]
@@ -311,10 +297,10 @@ plots.pooling_factors(container, ax)
 plt.show()
 
 # %% [markdown]
-# Are there tasks that deviate in the same direction? Here are their changes to the weights, ΔW_d − ΔW_Θ, on the first two
-# principal components, and as a dendrogram of all distances. Both have a way of saying no: small shares of the variance on the
-# axes mean that the tasks lie in many more than two directions, so that neighbours in the picture need not be neighbours; and a
-# dendrogram that is one long staircase has no groups to show. Names for which there is no room are left out.
+# Do some tasks deviate in the same direction? The pictures show their changes of the weights, ΔW_d − ΔW_Θ, on the first two
+# principal components, and as a dendrogram of all distances. If the shares of variance on the axes are small, the tasks differ in
+# many more than two directions, and neighbours in the picture are not always neighbours. If the dendrogram is one long staircase,
+# there are no groups. Names without room are left out.
 
 # %%
 gram = task_gram(fitted)
@@ -324,11 +310,11 @@ plots.task_pca(gram, fitted.tasks, axes[0])
 plt.show()
 
 # %% [markdown]
-# ## 5. Who gains: is it the tasks with few documents?
+# ## 5. Do tasks with few documents gain most?
 #
-# A task with little data should gain most over being alone, and that is what the paper's Figure 3 shows. The sweep can be asked:
-# the gain of a fixed τ between the limits, the one that the validation split chose, over either limit, against $N_d$, with the
-# standard deviation over seeds where there are several, and the rank correlation of the two.
+# A task with little data should gain most from sharing, as the paper's Figure 3 shows. The sweep can test this. The pictures show
+# the gain of a fixed τ, the one that the validation split chose, over each limit, against $N_d$. Bars are standard deviations
+# over seeds, if there are several. The text below has the rank correlation of gain and $N_d$.
 
 # %%
 table = sweeps["documentation"]
@@ -346,17 +332,17 @@ for ax, reference in zip(axes, ("0", "inf"), strict=True):
 plt.show()
 most = gains.documents.max()
 at_most = (gains.documents == most).sum()
-lines.append(f"- $N_d$ goes from {gains.documents.min():.0f} to {most:.0f}, and {at_most} tasks have that most")
+lines.append(f"- $N_d$ is between {gains.documents.min():.0f} and {most:.0f}, and {at_most} tasks have the maximum")
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# The sweep gives every task at most so many training documents, so that $N_d$ covers a narrow range and many tasks stand at its
-# upper end. A correlation near 0 is then no evidence against the expectation, only a lack of evidence for it, and one that is not
-# near 0 rests on the few tasks below the cap.
+# The sweep limits the number of training documents of a task, so $N_d$ has a narrow range and many tasks are at its upper end.
+# With such data a correlation near 0 is not evidence against the expectation. A correlation that is not near 0 depends on the few
+# tasks below the limit.
 #
 # ## What to do with your own data
 #
-# - Fit once with `--tau learned` (in Python: `prior=bp.LearnedPrecision()`), then look at section 4's pictures.
-# - If a few percent of perplexity matter, sweep: `scripts/tau_sweep.py` takes the same data, and section 1 shows what may come
-#   of it. Give every τ its own learning rate, or the comparison is one of learning rates.
-# - Whatever chooses τ, let it be the validation split; keep the test split for the one number at the end.
+# - Fit once with `--tau learned` (in Python: `prior=bp.LearnedPrecision()`), then make the pictures of section 4.
+# - If a few percent of perplexity matter, make a sweep with `scripts/tau_sweep.py` on the same data and plot it as in section 1.
+#   Choose a learning rate for every τ; otherwise the sweep mostly compares learning rates.
+# - Always choose τ with the validation split, and use the test split only once, at the end.

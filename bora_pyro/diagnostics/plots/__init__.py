@@ -17,6 +17,7 @@ from bora_pyro.diagnostics.plots.geometry import task_dendrogram, task_pca
 from bora_pyro.diagnostics.plots.labels import place_labels
 from bora_pyro.diagnostics.plots.learning import learning_curves
 from bora_pyro.diagnostics.plots.posterior import rank_histogram, scale_scatter
+from bora_pyro.diagnostics.plots.precision import tau_intervals
 from bora_pyro.diagnostics.plots.shrinkage import (
     deviation_by_documents,
     deviation_heatmap,
@@ -26,10 +27,11 @@ from bora_pyro.diagnostics.plots.shrinkage import (
 )
 from bora_pyro.diagnostics.plots.style import STYLE, style
 from bora_pyro.diagnostics.plots.sweeps import compare_forest, form_curves, task_gain, tau_curve, tau_path
+from bora_pyro.diagnostics.plots.task_ranges import task_ranges
 
 __all__ = [
     "STYLE", "compare_forest", "deviation_by_documents", "deviation_heatmap", "few_documents_curve", "form_curves",
     "learning_curves", "place_labels", "pooling_factors", "rank_histogram", "reliability_diagram", "risk_coverage_curves",
     "scale_scatter", "scores_by_origin", "shrinkage_forest", "shrinkage_ridge", "style", "task_dendrogram", "task_gain",
-    "task_pca", "tau_curve", "tau_path", "token_uncertainty",
+    "task_pca", "task_ranges", "tau_curve", "tau_intervals", "tau_path", "token_uncertainty",
 ]  # fmt: skip
