@@ -1,5 +1,5 @@
 "use strict";
-// A click on a heading, or Enter on it, sorts the rows; what is missing stays last.
+// Clicking a heading, or pressing Enter on it, sorts the rows. Missing values stay last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
