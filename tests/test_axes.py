@@ -13,25 +13,8 @@ from bora_pyro import BoRA, HierarchicalNormal, InputError, LoRA, fit, map_guide
 from bora_pyro.exchange.factors import lora_form
 from bora_pyro.guides import low_rank_guide
 from bora_pyro.inference.fit import FitStopped
-from bora_pyro.priors import with_shared
 from tests.tiny import TASKS, loaded_peft, random_ids, random_weights, tiny_backbone, tiny_batch, tiny_data, tiny_model
-from tests.toy_members import Certainty, OneFactor, Projected, Spectral, TokenMixture
-
-
-def model_with(member):
-    """The model of a toy member, on a tiny base."""
-    parts = {
-        "adapter": {"adapter": Spectral()},
-        "wrapper": {"adapter": Projected()},
-        "prior": {"adapter": LoRA(rank=1), "prior": OneFactor()},
-        "router": {
-            "adapter": LoRA(rank=1), "router": TokenMixture(TASKS), "prior": with_shared(HierarchicalNormal(10), ("gate",)),
-        },
-        "objective": {"adapter": LoRA(rank=1), "likelihood": Certainty()},
-    }  # fmt: skip
-    options = {"prior": HierarchicalNormal(10)} | parts[member]
-    return BoRA(tiny_backbone("llama", targets=["q_proj", "down_proj"]), TASKS, **options)
-
+from tests.toy_members import model_with
 
 MEMBERS = pytest.mark.parametrize("member", ["adapter", "wrapper", "prior", "router", "objective"])
 OPTIONS = {"epochs": 3, "token_budget": 30, "patience": 0, "learning_rate": 0.03}

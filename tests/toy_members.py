@@ -8,13 +8,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 
+from bora_pyro import BoRA, HierarchicalNormal
 from bora_pyro.adapters import Adapter, LoRA
 from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.inference.callbacks import Callback
 from bora_pyro.likelihoods import Likelihood
-from bora_pyro.priors import Prior
+from bora_pyro.priors import Prior, with_shared
 from bora_pyro.priors.base import StandardNormal, flat
 from bora_pyro.routers import Router
+from tests.tiny import TASKS, tiny_backbone
 
 
 class Grow(Callback):
@@ -170,3 +172,18 @@ class Certainty(Likelihood):
 
     def __repr__(self):
         return f"Certainty(weight={self.weight:g})"
+
+
+def model_with(member):
+    """The model of a toy member, on a tiny base."""
+    parts = {
+        "adapter": {"adapter": Spectral()},
+        "wrapper": {"adapter": Projected()},
+        "prior": {"adapter": LoRA(rank=1), "prior": OneFactor()},
+        "router": {
+            "adapter": LoRA(rank=1), "router": TokenMixture(TASKS), "prior": with_shared(HierarchicalNormal(10), ("gate",)),
+        },
+        "objective": {"adapter": LoRA(rank=1), "likelihood": Certainty()},
+    }  # fmt: skip
+    options = {"prior": HierarchicalNormal(10)} | parts[member]
+    return BoRA(tiny_backbone("llama", targets=["q_proj", "down_proj"]), TASKS, **options)

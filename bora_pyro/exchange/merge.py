@@ -1,0 +1,59 @@
+"""A base with one adapter merged into its weights, W + ΔW: for a change that no low rank holds, or a server without adapters.
+
+>>> import tempfile
+>>> import bora_pyro as bp
+>>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
+>>> with tempfile.TemporaryDirectory() as folder:
+...     save_merged(Path(folder) / "merged", model, model.starts)
+...     merged = bp.Backbone.from_pretrained(Path(folder) / "merged")
+>>> merged.digest == model.backbone.digest  # adapters change nothing at their start
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from bora_pyro.errors import InputError
+from bora_pyro.exchange.factors import layer_deltas
+from bora_pyro.files.atomic import whole_folder, write_record
+from bora_pyro.model import BoRA
+
+#: The file of a merged base that says how it was made.
+MERGED = "merged.json"
+
+
+def save_merged(
+    folder: str | Path, model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = None, overwrite: bool = False
+) -> None:
+    """Write the base with one adapter merged into it, as ``save_pretrained`` does; the folder appears when all is written.
+
+    Args:
+        folder: the folder to make.
+        model: the model that the weights belong to; its base is left as it is.
+        weights: one task's (or Θ's) latents by name, (layers, *shape) each.
+        task: index of the task, where tasks have masks of their own; None: Θ.
+        overwrite: replace an earlier merged base.
+
+    Raises:
+        InputError: the change depends on the tokens; the base is quantised, so that its weights cannot take a change; or the
+            folder is taken or cannot be written.
+    """
+    base = model.backbone.model
+    if getattr(base, "is_quantized", False):
+        raise InputError("a quantised base takes no change of its weights; load it without --quantization to merge an adapter")
+    deltas = layer_deltas(model, weights, task=task)
+    state = dict(base.state_dict())
+    for slot in model.backbone.slots:
+        for path in slot.paths:
+            key, delta = f"{path}.weight", deltas[path]
+            change = delta.mT if slot.fan_in_fan_out else delta
+            state[key] = (state[key].float() + change.to(state[key].device)).to(state[key].dtype)
+    with whole_folder(folder, record=MERGED, overwrite=overwrite) as aside:
+        base.save_pretrained(aside, state_dict=state)
+        if model.backbone.tokenizer is not None:
+            model.backbone.tokenizer.save_pretrained(aside)
+        write_record(aside, MERGED, {"base_model": base.config.name_or_path, "model": repr(model)})
