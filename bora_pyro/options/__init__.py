@@ -1,4 +1,4 @@
-"""Options: configuration dataclasses whose fields document and check themselves, and the command line that reads them."""
+"""Configuration dataclasses, whose fields hold their own help and checks, and the command line that fills them."""
 
 from bora_pyro.options.command_line import parse_config, run_script, to_yaml
 from bora_pyro.options.field import changed, check_choices, check_fields, option, with_changes

@@ -1,6 +1,6 @@
-"""A configuration dataclass as a command line: ``--config FILE.yaml`` first, ``--key value`` over it.
+"""Fill a configuration dataclass from the command line: ``--config FILE.yaml``, and ``--key value``, which wins over the file.
 
-A field's help is its documentation, so it is written once. Everything that cannot be used is one ``InputError``.
+The help text of a field is also its documentation. Every invalid input raises ``InputError``.
 
     >>> from dataclasses import dataclass
     >>> from bora_pyro.options.field import option
@@ -42,7 +42,7 @@ _EXPECTED |= {tuple: "a text, or several"}
 _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", list: "NAME", tuple: "TEXT"}
 _CONTROLS = ("config", "print_config", "print_schema", "help")
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+|\.?inf|\.?nan)(e[-+]?\d+)?", re.IGNORECASE)
-# How YAML writes the numbers that no digits write.
+# YAML's spelling of the numbers that have no digits.
 _YAML_NUMBERS = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 
 
@@ -55,15 +55,15 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None, 
         (inf, ['q_proj', 'v_proj'], 8)
 
     Args:
-        cls: a dataclass whose fields are made by ``option``; its ``validate()`` is called where it has one.
+        cls: a dataclass whose fields are made by ``option``. Its method ``validate()`` is called if it has one.
         argv: the arguments without the program's name: ``--key value``, ``--key=value``, ``--config FILE.yaml``,
-            ``--print_config`` (prints the resolved YAML with every option's help, exits with 0), ``--print_schema`` (prints
-            the JSON schema of the YAML, exits with 0) and ``--help``.
+            ``--print_config`` (prints the resolved YAML with the help of every option), ``--print_schema`` (prints the JSON
+            schema of the YAML file) and ``--help``.
         prog: the program's name in ``--help``.
-        others: configurations of other commands by their names: a file of theirs is told by its options.
+        others: configuration classes of other commands, by command name. If the file fits one of them, the error says so.
 
     Raises:
-        InputError: an unknown, repeated or unusable option, or a file that cannot be used.
+        InputError: an option is unknown, is given twice or has an invalid value, or the file cannot be used.
         SystemExit: with code 0, after ``--help``, ``--print_schema`` and ``--print_config``.
     """
     kinds = option_types(cls)
@@ -90,7 +90,10 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None, 
 
 
 def run_script(main: Callable[[list[str]], int]) -> NoReturn:
-    """End the program as ``main`` says, called with its arguments; after Ctrl-C with a line and 130, as shells expect."""
+    """Call ``main`` with the program's arguments and exit with the code that it returns.
+
+    After Ctrl-C the program prints "interrupted" and exits with code 130, as shells expect.
+    """
     try:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -100,7 +103,7 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def to_yaml(config: Any, *, comments: bool = False) -> str:
-    """The configuration as YAML; ``--config`` reads it back to an equal one.
+    """The configuration as YAML. ``--config`` reads it back to an equal configuration.
 
         >>> from bora_pyro.runs.config.map_fit import MapFitConfig
         >>> print(to_yaml(MapFitConfig(tau=float("inf"))).splitlines()[0])
@@ -108,7 +111,7 @@ def to_yaml(config: Any, *, comments: bool = False) -> str:
 
     Args:
         config: the configuration.
-        comments: put each option's help above it.
+        comments: write the help of each option above it.
     """
     values = dataclasses.asdict(config)
     if not comments:
@@ -123,7 +126,7 @@ def to_yaml(config: Any, *, comments: bool = False) -> str:
 
 
 def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[type, bool, str, tuple[str, ...], bool]:
-    """What ``_convert`` needs to know of a field: type, whether None is allowed, what is expected, ``words``, and ``whole``."""
+    """The arguments of ``_convert`` for a field: type, whether None is allowed, allowed values in words, ``words``, ``whole``."""
     kind, optional = kinds[name]
     about = next(field.metadata for field in dataclasses.fields(cls) if field.name == name)
     expects = about.get("expects") or _EXPECTED[kind]
@@ -131,7 +134,7 @@ def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[t
 
 
 def _positional(cls: type) -> list[str]:
-    """Names of the fields that stand on the line without ``--key``."""
+    """Names of the fields that stand on the command line without ``--key``."""
     return [field.name for field in dataclasses.fields(cls) if field.metadata.get("positional")]
 
 
@@ -140,22 +143,27 @@ def _unknown(name: str, valid: Sequence[str], where: str) -> InputError:
 
 
 def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, words: tuple[str, ...], whole: bool) -> Any:
-    """One value to the field's type: a text, or the list of a line's words, or a YAML file's None, tuple or mapping."""
+    """Convert one value to the type of its field.
+
+    From the command line the value is a text or a list of texts. From a YAML file it is a text, None, a tuple or a mapping.
+    """
     given = list(value) if isinstance(value, tuple) else value
     refusal = InputError(f"{where}: {shown(given)} cannot be used; give {expected}")
-    alone = value[0] if isinstance(value, list) and len(value) == 1 else value  # a list's words come as a list
+    alone = (
+        value[0] if isinstance(value, list) and len(value) == 1 else value
+    )  # the command line gives the texts of a list as a list
     word = alone.strip().lower() if isinstance(alone, str) else None
     if optional and (value is None or (word in _NONE and not isinstance(value, Quoted))):
         return None
     if word in words:
         return word
-    if kind is tuple:  # one text, or several as they are given
+    if kind is tuple:  # one text or several
         items = list(value) if isinstance(value, list | tuple) else [value]
         if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
             raise refusal
         return str(items[0]) if len(items) == 1 else [str(item) for item in items]
     if kind is list:
-        if isinstance(value, tuple):  # YAML says where an item ends
+        if isinstance(value, tuple):  # from YAML: an item may contain commas
             names = [str(item) for item in value if isinstance(item, str) and item.strip()]
             if not names or len(names) < len(value):
                 raise refusal
@@ -183,14 +191,14 @@ def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, 
 
 
 def _command_of(content: Mapping[str, Any], others: Mapping[str, type]) -> str | None:
-    """The command among ``others`` that knows all options of a file with more than one of them."""
+    """The command in ``others`` that has all options of the file; None if there is none, or if the file has only one option."""
     known = {name: {field.name for field in dataclasses.fields(cls)} for name, cls in others.items()}
     return next((name for name, fields in known.items() if len(content) > 1 and fields.issuperset(content)), None)
 
 
 def _from_yaml(cls: type, file: Path, kinds: dict[str, tuple[type, bool]], others: Mapping[str, type]) -> dict[str, Any]:
     try:
-        # as texts: each is converted as on the line, by the type of its option, whatever YAML would make of it
+        # read as texts and converted by the option's type, as on the command line: YAML's own types would differ
         content = read_mapping(file, as_text=True)
     except OSError as error:
         raise InputError(f"--config {file}: {error.strerror or error}; give a YAML file that can be read") from None
@@ -214,15 +222,15 @@ def _from_yaml(cls: type, file: Path, kinds: dict[str, tuple[type, bool]], other
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is an ``InputError`` and the caller decides what becomes of it."""
+    """An argument parser that raises ``InputError`` where argparse would end the program."""
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("expected one argument", "a value must follow, as in --key value")
         raise InputError(message.replace("expected at least one argument", "a value must follow, as in --key value"))
 
 
-class _Once(argparse.Action):
-    """Store the value; refuse the option where it was given before, instead of silently taking the last one."""
+class _StoreOnce(argparse.Action):
+    """Store the value, and raise an error if the option is given twice; argparse would silently take the last value."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if hasattr(namespace, self.dest):
@@ -231,7 +239,7 @@ class _Once(argparse.Action):
 
 
 class _PrintSchema(argparse.Action):
-    """Print the JSON schema of the configuration and exit, whatever else stands on the line."""
+    """Print the JSON schema of the configuration and exit, even if the other arguments are invalid."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         print(json.dumps(json_schema(self.const), indent=2, ensure_ascii=False))
@@ -239,7 +247,7 @@ class _PrintSchema(argparse.Action):
 
 
 def _with_negative_numbers(argv: Sequence[str]) -> list[str]:
-    """The arguments, where ``--key -1e3`` is ``--key=-1e3``: argparse takes what follows for an option."""
+    """The arguments with ``--key -1e3`` as ``--key=-1e3``, because argparse reads ``-1e3`` as an option."""
     joined: list[str] = []
     for token in argv:
         if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _NEGATIVE.fullmatch(token):
@@ -262,7 +270,9 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
-    parser.add_argument("--config", action=_Once, metavar="FILE.yaml", help="read options from a file; those on the line win")
+    parser.add_argument(
+        "--config", action=_StoreOnce, metavar="FILE.yaml", help="read options from a file; options on the command line win"
+    )
     parser.add_argument(
         "--print_config", action="store_true", help="print the resolved options as YAML, with their help, and exit"
     )
@@ -275,7 +285,7 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         heading = about.get("group", "options")
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        # A bare switch (--overwrite) means true; a list takes all words up to the next option.
+        # A switch without a value (--overwrite) means true. A list takes all words up to the next option.
         several: dict[str, Any] = {"nargs": "+"}
         arity = {bool: {"nargs": "?", "const": "true"}, list: several, tuple: several}.get(kind, {})
         help_text = about.get("help", "")
@@ -284,8 +294,8 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         metavar = "|".join(about.get("choices", ()) or (_METAVARS[kind], *about.get("words", ())))
         name = f"--{field.name}"
         if about.get("positional"):
-            # optional to argparse: a file may give it, and what it must be is the configuration's to check
+            # optional for argparse: the YAML file may give it, and the configuration checks that it is there
             name, metavar, arity = field.name, field.name.upper(), {"nargs": "?"}
-        action: Any = "extend" if about.get("whole") else _Once
+        action: Any = "extend" if about.get("whole") else _StoreOnce
         groups[heading].add_argument(name, action=action, metavar=metavar, help=help_text.replace("%", "%%"), **arity)
     return parser

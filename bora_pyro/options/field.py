@@ -1,4 +1,4 @@
-"""The fields of a configuration: each one documents itself and says which values it takes.
+"""Fields of a configuration dataclass. Each field holds its help text and its allowed values.
 
 >>> from dataclasses import dataclass
 >>> @dataclass
@@ -20,11 +20,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.errors import InputError, check_at_least, check_one_of, nearest, shown
 
 T = TypeVar("T")
 C = TypeVar("C")
-#: The largest whole number that an option takes unless it says otherwise.
+#: The default of ``most``: the largest allowed whole number of an option.
 MOST = 2**31 - 1
 
 
@@ -43,21 +43,21 @@ def option(
     most: int = MOST,
     positive: bool = False,
 ) -> T:
-    """A dataclass field that documents itself.
+    """A dataclass field with the help text and the rules that the command line uses.
 
     Args:
-        default: the field's value where nobody gives one.
-        help: what ``--help`` says; the default is added to it, unless it says "default:" itself.
-        group: the heading under which ``--help`` lists it.
-        choices: the only values allowed, for texts; ``check_choices`` holds a configuration to them.
-        expects: what is allowed, in words, where the type alone does not say it.
-        words: texts that a value may also be, of a field of type ``float | str`` or ``bool | str``.
-        whole: take the texts of a list as they are, commas included; they may also be given one by one, the option repeated.
-        line_only: a file's value is not taken: what a stranger's file must not switch on.
-        least: the smallest whole number that is allowed; ``check_fields`` holds a configuration to it.
-        most: the largest whole number, where ``least`` is given.
-        positive: only finite numbers above 0 are allowed.
-        positional: a text that stands on the line without ``--key``; in a YAML file it has its key as the others do.
+        default: the value if the user gives none.
+        help: the text in ``--help``. The default is added to it, unless the text contains "default:".
+        group: the heading under which ``--help`` lists the option.
+        choices: the allowed values of a text; ``check_choices`` checks them.
+        expects: the allowed values in words, for error messages. It is needed if the type alone does not say them.
+        positional: the option stands on the command line without ``--key``. In a YAML file it has a key like every option.
+        words: texts that are allowed besides the type, for a field of type ``float | str`` or ``bool | str``.
+        whole: do not split the texts of a list at commas. The option may then be repeated, with one text or more each time.
+        line_only: ignore the value in a file, for switches that a file from somebody else must not turn on.
+        least: the smallest allowed whole number; ``check_fields`` checks it.
+        most: the largest allowed whole number, if ``least`` is given.
+        positive: only finite numbers above 0 are allowed; ``check_fields`` checks it.
     """
     metadata = {
         "help": help, "group": group, "choices": tuple(choices), "expects": expects, "positional": positional,
@@ -69,7 +69,7 @@ def option(
 
 
 def changed(cls: type, name: str, default: Any, help: str | None = None, **about: Any) -> Any:
-    """The field ``name`` of another configuration with another default, and with another help where one is given.
+    """A copy of a field of another configuration, with another default.
 
         >>> from dataclasses import dataclass
         >>> @dataclass
@@ -83,10 +83,10 @@ def changed(cls: type, name: str, default: Any, help: str | None = None, **about
 
     Args:
         cls: the configuration that has the field.
-        name: the field.
-        default: its value where nobody gives one.
-        help: what ``--help`` says of it; None: as before.
-        about: other arguments of :func:`option` that differ.
+        name: the name of the field.
+        default: the new default.
+        help: the new text in ``--help``; None keeps the old one.
+        about: other arguments of :func:`option` to change.
     """
     field = next(field for field in dataclasses.fields(cls) if field.name == name)
     about = dict(field.metadata) | ({} if help is None else {"help": help}) | about
@@ -94,10 +94,10 @@ def changed(cls: type, name: str, default: Any, help: str | None = None, **about
 
 
 def with_changes(config: C, changes: dict[str, Any]) -> C:
-    """The configuration with other values of some fields.
+    """A copy of a configuration with other values of some fields.
 
     Raises:
-        InputError: it has no such field.
+        InputError: the configuration has no field of a given name.
     """
     names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     for name in changes:
@@ -107,15 +107,14 @@ def with_changes(config: C, changes: dict[str, Any]) -> C:
 
 
 def check_fields(config: Any) -> None:
-    """Raise ``InputError`` where a field's value is not one of its ``choices`` or outside its bounds."""
+    """Raise ``InputError`` if the value of a field is not one of its ``choices``, or is out of its bounds."""
     check_choices(config)
     for field in dataclasses.fields(config):
         name, value, about = field.name, getattr(config, field.name), field.metadata
         if value is None and field.default is None:
             continue
         if (least := about.get("least")) is not None:
-            if value < least:
-                raise InputError(f"{name} is {value}; give a whole number from {least} up")
+            check_at_least(name, value, least)
             if value > about["most"]:
                 raise InputError(f"{name} is {shown(value)}; give a whole number of at most {about['most']}")
         if about.get("positive") and not 0 < value < math.inf:
@@ -123,8 +122,8 @@ def check_fields(config: Any) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """Raise ``InputError`` where a field's value is not one of its ``choices``."""
+    """Raise ``InputError`` if the value of a field is not one of its ``choices``."""
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata.get("choices")
-        if choices and value not in choices and not (value is None and field.default is None):
-            raise InputError(f"{field.name} is {value!r}; allowed: {', '.join(choices)}{nearest(str(value), choices)}")
+        if choices and not (value is None and field.default is None):
+            check_one_of(field.name, value, choices)

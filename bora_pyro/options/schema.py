@@ -1,4 +1,4 @@
-"""A configuration dataclass as a JSON schema (draft 2020-12): what an editor needs to complete and to check a YAML file.
+"""The JSON schema (draft 2020-12) of a configuration dataclass, with which an editor completes and checks a YAML file.
 
 >>> from dataclasses import dataclass
 >>> from bora_pyro.options.field import option
@@ -8,8 +8,8 @@
 >>> json_schema(Walk)["properties"]
 {'steps': {'description': 'how many steps to take', 'type': 'integer', 'default': 10}}
 
-It is stricter than the command line's reader in one thing: a value must be of its type, where the reader also takes its text.
-What several options may not be together is for the configuration's ``validate`` to say.
+The schema is stricter than the command line in one way: it does not accept a number or a boolean that is written as a text.
+It has no rules about combinations of options; the configuration's ``validate`` checks those.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
 
 def json_schema(cls: type) -> dict[str, Any]:
-    """The schema of a configuration: each option's type, default, choices and help; no other key is allowed.
+    """The schema of a configuration: the type, default, choices and help of each option. No other key is allowed.
 
-    JSON has no infinity: a number may also be the text ``inf``, as on the command line and where YAML has ``.inf``.
+    JSON has no infinity, so a number may also be the text ``inf``.
 
     Args:
         cls: a dataclass whose fields are made by ``option``.
@@ -43,14 +43,14 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 
 def option_types(cls: type) -> dict[str, tuple[type, bool]]:
-    """Name -> (plain type, whether None is allowed); ``list[str]`` counts as list, ``str | list[str]`` as tuple."""
+    """Each option's plain type, and whether None is allowed. ``list[str]`` counts as list, ``str | list[str]`` as tuple."""
     kinds: dict[str, tuple[type, bool]] = {}
     for name, hint in get_type_hints(cls).items():
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         if str in parts and list[str] in parts:
             kinds[name] = (tuple, type(None) in parts)
             continue
-        # of `float | str` the number, of `bool | str` the truth: the texts that it may be are its `words`
+        # `float | str` counts as float and `bool | str` as bool: the texts that are allowed are the field's `words`
         hint = next(part for part in parts if part is not type(None))
         kinds[name] = (get_origin(hint) or hint, type(None) in parts)
     return kinds
@@ -60,7 +60,7 @@ def _property(field: dataclasses.Field[Any], kind: type, optional: bool) -> dict
     about = field.metadata
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     several: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
-    if default != []:  # one that is to be given has no default but none
+    if default != []:  # an empty default means that the user must give the list
         several["minItems"] = 1
     allowed: list[dict[str, Any]] = [several if kind in (list, tuple) else {"type": _TYPES[kind]}]
     words = [*(["inf"] if kind is float else []), *about.get("words", ())]
