@@ -51,7 +51,7 @@ def read_file(path: Path) -> pd.DataFrame:
             :mod:`bora_pyro.files.limits` allows.
     """
     if not path.is_file():
-        raise InputError(f"file {str(path)!r} is no regular file; give one of {', '.join(TABLE_ENDINGS)}")
+        raise InputError(f"file {str(path)!r} is not a regular file; give one of {', '.join(TABLE_ENDINGS)}")
     ending = table_ending(path)
     if ending is None:
         hint = nearest("".join(path.suffixes), TABLE_ENDINGS)

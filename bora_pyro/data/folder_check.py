@@ -47,7 +47,7 @@ def check_folder(folder: Path) -> None:
     for file in _files(folder):
         try:
             if not file.is_file():
-                raise InputError(f"folder {str(folder)!r} holds {file.name!r}, which is no regular file; move it away")
+                raise InputError(f"folder {str(folder)!r} holds {file.name!r}, which is not a regular file; move it away")
             if file.name in _CARDS:
                 _check_names(folder, file, _of_card(file))
             elif file.name in _SAVED:

@@ -1,1 +1,1 @@
-"""Safe reading and atomic writing: regular files only, limits, YAML, tensors, names of folders."""
+"""Safe reading and atomic writing: regular files, size limits, YAML, tensors and folder names."""

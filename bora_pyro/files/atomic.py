@@ -1,4 +1,4 @@
-"""Files and folders that are replaced in one piece: a reader finds the old one or the new one, whenever a machine dies.
+"""Replace a file or a folder in one step. If the machine fails meanwhile, the old or the new version is there, complete.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as above:
@@ -29,7 +29,7 @@ from bora_pyro.files.regular import read_regular
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, see it onto the disk, then put it in the file's place in one step.
+    """Write a temporary file, flush it to the disk and rename it to ``file`` in one step.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -38,16 +38,16 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
         (['a.txt'], 'whole')
 
     Args:
-        file: what is replaced; its folder is made if need be.
-        write: writes the content to the path that it is given.
+        file: the file to write or replace; its folder is created if it does not exist.
+        write: a function that writes the content to a given path.
 
     Raises:
-        InputError: the disk is full, or the file cannot be written for another reason; the old one is as it was.
+        InputError: the file cannot be written, for example because the disk is full. The old file is then unchanged.
     """
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # what a killed run left, or a link to somewhere else
+        temporary.unlink(missing_ok=True)  # a killed run may have left one, and a link would be followed
         write(temporary)
         sync(temporary)
         os.replace(temporary, file)
@@ -55,14 +55,14 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise unwritable(file, error) from error
     finally:
-        with suppress(OSError):  # a disk that takes nothing, not even this; the error above says so
+        with suppress(OSError):  # the disk may fail here too; the first error says why
             temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file, or a folder's list of names, onto the disk."""
+    """Flush a file, or the list of names in a folder, to the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # folders cannot be opened there
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -71,26 +71,30 @@ def sync(path: Path) -> None:
 
 
 def unwritable(file: Path, error: OSError) -> InputError:
-    """What to tell of a file that could not be written."""
+    """The error to raise if a file cannot be written."""
     return InputError(f"{file} cannot be written ({error.strerror or error}); make room there, or make it writable, and go on")
 
 
 def check_writable(path: str | Path, folders: Iterable[Path]) -> None:
-    """Look whether a folder could be made or written at a path.
+    """Check that a folder can be created or written at a path.
+
+    Args:
+        path: the path of the folder.
+        folders: the path itself and the folders above it, or the latter alone, from the inside out.
 
     Raises:
-        OSError: the first of ``folders`` that exists, the path's own or one above it, is no folder or cannot be written.
-        ValueError: the path is none.
+        OSError: the first of ``folders`` that exists is not a folder, or it cannot be written.
+        ValueError: the path is not valid.
     """
     with suppress(FileNotFoundError):
-        os.stat(path)  # what Path.exists passes over: a NUL byte, a file among the folders above
+        os.stat(path)  # raises for a NUL byte or a file among the parents, which Path.exists ignores
     above = next(folder for folder in folders if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, f"{above} is not a folder that can be written")
 
 
 def unusable(path: str | Path, error: Exception) -> InputError:
-    """What to tell of an output folder that could not be made or written."""
+    """The error to raise if an output folder cannot be created or written; an ``InputError`` is returned as it is."""
     if isinstance(error, InputError):
         return error
     return InputError(
@@ -98,24 +102,24 @@ def unusable(path: str | Path, error: Exception) -> InputError:
     )
 
 
-# The key of a record under which it names what else lies in its folder.
+# The key in a record that lists the other entries of its folder.
 _ENTRIES = "entries"
 _RECORD_BYTES = 2**26
 
 
 @contextmanager
 def whole_folder(path: str | Path, *, record: str, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, beside the place it is meant for, where it goes in one step when the block ends well.
+    """A temporary folder that is renamed to ``path`` in one step if the ``with`` block ends without an error.
 
-    Where the block ends with an error, what was written is deleted, and what stood in the place stays.
+    If the block raises an error, the temporary folder is deleted and ``path`` stays as it was.
 
     Args:
-        path: the place: nothing, an empty folder, or with ``overwrite`` an earlier result.
-        record: name of the JSON file that the block writes last, by :func:`write_record`; an earlier result is known by it.
-        overwrite: replace an earlier result. It is deleted only where its record names everything in it.
+        path: the folder to write. It may not exist yet, may be empty, or with ``overwrite`` may hold an earlier result.
+        record: name of a JSON file, which the block writes last with :func:`write_record`. It identifies an earlier result.
+        overwrite: replace an earlier result. A folder with entries that its record does not list is never replaced.
 
     Raises:
-        InputError: the place is taken, or cannot be written.
+        InputError: the folder holds something else, holds an earlier result and ``overwrite`` is False, or cannot be written.
     """
     check_place(path, record=record, overwrite=overwrite)
     place = Path(os.path.abspath(path))
@@ -140,7 +144,7 @@ def whole_folder(path: str | Path, *, record: str, overwrite: bool = False) -> I
 
 
 def check_place(path: str | Path, *, record: str, overwrite: bool = False) -> None:
-    """Raise what ``whole_folder`` would raise, and leave the disk alone: for a look before the long work begins."""
+    """Raise the errors of ``whole_folder`` early, before a long computation. Nothing is written."""
     try:
         place = Path(os.path.abspath(path))
         if place.is_symlink() or (place.exists() and not place.is_dir()):
@@ -154,7 +158,7 @@ def check_place(path: str | Path, *, record: str, overwrite: bool = False) -> No
     own = {record, *_entries(place / record)} if record in names else set()
     if foreign := [name for name in names if name not in own]:
         raise InputError(
-            f"output_dir {path} holds {foreign[0]!r}, which is no part of an earlier result; give another --output_dir, or move "
+            f"output_dir {path} holds {foreign[0]!r}, which is not part of an earlier result; give another --output_dir, or move "
             "it away"
         )
     if not overwrite:
@@ -164,7 +168,7 @@ def check_place(path: str | Path, *, record: str, overwrite: bool = False) -> No
 
 
 def write_record(folder: Path, record: str, content: Mapping[str, Any]) -> None:
-    """Write the JSON file that says what the folder holds, names of its entries included."""
+    """Write a JSON file with ``content`` and with the names of all entries of the folder."""
     entries = sorted(entry.name for entry in folder.iterdir() if entry.name != record)
     text = json.dumps({**content, _ENTRIES: entries}, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / record).write_text(text + "\n", encoding="utf-8")
@@ -175,4 +179,4 @@ def _entries(file: Path) -> list[str]:
         content = json.loads(read_regular(file, most=_RECORD_BYTES).decode("utf-8"))
         return [str(name) for name in content[_ENTRIES]]
     except (OSError, ValueError, TypeError, KeyError):
-        return []  # no record of ours: everything in the folder is foreign
+        return []  # not a record of `write_record`: no entry of the folder is ours

@@ -1,4 +1,4 @@
-"""How much of a file is read: no more than this machine can hold as a table, however little of the disk it takes.
+"""Limits on the size of files that are read into tables. Compressed files count with their expanded size.
 
 >>> largest_text() > 2**20
 True
@@ -12,32 +12,32 @@ from pathlib import Path
 
 from bora_pyro.errors import InputError
 
-#: The share of this machine's memory that the bytes of one file may take, expanded; as a table they take several times that.
+#: The share of this machine's memory that the expanded bytes of one file may take. The table takes several times as much.
 MEMORY_SHARE = 0.25
-#: Bytes of a cell of a table, at least: a reference to what it holds.
+#: The least number of bytes that a cell of a table takes: one reference.
 CELL_BYTES = 8
 _CHUNK = 2**20
 
 
 def largest_text() -> int:
-    """The most bytes that are read of a file, expanded: ``MEMORY_SHARE`` of this machine's memory."""
+    """The largest number of expanded bytes that are read from a file: ``MEMORY_SHARE`` of this machine's memory."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
+    except (AttributeError, ValueError, OSError):  # Windows does not tell
         memory = 2**33
     return int(MEMORY_SHARE * memory)
 
 
 def read_bounded(file: BufferedIOBase, path: Path, *, keep: bool = True) -> bytearray:
-    """All bytes of an open file; a gzip file expands as it is read.
+    """All bytes of an open file, with a limit on their number.
 
     Args:
-        file: the open file.
-        path: how the error calls it.
-        keep: False only counts them, and returns none.
+        file: the open file; a file from ``gzip.open`` counts with its expanded bytes.
+        path: the file's name in the error.
+        keep: False only checks the size and returns no bytes.
 
     Raises:
-        InputError: there are more than ``largest_text``.
+        InputError: the file has more than ``largest_text()`` bytes.
     """
     most, size, content = largest_text(), 0, bytearray()
     while chunk := file.read(_CHUNK):
@@ -50,13 +50,13 @@ def read_bounded(file: BufferedIOBase, path: Path, *, keep: bool = True) -> byte
 
 
 def check_cells(path: Path, rows: int, columns: int) -> None:
-    """Refuse a table of more cells than memory has references for: a short file can be all separators."""
+    """Raise ``InputError`` if a table has too many cells for this machine: a small file of separators can have very many."""
     if rows * columns * CELL_BYTES > largest_text():
         raise _too_large(path, f"cells ({rows} rows of {columns} columns)", largest_text() // CELL_BYTES)
 
 
 def _too_large(path: Path, what: str, most: int) -> InputError:
     return InputError(
-        f"file {str(path)!r} has more {what} than a table may have here, {most} by this machine's memory; "
+        f"file {str(path)!r} has more than {most} {what}, the most that this machine's memory allows; "
         "leave out rows and columns that are not needed, or use a machine with more memory"
     )

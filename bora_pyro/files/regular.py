@@ -1,4 +1,4 @@
-r"""Files and folders that anybody may have named: regular files alone are read, and no link leads out of a folder.
+r"""Read files and folders from unknown sources: regular files only, and no link that leads out of a folder.
 
 >>> import tempfile
 >>> file = Path(tempfile.mkdtemp(), "a.txt")
@@ -7,14 +7,14 @@ r"""Files and folders that anybody may have named: regular files alone are read,
 b'whole'
 >>> read_regular(Path("/dev/zero"), most=5)
 Traceback (most recent call last):
-OSError: it is no regular file
+OSError: it is not a regular file
 >>> (file.parent / "data.csv").symlink_to("/etc/passwd")
 >>> check_links(file.parent, "folder")
 Traceback (most recent call last):
 bora_pyro.errors.InputError: folder ... has a link 'data.csv' that leads out of it; put a copy in its place
 
-Opening a pipe would wait for a writer, and a device such as ``/dev/zero`` never ends. Whatever is wrong with a file is an
-``OSError``, as for a file that cannot be opened.
+Opening a pipe would wait for a writer, and a device such as ``/dev/zero`` never ends. The functions that read a file raise
+``OSError`` for every problem with it.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ from typing import BinaryIO
 
 from bora_pyro.errors import InputError
 
-#: The files and folders that are looked at; what holds more of them is no folder of a run or of data.
+#: The largest number of files and folders in a folder of data or of a run.
 MOST_ENTRIES = 2**20
 
 
 def check_links(folder: Path, what: str) -> None:
-    """Refuse a folder with a link, at any depth, to something that is not in it.
+    """Check that no link in a folder, at any depth, leads out of it.
 
-    A folder of the hub's cache (``.../snapshots/<revision>``) consists of links into the ``blobs`` beside it: those are its own.
+    A snapshot in the hub's cache (``.../snapshots/<revision>``) consists of links into the folder ``blobs`` beside it. These
+    links are allowed.
 
     Args:
-        folder: the folder; it may be a link itself, for whoever names it means what it leads to.
-        what: how the error calls it.
+        folder: the folder; the folder itself may be a link.
+        what: what the error calls the folder, for example ``folder``.
 
     Raises:
-        InputError: there is such a link, or one that cannot be followed; there are more than ``MOST_ENTRIES`` files and folders.
+        InputError: a link leads out of the folder or cannot be followed, or the folder holds more than ``MOST_ENTRIES`` files
+            and folders.
     """
     root = Path(os.path.realpath(folder))
     if root.parent.name == "snapshots":
@@ -61,7 +63,7 @@ def check_links(folder: Path, what: str) -> None:
             try:
                 if not Path(os.path.realpath(entry)).is_relative_to(root):
                     raise InputError(f"{link} that leads out of it; put a copy in its place")
-            except OSError as error:  # those of other users' processes in /proc
+            except OSError as error:  # for example links of other users' processes in /proc
                 raise InputError(
                     f"{link} that cannot be followed ({error.strerror or error}); give a folder that holds nothing else"
                 ) from None
@@ -71,21 +73,21 @@ _CHUNK = 2**20
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Open a regular file to be read.
+    """Open a regular file for reading.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, a pipe, a socket or a device.
+        OSError: the file cannot be opened, or is a folder, a pipe, a socket or a device.
     """
     with ExitStack() as stack:
-        opened = stack.enter_context(open(file, "rb", opener=_without_waiting))
+        opened = stack.enter_context(open(file, "rb", opener=_open_nonblocking))
         if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-            raise OSError("it is no regular file")
-        stack.pop_all()  # from here on it is the caller's to close
+            raise OSError("it is not a regular file")
+        stack.pop_all()  # the caller closes the file
         return opened
 
 
 def check_regular(file: Path) -> None:
-    """Raise what :func:`open_regular` would raise, for files that another library opens by their name."""
+    """Raise the errors of :func:`open_regular`, for a file that another library will open by its name."""
     open_regular(file).close()
 
 
@@ -94,19 +96,19 @@ def read_regular(file: Path, *, most: int) -> bytes:
 
     Args:
         file: the file.
-        most: the largest number of bytes that it may have.
+        most: the largest number of bytes that the file may have.
 
     Raises:
-        OSError: as for :func:`open_regular`, or there are more bytes.
+        OSError: as for :func:`open_regular`, or the file has more bytes.
     """
     content = bytearray()
     with open_regular(file) as opened:
-        while chunk := opened.read(_CHUNK):  # not by its size: what a file of /proc says of it is 0
+        while chunk := opened.read(_CHUNK):  # do not trust the file's size: in /proc it is 0
             content += chunk
             if len(content) > most:
                 raise OSError(f"it has more than {most} bytes")
     return bytes(content)
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe waits for somebody who writes into it
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # otherwise opening a pipe waits for a writer

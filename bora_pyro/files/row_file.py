@@ -1,4 +1,4 @@
-"""A tensor with a row for each of many tasks, in memory or in a memory-mapped file.
+"""A tensor with one row for each task, in memory or in a memory-mapped file.
 
 >>> rows = RowTensor(torch.zeros(1, 3), 10_000)
 >>> rows.write(torch.tensor([4, 7]), torch.ones(2, 3))
@@ -20,21 +20,22 @@ from torch import Tensor
 
 from bora_pyro.files.atomic import unwritable
 
-# Rows that are copied at one time.
+# The number of rows that are copied at a time.
 _CHUNK = 64
 
 
 class RowTensor:
-    """Rows that are read and written a few at a time; on CPUs those never written take no memory.
+    """A tensor of rows that are read and written a few at a time. On CPUs, rows that were never written take no memory.
 
     Args:
-        first: what the rows hold before they are written: (1, *shape) for all of them, or (rows, *shape).
-        num_rows: how many rows there are.
-        folder: where a file holds them, on the CPU, that no other process sees and that goes with this one; None: in memory,
-            on the device of ``first``.
+        first: the initial values, of shape (1, *shape) for all rows alike, or (num_rows, *shape).
+        num_rows: the number of rows.
+        folder: keep the rows in a memory-mapped file in this folder, on the CPU. The file has no name, so no other process sees
+            it, and it ends with this process. None keeps the rows in memory, on the device of ``first``.
 
     Raises:
-        InputError: the folder cannot be written, or has no room for all rows.
+        InputError: the folder cannot be written, or has too little space for all rows.
+        ValueError: ``first`` has neither one row nor ``num_rows``.
     """
 
     def __init__(self, first: Tensor, num_rows: int, *, folder: Path | None = None) -> None:
@@ -55,16 +56,16 @@ class RowTensor:
 
     @property
     def shape(self) -> torch.Size:
-        """Of all rows together."""
+        """The shape of all rows together: (num_rows, *shape)."""
         return self._values.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers."""
+        """The type of the numbers."""
         return self._values.dtype
 
     def chunks(self) -> Iterator[Tensor]:
-        """All rows in order, a few at a time, copied."""
+        """Copies of all rows in order, a few at a time."""
         for index in torch.arange(len(self._values)).split(_CHUNK):
             yield self.read(index)
             self.forget()
@@ -75,7 +76,7 @@ class RowTensor:
         return self._first.numel() * self._first.element_size()
 
     def read(self, index: Tensor) -> Tensor:
-        """The rows ``index`` (n,), copied: (n, *shape)."""
+        """A copy of the rows at positions ``index`` (n,): (n, *shape)."""
         rows = self._values[index.to(self._values.device)]
         new = ~self._written[index.cpu()]
         if new.any():
@@ -83,12 +84,12 @@ class RowTensor:
         return rows
 
     def write(self, index: Tensor, rows: Tensor) -> None:
-        """Put ``rows`` (n, *shape) into the places ``index`` (n,)."""
+        """Store ``rows`` (n, *shape) at positions ``index`` (n,)."""
         self._values[index.to(self._values.device)] = rows.to(self._values)
         self._written[index.cpu()] = True
 
     def copy_from(self, other: RowTensor) -> None:
-        """Hold what another one of the same shape holds."""
+        """Copy all rows from another ``RowTensor`` of the same shape."""
         for index in other.written().split(_CHUNK):
             self.write(index, other.read(index))
             self.forget()
@@ -98,11 +99,11 @@ class RowTensor:
             self.write(index, other.read(index))
 
     def written(self) -> Tensor:
-        """Which rows have been written: (n,) int64."""
+        """Positions of the rows that have been written: (n,) int64."""
         return self._written.nonzero()[:, 0]
 
     def all(self) -> Tensor:
-        """All rows as one tensor, (rows, *shape), which stays the store's own."""
+        """All rows as one tensor, (num_rows, *shape). It is not a copy: changing it changes the rows."""
         missing = (~self._written).nonzero()[:, 0]
         for index in missing.split(_CHUNK):
             self.write(index, self._first.expand(len(index), *self._first.shape[1:]))
@@ -110,15 +111,16 @@ class RowTensor:
         return self._values
 
     def forget(self) -> None:
-        """Give the memory of what has been read and written back to the system: the file has it."""
+        """Release the memory pages of the mapped file; the values stay in the file. Rows in memory are not affected."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _mapped_file(size: int, folder: Path) -> mmap.mmap:
-    """A file of zeros without a name, mapped: the system removes it when the mapping goes.
+    """Map a file of zeros that has no name; the system removes it together with the mapping.
 
-    Its space is taken at once where the system can: a page that found no room later would end the process without a word.
+    Its disk space is reserved now if the system can do that. Otherwise a full disk would later kill the process without an
+    error message.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-r"""YAML that anybody may have written: mappings of plain values, without surprises, and nothing in it is ever run.
+r"""Read YAML from unknown sources: mappings of plain values only. Nothing in the file is ever executed.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp(), "fit.yaml")
@@ -10,9 +10,9 @@ r"""YAML that anybody may have written: mappings of plain values, without surpri
     Traceback (most recent call last):
     bora_pyro.files.safe_yaml.YamlError: 'rank' is given twice, first in line 1
 
-YAML 1.1 takes `no` for false, `1:30` for 90, `010` for 8 and `1e-3` for a text. Where the reader knows of what type a value
-must be, it asks for texts and converts them itself. Tags, which could name a Python object, are refused, and so are anchors,
-aliases and merges, by which a file of a kilobyte can stand for one of a terabyte.
+YAML 1.1 reads `no` as false, `1:30` as 90, `010` as 8 and `1e-3` as a text. A caller that knows the types of its values reads
+them as texts and converts them itself. Tags are refused because they can name a Python object. Anchors, aliases and merges are
+refused because with them a kilobyte of YAML can expand to a terabyte.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from typing import Any
 
 import yaml
 
-#: The largest file that is read: the options of a fit, with comments, take some 10 KiB.
+#: The largest file that is read. The options of a fit, with comments, take some 10 KiB.
 MAX_BYTES = 2**17
-#: Lists and mappings within one another; a configuration has two.
+#: The deepest nesting of lists and mappings. A configuration has two levels.
 MAX_DEPTH = 16
 
 
 class YamlError(ValueError):
-    """Why a file is not used as YAML, in one line; ``line`` counts from 1, None where it is the file as a whole."""
+    """A one-line reason why a YAML file cannot be used.
+
+    Attributes:
+        line: the line with the problem, from 1; None if the problem is not in one line.
+    """
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
@@ -38,7 +42,7 @@ class YamlError(ValueError):
 
 
 class Quoted(str):
-    """A text that stood in quotes: it is meant as a text, whatever it looks like."""
+    """A text that was quoted in YAML. It is a text even if it looks like a number or like ``none``."""
 
     __slots__ = ()
 
@@ -48,19 +52,19 @@ def read_mapping(file: Path, *, as_text: bool = False) -> dict[str, Any]:
 
     Args:
         file: the file, UTF-8, at most ``MAX_BYTES`` long.
-        as_text: leave every value as the text that it is written as, quoted ones as `Quoted`, empty and ``null`` ones as None,
-            and take an empty file for an empty mapping; else values have the types of YAML 1.1.
+        as_text: return each value as the text in the file, a quoted value as `Quoted`, and an empty value or ``null`` as None.
+            An empty file is then an empty mapping. False returns the types of YAML 1.1.
 
     Raises:
         OSError: the file cannot be read.
-        YamlError: it is no YAML of the kind that is read here, or no mapping; a key is repeated, or is no text.
+        YamlError: the file is not valid YAML, uses a refused feature, or is not a mapping; a key is repeated or is not a text.
     """
     with file.open("rb") as opened:
         return parse_mapping(opened.read(MAX_BYTES + 1), as_text=as_text)
 
 
 def parse_mapping(raw: bytes, *, as_text: bool = False, most: int = MAX_BYTES) -> dict[str, Any]:
-    """The mapping in some YAML of at most ``most`` bytes, as `read_mapping` gives it."""
+    """As `read_mapping`, for YAML in memory of at most ``most`` bytes."""
     if len(raw) > most:
         raise YamlError(f"it is larger than {most // 1024} KiB")
     loader: type[yaml.SafeLoader] = _TextLoader if as_text else _Loader
@@ -87,7 +91,7 @@ def parse_mapping(raw: bytes, *, as_text: bool = False, most: int = MAX_BYTES) -
 
 
 def dump_mapping(mapping: Mapping[str, Any]) -> str:
-    """A mapping as YAML, from which `read_mapping` gives the same in either form.
+    """A mapping as YAML. `read_mapping` reads it back, with or without ``as_text``.
 
     >>> dump_mapping({"tau": 1e-10, "group_column": "none", "alpha": None})
     "tau: 1.0e-10\\ngroup_column: 'none'\\nalpha: null\\n"
@@ -96,7 +100,7 @@ def dump_mapping(mapping: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, without tags, anchors, aliases, merges and repeated keys."""
+    """PyYAML's safe loader that also refuses tags, anchors, aliases, merges and repeated keys."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -130,7 +134,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _TextLoader(_Loader):
-    """The same, but a value without quotes is the text that it is written as, or None."""
+    """A `_Loader` that returns each value as the text in the file, or as None if it is empty or ``null``."""
 
 
 def _as_written(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
@@ -145,10 +149,10 @@ _TextLoader.add_constructor("tag:yaml.org,2002:str", _as_written)
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, but ``none`` stands in quotes where it is a text: without them it is None to the command line.
+    """PyYAML's safe dumper with rules for texts.
 
-    Texts with letters that are not printed, line ends of other systems among them, stand in double quotes, escaped. Lines, as of
-    a chat template, stand as lines.
+    The texts ``none`` and ``null`` are quoted, because the command line reads them as None without quotes. Texts with invisible
+    characters are escaped in double quotes. Texts of several lines, such as a chat template, are written as a block.
     """
 
 

@@ -1,4 +1,4 @@
-"""The names of the folders that adapters go to: one a task, and one for Θ.
+"""Folder names for adapters: one for each task, and one for Θ.
 
 >>> adapter_folders(["Ada", "global mean"])
 {'Ada': 'ada', 'global mean': 'global-mean-2'}
@@ -12,35 +12,35 @@ from collections.abc import Iterable
 
 #: The folder that holds Θ.
 GLOBAL_MEAN = "global-mean"
-#: The slug of a name without a letter or a digit that could stand in one.
+#: The slug of a name that has no letter or digit that a slug may contain.
 NAMELESS = "task"
-# What Windows takes for a device and no folder, in every folder.
+# Names that Windows reserves for devices in every folder.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 # Letters that Unicode does not decompose into an ASCII letter and an accent.
 _FOLDS = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"})
 
 
 def adapter_folders(tasks: Iterable[str]) -> dict[str, str]:
-    """The folder of each task's adapter, by the task's name; none of them is that of Θ."""
+    """The folder name of each task's adapter, by task name. None of them is ``GLOBAL_MEAN``."""
     return task_slugs(tasks, reserved=(GLOBAL_MEAN,))
 
 
 def task_slugs(names: Iterable[str], *, reserved: Iterable[str] = ()) -> dict[str, str]:
-    """Folder names for tasks: safe on every file system, different for different tasks, readable.
+    """Readable folder names for tasks, safe on every file system and different for different tasks.
 
-    Only a-z, 0-9 and single hyphens, at most 80 of them: nothing that leads to another folder, that differs from another name by
-    case alone, or that Windows keeps for a device.
+    A slug has at most 80 characters of a-z, 0-9 and single hyphens. So it cannot lead to another folder, two slugs never differ
+    only in case, and no slug is a device name of Windows.
 
         >>> task_slugs(["Abid Q. Raja", "Børge Brende", "abid q raja", "東京"])
         {'Abid Q. Raja': 'abid-q-raja', 'Børge Brende': 'borge-brende', 'abid q raja': 'abid-q-raja-2', '東京': 'task'}
 
     Args:
-        names: the tasks' names; the order decides which of two equal slugs gets a number.
-        reserved: slugs that no task may get.
+        names: the tasks' names. If two names have the same slug, the later one gets a number.
+        reserved: slugs that no task may have.
     """
     slugs: dict[str, str] = {}
     used = {*reserved, *_DEVICES}
-    last: dict[str, int] = {}  # the number that a slug was given last: thousands of names may share one
+    last: dict[str, int] = {}  # the last number of each slug, so that thousands of equal slugs stay fast
     for name in names:
         if name in slugs:
             continue

@@ -1,4 +1,4 @@
-"""Writing safetensors files of tensors that need not fit into memory together, and telling whether one is as it was written.
+"""Write safetensors files tensor by tensor, so that not all tensors need to fit into memory, and verify their digests.
 
 >>> import tempfile
 >>> from safetensors.torch import load_file
@@ -29,12 +29,12 @@ _DTYPES = {
     torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-#: What reading a damaged or hostile safetensors file raises: safetensors' own errors, and torch's where the header lies.
+#: The errors that reading a damaged or hostile safetensors file can raise: those of safetensors, and of torch for a false header.
 DAMAGE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, OverflowError)
 
 
 def not_a_number(value: Tensor) -> str | None:
-    """Why a stored tensor cannot be one of a fit, where its values tell: NaN, infinity, or a type that no fit writes.
+    """Why a stored tensor cannot come from a fit (NaN, infinity, or a type that no fit writes), or None if it can.
 
     >>> not_a_number(torch.tensor([1.0, float("nan")])), not_a_number(torch.zeros(2))
     ('values that are not finite', None)
@@ -44,7 +44,7 @@ def not_a_number(value: Tensor) -> str | None:
     return None if not value.is_floating_point() or bool(value.isfinite().all()) else "values that are not finite"
 
 
-#: The name of the digest among a file's metadata.
+#: The metadata key of the digest.
 DIGEST = "sha256"
 _UNKNOWN = "0" * 64
 
@@ -52,16 +52,17 @@ _UNKNOWN = "0" * 64
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor | RowTensor], metadata: Mapping[str, str], *, digest: bool = False
 ) -> None:
-    """Write tensor by tensor, and rows that lie in a file a few at a time.
+    """Write a safetensors file tensor by tensor, and a ``RowTensor`` a few rows at a time.
 
-    The format (huggingface/safetensors, README): the header's length as 8 bytes, the header as JSON, and the tensors' bytes.
-    Tensors that share memory are written each for itself.
+    The format (huggingface/safetensors, README) is the length of the header in 8 bytes, the header as JSON, and the bytes of the
+    tensors. Tensors that share memory are written separately.
 
     Args:
-        path: the file, which is replaced where it stands already.
-        tensors: by name.
+        path: the file to write; an existing file is replaced.
+        tensors: the tensors by name.
         metadata: texts by name.
-        digest: put the SHA-256 of the whole file among its metadata, taken with zeros in its own place, for ``is_intact``.
+        digest: store the SHA-256 of the whole file in its metadata, for ``is_intact``. It is computed with zeros in place of
+            the digest itself.
     """
     texts = ({DIGEST: _UNKNOWN} if digest else {}) | dict(metadata)
     header: dict[str, Any] = {"__metadata__": texts} if texts else {}
@@ -90,7 +91,7 @@ def write_safetensors(
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file that was written with a digest still has the bytes that were written.
+    """Whether a file that was written with a digest is unchanged.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -102,17 +103,19 @@ def is_intact(path: Path) -> bool:
         (True, False)
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     written, found, _ = read_digest(path)
     return written == found
 
 
 def read_digest(path: Path) -> tuple[str, str, int]:
-    """The digest that stands in a file, that of its bytes, and where it stands; what is no such file has two that differ.
+    """The digest that is stored in a file, the digest of its bytes, and the position of the stored one in bytes.
+
+    If the file has no digest, the two digests differ.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: the file cannot be read, or is not a regular file.
     """
     found = hashlib.sha256()
     with open_regular(path) as file:

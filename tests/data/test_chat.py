@@ -278,7 +278,9 @@ def test_a_template_comes_from_a_file_or_as_it_is(tmp_path):
     file.write_text("hello")
     with pytest.raises(InputError, match="is no template in Jinja: it has neither"):
         load_chat_template(file)
-    with pytest.raises(InputError, match=r"'/dev/zero' cannot be read \(OSError: it is no regular file\); give a \.jinja file"):
+    with pytest.raises(
+        InputError, match=r"'/dev/zero' cannot be read \(OSError: it is not a regular file\); give a \.jinja file"
+    ):
         load_chat_template("/dev/zero")
     with file.open("wb") as opened:
         opened.truncate(2**33)  # takes no room on the disk

@@ -61,7 +61,7 @@ def test_what_is_foreign_stays(tmp_path, record, overwrite):
     (place / "notes.txt").write_text("mine")
     if record is not None:
         (place / RECORD).write_text(record)
-    with pytest.raises(InputError, match=r"holds 'notes.txt', which is no part of an earlier result"):
+    with pytest.raises(InputError, match=r"holds 'notes.txt', which is not part of an earlier result"):
         make(place, overwrite=overwrite)
     assert (place / "notes.txt").read_text() == "mine"
 

@@ -180,7 +180,7 @@ WAYS_OUT = {
     "a tar archive": (content("a.tar", b"\0" * 257 + b"ustar\0"), r"holds 'a\.tar', a tar archive"),
     "half a gzip file": (content("test.csv", gzip.compress(b"task,text")[:-2]), r"test\.csv' is not a whole gzip file"),
     "a damaged saved set": (content("state.json", b"["), r"state\.json' is damaged; save the data set again"),
-    "a pipe": (lambda folder: os.mkfifo(folder / "test.csv"), r"holds 'test\.csv', which is no regular file"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "test.csv"), r"holds 'test\.csv', which is not a regular file"),
 }
 
 

@@ -194,7 +194,7 @@ def test_a_refused_export_is_kept(fitted, tmp_path, capsys, hub, monkeypatch):
             ["{run}", "--output_dir", "{out}", "--tasks", "adaa"],
             "task 'adaa' is not in this run, which has 3; did you mean 'Ada'?",
         ),
-        (["{run}", "--output_dir", "{run}"], "which is no part of an earlier result; give another --output_dir"),
+        (["{run}", "--output_dir", "{run}"], "which is not part of an earlier result; give another --output_dir"),
         (["{run}", "--output_dir", "{run}/config.yaml"], "is a file or a link; give another --output_dir"),
         (
             ["{run}", "--output_dir", "{out}", "--push_to_hub", "speeches"],
