@@ -73,7 +73,7 @@ def parse_mapping(raw: bytes, *, as_text: bool = False, most: int = MAX_BYTES) -
     except yaml.MarkedYAMLError as error:
         problem = " ".join(str(error.problem).split())
         if problem.startswith("found character '\\t'"):
-            problem = "a tab stands where YAML takes spaces"
+            problem = "a tab is used where YAML needs spaces"
         raise YamlError(problem, error.problem_mark.line + 1 if error.problem_mark else None) from None
     except UnicodeDecodeError as error:
         raise YamlError(f"byte 0x{raw[error.start]:02x} at position {error.start} is not UTF-8") from None
@@ -86,7 +86,7 @@ def parse_mapping(raw: bytes, *, as_text: bool = False, most: int = MAX_BYTES) -
         kind = next((name for kind, name in names.items() if type(content) is kind), f"a {type(content).__name__}")
         raise YamlError(f"holds {kind}; give a mapping, one `key: value` a line")
     if strange := [key for key in content if not isinstance(key, str)]:
-        raise YamlError(f"the key {strange[0]!r} is no text; give names as keys")
+        raise YamlError(f"the key {strange[0]!r} is not a text; give names as keys")
     return content
 
 
@@ -109,12 +109,12 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise _problem(f"the anchor {event.anchor!r} is not followed; write the value where it is meant", event.start_mark)
+            raise _problem(f"the anchor {event.anchor!r} is not supported; write the value in its place", event.start_mark)
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            raise _problem(f"the tag {tag!r} is not followed; write the value alone", event.start_mark)
+            raise _problem(f"the tag {tag!r} is not supported; write the value alone", event.start_mark)
         if self.depth == MAX_DEPTH:
-            raise _problem(f"lists and mappings stand more than {MAX_DEPTH} deep in one another", event.start_mark)
+            raise _problem(f"lists and mappings are nested more than {MAX_DEPTH} deep", event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -124,9 +124,9 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _problem("a list or a mapping stands where a key must", key.start_mark)
+                raise _problem("a list or a mapping is used as a key; give names as keys", key.start_mark)
             if key.value == "<<":
-                raise _problem("'<<' merges nothing here; write the options out", key.start_mark)
+                raise _problem("'<<' is not supported; write the options out", key.start_mark)
             if key.value in lines:
                 raise _problem(f"{key.value!r} is given twice, first in line {lines[key.value]}", key.start_mark)
             lines[key.value] = key.start_mark.line + 1

@@ -152,7 +152,7 @@ def test_weights_of_more_tasks_than_a_configuration_has_room_for(tmp_path):
         ("w.yaml", "Ada: 0\n", "the weight of task 'Ada' is '0'; give a finite number above 0"),
         ("w.yaml", "Ada: true\n", "the weight of task 'Ada' is 'true'; give a finite number above 0"),
         ("w.yaml", "Ada: 2\nBo: 1\nAda: 3\n", "w.yaml', line 3: 'Ada' is given twice, first in line 1"),
-        ("w.yaml", "Ada: &a 2\nBo: *a\n", "line 1: the anchor 'a' is not followed; write the value where it is meant"),
+        ("w.yaml", "Ada: &a 2\nBo: *a\n", "line 1: the anchor 'a' is not supported; write the value in its place"),
         ("w.yaml", "Ada: [2]\n", r"the weight of task 'Ada' is \['2'\]; give a finite number above 0"),
         ("w.yaml", "# nothing yet\n", "holds no weights; give one `task: weight` a line, or leave it out"),
         ("w.yaml", "Adda: 2\n", "there is no task 'Adda' in the data; did you mean 'Ada'"),

@@ -49,7 +49,7 @@ def test_a_bomb_is_refused_before_it_goes_off():
     levels = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
     start = time.perf_counter()
-    with pytest.raises(YamlError, match="the anchor 'a0' is not followed") as caught:
+    with pytest.raises(YamlError, match="the anchor 'a0' is not supported") as caught:
         parse_mapping("\n".join(levels).encode())
     assert caught.value.line == 1
     assert time.perf_counter() - start < 1
@@ -73,9 +73,9 @@ def test_depth_is_bounded(depth):
         (b"a: 1\nb: *c", "the anchor 'c'", 2),
         (b"a: !!python/name:os.system", "the tag '!!python/name:os.system'", 1),
         (b"a: !!binary aGk=", "the tag '!!binary'", 1),
-        (b"1: 2", "the key 1 is no text", None),
-        (b"[1]: 2", "a list or a mapping stands where a key must", 1),
-        (b"{a: 1}: 2", "a list or a mapping stands where a key must", 1),
+        (b"1: 2", "the key 1 is not a text", None),
+        (b"[1]: 2", "a list or a mapping is used as a key; give names as keys", 1),
+        (b"{a: 1}: 2", "a list or a mapping is used as a key; give names as keys", 1),
         (b"- a", "holds a list", None),
         (b"3", "holds a int", None),
         (b"\xff", "byte 0xff at position 0 is not UTF-8", None),
