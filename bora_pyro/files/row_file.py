@@ -68,7 +68,7 @@ class RowTensor:
         """Copies of all rows in order, a few at a time."""
         for index in torch.arange(len(self._values)).split(_CHUNK):
             yield self.read(index)
-            self.forget()
+            self.release_memory()
 
     @property
     def row_bytes(self) -> int:
@@ -92,8 +92,8 @@ class RowTensor:
         """Copy all rows from another ``RowTensor`` of the same shape."""
         for index in other.written().split(_CHUNK):
             self.write(index, other.read(index))
-            self.forget()
-            other.forget()
+            self.release_memory()
+            other.release_memory()
         missing = (self._written & ~other._written).nonzero()[:, 0]
         for index in missing.split(_CHUNK):
             self.write(index, other.read(index))
@@ -107,10 +107,10 @@ class RowTensor:
         missing = (~self._written).nonzero()[:, 0]
         for index in missing.split(_CHUNK):
             self.write(index, self._first.expand(len(index), *self._first.shape[1:]))
-            self.forget()
+            self.release_memory()
         return self._values
 
-    def forget(self) -> None:
+    def release_memory(self) -> None:
         """Release the memory pages of the mapped file; the values stay in the file. Rows in memory are not affected."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)

@@ -90,14 +90,14 @@ class Group(Processes):
                 self._send(torch.tensor([len(index)]))
                 self._send(index)
                 self._send(store.read(index).cpu().contiguous())
-                store.forget()
+                store.release_memory()
             return
         for source in range(1, self.size):
             for _ in range(int(self._receive(torch.empty(1, dtype=torch.int64), source))):
                 size = int(self._receive(torch.empty(1, dtype=torch.int64), source))
                 index = self._receive(torch.empty(size, dtype=torch.int64), source)
                 store.write(index, self._receive(store.read(index).cpu(), source))
-                store.forget()
+                store.release_memory()
 
     @staticmethod
     def _send(value: Tensor) -> None:

@@ -236,7 +236,7 @@ class DrawnTasks:
             for name, store in stores.items():
                 for index in self.rows.own.split(64):
                     store.write(index, checkpoint.rows(group, name, index))
-                store.forget()
+                store.release_memory()
         self.rows.load(self.rows.own[:1])
         parameters, self.best = (checkpoint.group(group, without=[*of_rows]) for group in ("parameters", "best"))
         _check_model_state(checkpoint, self.model, parameters, self.best)

@@ -131,7 +131,7 @@ class TaskRows:
         self._touched += tensors * rows
         if self._touched > self.budget:
             for store in self._stores():
-                store.forget()
+                store.release_memory()
             self._touched = 0.0
 
     @torch.no_grad()

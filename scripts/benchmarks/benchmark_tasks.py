@@ -109,7 +109,7 @@ def measure(config: TasksConfig, tasks: int) -> dict[str, Any]:
         for group in loop.state.rows.tensors().values():
             for store in group.values():
                 store.all()
-                store.forget()
+                store.release_memory()
         # in the order of the documents, so that a batch has the same number of tasks whatever their total number
         steps = EpochSteps(train, token_budget=config.rows * config.max_tokens, partition=[torch.arange(tasks)])
         seconds, drawn, resident = [], [], []

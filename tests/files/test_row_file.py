@@ -22,7 +22,7 @@ def test_what_is_written_is_read_and_the_rest_is_as_it_began(folder):
     rows = RowTensor(first, 100, folder=folder)
     value = torch.randn(3, 2, 3)
     rows.write(torch.tensor([2, 50, 99]), value)
-    rows.forget()
+    rows.release_memory()
     read = rows.read(torch.tensor([1, 2, 50, 98, 99]))
     torch.testing.assert_close(read, torch.stack([first[0], value[0], value[1], first[0], value[2]]), rtol=0, atol=0)
     assert rows.written().tolist() == [2, 50, 99]
