@@ -1,4 +1,4 @@
-"""The frozen language model: its target layers, and its logits with the outputs of those layers changed."""
+"""The frozen language model: the layers that adapters change, and the logits with these changes."""
 
 from bora_pyro.backbone.backbone import BUILTIN_BASES, Backbone, Change
 

@@ -1,4 +1,4 @@
-"""How glibc's allocator treats the memory of large tensors on CPUs."""
+"""A setting of glibc's memory allocator for large tensors on CPUs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import ctypes
 import sys
 from contextlib import suppress
 
-#: Blocks from this size on are mapped by themselves.
+#: Blocks of at least this many bytes get a memory mapping of their own.
 MAPPED_FROM = 2**22
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 def give_back_freed_memory() -> None:
-    """Let large blocks go back to the system when they are freed, in this process, for good; elsewhere than on glibc do nothing.
+    """Make glibc return large blocks to the system when they are freed. Without glibc this does nothing.
 
-    By itself glibc raises the size from which it maps blocks up to 32 MiB and cuts what is smaller out of one heap, where blocks
-    of a layer that is computed again find no gap that fits, and the heap grows: with gradient checkpointing by half as much
-    again as is in use. Mapped blocks cost some time for each page.
+    The setting holds for the whole process until it ends.
+
+    By default glibc raises its threshold for mapped blocks to as much as 32 MiB, and takes smaller blocks from one heap. With
+    gradient checkpointing, the blocks of a recomputed layer do not fit into the gaps of this heap. The heap then grows to one
+    and a half times the memory in use. Mapped blocks avoid this but cost some time for each page.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

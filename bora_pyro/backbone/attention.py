@@ -1,4 +1,4 @@
-"""The backward pass of attention over short documents in bfloat16 on CPUs, where torch's own is slow.
+"""A faster backward pass of attention for short documents in bfloat16 on CPUs.
 
     >>> from torch.nn import functional as F
     >>> q, k, v = (torch.randn(2, 3, 5, 8).bfloat16() for _ in range(3))  # rows, heads, tokens, width of a head
@@ -6,9 +6,9 @@
     >>> torch.equal(own, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=8**-0.5))
     True
 
-torch's flash attention for CPUs works through blocks of each head by itself, in the backward pass with products too small for
-the matrix units of a CPU in bfloat16. For short documents plain batched products over some heads at a time, whose attention
-weights stay in the cache, are faster: by 1.2 with 256 tokens, by 3 with 128. The forward pass is torch's.
+torch's flash attention for CPUs works through each head block by block. In the backward pass these blocks are too small for a
+CPU's bfloat16 matrix units. For short documents, plain batched products over a few heads at a time are faster, because their
+attention weights stay in the cache: 1.2 times as fast with 256 tokens, 3 times with 128. The forward pass is torch's.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-#: The name by which transformers knows it.
+#: The name of this attention in transformers.
 NAME = "short_sdpa"
-#: Numbers of a head, tokens times width; with more of them torch's own kernel is as fast.
+#: The largest head, tokens times width, that is worked on here. For larger heads torch's own kernel is as fast.
 MOST_NUMBERS = 8192
-# Attention weights that are worked at together: 4 MiB of float32.
+# The number of attention weights in one chunk of heads: 4 MiB of float32.
 _CHUNK_ENTRIES = 2**20
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal attention, softmax(scale q kᵀ) v; all (rows, heads, tokens, width)."""
+    """Causal attention, softmax(scale q kᵀ) v. All tensors have the shape (rows, heads, tokens, width)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -45,28 +45,29 @@ class ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, output, log_normaliser = ctx.saved_tensors
         shape, tokens = query.shape[:2], query.shape[2]
-        q, k, v, of_output = (x.flatten(0, 1) for x in (query, key, value, outputs[0]))
-        # Σ_j (∂/∂weight_ij) weight_ij, as the weights of each token sum to one
+        q, k, v, grad_output = (x.flatten(0, 1) for x in (query, key, value, outputs[0]))
+        # Σ_j (∂L/∂weight_ij) weight_ij, the term of softmax's gradient that all scores of a token share
         common = (outputs[0].float() * output.float()).sum(-1).flatten(0, 1)
-        # float32 where differences cancel, one product each: scale q kᵀ − log Σ exp, and ∂/∂weight less what is common
-        q_and = _beside(q.float() * ctx.scale, -log_normaliser.flatten(0, 1))
-        of_output_and = _beside(of_output.float(), -common)
-        k_and, v_and = (_beside(x.float(), torch.ones_like(common)) for x in (k, v))
-        of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
-        for part in _parts(len(q), tokens):
+        # The extra column subtracts within one product: scale q kᵀ − log Σ exp, and ∂L/∂weight − common. Both are
+        # differences of near numbers, so they are in float32.
+        q_and = _append_column(q.float() * ctx.scale, -log_normaliser.flatten(0, 1))
+        grad_output_and = _append_column(grad_output.float(), -common)
+        k_and, v_and = (_append_column(x.float(), torch.ones_like(common)) for x in (k, v))
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+        for part in _head_chunks(len(q), tokens):
             weights = torch.bmm(q_and[part], k_and[part].mT).exp_().tril_()
-            torch.bmm(weights.to(q.dtype).mT, of_output[part], out=of_v[part])
-            of_scores = torch.bmm(of_output_and[part], v_and[part].mT).mul_(weights).to(q.dtype)
-            torch.bmm(of_scores, k[part], out=of_q[part]).mul_(ctx.scale)
-            torch.bmm(of_scores.mT, q[part], out=of_k[part]).mul_(ctx.scale)
-        return of_q.unflatten(0, shape), of_k.unflatten(0, shape), of_v.unflatten(0, shape), None
+            torch.bmm(weights.to(q.dtype).mT, grad_output[part], out=grad_v[part])
+            grad_scores = torch.bmm(grad_output_and[part], v_and[part].mT).mul_(weights).to(q.dtype)
+            torch.bmm(grad_scores, k[part], out=grad_q[part]).mul_(ctx.scale)
+            torch.bmm(grad_scores.mT, q[part], out=grad_k[part]).mul_(ctx.scale)
+        return grad_q.unflatten(0, shape), grad_k.unflatten(0, shape), grad_v.unflatten(0, shape), None
 
 
-def _beside(x: Tensor, column: Tensor) -> Tensor:
+def _append_column(x: Tensor, column: Tensor) -> Tensor:
     return torch.cat([x, column[..., None]], -1)
 
 
-def _parts(heads: int, tokens: int) -> list[slice]:
+def _head_chunks(heads: int, tokens: int) -> list[slice]:
     size = max(1, _CHUNK_ENTRIES // tokens**2)
     return [slice(start, start + size) for start in range(0, heads, size)]
 
@@ -82,10 +83,10 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: short attention where it pays, its own ``sdpa`` elsewhere."""
+    """The function that transformers calls in each layer: short attention if it is faster, else transformers' ``sdpa``."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = attention_mask is None and causal and not dropout and all(kwargs.get(name) is None for name in _OTHERS)
-    if not (plain and pays(query, key, value)):
+    plain = attention_mask is None and causal and not dropout and all(kwargs.get(name) is None for name in _UNSUPPORTED)
+    if not (plain and is_faster(query, key, value)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     groups = query.shape[1] // key.shape[1]
     output = ShortAttention.apply(
@@ -94,19 +95,19 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-# What transformers may ask of attention beside a causal mask.
-_OTHERS = ("position_bias", "cache", "softcap")
+# Arguments of transformers that short attention does not support.
+_UNSUPPORTED = ("position_bias", "cache", "softcap")
 
 
-def pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a backward pass through attention over these, (rows, heads, tokens, width), is one that torch is slow at."""
-    here = query.device.type == "cpu" and query.dtype == torch.bfloat16
+def is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether short attention is faster than torch's, for tensors of shape (rows, heads, tokens, width)."""
+    bfloat16_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
     short = query.shape[2] * query.shape[3] <= MOST_NUMBERS and query.shape[2:] == key.shape[2:] == value.shape[2:]
-    return here and query.requires_grad and short
+    return bfloat16_on_cpu and query.requires_grad and short
 
 
 def use_short_attention(model: PreTrainedModel) -> None:
-    """Let a model that attends by torch's ``scaled_dot_product_attention`` use short attention where it pays."""
+    """Set up short attention in a model that uses torch's ``scaled_dot_product_attention``."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 

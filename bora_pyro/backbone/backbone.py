@@ -1,12 +1,12 @@
-"""The frozen causal language model: its target layers, and its logits with their outputs changed.
+"""The frozen causal language model, with a way to change the outputs of its target layers.
 
     >>> from bora_pyro import Backbone
     >>> backbone = Backbone.from_pretrained("builtin:nano", targets=["q_proj", "v_proj"])
     >>> [(slot.name, slot.layers, slot.in_features, slot.out_features) for slot in backbone.slots]
     [('v_proj', 4, 256, 256), ('q_proj', 4, 256, 256)]
 
-The backbone knows neither adapters nor priors. It groups the linear layers that are to be adapted into *slots* (one slot
-a kind of layer, stacked over the depth of the model). While it runs, a callable may change the output of each of them.
+The backbone knows neither adapters nor priors. It groups the target layers into *slots*: one slot for each kind of linear
+layer, stacked over the depth of the model. During a forward pass, a callable may change the output of each target layer.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_no_adapter
 from bora_pyro.backbone.slots import Slot, find_slots, linear_modules, linear_shape, linear_weight
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, check_one_of, nearest
 
 BUILTIN_BASES = {"builtin:nano": Path(__file__).parents[1] / "assets" / "nano"}
 
-#: How a base's linear layers may be stored: bitsandbytes' NormalFloat4 and LLM.int8().
+#: Quantisations of a base's linear layers: bitsandbytes' NormalFloat4 and LLM.int8().
 QUANTIZATIONS = ("4bit", "8bit")
-#: The placements over several devices that transformers works out itself.
+#: Values of ``device_map`` with which transformers itself distributes the layers over the devices.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
-#: The largest output of a layer on CPUs: half of glibc's largest threshold above which memory is mapped.
+#: The largest output of a layer on CPUs, in bytes: half of glibc's largest threshold for mapped memory.
 PASS_BYTES = 2**24
 
-#: ``change(slot, layer, x, output)``: the changed output of one linear layer, (rows, tokens, out_features), given its input,
-#: (rows, tokens, in_features), and its own output, both on the device of the layer; so is the result.
+#: ``change(slot, layer, x, output)`` returns the changed output of one linear layer, (rows, tokens, out_features). ``x`` is the
+#: layer's input, (rows, tokens, in_features), and ``output`` its own output. All are on the device of the layer.
 Change = Callable[[Slot, int, Tensor, Tensor], Tensor]
 
 
 class Backbone:
-    """A frozen causal language model whose linear layers can be changed row by row.
+    """A frozen causal language model. The outputs of its linear layers can be changed separately for each row of a batch.
 
         >>> from transformers import OPTConfig, OPTForCausalLM
         >>> sizes = {"hidden_size": 8, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "word_embed_proj_dim": 8}
@@ -61,15 +61,15 @@ class Backbone:
         (torch.Size([1, 3, 16]), False, ['fc2'])
 
     Args:
-        model: any ``AutoModelForCausalLM``; its parameters stop requiring gradients and it goes to evaluation mode.
-        tokenizer: the tokenizer that belongs to it, where texts are to be read.
-        targets: suffixes of module paths (``["q_proj", "v_proj"]``), ``"all-linear"``, or None for the architecture's
-            usual ones. The embedding and the head are never adapted.
-        gradient_checkpointing: recompute each decoder layer in the backward pass: less memory, about a third more time. On CPUs
-            the allocator is told to give freed memory back (``give_back_freed_memory``), which holds for the whole process.
+        model: any ``AutoModelForCausalLM``. Its parameters are frozen and it is set to evaluation mode.
+        tokenizer: the model's tokenizer. It is needed only to tokenise texts.
+        targets: suffixes of module paths (``["q_proj", "v_proj"]``), ``"all-linear"``, or None for the usual targets of the
+            architecture. The embedding and the head are never adapted.
+        gradient_checkpointing: recompute each decoder layer in the backward pass. This takes less memory and about a third more
+            time. On CPUs it also calls ``give_back_freed_memory``, which holds for the whole process.
 
     Raises:
-        InputError: a target that no linear layer has; the message lists the valid ones.
+        InputError: a target matches no linear layer. The message lists the valid targets.
     """
 
     def __init__(
@@ -110,20 +110,20 @@ class Backbone:
         """Load a model and its tokenizer from ``builtin:nano``, a local folder or a hub id.
 
         Args:
-            name: what to load.
+            name: ``builtin:nano``, a folder or a hub id.
             targets: as for :class:`Backbone`.
-            precision: of the weights, and of the arithmetic where they are quantised.
-            device: where the model goes, unless ``device_map`` says it.
-            quantization: ``4bit`` or ``8bit`` stores the linear layers so (the head and the embedding excepted); they are
-                multiplied in ``precision``, 8-bit ones in float16 (int8 where the device has it). It needs bitsandbytes.
-            device_map: ``auto`` or another of ``DEVICE_MAPS`` spreads the layers over the devices; a mapping from module paths
-                to devices does so by hand. It needs accelerate.
+            precision: type of the weights; for a quantised model, type of the arithmetic.
+            device: the device of the model, unless ``device_map`` is given.
+            quantization: ``4bit`` or ``8bit`` quantises the linear layers, except the head and the embedding. 4-bit layers
+                compute in ``precision``, 8-bit layers in float16 (in int8 on devices that support it). It needs bitsandbytes.
+            device_map: ``auto`` or another of ``DEVICE_MAPS`` distributes the layers over the devices. A mapping from module
+                paths to devices sets each place by hand. It needs accelerate.
             gradient_checkpointing: as for :class:`Backbone`.
-            trust_remote_code: let a model that brings code of its own run it.
+            trust_remote_code: run the code that the model's repository contains.
 
         Raises:
-            InputError: there is no such model, quantisation or placement, or a package is missing that they need; the model
-                brings code that it was not allowed to run; its weights are not safetensors; it is an adapter of another model.
+            InputError: the model, quantisation or device map does not exist, or a package for it is missing; the model needs
+                code of its own and ``trust_remote_code`` is False; its weights are not safetensors; it is an adapter.
         """
         placement = _placement(quantization, device_map, precision, device)
         source = BUILTIN_BASES.get(str(name), name)
@@ -132,13 +132,13 @@ class Backbone:
         try:
             check_no_adapter(source)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            # weights that are pickled could run code as they are read
+            # safetensors only: reading pickled weights could run code
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=precision, trust_remote_code=trust_remote_code, use_safetensors=True, **placement
             )
         except InputError:
             raise
-        except Exception as error:  # a damaged file raises what its reader pleases
+        except Exception as error:  # a damaged file can raise any type of error
             if "trust_remote_code" in str(error):
                 raise InputError(
                     f"base model {str(name)!r} brings code of its own, which is not run: read it, and if you trust it give "
@@ -154,24 +154,24 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go: to the model's device, or to that of its embedding where the layers lie on several."""
+        """The device of the inputs: the model's, or the embedding's if the layers are on several devices."""
         embedding = self.model.get_input_embeddings()
-        # accelerate's, where weights wait elsewhere until they are used
+        # accelerate sets it if the weights are moved to the device only when they are used
         execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
         return embedding.weight.device if execution is None else torch.device(execution)
 
     @property
     def context(self) -> int | None:
-        """The longest document in tokens that the model can read, or None where its configuration sets no limit."""
+        """The longest document that the model can read, in tokens; None if its configuration sets no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     @cached_property
     def pass_tokens(self) -> int:
-        """The tokens of a forward and backward pass: with more of them it is the slower for each.
+        """The largest efficient number of tokens in one forward and backward pass. Larger passes take more time for each token.
 
-        On CPUs a tensor above glibc's largest threshold for mapped memory, 32 MiB, comes from the system anew whenever it is
-        made, page by page; so the widest layer's output stays below half of it: smaller passes are no faster for each token,
-        larger ones pad their rows more and hold more.
+        On CPUs, glibc maps every tensor above its largest threshold, 32 MiB, anew from the system, page by page, which is slow.
+        The output of the widest layer therefore stays below half of this threshold. Smaller passes are not faster for each
+        token. Larger ones have more padding and need more memory.
         """
         if self.device.type != "cpu":
             return sys.maxsize
@@ -184,10 +184,13 @@ class Backbone:
         return linear_weight(self._modules[slot.paths[layer]])
 
     def logits(self, input_ids: Tensor, change: Change | None = None, *, attention_mask: Tensor | None = None) -> Tensor:
-        """Next-token logits (rows, tokens, vocabulary), with ``change`` made to the output of every target layer.
+        """Next-token logits, (rows, tokens, vocabulary).
 
-        Rows that are padded on the right need no ``attention_mask``: attention is causal, so no token sees the padding
-        behind it, and without a mask attention takes its fast path.
+        Args:
+            input_ids: (rows, tokens) int64.
+            change: called for every target layer to change its output; None changes nothing.
+            attention_mask: (rows, tokens), 1 at tokens and 0 at padding. Rows that are padded on the right need no mask:
+                attention is causal, so no token sees the padding after it. Attention is faster without a mask.
         """
         with ExitStack() as stack:
             if change is not None:
@@ -195,9 +198,10 @@ class Backbone:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     def lazy_logits(self, input_ids: Tensor, change: Change | None = None) -> Tensor | LazyLogits:
-        """As ``logits``, but the head is left to whoever needs the logits: a loss never holds those of all tokens at once.
+        """As ``logits``, but without the head: the caller computes the logits, for example a loss in chunks of tokens.
 
-        Models that do more than a linear map after their last hidden state, as Gemma 2's soft cap, give the logits themselves.
+        Some models do more than a linear map after their last hidden state, for example Gemma 2 with its soft cap. For them the
+        result is the logits themselves.
         """
         if not self.ends_with_head:
             return self.logits(input_ids, change)
@@ -208,7 +212,11 @@ class Backbone:
         return LazyLogits(states, self.model.get_output_embeddings())
 
     def dummy_pass(self, *, backward: bool = False) -> None:
-        """A pass whose result nobody wants: for processes that each hold a part of the base and need the others' parts."""
+        """Run two tokens and ignore the result, so that a process without work takes part in the passes of a sharded base.
+
+        Args:
+            backward: run the backward pass too.
+        """
         two = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
         with torch.set_grad_enabled(backward):
             zero = torch.zeros((), device=self.device, requires_grad=backward)
@@ -219,12 +227,12 @@ class Backbone:
 
     @cached_property
     def digest(self) -> str | None:
-        """By which a run knows its base again, as `weights_digest` gives it; None where there is no such thing."""
+        """The digest of the weights (`weights_digest`), by which a run recognises its base; None if there is none."""
         return weights_digest(self.model)
 
     @cached_property
     def ends_with_head(self) -> bool:
-        """Whether the model's logits are its output embedding's map of its last hidden states, found out on two tokens."""
+        """Whether the logits are exactly the head applied to the last hidden states; tested with two tokens."""
         head = self.model.get_output_embeddings()
         if type(head) is not nn.Linear or self.model.base_model is self.model or head.weight.device != self.device:
             return False
@@ -232,21 +240,25 @@ class Backbone:
             two = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
             output = self.model.base_model(input_ids=two, use_cache=False)
             states = getattr(output, "last_hidden_state", None)
-            # exactly: a soft cap changes small logits by very little
+            # test exact equality: a soft cap changes small logits only a little
             return states is not None and torch.equal(head(states), self.model(input_ids=two, use_cache=False).logits)
 
     @contextmanager
     def changed(self, change: Change, rows: int) -> Iterator[PreTrainedModel]:
-        """The model itself, with ``change`` made to the output of every target layer of each of so many rows meanwhile.
+        """A context manager in which the model itself runs with ``change`` applied to every target layer.
 
-        For what runs the model as transformers does, its ``generate`` with its cache among it. Gradient checkpointing is for
-        training and is not in force here.
+        It is for code that calls the transformers model directly, such as ``generate`` with its cache. Gradient checkpointing is
+        off here, because it is for training.
+
+        Args:
+            change: called for every target layer to change its output.
+            rows: number of rows in the batch.
         """
         with self._changed([path for slot in self.slots for path in slot.paths], change, rows):
             yield self.model
 
     def _enter(self, stack: ExitStack, change: Change, rows: int) -> None:
-        """Put the changes on the layers until ``stack`` closes."""
+        """Apply ``change`` to the target layers until ``stack`` closes."""
         if not self.gradient_checkpointing:
             stack.enter_context(self.changed(change, rows))
             return
@@ -258,7 +270,7 @@ class Backbone:
 
     @contextmanager
     def _changed(self, paths: Sequence[str], change: Change, rows: int) -> Iterator[None]:
-        """Forward hooks that make ``change`` to the outputs of the modules at ``paths``."""
+        """Apply ``change`` to the outputs of the modules at ``paths``, with forward hooks."""
         wanted = set(paths)
         handles = [
             self._modules[path].register_forward_hook(_hook(change, slot, layer, rows))
@@ -278,14 +290,14 @@ class Backbone:
         original = block.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            # the backward pass runs this again when the outer hooks are long gone: the block brings its own
+            # the backward pass runs this again after the outer hooks are removed, so the block sets its own hooks
             with self._changed(paths, change, rows):
                 return original(*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
-        # accelerate, too, puts a forward of its own on a block whose inputs it moves
+        # accelerate may have replaced the block's forward already, to move its inputs between devices
         own = vars(block).get("forward")
         block.forward = forward
         try:
@@ -305,20 +317,18 @@ class Backbone:
 def _placement(
     quantization: str | None, device_map: str | Mapping[str, Any] | None, precision: torch.dtype, device: torch.device | str
 ) -> dict[str, Any]:
-    """What ``from_pretrained`` of transformers is told of quantisation and devices; empty for a plain base on one device.
+    """Arguments of transformers' ``from_pretrained`` for quantisation and devices; empty for a plain base on one device.
 
     Raises:
-        InputError: an unknown value, or a package that is missing.
+        InputError: a value is unknown, or a package is missing.
     """
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise InputError(
-            f"quantization is {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}{nearest(quantization, QUANTIZATIONS)}"
-        )
-    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
-        raise InputError(f"device_map is {device_map!r}; allowed: {', '.join(DEVICE_MAPS)}{nearest(device_map, DEVICE_MAPS)}")
+    if quantization is not None:
+        check_one_of("quantization", quantization, QUANTIZATIONS)
+    if isinstance(device_map, str):
+        check_one_of("device_map", device_map, DEVICE_MAPS)
     if quantization is not None:
         _require("quantization", quantization, ("bitsandbytes", "accelerate"), extra="quantization")
-        # warnings that inputs become float16, with every layer and batch, and that a kernel is missing which has no backward pass
+        # They warn for every layer and batch that inputs become float16, and about a missing kernel without a backward pass.
         for noisy in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         return {
@@ -334,10 +344,11 @@ def _placement(
 
 
 def _differentiable(model: PreTrainedModel) -> PreTrainedModel:
-    """Keep bitsandbytes from repacking 4-bit weights for CPUs with bfloat16.
+    """Stop bitsandbytes from repacking 4-bit weights for CPUs with bfloat16.
 
-    It would do so wherever an input needs no gradient (the first layer, every evaluation), for good: the repacked layers multiply
-    in bfloat16, have no backward pass, and refuse outputs that are no multiple of 32.
+    bitsandbytes repacks a layer the first time that its input needs no gradient: the first layer always, the others in an
+    evaluation. This cannot be undone. A repacked layer computes in bfloat16, has no backward pass, and fails if its output size
+    is not a multiple of 32.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

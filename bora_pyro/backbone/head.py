@@ -1,4 +1,4 @@
-"""The loss of each token from the last hidden states, without the logits of all tokens at once.
+"""The loss of each token, computed without holding the logits of all tokens at once.
 
     >>> head = torch.nn.Linear(4, 10, bias=False).requires_grad_(False)
     >>> states = torch.randn(2, 3, 4)
@@ -9,8 +9,8 @@
     >>> torch.allclose(loss.flatten(), expected, atol=1e-6)
     True
 
-A vocabulary of 50,000 makes the float32 logits of a batch, and their gradient, larger than everything else in a step. The head
-is frozen, so that only the hidden states need a gradient, and that is computed chunk by chunk beside the loss itself.
+With a vocabulary of 50,000, the float32 logits of a batch and their gradient are larger than everything else in a step. The
+head is frozen, so only the hidden states need a gradient. It is computed chunk by chunk, together with the loss.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch import Tensor, nn
 
 from bora_pyro.data.batch import IGNORED
 
-#: Entries of the logits that are held at once. On CPUs a chunk should stay in the cache, on GPUs it should fill the device.
+#: The number of logits in one chunk. On CPUs a chunk should fit into the cache, on GPUs it should fill the device.
 CHUNK_ENTRIES = {"cpu": 2**21, "cuda": 2**27}
 
 
 def chunk_tokens(device: torch.device, vocabulary: int) -> int:
-    """How many tokens have their logits held at one time."""
+    """The number of tokens in one chunk."""
     return max(64, CHUNK_ENTRIES.get(device.type, CHUNK_ENTRIES["cuda"]) // vocabulary)
 
 
 @dataclass(frozen=True)
 class LazyLogits:
-    """Next-token logits before the head: called, it gives them; a loss needs them a chunk at a time only.
+    """Next-token logits that are not computed yet. Calling the object gives all of them; a loss computes them in chunks.
 
     Attributes:
         states: the last hidden states (rows, tokens, hidden).
@@ -46,29 +46,32 @@ class LazyLogits:
     head: nn.Linear
 
     def __call__(self) -> Tensor:
-        """The logits, (rows, tokens, vocabulary)."""
+        """All logits, (rows, tokens, vocabulary)."""
         return self.head(self.states)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the logits."""
+        """The shape of the logits, (rows, tokens, vocabulary)."""
         return torch.Size([*self.states.shape[:-1], len(self.head.weight)])
 
     def expand(self, *shape: int) -> LazyLogits:
-        """The same for more rows, as ``Tensor.expand``; the last entry, the vocabulary, cannot change."""
+        """As ``Tensor.expand``, for more rows. The last size, the vocabulary, cannot change."""
         return LazyLogits(self.states.expand(*shape[:-1], self.states.shape[-1]), self.head)
 
     def token_losses(self, targets: Tensor) -> Tensor:
-        """−log p of each target in nats, float32; 0 where it is -100.
+        """The loss of each token, −log p(target) in nats.
 
         Args:
-            targets: (rows, tokens) int64.
+            targets: (rows, tokens) int64, -100 at tokens without a target.
+
+        Returns:
+            (rows, tokens) float32, 0 at tokens without a target.
         """
         return TokenLosses.apply(self.states, self.head.weight, self.head.bias, targets)
 
 
 class TokenLosses(torch.autograd.Function):
-    """−log softmax(h Wᵀ + b)[target], and its gradient in h, over chunks of the tokens that have a target."""
+    """−log softmax(h Wᵀ + b)[target] and its gradient in h, in chunks of the tokens that have a target."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ class TokenLosses(torch.autograd.Function):
         chunk = chunk_tokens(states.device, len(weight))
         for start in range(0, len(target), chunk):
             part, label = slice(start, start + chunk), target[start : start + chunk, None]
-            # in one call each: nothing is rounded in between, and the logits are freed at once
+            # one call each, so that nothing is rounded in between and the logits are freed at once
             log_p = torch.log_softmax(F.linear(hidden[part], weight, bias), -1, dtype=torch.float32)
             losses[observed[part]] = -log_p.gather(1, label)[:, 0]
             if gradient is not None:

@@ -1,4 +1,4 @@
-"""What is no base though transformers would load it as one: an adapter, in whose place it takes the base that the adapter names.
+"""Refuse an adapter in place of a base model. transformers would load the base that the adapter names.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
@@ -18,20 +18,20 @@ from transformers.utils import find_adapter_config_file
 from bora_pyro.errors import InputError, shown
 from bora_pyro.files.regular import read_regular
 
-#: The largest configuration of an adapter that is looked into for the name of its base.
+#: The largest adapter configuration, in bytes, that is read to find the name of its base.
 CONFIG_BYTES = 2**20
 
 
 def check_no_adapter(name: str | Path) -> None:
-    """Refuse a base that is an adapter, or has one in its folder.
+    """Check that a base is not an adapter and has no adapter in its folder.
 
-    The base would be another one than was named, from wherever the folder says, with the adapter put into it.
+    transformers would silently load another base, the one that the adapter names, with the adapter merged into it.
 
     Args:
-        name: a folder or a hub id; of one that is neither nothing is said here.
+        name: a folder or a hub id. The function does nothing for any other name.
 
     Raises:
-        InputError: there is an ``adapter_config.json``.
+        InputError: the folder or repository has an ``adapter_config.json``.
         OSError: the hub has no such repository.
     """
     file = find_adapter_config_file(str(name))

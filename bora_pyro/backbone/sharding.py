@@ -1,8 +1,8 @@
-"""The frozen base in parts, one in each process, where one cannot hold it all (torch's FSDP2).
+"""Shard the frozen base over the processes, for bases that are too large for one of them (torch's FSDP2).
 
-Each process keeps a share of every decoder layer's weights; a layer is put together when its turn comes, forward and backward,
-and taken apart again. Embedding, last norm and head are whole in each. All processes must so pass through the layers together:
-`Processes.lockstep` lets one that has nothing to do make an idle pass for the others.
+Each process stores a part of the weights of every decoder layer. A layer is gathered just before its forward or backward pass and
+freed after it. Every process has the whole embedding, last norm and head. All processes must run through the layers at the same
+time. A process without work therefore makes a dummy pass (`Processes.lockstep`).
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from bora_pyro.errors import InputError
 
 
 def shard_base(backbone: Backbone, device: torch.device) -> None:
-    """Keep this process's share of each decoder layer on ``device``, and the rest of the base too.
+    """Move this process's part of each decoder layer, and all other weights of the base, to ``device``.
 
     Args:
-        backbone: loaded on the CPU, in the same way in every process of the group.
-        device: where it computes.
+        backbone: the base, loaded on the CPU in the same way in every process of the group.
+        device: the device of this process.
 
     Raises:
-        InputError: transformers does not say what the model's decoder layers are.
+        InputError: transformers does not mark the decoder layers of this model.
     """
-    _ = backbone.digest  # taken while the weights are whole
+    _ = backbone.digest  # computed (and cached) while this process has all weights
     blocks = [module for module in backbone.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         kind = backbone.model.config.model_type
-        raise InputError(f"shard_base needs a model whose layers transformers can name, and {kind!r} is none; leave it out")
+        raise InputError(
+            f"shard_base needs a model whose decoder layers transformers marks, and {kind!r} is not one; leave it out"
+        )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    of_blocks = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
+    block_tensors = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
     for tensor in (*backbone.model.parameters(), *backbone.model.buffers()):
-        if id(tensor) not in of_blocks:
+        if id(tensor) not in block_tensors:
             tensor.data = tensor.data.to(device)

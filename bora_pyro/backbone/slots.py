@@ -1,4 +1,4 @@
-"""The linear layers of a model that are to be adapted, in groups of one kind stacked over its depth: the *slots*.
+"""Group the linear layers that adapters change into *slots*: one slot for each kind of layer, stacked over the model's depth.
 
 >>> from transformers import GPT2Config, GPT2LMHeadModel
 >>> from bora_pyro.backbone.slots import find_slots
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bora_pyro.errors import InputError, nearest
 
-#: The layers that are adapted where the user names none: attention's queries and values, as in the LoRA and BoRA papers.
+#: The target layers if the user names none: attention's queries and values, as in the LoRA and BoRA papers.
 USUAL_TARGETS = {
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
@@ -37,8 +37,9 @@ class Slot:
     Attributes:
         name: short name without dots, unique in the model (``q_proj``, ``mlp_c_proj``).
         paths: the module path in each layer, in the order of the model.
-        in_features, out_features: sizes of the linear map.
-        fan_in_fan_out: the weight is stored (in, out), as GPT-2's ``Conv1D`` does.
+        in_features: size of the input.
+        out_features: size of the output.
+        fan_in_fan_out: whether the weight is stored as (in, out), as in GPT-2's ``Conv1D``.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Slot:
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear layer by its path, the embedding and the head left out."""
+    """All linear layers by module path, without the embedding and the head."""
     ends = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
     return {
         path: module
@@ -64,14 +65,14 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = None) -> list[Slot]:
-    """Group the target layers of ``model`` into slots: same place in the block, same shape.
+    """Group the target layers of ``model`` into slots. Layers of one slot have the same place in their block and the same shape.
 
     Args:
         model: a causal language model.
         targets: as for :class:`Backbone`.
 
     Raises:
-        InputError: a target that no linear layer has.
+        InputError: a target matches no linear layer.
     """
     linear = linear_modules(model)
     kinds: dict[str, list[str]] = {}
@@ -86,7 +87,7 @@ def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = Non
         targets = [targets]
     chosen: dict[str, None] = {}
     for target in targets:
-        # with and without the stars: a short name may reach across a list of layers ("experts.up_proj")
+        # with and without the stars, because a short name may skip the index of a list of layers ("experts.up_proj")
         matching = [kind for kind in kinds if any(f".{path}".endswith(f".{target}") for path in (kind, kind.replace(".*", "")))]
         if not matching:
             valid = sorted({*names.values(), "all-linear"})
@@ -100,13 +101,14 @@ def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = Non
         for path in kinds[kind]:
             shapes.setdefault(linear_shape(linear[path]), []).append(path)
         for (in_features, out_features, transposed), paths in shapes.items():
-            # some models change the width of a layer with depth: each shape is a slot of its own
+            # in some models the width of a layer changes with depth; each shape is then a slot of its own
             name = names[kind].replace(".", "_") + ("" if len(shapes) == 1 else f"_{out_features}x{in_features}")
             slots.append(Slot(name, tuple(paths), in_features, out_features, transposed))
     return slots
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
+    """(in_features, out_features, fan_in_fan_out) of a linear layer, as in :class:`Slot`."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1], True
     weight = module.weight
@@ -128,7 +130,7 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def _short_names(kinds: Sequence[str]) -> dict[str, str]:
-    """For each pattern of paths its shortest suffix that no other pattern shares."""
+    """The shortest suffix of each path pattern that no other pattern has."""
     names = {}
     for kind in kinds:
         parts = [part for part in kind.split(".") if part != "*"]

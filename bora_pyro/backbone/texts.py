@@ -1,4 +1,4 @@
-"""Texts at hand, not of a table, as documents that the model reads.
+"""Tokenise a list of texts in memory, for a base model.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -17,24 +17,25 @@ from bora_pyro.data.encode import encoder
 from bora_pyro.data.files import check_unicode
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import pad_token_id
-from bora_pyro.errors import InputError, shown
+from bora_pyro.errors import InputError, check_at_least, shown
 
 
 def token_split(
     backbone: Backbone, texts: Sequence[str], *, task: Sequence[int], num_tasks: int, max_tokens: int | None = None
 ) -> TokenSplit:
-    """Every text a document, in order.
+    """A split with one document for each text, in order.
 
     Args:
-        backbone: the base, whose tokenizer reads them.
-        texts: the texts; there may be none.
-        task: index of the task of each.
+        backbone: the base; its tokenizer tokenises the texts.
+        texts: the texts; the list may be empty.
+        task: task index of each text.
         num_tasks: number of tasks.
-        max_tokens: longer texts are cut; default, and at most: what the base reads.
+        max_tokens: longest document in tokens; longer texts are cut. The default, and the largest possible value, is the base's
+            context.
 
     Raises:
-        InputError: what is no text, or one without a token or with half a character; a base without tokenizer; max_tokens
-            below 2.
+        InputError: an entry is not a text, has no token or has half a surrogate pair; the base has no tokenizer; or
+            ``max_tokens`` is below 2.
     """
     tokenizer, texts = tokenizer_of(backbone), list(texts)
     for number, text in enumerate(texts, start=1):
@@ -42,7 +43,7 @@ def token_split(
             raise InputError(f"text {number} of {len(texts)} is {shown(text)}; give texts")
         check_unicode(text, f"text {number} ({shown(text)})")
     encode = encoder(tokenizer, longest_read(backbone, max_tokens))
-    # a tokenizer reads no empty list
+    # tokenizers do not accept an empty list
     columns = encode({"text": texts, "task": [""] * len(texts)}) if texts else {"input_ids": [], "characters": []}
     if len(columns["input_ids"]) < len(texts):
         raise InputError(f"{len(texts)} texts given, of which {len(columns['input_ids'])} have a token; leave empty texts out")
@@ -56,21 +57,25 @@ def token_split(
 
 
 def longest_read(backbone: Backbone, max_tokens: int | None = None) -> int:
-    """Tokens of a document that are read: ``max_tokens``, and no more than the base reads.
+    """The longest document in tokens: the smaller of ``max_tokens`` and the base's context.
 
     Raises:
-        InputError: fewer than 2, of which the first is never predicted.
+        InputError: ``max_tokens`` is below 2. The first token is never predicted, so a document needs two.
     """
-    if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"max_tokens is {max_tokens}; give a whole number from 2 up")
+    if max_tokens is not None:
+        check_at_least("max_tokens", max_tokens, 2)
     return min(max_tokens or 10**9, backbone.context or 10**9)
 
 
 def tokenizer_of(backbone: Backbone, to: str = "read texts with") -> PreTrainedTokenizerBase:
-    """The tokenizer of a base, which may have been given none.
+    """The tokenizer of a base.
+
+    Args:
+        backbone: the base.
+        to: what the tokenizer is needed for, in the error.
 
     Raises:
-        InputError: it has none.
+        InputError: the base has no tokenizer.
     """
     if backbone.tokenizer is None:
         raise InputError(f"the base has no tokenizer to {to}; give Backbone one")
