@@ -11,8 +11,6 @@ layer, stacked over the depth of the model. During a forward pass, a callable ma
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,23 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bora_pyro.backbone.allocator import give_back_freed_memory
 from bora_pyro.backbone.attention import use_short_attention
 from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.head import LazyLogits
-from bora_pyro.backbone.loading import check_no_adapter
+from bora_pyro.backbone.loading import check_no_adapter, keep_differentiable, placement_arguments
 from bora_pyro.backbone.slots import Slot, find_slots, linear_modules, linear_shape, linear_weight
-from bora_pyro.errors import InputError, check_one_of, nearest
+from bora_pyro.errors import InputError, nearest
 
 BUILTIN_BASES = {"builtin:nano": Path(__file__).parents[1] / "assets" / "nano"}
-
-#: Quantisations of a base's linear layers: bitsandbytes' NormalFloat4 and LLM.int8().
-QUANTIZATIONS = ("4bit", "8bit")
-#: Values of ``device_map`` with which transformers itself distributes the layers over the devices.
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 #: The largest output of a layer on CPUs, in bytes: half of glibc's largest threshold for mapped memory.
 PASS_BYTES = 2**24
@@ -116,7 +109,7 @@ class Backbone:
             device: the device of the model, unless ``device_map`` is given.
             quantization: ``4bit`` or ``8bit`` quantises the linear layers, except the head and the embedding. 4-bit layers
                 compute in ``precision``, 8-bit layers in float16 (in int8 on devices that support it). It needs bitsandbytes.
-            device_map: ``auto`` or another of ``DEVICE_MAPS`` distributes the layers over the devices. A mapping from module
+            device_map: ``auto`` or another of ``loading.DEVICE_MAPS`` distributes the layers over the devices. A mapping from module
                 paths to devices sets each place by hand. It needs accelerate.
             gradient_checkpointing: as for :class:`Backbone`.
             trust_remote_code: run the code that the model's repository contains.
@@ -125,7 +118,7 @@ class Backbone:
             InputError: the model, quantisation or device map does not exist, or a package for it is missing; the model needs
                 code of its own and ``trust_remote_code`` is False; its weights are not safetensors; it is an adapter.
         """
-        placement = _placement(quantization, device_map, precision, device)
+        placement = placement_arguments(quantization, device_map, precision, device)
         source = BUILTIN_BASES.get(str(name), name)
         if str(name).startswith("builtin:") and str(name) not in BUILTIN_BASES:
             raise InputError(f"no embedded base {name!r}; there is {', '.join(BUILTIN_BASES)}{nearest(str(name), BUILTIN_BASES)}")
@@ -149,7 +142,7 @@ class Backbone:
                 f"base model {str(name)!r} cannot be loaded: give builtin:nano, a folder saved with save_pretrained, "
                 f"or the hub id of a causal language model ({reason})"
             ) from error
-        model = _differentiable(model) if placement else model.to(device)
+        model = keep_differentiable(model) if placement else model.to(device)
         return cls(model, tokenizer, targets=targets, gradient_checkpointing=gradient_checkpointing)
 
     @property
@@ -312,54 +305,6 @@ class Backbone:
         parameters = self.model.num_parameters()
         targets = ", ".join(f"{slot.name} x {slot.layers}" for slot in self.slots)
         return f"Backbone({self.model.config.model_type}, {parameters / 1e6:.1f} M parameters, targets: {targets})"
-
-
-def _placement(
-    quantization: str | None, device_map: str | Mapping[str, Any] | None, precision: torch.dtype, device: torch.device | str
-) -> dict[str, Any]:
-    """Arguments of transformers' ``from_pretrained`` for quantisation and devices; empty for a plain base on one device.
-
-    Raises:
-        InputError: a value is unknown, or a package is missing.
-    """
-    if quantization is not None:
-        check_one_of("quantization", quantization, QUANTIZATIONS)
-    if isinstance(device_map, str):
-        check_one_of("device_map", device_map, DEVICE_MAPS)
-    if quantization is not None:
-        _require("quantization", quantization, ("bitsandbytes", "accelerate"), extra="quantization")
-        # They warn for every layer and batch that inputs become float16, and about a missing kernel without a backward pass.
-        for noisy in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
-        return {
-            "quantization_config": BitsAndBytesConfig(load_in_8bit=True)
-            if quantization == "8bit"
-            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision),
-            "device_map": {"": device} if device_map is None else device_map,
-        }
-    if device_map is not None:
-        _require("device_map", device_map, ("accelerate",), extra="peft")
-        return {"device_map": device_map}
-    return {}
-
-
-def _differentiable(model: PreTrainedModel) -> PreTrainedModel:
-    """Stop bitsandbytes from repacking 4-bit weights for CPUs with bfloat16.
-
-    bitsandbytes repacks a layer the first time that its input needs no gradient: the first layer always, the others in an
-    evaluation. This cannot be undone. A repacked layer computes in bfloat16, has no backward pass, and fails if its output size
-    is not a multiple of 32.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def _require(option: str, value: object, packages: Sequence[str], *, extra: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"{option} {value!r} needs {package}, which is not installed; pip install 'bora_pyro[{extra}]'")
 
 
 def _hook(change: Change, slot: Slot, layer: int, rows: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

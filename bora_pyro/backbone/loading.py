@@ -1,4 +1,4 @@
-"""Refuse an adapter in place of a base model. transformers would load the base that the adapter names.
+"""What loading a base model needs besides transformers: quantisation, devices, and a check that it is not an adapter.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
@@ -10,13 +10,24 @@ bora_pyro.errors.InputError: base model '...' is an adapter of 'facebook/opt-350
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from bora_pyro.errors import InputError, shown
+from bora_pyro.errors import InputError, check_one_of, shown
 from bora_pyro.files.regular import read_regular
+
+#: Quantisations of a base's linear layers: bitsandbytes' NormalFloat4 and LLM.int8().
+QUANTIZATIONS = ("4bit", "8bit")
+#: Values of ``device_map`` with which transformers itself distributes the layers over the devices.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 #: The largest adapter configuration, in bytes, that is read to find the name of its base.
 CONFIG_BYTES = 2**20
@@ -28,7 +39,7 @@ def check_no_adapter(name: str | Path) -> None:
     transformers would silently load another base, the one that the adapter names, with the adapter merged into it.
 
     Args:
-        name: a folder or a hub id. The function does nothing for any other name.
+        name: a folder or a hub id. Other names pass: loading the base reports them.
 
     Raises:
         InputError: the folder or repository has an ``adapter_config.json``.
@@ -46,3 +57,51 @@ def check_no_adapter(name: str | Path) -> None:
         f"base model {str(name)!r} is an adapter{of}; give {give} as the base, or merge the adapter into its base and take "
         "adapter_config.json out of the folder"
     )
+
+
+def placement_arguments(
+    quantization: str | None, device_map: str | Mapping[str, Any] | None, precision: torch.dtype, device: torch.device | str
+) -> dict[str, Any]:
+    """Arguments of transformers' ``from_pretrained`` for quantisation and devices; empty for a plain base on one device.
+
+    Raises:
+        InputError: a value is unknown, or a package is missing.
+    """
+    if quantization is not None:
+        check_one_of("quantization", quantization, QUANTIZATIONS)
+    if isinstance(device_map, str):
+        check_one_of("device_map", device_map, DEVICE_MAPS)
+    if quantization is not None:
+        _require("quantization", quantization, ("bitsandbytes", "accelerate"), extra="quantization")
+        # They warn for every layer and batch that inputs become float16, and about a missing kernel without a backward pass.
+        for noisy in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        return {
+            "quantization_config": BitsAndBytesConfig(load_in_8bit=True)
+            if quantization == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision),
+            "device_map": {"": device} if device_map is None else device_map,
+        }
+    if device_map is not None:
+        _require("device_map", device_map, ("accelerate",), extra="peft")
+        return {"device_map": device_map}
+    return {}
+
+
+def keep_differentiable(model: PreTrainedModel) -> PreTrainedModel:
+    """Stop bitsandbytes from repacking 4-bit weights for CPUs with bfloat16.
+
+    bitsandbytes repacks a layer the first time that its input needs no gradient: the first layer always, the others in an
+    evaluation. This cannot be undone. A repacked layer computes in bfloat16, has no backward pass, and fails if its output size
+    is not a multiple of 32.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _require(option: str, value: object, packages: Sequence[str], *, extra: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{option} {value!r} needs {package}, which is not installed; pip install 'bora_pyro[{extra}]'")

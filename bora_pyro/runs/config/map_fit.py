@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from bora_pyro.backbone.backbone import DEVICE_MAPS, QUANTIZATIONS
+from bora_pyro.backbone.loading import DEVICE_MAPS, QUANTIZATIONS
 from bora_pyro.data.encode import LONG_DOCUMENTS
 from bora_pyro.data.rows import Columns
 from bora_pyro.errors import InputError, nearest, shown
