@@ -69,7 +69,7 @@ def check_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
         InputError: the value is not one of them.
     """
     allowed = tuple(allowed)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise InputError(f"{name} is {shown(value)}; allowed: {', '.join(allowed)}{nearest(str(value), allowed)}")
 
 

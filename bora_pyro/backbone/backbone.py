@@ -109,8 +109,8 @@ class Backbone:
             device: the device of the model, unless ``device_map`` is given.
             quantization: ``4bit`` or ``8bit`` quantises the linear layers, except the head and the embedding. 4-bit layers
                 compute in ``precision``, 8-bit layers in float16 (in int8 on devices that support it). It needs bitsandbytes.
-            device_map: ``auto`` or another of ``loading.DEVICE_MAPS`` distributes the layers over the devices. A mapping from module
-                paths to devices sets each place by hand. It needs accelerate.
+            device_map: ``auto`` or another of ``loading.DEVICE_MAPS`` distributes the layers over the devices. A mapping from
+                module paths to devices sets each place by hand. It needs accelerate.
             gradient_checkpointing: as for :class:`Backbone`.
             trust_remote_code: run the code that the model's repository contains.
 

@@ -1,4 +1,4 @@
-"""One mixed batch of documents, and the tasks that it speaks of.
+"""A batch of documents of several tasks, and the subset of tasks in it.
 
 >>> draw = TaskDraw(torch.tensor([3, 8]), torch.tensor([10.0, 5.0]))
 >>> draw.positions(torch.tensor([8, 3, 8]))
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-#: What of the labels is no observation; `torch.nn.functional.cross_entropy` has the same default.
+#: The label of a token that is not predicted; `torch.nn.functional.cross_entropy` has the same default.
 IGNORED = -100
 
 
@@ -23,15 +23,15 @@ class Batch:
     Attributes:
         input_ids: (rows, tokens) int64.
         attention_mask: (rows, tokens) int64, 1 at tokens and 0 at padding.
-        labels: (rows, tokens) int64, `input_ids` with -100 at padding, at tokens that are only read, and at position 0, which
-            nothing predicts. Not shifted: the logits at position i predict the label at i + 1.
-        task: (rows,) int64, index of the task.
-        index: (rows,) int64, position of the document in its split.
-        scale: number of batches in the epoch; scale times the log-likelihood of the batch is an unbiased estimate of the
-            split's (see `TokenSplit.batches`).
-        tasks: the tasks that the batch speaks of; None: all tasks of the model.
-        share: what its loss is multiplied with where k batches make one step: 1/k.
-        own_rows: whether each document has a row of weights of its own, in the order of the batch.
+        labels: (rows, tokens) int64, `input_ids` with -100 at padding, at tokens that are not predicted (such as a prompt), and
+            at position 0. Labels are not shifted: the logits at position i predict the label at i + 1.
+        task: (rows,) int64, task index of each document.
+        index: (rows,) int64, position of each document in its split.
+        scale: number of batches in the epoch. ``scale`` times the log-likelihood of the batch is an unbiased estimate of the
+            log-likelihood of the split (see `TokenSplit.batches`).
+        tasks: the subset of tasks that the batch updates; None means all tasks of the model.
+        share: the factor of the batch's loss. It is 1/k if k batches make one step.
+        own_rows: whether the weights have one row for each document of the batch, in order, instead of one for each task.
     """
 
     input_ids: Tensor
@@ -46,20 +46,24 @@ class Batch:
 
     @property
     def row(self) -> Tensor:
-        """(rows,) int64: where each document's task stands among ``tasks``, and so in the weights of the batch."""
+        """(rows,) int64: position of each document's row in the weights of the batch.
+
+        This is the position of its task in ``tasks``, or with ``own_rows`` its position in the batch.
+        """
         if self.own_rows:
             return torch.arange(len(self.task), device=self.task.device)
         return self.task if self.tasks is None else self.tasks.positions(self.task)
 
     @property
     def predicted(self) -> Tensor:
-        """(rows,) int64: how many tokens of each document are predicted."""
+        """(rows,) int64: number of predicted tokens of each document."""
         return (self.labels[:, 1:] != IGNORED).sum(-1)
 
     def parts(self, tokens: int) -> list[Batch]:
-        """The batch in as many parts as keep each within so many tokens, padding included; their losses add up to its own.
+        """Split the batch into k parts of like size, with about ``tokens`` tokens or fewer each, padding included.
 
-        Each of k parts has a k-th of the share and counts its documents k times, so that the prior counts once.
+        Each part has ``share / k`` and ``scale * k``, so the losses of the parts add up to the loss of the batch, and the prior
+        counts once.
         """
         rows, longest = self.input_ids.shape
         k = min(rows, -(-rows * longest // max(tokens, 1)))
@@ -91,13 +95,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class TaskDraw:
-    """Some of the tasks, and how often each one's prior counts for them.
+    """A subset of the tasks, with a weight for the prior of each task.
 
     Attributes:
-        index: (tasks,) int64, rising: the tasks.
-        weight: (tasks,) float32: the factor of each one's log-prior. With S steps in an epoch, m_d of them with task d, S/m_d
-            makes their average the log-prior of all tasks.
-        rows_loaded: whether the guide's tensors have a row for each of these tasks alone, and not one for each task of the model.
+        index: (tasks,) int64, the task indices in ascending order.
+        weight: (tasks,) float32, the factor of each task's log-prior. If an epoch has S steps and task d is in m_d of them, the
+            weight S/m_d makes the average over the epoch equal to the log-prior of all tasks.
+        rows_loaded: whether the guide's tensors have rows for these tasks only, and not for every task of the model.
     """
 
     index: Tensor
@@ -105,11 +109,11 @@ class TaskDraw:
     rows_loaded: bool = False
 
     def positions(self, task: Tensor) -> Tensor:
-        """Where the tasks ``task`` (rows,) stand in ``index``; they must be there."""
+        """(rows,) int64: position of each task in ``index``. All tasks in ``task`` (rows,) must be there."""
         return torch.searchsorted(self.index, task)
 
     def widened(self, index: Tensor) -> TaskDraw:
-        """The same among more tasks, ``index``, rising; those that were not drawn weigh nothing."""
+        """Extend the subset to the tasks ``index``, in ascending order. The added tasks have weight 0."""
         weight = self.weight.new_zeros(len(index))
         weight[torch.searchsorted(index, self.index)] = self.weight
         return replace(self, index=index, weight=weight)
@@ -120,5 +124,5 @@ class TaskDraw:
 
 
 def loaded_tasks(index: Tensor) -> TaskDraw:
-    """The tasks ``index`` as held rows, each with weight 1: to look at their adapters, not to train them."""
+    """The tasks ``index`` with weight 1 and with their rows loaded, for reading their adapters rather than training them."""
     return TaskDraw(index, torch.ones(len(index), device=index.device), rows_loaded=True)

@@ -1,9 +1,13 @@
-"""Chats as the tokenizer's chat template writes them, and which of their tokens are the assistant's.
+"""Tokenise chats with a chat template, and find out which tokens are the assistant's.
 
-A template that marks what the assistant says with ``{% generation %}`` is taken at its word. Of one that does not, a turn of the
-assistant is all that the template writes behind the request for one (``add_generation_prompt``), with the end of the turn, and of
-the chat where it is the last; of a first turn, which nobody has requested, all from its words on. A template that writes a turn
-differently when others follow, as some do that think, is refused.
+If the template marks the assistant's text with ``{% generation %}``, the marked tokens are the assistant's. Otherwise each turn
+of the assistant is found by rendering parts of the chat:
+
+- The turn begins after the generation prompt (``add_generation_prompt``). If the assistant speaks first, there is no generation
+  prompt, and the turn begins with its text.
+- The turn ends with its end mark. The last turn ends with the chat.
+
+Some templates, for example of reasoning models, write a turn differently if other turns follow. These templates are refused.
 
 >>> from transformers import AutoTokenizer
 >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
@@ -35,11 +39,11 @@ from bora_pyro.errors import InputError, shown
 from bora_pyro.files.regular import read_regular
 
 Messages = list[dict[str, Any]]
-#: The role whose turns are predicted, and the one that a prompt has.
+#: The role whose turns are predicted, and the role of a prompt.
 ASSISTANT, USER = "assistant", "user"
-#: The longest template in bytes: a run keeps it in its config.yaml.
+#: The longest template in bytes. A run stores it in its config.yaml, which has a limit of its own.
 TEMPLATE_BYTES = 2**16
-#: The largest file that is read at all.
+#: The largest template file, in bytes, that is read at all.
 MAX_TEMPLATE_BYTES = 2**20
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -47,13 +51,17 @@ _TOKENS = {"return_offsets_mapping": True, "return_attention_mask": False, "verb
 
 
 def chat_messages(cell: Any, where: str) -> Messages:
-    """The messages in a cell of a table: a list of mappings with ``role`` and ``content``, or that as JSON text.
+    """The messages in a cell of a table, a list of mappings with ``role`` and ``content``. The cell may also be JSON text.
 
     >>> chat_messages('[{"role": "user", "content": "Hi", "name": null}]', "row 1")
     [{'role': 'user', 'content': 'Hi'}]
 
+    Args:
+        cell: the cell.
+        where: the place of the cell, for errors.
+
     Raises:
-        InputError: it is something else.
+        InputError: the cell is something else.
     """
     if isinstance(cell, str):
         try:
@@ -66,16 +74,18 @@ def chat_messages(cell: Any, where: str) -> Messages:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise InputError(f"{where} has the message {message!r:.60}; give each a role, a text, and a content")
-    # tables fill the keys that a message lacks with None, and transformers, too, gives templates no key that is None
+    # A table stores None for a key that a message does not have. transformers also drops keys with None.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def load_chat_template(given: str | Path | None) -> str | None:
-    """A template in Jinja, from its file or as it is.
+    """Load a Jinja chat template.
+
+    Args:
+        given: the template as text, the path of its file, or None, which is returned as it is.
 
     Raises:
-        InputError: the file cannot be read, is no regular one or has more than ``MAX_TEMPLATE_BYTES``, or there is no template
-            in it.
+        InputError: the file cannot be read, is not a regular file, is too large, or does not hold a template.
     """
     if given is None or (isinstance(given, str) and ("{%" in given or "{{" in given)):
         return given
@@ -88,12 +98,12 @@ def load_chat_template(given: str | Path | None) -> str | None:
             f"chat_template {str(given)!r} has {len(template.encode())} bytes; a template has {TEMPLATE_BYTES} at most"
         )
     if "{%" not in template and "{{" not in template:
-        raise InputError(f"chat_template {str(given)!r} is no template in Jinja: it has neither '{{{{' nor '{{%'")
+        raise InputError(f"chat_template {str(given)!r} is not a Jinja template: it has neither '{{{{' nor '{{%'")
     return template
 
 
 def same_chat_template(one: Any, other: Any) -> bool:
-    """Whether two options are the same template, be it by its text or by its file.
+    """Whether two options mean the same template. Each may be the template's text or the path of its file.
 
     >>> same_chat_template("{{ messages }}", "{{ messages }}"), same_chat_template("{{ messages }}", "no.jinja")
     (True, False)
@@ -102,15 +112,15 @@ def same_chat_template(one: Any, other: Any) -> bool:
         return one == other or (
             isinstance(one, str) and isinstance(other, str) and load_chat_template(one) == load_chat_template(other)
         )
-    except InputError:  # a file that is gone
+    except InputError:  # the file does not exist any more
         return False
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    """The template that writes the chats: the one that is given, or the tokenizer's own.
+    """The given template, or the tokenizer's own if ``template`` is None.
 
     Raises:
-        InputError: there is none.
+        InputError: the tokenizer has no template.
     """
     try:
         return str(tokenizer.get_chat_template(template))
@@ -124,20 +134,26 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -
 def read_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[str], template: str | None = None
 ) -> Iterator[tuple[list[int], list[bool], list[int]]]:
-    """Tokens of each chat, whether each is the assistant's, and up to which character of the chat's text it goes.
+    """Tokenise chats.
 
     Args:
-        tokenizer: a fast one, which knows where in the text a token stands.
-        chats: JSON texts, lists of messages.
-        template: in Jinja; default: the tokenizer's own.
+        tokenizer: a fast tokenizer, which knows the position of each token in the text.
+        chats: lists of messages as JSON texts.
+        template: a Jinja template; default: the tokenizer's own.
+
+    Yields:
+        For each chat its token ids, whether each token is the assistant's, and the position in the chat's text at which each
+        token ends, in characters.
 
     Raises:
-        InputError: no template, a tokenizer without offsets, or a chat that the template cannot write.
+        InputError: there is no template, the tokenizer is not a fast one, or the template fails on a chat.
     """
     template = chat_template_of(tokenizer, template)
     if not tokenizer.is_fast:
-        raise InputError(f"tokenizer {tokenizer.name_or_path!r} does not know where its tokens stand; use a fast one for chats")
-    read = _by_marks if _MARKED.search(template) else _by_turns
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} does not give the positions of its tokens; use a fast one for chats"
+        )
+    read = _read_marked if _MARKED.search(template) else _read_unmarked
     for chat in chats:
         try:
             yield read(tokenizer, json.loads(chat), template)
@@ -147,7 +163,9 @@ def read_chats(
             raise InputError(f"chat {chat[:60]!r}: the chat template cannot write it ({one_line(error)})") from None
 
 
-def _by_marks(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> tuple[list[int], list[bool], list[int]]:
+def _read_marked(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str
+) -> tuple[list[int], list[bool], list[int]]:
     encoding = tokenizer.apply_chat_template(
         messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_TOKENS
     )
@@ -155,7 +173,9 @@ def _by_marks(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: 
     return list(encoding["input_ids"]), observed, [stop for _, stop in encoding["offset_mapping"]]
 
 
-def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> tuple[list[int], list[bool], list[int]]:
+def _read_unmarked(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str
+) -> tuple[list[int], list[bool], list[int]]:
     def written(part: Messages, *, ask: bool = False) -> Any:
         return tokenizer.apply_chat_template(
             part, chat_template=template, add_generation_prompt=ask, return_dict=True, tokenizer_kwargs=_TOKENS
@@ -169,16 +189,17 @@ def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: 
             continue
         if n:
             asked = written(messages[:n], ask=True)["input_ids"]
-            first = _common(ids, asked)
-            # a request may hold more than the turn will, the beginning of a thought, but begins where the others end
-            differs = first < len(asked) and first < _common(written(messages[:n])["input_ids"], asked)
-        else:  # no request can be written: the turn begins where its words do
-            begin = _first_words(tokenizer, messages, template)
+            first = _common_prefix(ids, asked)
+            # The generation prompt may hold more than the turn, such as the beginning of a thought. But it must begin where
+            # the messages before it end.
+            differs = first < len(asked) and first < _common_prefix(written(messages[:n])["input_ids"], asked)
+        else:  # there is no generation prompt before the first message: the turn begins with its text
+            begin = _text_start(tokenizer, messages, template)
             first, differs = sum(stop <= begin for stop in stops), False
         until = written(messages[: n + 1])["input_ids"]
-        last = _common(ids, until)
-        if last < len(until):  # the template may close a chat, or write a turn that others follow in another way
-            ended = _common(until, written(messages[: n + 1], ask=True)["input_ids"])
+        last = _common_prefix(ids, until)
+        if last < len(until):  # the template adds an end of chat, or it writes the turn differently if others follow
+            ended = _common_prefix(until, written(messages[: n + 1], ask=True)["input_ids"])
             differs, last = differs or last < ended, ended
         if differs:
             raise InputError(
@@ -189,10 +210,11 @@ def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: 
     return ids, observed, stops
 
 
-def _first_words(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> int:
-    """The character at which the words of the first message begin: where chats that differ in these words alone differ.
+def _text_start(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> int:
+    """Position in the chat at which the text of the first message begins, in characters.
 
-    Its words may stand elsewhere too, as in the header of the turn or in a system prompt that the template adds.
+    It is the first position at which two chats differ that differ in this text only. Searching for the text itself would not do,
+    because it may also occur in the header of the turn, or in a system prompt that the template adds.
     """
 
     def written(content: Any) -> str:
@@ -200,9 +222,9 @@ def _first_words(tokenizer: PreTrainedTokenizerBase, messages: Messages, templat
         return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
 
     content = messages[0].get("content")
-    others = [_instead(content, words) for words in ("A", "B")]
+    others = [_with_text(content, text) for text in ("A", "B")]
     texts = [written(other) for other in others] if None not in others else ["", ""]
-    begin = _common(*texts)
+    begin = _common_prefix(*texts)
     if begin == len(texts[0]) or not written(content).startswith(texts[0][:begin]):
         raise InputError(
             f"the chat begins with the {ASSISTANT}'s turn, and the chat template does not show where that begins; give one that "
@@ -211,20 +233,20 @@ def _first_words(tokenizer: PreTrainedTokenizerBase, messages: Messages, templat
     return begin
 
 
-def _instead(content: Any, words: str) -> Any:
-    """A content of the same form with other words; None where it has none."""
+def _with_text(content: Any, text: str) -> Any:
+    """The content of a message with ``text`` in place of its own text; None if it has no text."""
     if isinstance(content, str):
-        return words
+        return text
     if not isinstance(content, list) or not content:
         return None
     first, *others = content
     if isinstance(first, Mapping) and isinstance(first.get("text"), str):
-        return [{**first, "text": words}, *others]
+        return [{**first, "text": text}, *others]
     return None
 
 
 def request(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> list[int]:
-    """Tokens of a chat in which a user says the prompt, up to where the assistant answers.
+    """Token ids of a chat in which the user says the prompt, up to the place where the assistant's answer begins.
 
         >>> from transformers import AutoTokenizer
         >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
@@ -234,7 +256,7 @@ def request(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> l
         'Hi I say:'
 
     Raises:
-        InputError: the template cannot write it.
+        InputError: the template fails on this chat.
     """
     try:
         encoding = tokenizer.apply_chat_template(
@@ -245,6 +267,6 @@ def request(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> l
     return list(encoding["input_ids"])
 
 
-def _common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many tokens, or characters, two texts have in common at their beginning."""
+def _common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """Length of the common prefix of two sequences of tokens or characters."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

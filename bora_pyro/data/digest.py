@@ -1,4 +1,4 @@
-"""A digest of tokenised documents: equal where a fit would see the same tokens, in the same order, of the same tasks.
+"""A digest of tokenised documents. It is equal if and only if a fit sees the same tokens, in the same order, of the same tasks.
 
 >>> from bora_pyro.data.token_split import TokenSplit
 >>> one, other = (TokenSplit.from_documents([[0, 5, word], [0, 7]], task=[1, 0], num_tasks=2) for word in (6, 8))
@@ -19,19 +19,19 @@ from torch import Tensor
 
 from bora_pyro.data.token_split import TokenSplit
 
-#: Tokens that are looked at in one go; of a split in a file no more is in memory.
+#: The number of tokens that are hashed at a time, and held in memory if the split lies in a file.
 CHUNK = 2**20
 
 
 def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights: Tensor | None = None) -> str:
-    """The SHA-256 of what documents tell a fit, as 64 hexadecimal digits.
+    """The SHA-256 of everything that a fit sees of the documents, as 64 hexadecimal digits.
 
-    It depends on the documents alone and not on where they lie: one after another or apart, in memory or in a file.
+    It does not depend on how the documents are stored: with or without gaps between them, in memory or in a file.
 
     Args:
-        tasks: their names, in the order of their indices.
-        splits: of each the number of tokens and the task of every document, its tokens, and which of them are predicted.
-        weights: (D,) factors of the tasks' log-likelihoods, where they have some.
+        tasks: the task names, in the order of their indices.
+        splits: the splits. Of each document, its length, its task, its tokens and which tokens are predicted are hashed.
+        weights: (D,) factors of the tasks' log-likelihoods, or None.
     """
     whole = hashlib.sha256(json.dumps([*tasks]).encode())
     for split in splits:
@@ -48,7 +48,7 @@ def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights
 
 
 def _chunks(split: TokenSplit) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens of some whole documents at a time, and which of them are predicted; (tokens,) each."""
+    """The tokens of a few whole documents at a time, and whether each token is predicted; (tokens,) each."""
     ends, start, before = split.lengths.cumsum(0), 0, 0
     while start < len(split):
         stop = max(start + 1, int(torch.searchsorted(ends, before + CHUNK, right=True)))

@@ -1,7 +1,7 @@
-"""Docstrings of installed packages, as text.
+"""Docstrings of installed packages as texts.
 
-``builtin:documentation`` is the documentation of networkx, one task a sub-package: real, related texts that are on every
-machine where torch is, read at run time. The same reader feeds the pretraining of the embedded base model.
+``builtin:documentation`` is the documentation of networkx, with one task for each sub-package. These are real and related texts
+that every machine with torch has. They are read at run time. The embedded base model was pretrained with the same reader.
 
     >>> from bora_pyro.data.documentation import read_docstrings
     >>> first = next(read_docstrings("networkx"))
@@ -29,18 +29,18 @@ def read_docstrings(package: str, *, min_characters: int = 80) -> Iterator[dict[
 
     Args:
         package: name of an importable top-level package or module.
-        min_characters: shorter docstrings are passed over.
+        min_characters: shorter docstrings are skipped.
 
     Yields:
-        ``{"module": dotted module name, "object": name of the top-level object or "", "text": docstring}``, in the order
-        of the sorted file names; tests of the package are left out.
+        ``{"module": dotted module name, "object": name of the top-level object or "", "text": docstring}``, in the order of the
+        sorted file names. Tests of the package are skipped.
 
     Raises:
-        InputError: the package is not installed.
+        InputError: the package is not installed, or has no Python source.
     """
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # a dotted name is looked for in its parent
+    except (ImportError, ValueError):  # for a dotted name, importlib imports the parent
         spec = None
     if spec is None or spec.origin is None:
         raise InputError(f"package {package!r} is not installed; install it with: pip install {package}")
@@ -67,7 +67,7 @@ def read_docstrings(package: str, *, min_characters: int = 80) -> Iterator[dict[
 
 
 def _documented_nodes(tree: ast.Module) -> Iterator[tuple[str, _Documented]]:
-    """Each node that may carry a docstring, with the name of the top-level object that it belongs to."""
+    """Each node that may have a docstring, with the name of the top-level object that contains it."""
     yield "", tree
     for top in tree.body:
         for node in ast.walk(top):
@@ -76,10 +76,14 @@ def _documented_nodes(tree: ast.Module) -> Iterator[tuple[str, _Documented]]:
 
 
 def documentation_rows(package: str = "networkx", *, min_documents: int = 12) -> list[dict[str, str]]:
-    """Rows (task, text, doc_id) of ``builtin:documentation``: a task is a sub-package, a document is a docstring.
+    """Rows (task, text, doc_id) of ``builtin:documentation``. A task is a sub-package, and a document is a docstring.
 
-    The docstrings of one class share a ``doc_id``, so that a split by group keeps them together. Repeated docstrings are
-    kept once, sub-packages with fewer than ``min_documents`` documents are left out.
+    The docstrings of one class have the same ``doc_id``, so that a split by group keeps them together. A repeated docstring is
+    kept once.
+
+    Args:
+        package: name of an installed package.
+        min_documents: sub-packages with fewer documents are left out.
     """
     rows: list[dict[str, str]] = []
     seen: set[str] = set()

@@ -1,8 +1,8 @@
-"""From documents to the tokens that a causal language model reads and predicts.
+"""Turn documents into the tokens that a causal language model reads and predicts.
 
-A text becomes ``start, text..., end``: the start (bos, or eos where the tokenizer has no bos) makes the first token of the text a
-predicted one, the end (eos) makes the model say where a document stops. A prompt stands between start and text and is only
-read. A chat is what the tokenizer's chat template makes of it, and of its tokens the assistant's are predicted.
+A text becomes ``start, text..., end``. The start is bos, or eos if the tokenizer has no bos. With it the first token of the text
+can be predicted. The end is eos. With it the model learns where documents stop. A prompt stands between start and text and is not
+predicted. A chat is written by the tokenizer's chat template, and only the assistant's tokens are predicted.
 
 >>> from transformers import AutoTokenizer
 >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
@@ -22,11 +22,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.chat import read_chats
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, check_one_of
 
-#: What becomes of a document that is longer than the longest that is read.
+#: What to do with a document of more than ``max_tokens`` tokens.
 LONG_DOCUMENTS = ("cut", "split")
-#: The columns of a table that hold a document, by their names there.
+#: Names of the columns that hold a document, in the tables of ``read_table``.
 CONTENT = ("prompt", "text", "messages")
 
 Rows = Mapping[str, Sequence[Any]]
@@ -34,42 +34,41 @@ Encoded = dict[str, list[Any]]
 
 
 def content_columns(names: Sequence[str]) -> list[str]:
-    """Those of the columns that hold a document."""
+    """The columns in ``names`` that hold a document."""
     return [name for name in CONTENT if name in names]
 
 
 def encoder(
     tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, long_documents: str = "cut", chat_template: str | None = None
 ) -> Callable[..., Encoded]:
-    """The function that makes tokens of rows.
+    """A function that tokenises rows.
 
-    It takes rows with the columns ``task`` and ``text``, ``prompt`` and ``text``, or ``messages`` (a chat as JSON text), and
-    numbers of the rows (default: from 0). Its columns are ``input_ids``, ``task``, ``characters`` (of the predicted tokens),
-    ``cut`` and ``row`` (the row's number), and where there are prompts or chats ``observed``, whether a token is predicted. Rows
-    without a token to predict are left out.
+    The function takes a mapping of columns and, as an option, the numbers of the rows (default: from 0). The columns are ``task``
+    and either ``text``, or ``prompt`` and ``text``, or ``messages`` (a chat as JSON text). It returns the columns ``input_ids``,
+    ``task``, ``characters`` (the number of characters of the predicted tokens), ``cut`` (whether the document was cut) and
+    ``row`` (the number of the row). With prompts or chats there is also ``observed``, whether each token is predicted. A row
+    without a token to predict gives no document.
 
-    A prompt is followed by its text as the tokenizer reads both together; where the prompt's own tokens do not begin those, the
-    two are tokenised apart, as they are when a model goes on from a prompt.
+    A prompt and its text are tokenised together. If the tokens of the whole do not begin with the tokens of the prompt alone, the
+    two are tokenised separately, as they are when a model continues a prompt.
 
     Args:
         tokenizer: any tokenizer with a bos or an eos token.
         max_tokens: longest document in tokens, with start and end.
-        long_documents: ``cut`` leaves out what is beyond, the end included; ``split`` makes pieces, so that every token is
-            predicted once: each begins with the start and the whole prompt, without which its text would mean something else,
-            and the last one has the end. A piece of a chat begins with bos, or where the tokenizer has none with the token before
-            it. A prompt that leaves no room for a token of the text makes no document.
-        chat_template: a template in Jinja; default: the tokenizer's own.
+        long_documents: ``cut`` drops the tokens after the first ``max_tokens``, and so the end. ``split`` makes several pieces,
+            so that every token is predicted once. Each piece begins with the start and the whole prompt, because the prompt
+            gives the text its meaning. The last piece has the end. A piece of a chat begins with bos, or with the token before
+            the piece if the tokenizer has no bos. If a prompt leaves no room for a token of the text, there is no document.
+        chat_template: a Jinja template; default: the tokenizer's own.
 
     Raises:
-        InputError: the tokenizer has neither bos nor eos, a chat cannot be read, or `long_documents` is unknown.
+        InputError: the tokenizer has neither bos nor eos, a chat cannot be read, or ``long_documents`` is unknown.
     """
-    if long_documents not in LONG_DOCUMENTS:
-        hint = nearest(str(long_documents), LONG_DOCUMENTS)
-        raise InputError(f"long_documents is {long_documents!r}; allowed: {', '.join(LONG_DOCUMENTS)}{hint}")
-    forms = _Forms(tokenizer, chat_template)
+    check_one_of("long_documents", long_documents, LONG_DOCUMENTS)
+    reader = _Encoder(tokenizer, chat_template)
 
     def encode(rows: Rows, numbers: Sequence[int] | None = None) -> Encoded:
-        documents = forms.chats(rows["messages"]) if "messages" in rows else forms.texts(rows["text"], rows.get("prompt"))
+        documents = reader.chats(rows["messages"]) if "messages" in rows else reader.texts(rows["text"], rows.get("prompt"))
         masked = "messages" in rows or "prompt" in rows
         names = ("input_ids", "task", "characters", "cut", "row", *(("observed",) if masked else ()))
         columns: Encoded = {name: [] for name in names}
@@ -84,10 +83,10 @@ def encoder(
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a text begins with: bos, or eos where there is no bos.
+    """The token at the start of a text: bos, or eos if the tokenizer has no bos.
 
     Raises:
-        InputError: there is neither.
+        InputError: the tokenizer has neither.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -100,27 +99,27 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass
 class _Document:
-    """A document's tokens: a head stands in front of every piece of the body.
+    """The tokens of one document: a head, which every piece begins with, and a body, which may be split into pieces.
 
     Attributes:
-        head: only read: the start, and the prompt.
-        later: the head of the pieces behind the first, as long as the other; of a text that has none they begin with the token
-            before them.
-        body: the tokens behind it.
-        characters: of the text of the whole body, where all of it is predicted.
-        stops: up to which character of it each token of the body goes; 0 where it is not known, but for the ends that are asked.
-        observed: which tokens of the body are predicted; None: all.
+        head: the start and the prompt. These tokens are never predicted.
+        later_head: the head of later pieces, as long as ``head``. None: each of them begins with the token before it.
+        body: all tokens after the head.
+        characters: number of characters of the text of the whole body, for a body that is predicted completely.
+        ends: a function that returns the position in the text, in characters, at which each token of the body ends. It takes the
+            numbers of tokens after which pieces end. A slow tokenizer knows only the positions of these ends; its others are 0.
+        observed: whether each token of the body is predicted; None: all are.
     """
 
     head: list[int]
-    later: list[int] | None
+    later_head: list[int] | None
     body: list[int]
     characters: int
-    stops: Callable[[list[int]], np.ndarray]
+    ends: Callable[[list[int]], np.ndarray]
     observed: list[bool] | None = None
 
     def pieces(self, max_tokens: int, *, split: bool) -> Iterator[dict[str, Any]]:
-        """The rows of the table of tokens that the document makes: one, several where it is split, or none."""
+        """The rows of the token table: one for the document, one for each piece if it is split, or none."""
         room = max_tokens - len(self.head)
         if room < 1 or not self.body:
             return
@@ -140,25 +139,25 @@ class _Document:
     def _head(self, first: int) -> list[int]:
         if not first:
             return self.head
-        return self.body[first - 1 : first] if self.later is None else self.later
+        return self.body[first - 1 : first] if self.later_head is None else self.later_head
 
     def _widths(self, room: int) -> np.ndarray:
-        """How many characters each token of the body stands for, or those of a piece of `room` tokens together."""
-        stops = np.maximum.accumulate(self.stops([*range(room, len(self.body), room)]))
+        """Number of characters of each token of the body. For a slow tokenizer only the sum over each piece is right."""
+        ends = np.maximum.accumulate(self.ends([*range(room, len(self.body), room)]))
         if self.observed is None:
-            stops[-1] = self.characters  # what follows the last token, and an end that stands for no character
-        return np.diff(stops, prepend=0)
+            ends[-1] = self.characters  # with the characters after the last token; the end token has no characters
+        return np.diff(ends, prepend=0)
 
 
-class _Forms:
-    """What a tokenizer makes of texts, of prompts with texts, and of chats."""
+class _Encoder:
+    """Tokenises texts, prompts with texts, and chats."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.start, self.end = start_token(tokenizer), tokenizer.eos_token_id
 
     def texts(self, texts: Sequence[str], prompts: Sequence[str] | None) -> Iterator[_Document]:
-        """The documents of texts, behind their prompts where there are some."""
+        """The documents of texts, with their prompts if there are prompts."""
         if prompts is None:
             for text, (ids, stops) in zip(texts, self._tokens(texts), strict=True):
                 yield self._document([], ids, stops, text)
@@ -175,21 +174,24 @@ class _Forms:
     def _document(self, prompt: list[int], ids: list[int], stops: list[int] | None, text: str) -> _Document:
         body = [*ids, self.end] if ids and self.end is not None else ids
 
-        def known(ends: list[int]) -> np.ndarray:
+        def ends(piece_ends: list[int]) -> np.ndarray:
             found = np.zeros(len(body), dtype=np.int64)
             if stops is not None:
                 found[: len(ids)] = stops
-            else:  # a tokenizer without offsets: only where a piece ends
-                for end in ends:
+            else:  # a slow tokenizer: decode up to the end of each piece
+                for end in piece_ends:
                     found[end - 1] = len(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
             return found
 
         head = [self.start, *prompt]
-        return _Document(head, head, body, len(text), known)
+        return _Document(head, head, body, len(text), ends)
 
     def _tokens(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[int] | None]]:
-        """Ids of each text without a start and an end that the tokenizer adds, and where each one's characters stop."""
-        # verbose=False: lengths over the model's limit are cut or split, there is nothing to warn of.
+        """Token ids of each text, and the position in the text, in characters, at which each token ends (None if unknown).
+
+        The start and the end that a tokenizer may add are removed.
+        """
+        # verbose=False: no warning about long texts, because they are cut or split here
         encoding = self.tokenizer(
             list(texts),
             add_special_tokens=True,
@@ -208,13 +210,13 @@ class _Forms:
     def chats(self, chats: Sequence[str]) -> Iterator[_Document]:
         """The documents of chats, each a JSON text."""
         for ids, observed, stops in read_chats(self.tokenizer, chats, self.chat_template):
-            # the first token is predicted where the assistant has the first word, and then there is a start before it
+            # if the chat begins with the assistant's text, its first token is predicted, and a start goes before it
             first = 0 if observed[:1] == [True] else 1
             head = ids[:1] if first else [self.start]
-            bos = self.tokenizer.bos_token_id  # what a chat begins with is no beginning of a piece
-            behind = np.array(stops[first:], dtype=np.int64) - (stops[0] if first and stops else 0)
+            bos = self.tokenizer.bos_token_id  # the head of later pieces: the first token of a chat may be anything
+            body_stops = np.array(stops[first:], dtype=np.int64) - (stops[0] if first and stops else 0)
 
-            def known(_: list[int], stops: np.ndarray = behind) -> np.ndarray:
+            def ends(_: list[int], stops: np.ndarray = body_stops) -> np.ndarray:
                 return stops
 
-            yield _Document(head, None if bos is None else [bos], ids[first:], 0, known, observed[first:])
+            yield _Document(head, None if bos is None else [bos], ids[first:], 0, ends, observed[first:])

@@ -1,4 +1,4 @@
-"""Read one file or folder of documents into a table, with errors that name the file and the place.
+"""Read one file or folder of documents into a table. Errors name the file and the place in it.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp(), "speeches.csv")
@@ -6,7 +6,7 @@
     >>> read_file(path).to_dict("records")
     [{'task': 'Ada', 'text': 'Hello.'}]
 
-A file gives a ``pandas.DataFrame`` and a folder a ``datasets.Dataset``; ``tables.read_table`` makes one form of both.
+A file becomes a ``pandas.DataFrame`` and a folder a ``datasets.Dataset``. ``tables.read_table`` gives both one form.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def table_ending(path: Path | str) -> str | None:
-    """The ending among `TABLE_ENDINGS` that the name has, or None.
+    """The ending of a file name, if it is one of `TABLE_ENDINGS`; otherwise None.
 
     >>> table_ending("Speeches.CSV.gz")
     '.csv.gz'
@@ -44,11 +44,11 @@ def table_ending(path: Path | str) -> str | None:
 def read_file(path: Path) -> pd.DataFrame:
     """Read a .csv, .tsv, .jsonl (each also with .gz) or .parquet file.
 
-    Cells of .csv and .tsv are read as they are written: ``NA`` and ``1.0`` stay text, so a task may be called ``NA``.
+    Cells of .csv and .tsv files stay texts, as written: a task may be called ``NA``, and ``1.0`` stays ``1.0``.
 
     Raises:
-        InputError: the ending is unknown; the file is not UTF-8, not a gzip file, or malformed; or it is larger, expanded, than
-            :mod:`bora_pyro.files.limits` allows.
+        InputError: the ending is unknown; the file is not UTF-8, not a gzip file, or malformed; or its expanded size is larger
+            than :mod:`bora_pyro.files.limits` allows.
     """
     if not path.is_file():
         raise InputError(f"file {str(path)!r} is not a regular file; give one of {', '.join(TABLE_ENDINGS)}")
@@ -65,13 +65,16 @@ def read_file(path: Path) -> pd.DataFrame:
 
 
 def read_folder(path: Path, *, split: str | None = "train") -> datasets.Dataset:
-    """Read a folder that ``save_to_disk`` wrote, or one that holds data files as a hub repository does.
+    """Read a folder that ``save_to_disk`` wrote, or a folder of data files like a hub repository.
 
-    The splits of a saved ``DatasetDict`` are put together (see `join_splits`); of a folder of data files `split` is read,
-    or all of them where it is None.
+    Args:
+        path: the folder.
+        split: the split to read from a folder of data files; None reads all splits. The splits of a saved ``DatasetDict`` are
+            always joined (see `join_splits`).
 
     Raises:
-        InputError: the folder holds neither, or cannot be read; or something in it leads elsewhere, or is an archive.
+        InputError: the folder is of neither kind or cannot be read, a link or a file name in it leads out of it, or it holds an
+            archive.
     """
     check_folder(path)
     try:
@@ -80,7 +83,7 @@ def read_folder(path: Path, *, split: str | None = "train") -> datasets.Dataset:
         return join_splits(datasets.load_dataset(str(path), split=split))
     except InputError:
         raise
-    except Exception as error:  # every reader of `datasets` has errors of its own
+    except Exception as error:  # the readers of `datasets` raise many types of errors
         raise InputError(
             f"folder {str(path)!r} could not be read ({one_line(error)}); give a folder written by datasets' save_to_disk, "
             f"or one that holds {', '.join(TABLE_ENDINGS)} files"
@@ -88,10 +91,9 @@ def read_folder(path: Path, *, split: str | None = "train") -> datasets.Dataset:
 
 
 def join_splits(data: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
-    """One table of all splits, with a column ``split`` that says where each row was (unless it has one already).
+    """Join all splits into one table, with a column ``split`` for the split of each row (unless there is such a column).
 
-    BoRA makes its own split by default, so nothing is lost by putting the parts together; ``split_column="split"`` keeps
-    them apart as they were.
+    By default BoRA then makes a split of its own. ``split_column="split"`` keeps the original one.
 
     >>> part = datasets.Dataset.from_dict({"text": ["a"]})
     >>> join_splits(datasets.DatasetDict({"train": part, "test": part}))["split"][:]
@@ -108,7 +110,7 @@ def join_splits(data: datasets.Dataset | datasets.DatasetDict) -> datasets.Datas
 
 
 def check_unicode(text: str, where: str) -> None:
-    r"""Refuse half a character: JSON's "\ud800" alone, which no tokenizer and no file of UTF-8 can hold.
+    r"""Check that a text has no lone surrogate, such as JSON's "\ud800", which UTF-8 cannot encode.
 
     >>> check_unicode("\ud83d", "row 1")
     Traceback (most recent call last):
@@ -121,7 +123,7 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def one_line(error: BaseException, *, characters: int = 200) -> str:
-    """The kind of an error and the beginning of its message, on one line."""
+    """The type of an error and the beginning of its message, on one line."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message[:characters]}" if message else type(error).__name__
 
@@ -148,7 +150,7 @@ def _parse_delimited(path: Path, text: str, *, separator: str) -> pd.DataFrame:
     check_cells(path, text.count("\n") + 1, text.partition("\n")[0].count(separator) + 1)
     try:
         with warnings.catch_warnings():
-            # A first row that is longer than the header is only a warning in pandas, and moves every cell by one column.
+            # If the first row is longer than the header, pandas only warns, and shifts every cell by one column.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
     except pd.errors.EmptyDataError:
@@ -162,7 +164,7 @@ def _parse_delimited(path: Path, text: str, *, separator: str) -> pd.DataFrame:
 def _parse_json_lines(path: Path, text: str) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     columns: set[str] = set()
-    # Not str.splitlines: a JSON string may hold U+2028 and its like unescaped.
+    # Not str.splitlines: a JSON string may contain line separators such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -189,9 +191,9 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         about = pyarrow.parquet.read_metadata(path)
         check_cells(path, about.num_rows, max(about.num_columns, 1))
         table = pyarrow.parquet.read_table(path)
-        table.validate(full=True)  # also that its texts are UTF-8
+        table.validate(full=True)  # checks, among other things, that texts are UTF-8
         return table.to_pandas()
     except InputError:
         raise
-    except Exception as error:  # Arrow has an error of its own for each thing that a damaged file can say
+    except Exception as error:  # Arrow raises many types of errors for damaged files
         raise InputError(f"file {str(path)!r} is not a parquet file ({one_line(error)}); write it again") from error

@@ -1,4 +1,4 @@
-"""One row of a table at a time: what its columns say of a document, checked where it enters.
+"""Read the rows of a table one at a time, and check every cell.
 
 >>> columns = Columns(task=("country", "speaker"), text=("title", "body"))
 >>> reader = RowReader(columns, ["country", "speaker", "title", "body"], "the table")
@@ -18,17 +18,27 @@ import numpy as np
 
 from bora_pyro.data.chat import chat_messages
 from bora_pyro.data.files import SPLITS, check_unicode
-from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.errors import InputError, check_one_of, nearest, shown
 
-#: What stands between the names of a task that several columns make.
-JOINED_NAMES = " / "
-#: What stands between the texts of a document that several columns make.
-JOINED_TEXTS = "\n\n"
+#: The separator between task names from several columns.
+NAME_SEPARATOR = " / "
+#: The separator between texts from several columns.
+TEXT_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table say what; those of ``read_table``."""
+    """The names of the columns to read, as for ``read_table``.
+
+    Attributes:
+        task: columns with the name of the task.
+        text: columns with the predicted text.
+        group: column with the group of a document; None: ``doc_id`` if the table has it, else none.
+        split: column with the split; None: no split is read.
+        prompt: column with the prompt; None: no prompts.
+        messages: column with a chat. If it is given, ``text`` is not read.
+        text_option: the option that named ``text``, for errors.
+    """
 
     task: tuple[str, ...] = ("task",)
     text: tuple[str, ...] = ("text",)
@@ -50,10 +60,10 @@ class Columns:
         completion_column: str | None = None,
         messages_column: str | None = None,
     ) -> Columns:
-        """The columns that options name.
+        """The columns that the options of ``read_table`` name.
 
         Raises:
-            InputError: options that do not go together, or a list without a name.
+            InputError: two options cannot be combined, or the value of an option is not a column name or a list of them.
         """
         task, text = _names("task_column", task_column), _names("text_column", text_column)
         alone = {"prompt_column": prompt_column, "completion_column": completion_column, "messages_column": messages_column}
@@ -77,7 +87,7 @@ class Columns:
         return cls(task, text, group_column, split_column, prompt_column, messages_column, option)
 
     def by_option(self) -> list[tuple[str, str]]:
-        """Each column with the option that names it, in the order of the options."""
+        """(option, column) for each column, in the order of the options."""
         texts = [(self.text_option, name) for name in self.text] if self.messages is None else []
         pairs = [("task_column", name) for name in self.task] + [("prompt_column", self.prompt), *texts]
         pairs += [("messages_column", self.messages), ("group_column", self.group), ("split_column", self.split)]
@@ -85,20 +95,20 @@ class Columns:
 
 
 class RowReader:
-    """Makes rows of the form that the data axis works with, and counts those that it drops.
+    """Converts rows of any table to one form, and counts the rows that it drops.
 
     Args:
-        columns: which column says what.
-        names: the columns of the table; a column ``doc_id`` groups documents where no other is named.
-        label: how errors call the table.
+        columns: the names of the columns to read.
+        names: the names of all columns of the table. If no group column is given and there is a column ``doc_id``, that is it.
+        label: the name of the table in errors.
 
     Attributes:
-        columns: with the group that was found.
-        form: names of the columns of the rows: ``task``, the document (``text``, with ``prompt``, or ``messages``, a chat as JSON
-            text), ``group``, and ``split`` where there is one.
+        columns: the columns to read, with the group column that was found.
+        form: the names of the columns of a converted row: ``task``; then ``text``, or ``prompt`` and ``text``, or ``messages``
+            (a chat as JSON text); then ``group``; then ``split`` if there is a split column.
 
     Raises:
-        InputError: the table lacks a column.
+        InputError: the table does not have a column, or has it twice.
     """
 
     def __init__(self, columns: Columns, names: Sequence[Any], label: str) -> None:
@@ -119,14 +129,18 @@ class RowReader:
 
     @property
     def needed(self) -> list[str]:
-        """The columns of the table that are read, each once."""
+        """The columns of the table to read, each once."""
         return list(dict.fromkeys(column for _, column in self.columns.by_option()))
 
     def read(self, number: int, cells: Mapping[str, Any]) -> dict[str, str] | None:
-        """What row `number`, from 1, holds; None where it has no document or no task.
+        """Convert one row. A row without a document or without a task gives None and is counted.
+
+        Args:
+            number: the number of the row, from 1, for errors and for the default group.
+            cells: the cells by column.
 
         Raises:
-            InputError: a cell that is not of its kind, or two tasks with one name.
+            InputError: a cell has the wrong type or value, or two tasks of several columns have the same joined name.
         """
         columns, where = self.columns, f"{self.label}, row {number}"
         content = self._content(cells, where)
@@ -144,19 +158,19 @@ class RowReader:
         return row
 
     def notes(self) -> list[str]:
-        """A line on each kind of document that was dropped."""
+        """One line for each reason why documents were dropped."""
         kinds = ("empty text", "no messages", "no task")
-        return [_were_dropped(self._dropped[kind], kind) for kind in kinds if self._dropped[kind]]
+        return [_dropped_note(self._dropped[kind], kind) for kind in kinds if self._dropped[kind]]
 
     def check_any(self, number: int) -> None:
-        """Raise an InputError where no document is left."""
+        """Raise ``InputError`` if ``number``, the number of documents that are left, is 0."""
         if not number:
             raise InputError(f"{self.label} has no document with a task and a text: {'; '.join(self.notes())}")
 
     def _content(self, cells: Mapping[str, Any], where: str) -> dict[str, str] | None:
         columns = self.columns
         if columns.messages is not None:
-            if not _is_there(cells[columns.messages]):
+            if not _is_present(cells[columns.messages]):
                 return None
             messages = chat_messages(cells[columns.messages], f"{where}: column {columns.messages!r}")
             return {"messages": json.dumps(messages, ensure_ascii=False, default=str)} if messages else None
@@ -165,18 +179,17 @@ class RowReader:
         if not texts:
             return None
         prompt = {} if columns.prompt is None else {"prompt": _text(cells[columns.prompt], f"{where}: column {columns.prompt!r}")}
-        return {**prompt, "text": JOINED_TEXTS.join(texts)}
+        return {**prompt, "text": TEXT_SEPARATOR.join(texts)}
 
     def _task(self, cells: Mapping[str, Any], where: str) -> str:
         parts = tuple(_name(cells[column], f"{where}: column {column!r}") for column in self.columns.task)
         if not all(parts):
             return ""
-        name = JOINED_NAMES.join(parts)
+        name = NAME_SEPARATOR.join(parts)
         if self._parts.setdefault(name, parts) != parts:
-            one, other = (" and ".join(map(repr, each)) for each in (self._parts[name], parts))
             raise InputError(
-                f"{where}: the task {name!r} would be that of {one} and that of {other} (task_column "
-                f"{' '.join(self.columns.task)}); write these names without {JOINED_NAMES!r}"
+                f"{where}: {self._parts[name]} and {parts} both give the task name {name!r} (task_column "
+                f"{' '.join(self.columns.task)}); write these names without {NAME_SEPARATOR!r}"
             )
         return name
 
@@ -188,7 +201,7 @@ def _names(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _is_there(cell: Any) -> bool:
+def _is_present(cell: Any) -> bool:
     missing = cell is None or (isinstance(cell, float) and np.isnan(cell))
     return not missing and not (isinstance(cell, str) and not cell.strip())
 
@@ -201,7 +214,7 @@ def _text(cell: Any, where: str) -> str:
 
 
 def _name(cell: Any, where: str) -> str:
-    """A cell as the name of a task or a group: a number 3 or 3.0 is '3', a missing cell is ''."""
+    """A cell as the name of a task or a group. The numbers 3 and 3.0 become '3', a missing cell becomes ''."""
     if isinstance(cell, np.generic):
         cell = cell.item()
     if cell is None or (isinstance(cell, float) and np.isnan(cell)):
@@ -219,10 +232,9 @@ def _listed(names: Sequence[object], *, most: int = 20) -> str:
 
 
 def _split_name(cell: Any, where: str) -> str:
-    if not isinstance(cell, str) or cell not in SPLITS:
-        raise InputError(f"{where} is {cell!r:.40}; a split is {', '.join(SPLITS)}{nearest(str(cell), SPLITS)}")
+    check_one_of(where, cell, SPLITS)
     return str(cell)
 
 
-def _were_dropped(count: int, what: str) -> str:
+def _dropped_note(count: int, what: str) -> str:
     return f"{count} document{'s' if count > 1 else ''} with {what} {'were' if count > 1 else 'was'} dropped"

@@ -1,8 +1,8 @@
-"""Corpora larger than memory: rows are read one after another, and their tokens go to a file that is mapped into memory.
+"""Stream corpora that are larger than memory: rows are read one by one, and their tokens go to a memory-mapped file.
 
-What is held of a document is its task, its group, a digest of it and a few numbers; of its text and its tokens no more than a
-batch at a time, and of a data file what its reader takes at once: a row group of a parquet file here, and what Arrow reads ahead
-of one on a hub. The file of tokens lies beside the others in the cache of ``datasets`` and is gone with the process.
+Memory holds a task, a group, a digest and a few numbers for each document, and the texts and tokens of one batch. The reader of
+data files also holds some rows: one row group of a parquet file in a folder, or what Arrow reads ahead from the hub. The file of
+tokens lies in the cache folder of ``datasets`` and is deleted when the process ends.
 
 >>> from transformers import AutoTokenizer
 >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
@@ -39,7 +39,7 @@ from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import Tokenised, cache_folder, check_max_tokens, pad_token_id
 from bora_pyro.errors import InputError
 
-#: What is tokenised at one time: rows, or characters where the rows are long.
+#: A batch ends after this many rows or this many characters, whichever comes first.
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 2**18
 
 
@@ -58,30 +58,31 @@ def stream_documents(
     Args:
         source: a hub id, a folder of data files in the hub's form, a folder that ``save_to_disk`` wrote, or a
             ``datasets.Dataset`` or ``DatasetDict``.
-        tokenizer: see `encoder`, as for the last three options.
-        columns: which column says what.
+        tokenizer: the tokenizer, as for `encoder`.
+        columns: the names of the columns to read.
         hub_split: as for ``read_table``.
-        max_tokens: longest document in tokens.
-        long_documents: ``cut`` or ``split``.
-        chat_template: a template for chats.
+        max_tokens: longest document in tokens, as for `encoder`.
+        long_documents: ``cut`` or ``split``, as for `encoder`.
+        chat_template: a template for chats, as for `encoder`.
 
     Returns:
-        The table without the documents: ``task``, ``group``, ``split`` where there is one, ``text`` (a digest, by which equal
-        documents are known) and ``row`` (the number under which the tokens are found); the tokens; notes as of ``read_table``.
+        A table, the tokens, and notes as from ``read_table``. The table has columns ``task``, ``group``, ``split`` if there is a
+        split column, ``text`` (a digest of the document, equal for equal documents) and ``row`` (the number of the document in
+        the file of tokens).
 
     Raises:
         InputError: the source cannot be streamed, or as for ``read_table`` and ``tokenise``.
     """
     check_max_tokens(max_tokens)
     encode = encoder(tokenizer, max_tokens, long_documents=long_documents, chat_template=chat_template)
-    rows, label = _rows(source, hub_split)
+    rows, label = _open_rows(source, hub_split)
     first = next(rows, None)
     if first is None:
         raise InputError(f"{label} has no rows; give one document a row")
     reader = RowReader(columns, list(first), label)
     table: dict[str, list[str]] = {name: [] for name in reader.form if name in ("task", "group", "split")}
     content = [name for name in reader.form if name not in table]
-    tasks, digests = dict[str, str](), array("q")  # of equal names one is held
+    tasks, digests = dict[str, str](), array("q")  # one string object for each distinct name
     with TokenFile() as tokens:
         for rows_of_batch in _batches(reader, chain([first], rows), content):
             for row in rows_of_batch:
@@ -97,7 +98,7 @@ def stream_documents(
 
 
 def _batches(reader: RowReader, rows: Iterable[Mapping[str, Any]], content: Sequence[str]) -> Iterator[list[dict[str, str]]]:
-    """The rows that hold a document, some at a time."""
+    """The rows that have a document, in batches."""
     batch, characters = list[dict[str, str]](), 0
     for number, cells in enumerate(rows, start=1):
         row = reader.read(number, cells)
@@ -113,11 +114,11 @@ def _batches(reader: RowReader, rows: Iterable[Mapping[str, Any]], content: Sequ
 
 
 class TokenFile:
-    """Tokens of documents in a file, in the order in which they came: written first, then mapped into memory.
+    """A file of the tokens of documents. It is written within a ``with`` block, and then mapped into memory.
 
     Attributes:
-        tokens: (all tokens,) int32, mapped, once ``with`` is left.
-        observed: (all tokens,) bool, mapped; None where all but the first of a document are predicted.
+        tokens: (all tokens,) int32, mapped; it exists after the ``with`` block.
+        observed: (all tokens,) bool, mapped: whether a token is predicted. None: all are, except the first of each document.
     """
 
     def __init__(self) -> None:
@@ -126,7 +127,7 @@ class TokenFile:
         self._lengths, self._characters, self._row, self._cut = array("q"), array("q"), array("q"), array("b")
 
     def write(self, columns: Mapping[str, list[Any]]) -> None:
-        """Add the documents that an encoder gave, with rising numbers of rows."""
+        """Append documents from an `encoder`. Their row numbers must increase from call to call."""
         try:
             self._ids.write(np.fromiter(chain.from_iterable(columns["input_ids"]), dtype=np.int32).tobytes())
             if "observed" in columns:
@@ -143,24 +144,30 @@ class TokenFile:
 
     def __enter__(self) -> TokenFile:
         with ExitStack() as stack:
-            # gone from the folder with the mapping, whatever ends the process
+            # temporary files without a name are deleted with the mapping, even if the process is killed
             self._ids, self._mask = (stack.enter_context(tempfile.TemporaryFile(dir=self._folder)) for _ in range(2))
             self._files = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the writing and map what was written."""
+        """Stop writing and map the file into memory."""
         with self._files:
             self.tokens = _mapped(self._ids, np.int32)
             self.observed = _mapped(self._mask, np.bool_) if self._masked else None
         self._offsets = np.cumsum(self._lengths, dtype=np.int64) - np.asarray(self._lengths)
 
     def of(self, table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, task_index: Mapping[str, int]) -> Tokenised:
-        """The tokens of some rows of the table, in its order."""
+        """The tokens of the documents in ``table``, in its order.
+
+        Args:
+            table: some rows of the table of `stream_documents`.
+            tokenizer: the tokenizer, for the padding token.
+            task_index: index of each task, by name.
+        """
         rows, known = np.asarray(table["row"][:], dtype=np.int64), np.asarray(self._row)
         first, last = np.searchsorted(known, rows, "left"), np.searchsorted(known, rows, "right")
         pieces = last - first
-        # positions of the pieces of each row, one row after another
+        # positions in the file of all pieces of each row
         places = np.repeat(first - np.cumsum(pieces) + pieces, pieces) + np.arange(pieces.sum())
         task = np.array([task_index[name] for name in table["task"][:]], dtype=np.int64)
         split = TokenSplit(
@@ -184,18 +191,18 @@ class TokenFile:
 
 def _mapped(file: Any, kind: type) -> Tensor:
     file.flush()
-    # copy on write, though nothing is written: torch warns of memory that cannot be
+    # copy on write ("c"), though nothing is written: torch warns about read-only memory
     values = np.memmap(file, dtype=kind, mode="c") if file.tell() else np.zeros(0, dtype=kind)
     return torch.from_numpy(np.asarray(values))
 
 
-def _rows(source: Source, hub_split: str | None) -> tuple[Iterator[Mapping[str, Any]], str]:
-    """The rows of a source, read as they are asked for, and how errors call it."""
+def _open_rows(source: Source, hub_split: str | None) -> tuple[Iterator[Mapping[str, Any]], str]:
+    """An iterator over the rows of a source, and the source's name for errors."""
     if not isinstance(source, str | Path):
         label = "the DataFrame" if isinstance(source, pd.DataFrame) else "the Dataset"
     else:
         label = f"data {str(source)!r}"
-    return _reading(_open(source, hub_split, label), label), label
+    return _iterate(_open(source, hub_split, label), label), label
 
 
 def _open(source: Source, hub_split: str | None, label: str) -> Any:
@@ -212,9 +219,10 @@ def _open(source: Source, hub_split: str | None, label: str) -> Any:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return datasets.load_from_disk(path)
         data = datasets.load_dataset(str(path if path.is_dir() else source), split=hub_split, streaming=True)
-        # a row group at a time: Arrow would read a parquet file as far ahead as it can. Not from a hub, for each is a request.
+        # Read one row group at a time; otherwise Arrow reads ahead as far as it can in a parquet file. Not from the hub, where
+        # every row group would be a request.
         return _resharded(data) if path.is_dir() else data
-    except Exception as error:  # no network, no such id, no such split: all the same to the caller
+    except Exception as error:  # no network, no such id or no such split: one message for all
         raise InputError(
             f"{label} could not be opened as a folder of data files or a hub data set ({one_line(error)}); check the path or the "
             f"id, and that it has a split {hub_split!r}"
@@ -224,10 +232,10 @@ def _open(source: Source, hub_split: str | None, label: str) -> Any:
 def _resharded(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {name: _resharded(part) for name, part in data.items()}
-    return data.reshard() if hasattr(data, "reshard") else data  # datasets 4 has no such thing
+    return data.reshard() if hasattr(data, "reshard") else data  # datasets 4 has no reshard
 
 
-def _reading(data: Any, label: str) -> Iterator[Mapping[str, Any]]:
+def _iterate(data: Any, label: str) -> Iterator[Mapping[str, Any]]:
     parts = data.items() if isinstance(data, Mapping) else [(None, data)]
     for name, part in parts:
         rows = iter(part.with_format(None))
@@ -236,7 +244,7 @@ def _reading(data: Any, label: str) -> Iterator[Mapping[str, Any]]:
                 row = next(rows)
             except StopIteration:
                 break
-            except Exception as error:  # every reader of `datasets` has errors of its own
+            except Exception as error:  # the readers of `datasets` raise many types of errors
                 raise InputError(f"{label} could not be read to its end ({one_line(error)})") from error
             yield row if name is None or "split" in row else {**row, "split": name}
 

@@ -1,4 +1,4 @@
-"""Some of the tasks of a data set, and some of their training documents.
+"""Take a subset of the tasks of a data set, and a subset of their training documents.
 
 >>> from bora_pyro.data import TaskData, TokenSplit
 >>> split = TokenSplit.from_documents([[0, 5], [0, 6], [0, 7]], task=[0, 1, 1], num_tasks=2)
@@ -22,17 +22,17 @@ from bora_pyro.errors import InputError, nearest
 
 
 def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | None = None, seed: int = 0) -> TaskData:
-    """The data of some tasks, in the order of their names.
+    """The data of some tasks, sorted by name.
 
     Args:
-        data: of all tasks.
-        tasks: names.
-        max_train_documents: at most so many training documents of each, drawn by the seed; those of a smaller number are among
-            those of a larger one.
-        seed: of the draw.
+        data: the data of all tasks.
+        tasks: names of the tasks to keep.
+        max_train_documents: keep at most so many training documents of each task, drawn at random; None keeps all. A smaller
+            number keeps a subset of what a larger number keeps.
+        seed: seed of the draw.
 
     Raises:
-        InputError: no such task.
+        InputError: a task is not in the data.
     """
     for task in tasks:
         if task not in data.tasks:
@@ -53,7 +53,7 @@ def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | N
 
 
 def tasks_to_leave_out(data: TaskData, number: int, *, least_documents: int = 1, seed: int = 0) -> list[str]:
-    """Some tasks, drawn among those with documents in all three splits.
+    """Draw some of the tasks that have documents in all three splits.
 
         >>> from bora_pyro.data import TokenSplit
         >>> split = TokenSplit.from_documents([[0, 5], [0, 6], [0, 7]], task=[0, 1, 2], num_tasks=3)
@@ -61,16 +61,16 @@ def tasks_to_leave_out(data: TaskData, number: int, *, least_documents: int = 1,
         ['cleo']
 
     Args:
-        data: of all tasks.
-        number: how many; two or more must remain.
-        least_documents: training documents that each must have.
-        seed: of the draw.
+        data: the data of all tasks.
+        number: how many tasks to draw. Two or more tasks must remain.
+        least_documents: the least number of training documents of a task to draw.
+        seed: seed of the draw.
 
     Returns:
-        Their names, sorted.
+        The names of the tasks, sorted.
 
     Raises:
-        InputError: there are not so many.
+        InputError: there are too few such tasks.
     """
     counts = [split.documents_per_task for split in (data.train, data.validation, data.test)]
     enough = [

@@ -1,4 +1,4 @@
-"""Tables of documents: whatever the source, the columns ``task``, ``text`` (or a prompt with it, or a chat) and ``group``.
+"""Read documents from any source into one table with the columns ``task``, ``text`` (or a prompt too, or a chat) and ``group``.
 
 >>> import pandas as pd
 >>> speeches = pd.DataFrame({"speaker": ["Ada", "Bo", "Bo"], "speech": ["Hello.", "Hi.", " "]})
@@ -43,37 +43,38 @@ def read_table(
     messages_column: str | None = None,
     hub_split: str | None = "train",
 ) -> tuple[datasets.Dataset, list[str]]:
-    """Read documents and the task that each belongs to.
+    """Read documents and their tasks.
 
     Args:
         source: one of
             a path of a .csv, .tsv, .jsonl (each also .gz) or .parquet file;
-            a folder that ``save_to_disk`` wrote (the splits of a ``DatasetDict`` are put together);
-            a folder that holds data files, or a hub id (both are read by ``datasets.load_dataset``);
+            a folder that ``save_to_disk`` wrote (the splits of a ``DatasetDict`` are joined);
+            a folder of data files, or a hub id (both are read by ``datasets.load_dataset``);
             ``builtin:documentation``;
             a ``pandas.DataFrame``, ``datasets.Dataset`` or ``datasets.DatasetDict`` in memory.
-        task_column: column with the name of the task; numbers become text. Of several columns the names are joined by `` / ``,
+        task_column: column with the name of the task; numbers become texts. The names of several columns are joined by `` / ``,
             as in ``Norway / Ada``.
-        text_column: column with the text of the document. The texts of several columns are joined by a blank line; empty ones
+        text_column: column with the text of the document. The texts of several columns are joined by a blank line; empty texts
             are left out.
-        group_column: column with what must not be separated by a split (the speech that a piece comes from). None means
-            ``doc_id`` where the table has it, else that each document stands for itself.
-        split_column: column with a ready split, ``train``, ``validation`` or ``test``; None reads no split.
-        prompt_column: column with a prompt, which is read before the completion and not predicted.
-        completion_column: column with the text behind the prompt; nothing comes between them.
-        messages_column: column with a chat, a list of messages with ``role`` and ``content``, or that as JSON text, of which the
-            assistant's are predicted.
-        hub_split: the split to read of a hub id or a folder of data files; None puts all splits together. The rows then
-            have a column ``split``, which ``split_column="split"`` keeps.
+        group_column: column with a group. Documents of one group (such as the pieces of one speech) stay in one split. None
+            means ``doc_id`` if the table has it, else that each document is a group of its own.
+        split_column: column with a given split: ``train``, ``validation`` or ``test``. None reads no split.
+        prompt_column: column with a prompt, which the model reads before the completion and does not predict.
+        completion_column: column with the text that directly follows the prompt.
+        messages_column: column with a chat, a list of messages with ``role`` and ``content``, which may be JSON text. Only the
+            assistant's messages are predicted.
+        hub_split: the split to read from a hub id or a folder of data files. None joins all splits and adds a column ``split``,
+            which ``split_column="split"`` reads.
 
     Returns:
-        The table, with text columns ``task``, ``text``, ``group`` (and ``split`` where `split_column` is given), in the order
-        of the source, and notes: a line on each kind of document that was dropped. With prompts there is a column ``prompt``,
-        and the text is the completion; chats are JSON texts in a column ``messages``, which then replaces ``text``.
+        The table and notes. The table has the text columns ``task``, ``text`` and ``group``, in the order of the source, and
+        ``split`` if ``split_column`` is given. With prompts there is a column ``prompt``, and ``text`` is the completion. With
+        chats a column ``messages`` with JSON texts replaces ``text``. The notes have one line for each reason why documents
+        were dropped.
 
     Raises:
-        InputError: the source is missing, unreadable or empty; a column is missing; a cell is not text; two tasks of several
-            columns would have one name.
+        InputError: the source is missing, unreadable or empty; a column is missing; a cell is not a text; two tasks of several
+            columns have the same joined name.
     """
     columns = Columns.given(
         task_column=task_column,
@@ -102,7 +103,7 @@ def read_table(
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
-    """A table in memory from one mapping a document.
+    """Make a table in memory from mappings, one for each document.
 
     >>> table([{"task": "Ada", "text": "Hello."}]).column_names
     ['task', 'text']
@@ -111,7 +112,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
 
 
 def _load(source: Source, hub_split: str | None) -> tuple[_Table, str]:
-    """The table behind `source`, and how errors call it."""
+    """The table of ``source``, and its name for errors."""
     if isinstance(source, pd.DataFrame):
         return source, "the DataFrame"
     if isinstance(source, datasets.Dataset | datasets.DatasetDict):
@@ -134,7 +135,7 @@ def _load(source: Source, hub_split: str | None) -> tuple[_Table, str]:
 
 
 def check_source(source: str | Path) -> None:
-    """Whether documents can be there at all, found out before anything is read.
+    """Check early, before anything is read, that a source can exist.
 
         >>> check_source("builtin:documentation")
         >>> check_source("speeches.csv")
@@ -142,7 +143,7 @@ def check_source(source: str | Path) -> None:
         bora_pyro.errors.InputError: file 'speeches.csv' does not exist; check the path
 
     Raises:
-        InputError: the name is of a file that does not exist, or of nothing that is built in.
+        InputError: the source is a file that does not exist, or an unknown ``builtin:`` name.
     """
     name, path = str(source), Path(source).expanduser()
     if name in BUILTIN:
@@ -155,14 +156,14 @@ def check_source(source: str | Path) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a text has the form of a hub id, and not that of a file."""
+    """Whether a text looks like a hub id and not like a file name."""
     return not table_ending(name) and _HUB_ID.fullmatch(name) is not None
 
 
 def _load_hub(name: str, split: str | None) -> datasets.Dataset:
     try:
         return join_splits(datasets.load_dataset(name, split=split))
-    except Exception as error:  # no network, no such id, no such split, a script: all the same to the caller
+    except Exception as error:  # no network, no such id, no such split, or a script: one message for all
         raise InputError(
             f"data {name!r} is no file or folder here, and the Hugging Face hub gave no split {split!r} of it "
             f"({one_line(error)}); "
@@ -172,7 +173,7 @@ def _load_hub(name: str, split: str | None) -> datasets.Dataset:
 
 
 def _cells(table: _Table, column: str) -> list[Any]:
-    """The cells of a column as Python objects, None where one is missing."""
+    """The cells of a column as Python objects; None for a missing cell."""
     if isinstance(table, pd.DataFrame):
         cells = table[column].astype(object)
         return cells.where(cells.notna(), None).tolist()

@@ -1,6 +1,6 @@
-"""Talk of Norway, the corpus of the BoRA paper: speeches in the Norwegian parliament, a task a speaker.
+"""Talk of Norway, the corpus of the BoRA paper: speeches in the Norwegian parliament, with one task for each speaker.
 
-The file is ``ton.csv`` of https://github.com/ltgoslo/talk-of-norway (Lapponi et al. 2018), which this library does not hold.
+It reads ``ton.csv`` of https://github.com/ltgoslo/talk-of-norway (Lapponi et al. 2018). This library does not contain the file.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp(), "ton.csv")
@@ -11,7 +11,7 @@ The file is ``ton.csv`` of https://github.com/ltgoslo/talk-of-norway (Lapponi et
     >>> sorted(set(speeches["task"])), {name: speeches["split"][:].count(name) for name in ("train", "validation", "test")}
     (['abid q raja', 'aksel hagen'], {'train': 300, 'validation': 150, 'test': 150})
 
-Hand the result on with its own split, and with the tokens that the code was run with::
+To fit the result, use its own split and the length that the released code was run with::
 
     load_tasks(talk_of_norway("ton.csv", "released"), tokenizer, split_column="split", max_tokens=128)
 """
@@ -24,47 +24,46 @@ import datasets
 import pandas as pd
 
 from bora_pyro.data.files import read_file
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, check_one_of, nearest
 
 SELECTIONS = ("paper", "released")
 COLUMNS = ("rep_name", "text", "time")
 
-# The released code: speakers with more than 200 and fewer than 1000 speeches, of those the speeches with more than 40
-# characters, split 50/25/25 at random with this seed, the first 25 speakers by alphabet.
+# The released code takes the first 25 speakers by alphabet who have more than 200 and fewer than 1000 speeches. It keeps their
+# speeches of more than 40 characters and splits them 50/25/25 at random, with this seed.
 _RELEASED_BETWEEN = (200, 1000)
 _RELEASED_CHARACTERS = 40
 _RELEASED_SEED = 42
 _RELEASED_TASKS = 25
 
-# The paper: speakers with more than 100 speeches, the last third by date for the test. It does not say which of the earlier
-# speeches validate; here it is the last quarter of them, so that all three parts follow one another in time.
+# The paper takes speakers with more than 100 speeches, and the last third by date for testing. It does not say which of the
+# earlier speeches are for validation. Here it is their last quarter, so that the three parts follow one another in time.
 _PAPER_MORE_THAN = 100
 _PAPER_TEST = 0.33
 _PAPER_VALIDATION = 0.25
 
 
 def talk_of_norway(path: str | Path, selection: str = "paper") -> datasets.Dataset:
-    """The speeches of one selection, with its split.
+    """Read the speeches of one selection, with its split.
 
         >>> talk_of_norway("ton.csv", "papr")
         Traceback (most recent call last):
         bora_pyro.errors.InputError: ...did you mean 'paper'?
 
     Args:
-        path: ton.csv (or .csv.gz), with columns ``rep_name``, ``text`` and ``time`` at least.
-        selection: ``paper``: speakers with more than 100 speeches, the last 33 % of each by date to the test.
-            ``released``: as the released code does, speakers with 200 to 1000 speeches, split 50/25/25 at random, the first 25
-            by alphabet; task names are in lower case and without points, as in the paper's tables.
+        path: ton.csv (or .csv.gz), with at least the columns ``rep_name``, ``text`` and ``time``.
+        selection: ``paper``: all speakers with more than 100 speeches; the last 33 % of each, by date, are for testing.
+            ``released``, as in the released code: the first 25 by alphabet of the speakers with 200 to 1000 speeches, split
+            50/25/25 at random. Task names are in lower case and without dots, as in the paper's tables.
 
     Returns:
         Columns ``task``, ``text``, ``date`` (yyyy-mm-dd), ``doc_id`` (the speech's row in the file), ``split``.
 
     Raises:
-        InputError: the file or the selection is unknown, a column is missing, a time cannot be read, or no speaker is left.
+        InputError: the file does not exist, the selection is unknown, a column is missing, a time is not a date, or no speaker
+            is left.
     """
-    if selection not in SELECTIONS:
-        hint = nearest(str(selection), SELECTIONS)
-        raise InputError(f"selection {selection!r} of Talk of Norway is unknown; use {' or '.join(SELECTIONS)}{hint}")
+    check_one_of("selection", selection, SELECTIONS)
     speeches = _read(Path(path).expanduser())
     chosen = _released(speeches) if selection == "released" else _paper(speeches)
     if chosen.empty:
@@ -74,7 +73,7 @@ def talk_of_norway(path: str | Path, selection: str = "paper") -> datasets.Datas
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """Columns task, text, date, time, doc_id; speeches without a speaker or a text are left out."""
+    """A table with columns task, text, date, time and doc_id. Speeches without a speaker or a text are left out."""
     if not path.is_file():
         raise InputError(f"file {str(path)!r} does not exist; take ton.csv from https://github.com/ltgoslo/talk-of-norway")
     frame = read_file(path)
@@ -83,7 +82,7 @@ def _read(path: Path) -> pd.DataFrame:
             hint = nearest(column, frame.columns)
             raise InputError(f"file {str(path)!r} has no column {column!r}; Talk of Norway has {', '.join(COLUMNS)}{hint}")
     speaker, text = frame["rep_name"].fillna("").astype(str), frame["text"].fillna("").astype(str)
-    # Read as UTC, for times of summer and winter are written with different offsets.
+    # read as UTC, because times in summer and in winter have different offsets
     time = pd.to_datetime(frame["time"], utc=True, format="ISO8601", errors="coerce")
     kept = (speaker.str.strip() != "") & (text.str.strip() != "")
     if (unread := kept & time.isna()).any():

@@ -1,4 +1,4 @@
-"""Weights of tasks: the factor by which a task's log-likelihood counts more, or less, than that of others.
+"""Task weights: a factor for the log-likelihood of each task.
 
 >>> task_weights({"Ada": 2.0}, ["Ada", "Bo"])
 tensor([2., 1.])
@@ -20,7 +20,7 @@ from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.files.regular import read_regular
 from bora_pyro.files.safe_yaml import YamlError, parse_mapping
 
-#: The largest .yaml or .json file of weights; that of a million tasks has some 16 MiB. A table may be larger.
+#: The largest .yaml or .json file of weights, in bytes. A million tasks take some 16 MiB. A table may be larger.
 MAX_BYTES = 2**25
 _COLUMNS = ("task", "weight")
 
@@ -28,20 +28,19 @@ _COLUMNS = ("task", "weight")
 def task_weights(
     given: Mapping[str, float] | str | Path, tasks: Sequence[str], *, known: Collection[str] | None = None
 ) -> Tensor:
-    """The weight of each task, 1 where none is given.
+    """The weight of each task. A task without a given weight has weight 1.
 
     Args:
-        given: weights by task; or a table (.csv and the other kinds of tables) with columns ``task`` and ``weight``, or a .yaml
-            or .json file with a mapping from tasks to weights. Tasks in YAML are read as they are written: ``no`` is the task
-            "no", and ``010`` the task "010".
-        tasks: names of the tasks, in their order.
-        known: names that are no error though they are none of ``tasks``: those that the data have and the fit leaves out.
+        given: weights by task; or a table file (.csv and the like) with columns ``task`` and ``weight``; or a .yaml or .json file
+            with a mapping from tasks to weights. Task names in YAML stay texts: ``no`` is the task "no", ``010`` the task "010".
+        tasks: names of the tasks, in order.
+        known: further names that may be given and are ignored: tasks of the data that the fit leaves out.
 
     Returns:
         (D,) float32.
 
     Raises:
-        InputError: the file cannot be read, a task is unknown or given twice, or a weight is no finite number above 0.
+        InputError: the file cannot be read, a task is unknown or given twice, or a weight is not a finite number above 0.
     """
     label = "task_weights" if isinstance(given, Mapping) else f"task_weights {str(given)!r}"
     weights = dict.fromkeys(tasks, 1.0)
@@ -62,13 +61,13 @@ def task_weights(
 
 def _read(path: Path, label: str) -> Mapping[str, float]:
     if table_ending(path) is not None and path.is_file():
-        return _of_table(path, label)
+        return _read_weight_table(path, label)
     try:
         raw = read_regular(path, most=MAX_BYTES)
         if path.suffix.lower() != ".json":
             found = parse_mapping(raw, as_text=True, most=MAX_BYTES)
         else:
-            found = json.loads(raw.decode("utf-8"), object_pairs_hook=_each_once)
+            found = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
     except YamlError as error:
         line = f", line {error.line}" if error.line else ""
         raise InputError(f"{label}{line}: {error}") from None
@@ -81,8 +80,8 @@ def _read(path: Path, label: str) -> Mapping[str, float]:
     return found
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping of JSON, whose reader takes the last of several values without a word."""
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping from JSON without repeated keys; Python's reader would silently take the last value."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -91,12 +90,12 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _of_table(path: Path, label: str) -> Mapping[str, float]:
+def _read_weight_table(path: Path, label: str) -> Mapping[str, float]:
     table = read_file(path)
     for column in _COLUMNS:
         if column not in table.columns:
             raise InputError(f"{label} has no column {column!r}; give columns task and weight{nearest(column, table.columns)}")
-    tasks = table["task"].map(str)  # 8 and "8" are one task
+    tasks = table["task"].map(str)  # 8 and "8" are the same task
     if len(twice := tasks[tasks.duplicated()]):
         raise InputError(f"{label} has the task {twice.iloc[0]!r} twice; give each once")
     return dict(zip(tasks, table["weight"], strict=True))

@@ -1,4 +1,4 @@
-"""A table of documents as D tasks with tokenised training, validation and test documents.
+"""Load a table of documents as D tasks, each with tokenised training, validation and test documents.
 
 >>> import pandas as pd
 >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -49,21 +49,21 @@ from bora_pyro.errors import InputError
 
 @dataclass
 class TaskData:
-    """D tasks, split and tokenised.
+    """The documents of D tasks, split and tokenised.
 
         >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[0, 1], num_tasks=2)
         >>> TaskData(["ada", "bob"], train=split, validation=split, test=split).num_tasks
         2
 
     Attributes:
-        tasks: sorted names; a name's position is its task index d.
+        tasks: sorted names. The position of a name is its task index d.
         train: tokens of the training documents.
         validation: tokens of the validation documents.
         test: tokens of the test documents.
-        split_record: where each group of each task went, JSON-able; `load_tasks` takes it again.
-        notes: one line on each thing that a user should know: what was dropped or cut, and which tasks are not in every split.
-        task_weights: (D,) factors of the tasks' log-likelihoods, for ``CausalLM(task_weights=...)``; None: all count alike.
-        chat_template: the template that has written the documents, where they are chats.
+        split_record: the split of each group of each task, in a form that JSON can hold. `load_tasks` can split by it again.
+        notes: lines for the user: what was dropped or cut, and which tasks are not in every split.
+        task_weights: (D,) factors of the tasks' log-likelihoods, for ``CausalLM(task_weights=...)``; None: all are 1.
+        chat_template: the template that wrote the documents, if they are chats.
     """
 
     tasks: list[str]
@@ -77,12 +77,12 @@ class TaskData:
 
     @property
     def num_tasks(self) -> int:
-        """D."""
+        """D, the number of tasks."""
         return len(self.tasks)
 
     @cached_property
     def digest(self) -> str:
-        """By which a run knows its documents again: the SHA-256 of all that a fit sees of them, task weights included."""
+        """The SHA-256 of all that a fit sees of the documents, with task weights. A run recognises its documents by it."""
         return documents_digest(self.tasks, [self.train, self.validation, self.test], self.task_weights)
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
-"""The tokens of a split: every document in one flat tensor.
+"""The tokens of a split: all documents in one flat tensor.
 
-A document may have tokens that are only read and never predicted: its start always, and a prompt, or what others say in a chat.
+Some tokens of a document are never predicted: its first token, a prompt, and in a chat what others than the assistant say.
 
 >>> TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2)
 TokenSplit(2 documents, 3 predicted tokens, 2 tasks)
@@ -21,31 +21,31 @@ from torch import Tensor
 from bora_pyro.data.batch import IGNORED, Batch
 from bora_pyro.errors import InputError
 
-# Documents are sorted by length within chunks: large enough that a batch's documents are nearly of one length, small enough
-# (a share of the split) that who meets whom in a batch changes from epoch to epoch.
+# Documents are sorted by length within chunks. A chunk must be large, so that the documents of a batch have nearly the same
+# length. It must be small compared with the split, so that a batch has other documents in each epoch.
 _CHUNK_BATCHES = 16
 _MIN_CHUNKS = 4
 
 
 class TokenSplit:
-    """The tokens of one split: every document in one flat tensor, with offsets.
+    """The tokens of one split: all documents in one flat tensor, with offsets.
 
     Args:
-        tokens: (all tokens,) the documents one after another, in memory or in a memory-mapped file.
-        lengths: (documents,) tokens of each; at least 2, for the first is never predicted.
-        task: (documents,) index of the task of each.
-        characters: (documents,) characters that the predicted tokens of each stand for.
-        num_tasks: number of tasks, with or without documents in this split.
-        pad_token_id: what fills the rows of a batch; the masks make its value irrelevant.
-        observed: (all tokens,) bool, the tokens that are predicted; the others are only read. None: all but the first of each
-            document.
-        offsets: (documents,) where each begins in ``tokens``, of which there may be more; None: one after another.
+        tokens: (all tokens,) the token ids of the documents, in memory or in a memory-mapped file.
+        lengths: (documents,) number of tokens of each document, at least 2, because the first is never predicted.
+        task: (documents,) task index of each document.
+        characters: (documents,) number of characters of the predicted tokens of each document.
+        num_tasks: number of tasks, including those without documents in this split.
+        pad_token_id: the padding token of a batch. The masks make its value irrelevant.
+        observed: (all tokens,) bool, whether a token is predicted. None: all are, except the first of each document.
+        offsets: (documents,) position in ``tokens`` of the first token of each document. ``tokens`` may then have further
+            tokens. None: the documents follow one another.
 
     Attributes:
-        predicted: (documents,) int64, how many tokens of each are predicted.
+        predicted: (documents,) int64, number of predicted tokens of each document.
 
     Raises:
-        InputError: a document has fewer than two tokens or none to predict, or sizes disagree.
+        InputError: a document has fewer than two tokens or none to predict, a task index is out of range, or sizes disagree.
     """
 
     def __init__(
@@ -82,7 +82,9 @@ class TokenSplit:
         self.num_tasks = num_tasks
         self.pad_token_id = pad_token_id
         if len(self.offsets) != len(lengths) or (len(lengths) and int((self.offsets + self.lengths).max()) > len(tokens)):
-            raise InputError(f"offsets ({len(self.offsets)}) and lengths ({len(lengths)}) leave the {len(tokens)} tokens")
+            raise InputError(
+                f"offsets ({len(self.offsets)}) and lengths ({len(lengths)}) disagree, or reach beyond the {len(tokens)} tokens"
+            )
         if observed is not None and (len(observed) != len(tokens) or bool(observed[self.offsets].any())):
             raise InputError(
                 f"observed has {len(observed)} entries for {len(tokens)} tokens, or says that the first of a document is "
@@ -103,15 +105,15 @@ class TokenSplit:
         pad_token_id: int = 0,
         read: Sequence[int] | None = None,
     ) -> TokenSplit:
-        """A split from lists of token ids.
+        """Make a split from lists of token ids.
 
         Args:
-            documents: token ids of each.
-            task: index of the task of each.
+            documents: token ids of each document.
+            task: task index of each document.
             num_tasks: number of tasks.
-            characters: that the predicted tokens of each stand for; default: a token counts as one.
-            pad_token_id: what fills the rows of a batch.
-            read: how many leading tokens of each are only read; default: 1, the start.
+            characters: number of characters of the predicted tokens of each document; default: one for each token.
+            pad_token_id: the padding token of a batch.
+            read: number of first tokens of each document that are not predicted; default: 1, the start.
         """
         lengths = torch.tensor([len(document) for document in documents], dtype=torch.int64)
         observed = None
@@ -130,12 +132,12 @@ class TokenSplit:
         )
 
     def subset(self, documents: Tensor) -> TokenSplit:
-        """The documents at some positions (n,), in that order, on the same tokens."""
+        """The split of the documents at positions ``documents`` (n,), in that order. The tokens are not copied."""
         names = ("lengths", "task", "characters", "offsets")
         return self.replace(**{name: getattr(self, name)[documents] for name in names})
 
     def replace(self, **changes: Any) -> TokenSplit:
-        """The same split with other arguments, on the same tokens.
+        """The same split with some arguments changed. The tokens are not copied.
 
         >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2)
         >>> split.replace(lengths=split.lengths.clamp(max=2)).document(0).tolist()
@@ -151,7 +153,7 @@ class TokenSplit:
 
     @property
     def num_tokens(self) -> int:
-        """Number of predicted tokens: all but the first of each document and those that are only read."""
+        """Number of predicted tokens."""
         return int(self.predicted.sum())
 
     @property
@@ -161,7 +163,7 @@ class TokenSplit:
 
     @property
     def tokens_per_task(self) -> Tensor:
-        """(D,) int64: the tokens of each task's documents, predicted or only read: what the work at them grows with."""
+        """(D,) int64: number of tokens of each task, predicted or not. The work for a task grows with it."""
         return torch.zeros(self.num_tasks, dtype=torch.int64).index_add_(0, self.task, self.lengths)
 
     def __len__(self) -> int:
@@ -176,30 +178,32 @@ class TokenSplit:
         return self.tokens[start : start + int(self.lengths[index])].to(torch.int64)
 
     def labels(self, index: int) -> Tensor:
-        """(tokens,) int64, the token ids of one document, -100 where they are not predicted."""
+        """(tokens,) int64, the token ids of one document, with -100 at tokens that are not predicted."""
         start, ids = int(self.offsets[index]), self.document(index)
         read = torch.arange(len(ids)) == 0 if self.observed is None else ~self.observed[start : start + len(ids)]
         return ids.masked_fill(read, IGNORED)
 
     def batches(self, *, token_budget: int = 4096, seed: int | None = None, documents: Tensor | None = None) -> Batches:
-        """One epoch: every document in exactly one batch, each batch of at most `token_budget` tokens with its padding.
+        """The batches of one epoch. Every document is in exactly one batch.
 
-        Batches hold documents of like length, so little of them is padding, and differ in their number of documents. The
-        likelihood of a batch must therefore be scaled by the number M of batches and not by N / B (documents of the split over
-        documents of the batch). For a batch b drawn uniformly from the M, with x_n the log-likelihood of document n,
+        A batch holds documents of similar length, so it has little padding. Batches differ in their number of documents. The
+        log-likelihood of a batch must therefore be scaled by the number M of batches, and not by N / B (the documents of the
+        split over the documents of the batch). Let x_n be the log-likelihood of document n. For a batch b drawn uniformly,
 
             E[M sum_{n in b} x_n] = (1/M) sum_b M sum_{n in b} x_n = sum_n x_n,
 
-        exactly, since every n is in one b. N/B sum_{n in b} x_n has the mean (1/M) sum_b N/B_b sum_{n in b} x_n instead, which
-        gives the documents of small batches, the long ones, too much weight.
+        exactly, because every n is in one b. With N / B the mean is (1/M) sum_b N/B_b sum_{n in b} x_n, which gives too much
+        weight to the documents of small batches, that is, to long documents.
 
         Args:
-            token_budget: rows x longest row of a batch stays within it; a single longer document is a batch of its own.
-            seed: shuffles documents and batches; give another one each epoch. None sorts by length, the same every time.
-            documents: positions of the only documents to take; default: all.
+            token_budget: the largest number of tokens of a batch, padding included (rows times longest row). A single longer
+                document is a batch of its own.
+            seed: seed of the shuffle of documents and batches; use another one for each epoch. None does not shuffle but sorts
+                by length.
+            documents: (n,) positions of the documents to use; default: all.
 
         Returns:
-            A sequence of `Batch` that builds a batch when it is asked for it.
+            A sequence that builds each `Batch` when it is read.
 
         Raises:
             InputError: the budget is not positive.
@@ -218,26 +222,26 @@ class TokenSplit:
         for number, start in enumerate(range(0, len(order), chunk)):
             part = order[start : start + chunk]
             part = part[np.argsort(lengths[part], kind="stable")]
-            # Up, down, up: a batch that spans two chunks then holds documents of like length too.
+            # Alternately ascending and descending, so that a batch that spans two chunks has similar lengths too.
             parts.append(part if number % 2 == 0 else part[::-1])
         packed = pack(lengths, np.concatenate(parts), token_budget) if parts else []
         return Batches(self, [packed[position] for position in generator.permutation(len(packed))])
 
 
 def _predicted(observed: Tensor | None, offsets: Tensor, lengths: Tensor) -> Tensor:
-    """(documents,) how many tokens of each are observed."""
+    """(documents,) number of predicted tokens of each document."""
     if observed is None or not len(lengths):
         return lengths - 1
-    # each place once: the same document may be there several times
+    # each place only once, because a document may occur several times
     places, which = torch.stack([offsets, offsets + lengths], 1).unique(dim=0, return_inverse=True)
     bounds = places.flatten().numpy()
-    # numpy adds up from each bound to the next, and from the last to the end, where none may stand
+    # reduceat sums from each bound to the next, and from the last one to the end; a bound at the end itself is not allowed
     bounds = bounds[:-1] if bounds[-1] == len(observed) else bounds
     return torch.from_numpy(np.add.reduceat(observed.numpy(), bounds, dtype=np.int64)[::2])[which]
 
 
 class Batches(Sequence[Batch]):
-    """The batches of one epoch, built one by one as they are read."""
+    """The batches of one epoch. Each is built when it is read."""
 
     def __init__(self, split: TokenSplit, members: list[np.ndarray]) -> None:
         self._split = split
@@ -248,12 +252,12 @@ class Batches(Sequence[Batch]):
 
     @property
     def tasks(self) -> list[Tensor]:
-        """The tasks of each batch's documents, rising, without building it."""
+        """The task indices of each batch, in ascending order, without building the batches."""
         return [self._split.task[torch.from_numpy(members)].unique() for members in self._members]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(rows, tokens) of each batch, padding included, without building it."""
+        """(rows, tokens) of each batch, padding included, without building the batches."""
         return [(len(members), int(self._split.lengths[torch.from_numpy(members)].max())) for members in self._members]
 
     @overload
@@ -268,7 +272,7 @@ class Batches(Sequence[Batch]):
         lengths = split.lengths[index]  # (rows,)
         columns = torch.arange(int(lengths.max()))  # (tokens,)
         mask = columns < lengths[:, None]  # (rows, tokens)
-        # Padding reads a document's last token, so that no index leaves the tensor, and is then overwritten.
+        # At padding, the index is that of the document's last token, so that it is valid; the value is then overwritten.
         where = split.offsets[index][:, None] + columns.minimum(lengths[:, None] - 1)
         input_ids = split.tokens[where].to(torch.int64).masked_fill(~mask, split.pad_token_id)
         read = columns == 0 if split.observed is None else ~split.observed[where]
@@ -284,7 +288,7 @@ class Batches(Sequence[Batch]):
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Cut `order` into runs with rows x longest <= token_budget."""
+    """Cut ``order`` into consecutive parts, as long as possible, with rows times longest document at most ``token_budget``."""
     members: list[np.ndarray] = []
     start = longest = 0
     for position, length in enumerate(lengths[order]):

@@ -1,7 +1,7 @@
-"""From a table of documents to the tokens of a split, which are kept for the next run.
+"""Tokenise a table of documents, and cache the tokens for the next run.
 
-The tokens lie in the cache of ``datasets``, by the documents and the tokenizer that they come from; what they are is said in
-``encode.py``.
+The tokens are kept in the cache of ``datasets``, under a fingerprint of the documents, the tokenizer and the options.
+``encode.py`` describes which tokens a document has.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from bora_pyro.data.encode import content_columns, encoder
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 
-# Changes with what `tokenise` makes of a document, so that no older cache is read.
-_FORM = 3
+# Increase this number when `tokenise` changes its output, so that older caches are not read.
+_CACHE_VERSION = 3
 
 
 class Tokenised(NamedTuple):
-    """The tokens of one split, and what became of its documents.
+    """The tokens of one split, and counts of the documents that were changed.
 
     Attributes:
-        split: the tokens; each piece of a document that was split is a document there.
-        num_documents: rows of the table of which there are tokens.
-        num_cut: those of them that were cut.
-        num_split: those of them that were split.
-        num_dropped: rows without a token to predict.
+        split: the tokens. Each piece of a document that was split is a document here.
+        num_documents: number of rows of the table that have tokens.
+        num_cut: number of these rows that were cut.
+        num_split: number of these rows that were split.
+        num_dropped: number of rows without a token to predict.
     """
 
     split: TokenSplit
@@ -55,22 +55,21 @@ def tokenise(
     long_documents: str = "cut",
     chat_template: str | None = None,
 ) -> Tokenised:
-    """Tokenise a table of the form that ``read_table`` gives: ``task``, and ``text`` with or without ``prompt``, or ``messages``.
+    """Tokenise a table from ``read_table``, with ``task`` and either ``text``, or ``prompt`` and ``text``, or ``messages``.
 
     Args:
         dataset: one document a row.
         tokenizer: any tokenizer with a bos or an eos token.
-        task_index: position of each task.
+        task_index: index of each task, by name.
         max_tokens: longest document in tokens, with start and end.
-        long_documents: ``cut`` or ``split``: what becomes of longer ones, see `encoder`.
-        chat_template: a template for chats, in Jinja; default: the tokenizer's own.
+        long_documents: ``cut`` or ``split``, see `encoder`.
+        chat_template: a Jinja template for chats; default: the tokenizer's own.
 
     Returns:
-        The split, and how many documents were cut, split, and dropped because no token of them is predicted. The characters of
-        a document are those of its predicted text up to its last token.
+        The split, and the numbers of documents that were cut, split, and dropped because they have no token to predict.
 
     Raises:
-        InputError: the tokenizer has neither bos nor eos, `max_tokens` is below 2, or a chat cannot be read.
+        InputError: the tokenizer has neither bos nor eos, ``max_tokens`` is below 2, or a chat cannot be read.
     """
     check_max_tokens(max_tokens)
     encode = encoder(tokenizer, max_tokens, long_documents=long_documents, chat_template=chat_template)
@@ -85,7 +84,7 @@ def tokenise(
             **({"observed": datasets.List(datasets.Value("bool"))} if masked else {}),
         }
     )
-    # A fingerprint of our own: datasets would hash the tokenizer, whose state changes with every call.
+    # The default fingerprint of datasets would hash the tokenizer, whose state changes with every call.
     fingerprint = _fingerprint(dataset, tokenizer, [max_tokens, long_documents], chat_template)
     with _without_progress_bars():
         encoded = dataset.map(
@@ -98,7 +97,7 @@ def tokenise(
             cache_file_name=_cache_file(fingerprint),
         )
     pad = pad_token_id(tokenizer)
-    if not len(encoded):  # map gives an empty table no columns
+    if not len(encoded):  # the result of map has no columns if it has no rows
         empty = TokenSplit.from_documents([], task=[], num_tasks=len(task_index), pad_token_id=pad)
         return Tokenised(empty, num_documents=0, num_cut=0, num_split=0, num_dropped=len(dataset))
     columns = encoded.with_format("arrow")[:]
@@ -123,28 +122,30 @@ def tokenise(
 
 
 def check_max_tokens(max_tokens: int) -> None:
-    """Raise an InputError where so many tokens are not a start and a predicted one."""
+    """Raise ``InputError`` if ``max_tokens`` is below 2, the least for a start and one predicted token."""
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 2:
         raise InputError(f"max_tokens is {max_tokens!r}; give a whole number of 2 or more (a start and one predicted token)")
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills the rows of a batch."""
+    """The padding token of a batch: the tokenizer's, or 0 if it has none."""
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def _fingerprint(
     dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, options: list[Any], chat_template: str | None
 ) -> str:
-    """What the tokens depend on: the documents and their tasks, the tokenizer's rules, what becomes of long documents."""
+    """A hash of everything that the tokens depend on: documents, tasks, the tokenizer's rules and the options."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # of the last call
+        rules = {
+            key: value for key, value in rules.items() if key not in ("truncation", "padding")
+        }  # they hold the options of the last call
     else:
         rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     content = content_columns(dataset.column_names)
     template = [chat_template_of(tokenizer, chat_template), tokenizer.special_tokens_map] if "messages" in content else None
-    parts = [_FORM, *options, content, template, tokenizer.bos_token_id, tokenizer.eos_token_id, rules]
+    parts = [_CACHE_VERSION, *options, content, template, tokenizer.bos_token_id, tokenizer.eos_token_id, rules]
     digest = hashlib.sha256(json.dumps(parts, default=str).encode())
     for column in ("task", *content):
         for cell in dataset[column][:]:
@@ -153,7 +154,7 @@ def _fingerprint(
 
 
 def cache_folder() -> Path | None:
-    """Where tokens are kept, beside the other caches of ``datasets``; None where nothing can be written."""
+    """The folder for tokens, in the cache of ``datasets``; None if it cannot be written."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "bora_pyro"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,13 +166,13 @@ def cache_folder() -> Path | None:
 
 
 def _cache_file(fingerprint: str) -> str | None:
-    """Where the tokens are kept for the next run; None where nothing can be kept."""
+    """The file of cached tokens; None if caching is off or not possible."""
     folder = cache_folder() if datasets.is_caching_enabled() else None
     return None if folder is None else str(folder / f"{fingerprint}.arrow")
 
 
 def _tensor(column: Any) -> torch.Tensor:
-    # A copy: Arrow's memory is read-only, and torch warns of tensors on it.
+    # copy, because Arrow's memory is read-only, and torch warns about tensors on read-only memory
     return torch.from_numpy(np.array(column.to_numpy(zero_copy_only=False) if hasattr(column, "type") else column))
 
 

@@ -264,7 +264,7 @@ def test_templates_that_cannot_be_used(template, message):
 
 
 def test_a_tokenizer_that_does_not_know_where_its_tokens_stand_is_refused():
-    with pytest.raises(InputError, match="does not know where its tokens stand; use a fast one for chats"):
+    with pytest.raises(InputError, match="does not give the positions of its tokens; use a fast one for chats"):
         list(read_chats(SlowWords(), [json.dumps(CHAT)], PLAIN))
 
 
@@ -276,7 +276,7 @@ def test_a_template_comes_from_a_file_or_as_it_is(tmp_path):
     with pytest.raises(InputError, match=r"missing\.jinja' cannot be read"):
         load_chat_template(tmp_path / "missing.jinja")
     file.write_text("hello")
-    with pytest.raises(InputError, match="is no template in Jinja: it has neither"):
+    with pytest.raises(InputError, match="is not a Jinja template: it has neither"):
         load_chat_template(file)
     with pytest.raises(
         InputError, match=r"'/dev/zero' cannot be read \(OSError: it is not a regular file\); give a \.jinja file"

@@ -230,7 +230,7 @@ def test_bad_masks_give_one_line():
     for observed in ([True, True], [False]):
         with pytest.raises(InputError, match="give a bool a token, False for the first"):
             TokenSplit(tokens, lengths, task=one, characters=one, num_tasks=1, observed=torch.tensor(observed))
-    with pytest.raises(InputError, match=r"offsets \(1\) and lengths \(1\) leave the 2 tokens"):
+    with pytest.raises(InputError, match=r"offsets \(1\) and lengths \(1\) disagree, or reach beyond the 2 tokens"):
         TokenSplit(tokens, lengths, task=one, characters=one, num_tasks=1, offsets=torch.tensor([1]))
 
 

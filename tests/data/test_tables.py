@@ -165,9 +165,9 @@ def test_a_column_that_stands_twice():
 @pytest.mark.parametrize("cell", [["train"], 1, None, {"train": 1}])
 def test_a_split_that_is_no_text(cell):
     data = datasets.Dataset.from_list([{"task": "a", "text": "b", "split": cell}])
-    with pytest.raises(InputError, match=r"row 1: column 'split' is .*; a split is train, validation, test"):
+    with pytest.raises(InputError, match=r"row 1: column 'split' is .*; allowed: train, validation, test"):
         read_table(data, split_column="split")
-    with pytest.raises(InputError, match=r"row 1: column 'split' is .*; a split is train, validation, test"):
+    with pytest.raises(InputError, match=r"row 1: column 'split' is .*; allowed: train, validation, test"):
         read_table(data.to_pandas(), split_column="split")
 
 
@@ -176,7 +176,7 @@ def test_a_split_that_is_no_text(cell):
     [
         ({"group_column": "doc"}, r"no column 'doc' \(group_column\); its columns are task, text, doc_id; did you mean 'doc_id'"),
         ({"split_column": "split"}, r"no column 'split' \(split_column\)"),
-        ({"split_column": "task"}, r"row 1: column 'task' is 'Ada'; a split is train, validation, test"),
+        ({"split_column": "task"}, r"row 1: column 'task' is 'Ada'; allowed: train, validation, test"),
     ],
 )
 def test_bad_column_gives_one_line(options, message):

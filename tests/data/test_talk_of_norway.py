@@ -87,9 +87,7 @@ def test_columns_and_use(tmp_path):
 
 def test_bad_input_gives_one_line(tmp_path):
     file = ton(tmp_path, {"A": 3})
-    with pytest.raises(
-        InputError, match=r"selection 'papers' of Talk of Norway is unknown; use paper or released; did you mean 'paper'\?"
-    ):
+    with pytest.raises(InputError, match=r"selection is 'papers'; allowed: paper, released; did you mean 'paper'\?"):
         talk_of_norway(file, "papers")
     with pytest.raises(InputError, match=r"has no speaker with more than 100 speeches; give the whole ton\.csv"):
         talk_of_norway(file)

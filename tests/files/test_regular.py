@@ -173,7 +173,7 @@ WAYS_OUT = {
     "a card with a path": (card("/etc/*"), r"names '/etc/\*' in README\.md"),
     "a card with an address": (card("https://example.org/a.csv"), r"names 'https://example\.org/a\.csv'"),
     "a card of YAML": (card("../secret.csv", ".huggingface.yaml"), r"names '\.\./secret\.csv' in \.huggingface\.yaml"),
-    "a card with a bomb": (card("&a [x, *a]"), r"README\.md' has YAML that is not used \(the anchor 'a' is not supported"),
+    "a card with a bomb": (card("&a [x, *a]"), r"README\.md' has YAML that cannot be used \(the anchor 'a' is not supported"),
     "a saved set": (saved({"_data_files": [{"filename": "../../secret.arrow"}]}), r"names '\.\./\.\./secret\.arrow' in state"),
     "a saved set's splits": (saved({"splits": ["../secret"]}), r"names '\.\./secret' in dataset_dict\.json"),
     "a zip archive": (content("test.csv", b"PK\x03\x04..."), r"holds 'test\.csv', a zip archive; unpack it, or move it away"),
