@@ -245,14 +245,14 @@ def _with_text(content: Any, text: str) -> Any:
     return None
 
 
-def request(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> list[int]:
+def chat_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> list[int]:
     """Token ids of a chat in which the user says the prompt, up to the place where the assistant's answer begins.
 
         >>> from transformers import AutoTokenizer
         >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
         >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
         >>> template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}I say:{% endif %}"
-        >>> tokenizer.decode(request(tokenizer, "Hi", template))
+        >>> tokenizer.decode(chat_prompt_tokens(tokenizer, "Hi", template))
         'Hi I say:'
 
     Raises:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.texts import tokenizer_of
-from bora_pyro.data.chat import request
+from bora_pyro.data.chat import chat_prompt_tokens
 from bora_pyro.data.encode import encoder, start_token
 from bora_pyro.data.files import check_unicode
 from bora_pyro.errors import InputError, shown
@@ -179,7 +179,7 @@ def prompt_tokens(
     if isinstance(prompt, str):
         check_unicode(prompt, f"the prompt {shown(prompt)}")
     if isinstance(prompt, str) and chat_template is not None:
-        tokens = torch.tensor(request(tokenizer, prompt, chat_template), dtype=torch.int64)
+        tokens = torch.tensor(chat_prompt_tokens(tokenizer, prompt, chat_template), dtype=torch.int64)
     elif isinstance(prompt, str):
         [ids] = encoder(tokenizer, 10**9)({"text": [prompt], "task": [""]})["input_ids"] or [[start_token(tokenizer)]]
         # without the end token, which some tokenizers append
