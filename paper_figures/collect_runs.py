@@ -1,4 +1,4 @@
-"""Make a sweep table of finished runs that were started one by one, as the paper's six are.
+"""Make a sweep table from finished runs that were started separately, such as the paper's six fits.
 
 python paper_figures/collect_runs.py --runs runs/paper/tau0 runs/paper/tau100 --output results/talk_of_norway
 """
@@ -20,26 +20,26 @@ from bora_pyro.runs.results_table import rows_of_run
 
 @dataclass(kw_only=True)
 class CollectConfig:
-    """Make a sweep table of finished runs."""
+    """Make a sweep table from finished runs."""
 
     runs: list[str] | None = option(None, "the run folders")
-    output: str = option("results/talk_of_norway", "the table without its ending: .csv and .parquet are written")
+    output: str = option("results/talk_of_norway", "path of the table without its ending; a .csv and a .parquet file are written")
 
     def validate(self) -> None:
-        """Check the values."""
+        """Check that runs are given."""
         if not self.runs:
             raise InputError("no run is given; name the folders, as in --runs runs/paper/tau0 runs/paper/tau100")
 
 
 def collect(config: CollectConfig) -> str:
-    """Write the table; returns what it holds."""
+    """Write the table and return a line about its content."""
     table: pd.DataFrame | None = None
     for path in config.runs or ():
         folder = RunFolder.open(path)
         options, metrics = folder.read_config(), folder.read_metrics()
         rate = float(metrics["learning_rate"])
         if options.get("scale_learning_rate_with_tau"):
-            rate *= float(metrics["tau"])  # a run stores the factor; a sweep's table has AdamW's rate
+            rate *= float(metrics["tau"])  # a run stores the factor of tau; a sweep table has AdamW's rate
         table = with_run(table, rows_of_run(folder, learning_rate=number_text(f"{rate:.12g}")))
     assert table is not None
     write_sweep(table, config.output)

@@ -1,7 +1,7 @@
-"""What the scripts of this folder share: the paper's reported numbers, where a picture or table goes, and one way to end.
+"""Functions that the scripts of this folder share: the paper's reported numbers, writing figures and tables, and error handling.
 
-The reported numbers come in the form of a sweep table (``bora_pyro.diagnostics.sweep_table``), so that the same functions draw
-them and ours.
+The reported numbers have the form of a sweep table (``bora_pyro.diagnostics.sweep_table``), so the same functions draw the
+paper's numbers and ours.
 """
 
 from __future__ import annotations
@@ -27,24 +27,34 @@ from bora_pyro.options.field import option
 
 REPORTED = Path(__file__).parent / "reported"
 SWEEP = "results/presidents.parquet"
-#: The paper's τ of lowest perplexity, and its two limits: 10⁴ stands for one shared adapter.
+#: The paper's τ of lowest perplexity, and its smallest and largest τ. The largest, 10⁴, stands for one shared adapter.
 PAPER_BEST, PAPER_INDEPENDENT, PAPER_POOLED = "100", "0", "10000"
 
-Config = Any  # a dataclass of options; each script has its own
+Config = Any  # a dataclass of options; each script has its own class
 
 
 def sweep_option() -> str:
-    """The option ``sweep`` that most scripts have."""
+    """The option ``sweep`` of most scripts."""
     return option(SWEEP, "the sweep table of tau_sweep.py, csv or parquet")
 
 
 def output_option(name: str) -> str:
     """The option ``output``."""
-    return option(f"paper_figures/{name}", "the file that is written")
+    return option(f"paper_figures/{name}", "the file to write")
 
 
 def run(config_class: type, draw: Callable[[Config], str], argv: Sequence[str], script: str) -> int:
-    """Parse the options, draw, and say what was written; an error is one line on stderr and exit code 2."""
+    """Parse the options, draw, and print the result. An ``InputError`` is printed as one line on stderr.
+
+    Args:
+        config_class: the dataclass of the script's options.
+        draw: draws the figure or table and returns the text to print.
+        argv: the command line arguments.
+        script: the path of the script.
+
+    Returns:
+        The exit code: 0, or 2 after an error.
+    """
     try:
         print(draw(parse_config(config_class, argv, prog=Path(script).name)))
     except InputError as error:
@@ -54,10 +64,10 @@ def run(config_class: type, draw: Callable[[Config], str], argv: Sequence[str], 
 
 
 def save(figure: Figure, output: str) -> str:
-    """Write a figure; returns the path."""
-    path = _make_room(output)
+    """Write a figure and return its path."""
+    path = _make_parent(output)
     try:
-        # no date and no version in the file: the same numbers give the same bytes
+        # no date and no version in the file, so that the same numbers give the same bytes
         figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
     except ValueError as error:  # matplotlib does not know the ending
         raise InputError(
@@ -69,34 +79,36 @@ def save(figure: Figure, output: str) -> str:
 
 
 def save_text(text: str, output: str) -> str:
-    """Write a table; returns the text, which the script prints."""
-    _make_room(output).write_text(text + "\n", encoding="utf-8")
+    """Write a table and return its text, which the script prints."""
+    _make_parent(output).write_text(text + "\n", encoding="utf-8")
     return text
 
 
-def _make_room(output: str) -> Path:
+def _make_parent(output: str) -> Path:
     path = Path(output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output {output} cannot be written ({error.strerror}); give a path in a folder of yours") from None
+        raise InputError(
+            f"output {output} cannot be written ({error.strerror}); give a path in a folder that you can write"
+        ) from None
     return path
 
 
 def reported(name: str) -> pd.DataFrame:
-    """One of the tables in ``reported/``, numbers as numbers, τ as text."""
+    """Read a table in ``reported/``. τ and learning rates are texts."""
     return pd.read_csv(REPORTED / f"{name}.csv", dtype={"tau": str, "learning_rate": str})
 
 
 def reported_sweep() -> pd.DataFrame:
-    """The paper's Tables 1 and 2 as a sweep table; what the paper does not report is missing (NaN) or 0."""
+    """The paper's Tables 1 and 2 as a sweep table. Values that the paper does not report are NaN or 0."""
     overall, tasks = reported("table1"), reported("tasks").set_index("task")
     rows = reported("table2").merge(overall, on="tau", suffixes=("_of_task", ""))
     train, test = tasks["train_documents"], tasks["test_documents"]
     return sweep_table(
         {
             "tau": row.tau, "learning_rate": row.learning_rate, "seed": 0, "fitted_tau": float(str(row.tau)),
-            # the released plotting code calls the numbers of these tables validation perplexities
+            # the released plotting code calls the numbers in these tables validation perplexities
             "validation_perplexity": row.test_perplexity, "test_perplexity": row.test_perplexity,
             "base_test_perplexity": np.nan, "epochs": 0, "best_epoch": 0, "fit_seconds": np.nan,
             "training_tokens_per_second": np.nan, "peak_memory_bytes": 0, "task": row.task,
@@ -108,10 +120,10 @@ def reported_sweep() -> pd.DataFrame:
 
 
 def best_between_limits(table: pd.DataFrame) -> str:
-    """The fixed τ of lowest validation perplexity among those above 0 and below ∞: the hierarchy's own.
+    """The fixed τ of lowest validation perplexity, without the limits τ = 0 and τ = ∞.
 
     Raises:
-        InputError: the sweep has none.
+        InputError: the sweep has no τ between the limits.
     """
     between = table[~table["tau"].isin(["0", "inf", "learned"])]
     taus = list(between["tau"].unique())
@@ -121,17 +133,22 @@ def best_between_limits(table: pd.DataFrame) -> str:
 
 
 def means_by_task(table: pd.DataFrame, tau: str) -> pd.DataFrame:
-    """A row a task: means over seeds of task_train_documents, task_test_perplexity and deviation_norm at one τ."""
+    """One row for each task: means over seeds of task_train_documents, task_test_perplexity and deviation_norm at one τ."""
     columns = ["task_train_documents", "task_test_perplexity", "deviation_norm"]
     chosen = at_best_rates(table)
     return chosen[chosen["tau"] == tau].groupby("task")[columns].mean()
 
 
 def read_table(path: str, columns: Sequence[str], *, made_by: str) -> pd.DataFrame:
-    """A csv of results other than a sweep.
+    """Read a csv table of results other than a sweep.
+
+    Args:
+        path: the file.
+        columns: the columns that the table must have.
+        made_by: how to make the table, for errors.
 
     Raises:
-        InputError: it is missing, empty, or lacks one of ``columns``.
+        InputError: the file does not exist, cannot be read, is empty, or lacks one of ``columns``.
     """
     if not Path(path).is_file():
         raise InputError(f"table {path} does not exist; {made_by}")
@@ -147,7 +164,7 @@ def read_table(path: str, columns: Sequence[str], *, made_by: str) -> pd.DataFra
 
 
 def corpus(sweep: str) -> str:
-    """What a panel calls the corpus of a sweep: the name of the table.
+    """The name of a sweep's corpus in a figure: the file name of the table.
 
     >>> corpus("results/presidents.parquet")
     'presidents'
@@ -162,7 +179,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mean_sd(values: pd.Series, digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds; the mean alone where there is one."""
+    """Mean ± standard deviation over seeds as a text; only the mean if there is one seed."""
     values = values.dropna()
     if values.empty:
         return "–"

@@ -1,9 +1,9 @@
-"""Draw every figure and table again, from the tables in ``results/``: what ``make figures`` does.
+"""Draw all figures and tables again, from the tables in ``results/``. ``make figures`` runs this script.
 
     python paper_figures/draw_all.py
 
-The presidents' sweep gives ``figure2.png`` and so on, the documentation's ``figure2_documentation.png``. What a table is missing
-for is named at the end, and the exit code is 2.
+The presidents' sweep gives ``figure2.png`` and so on. The documentation's sweep gives ``figure2_documentation.png`` and so on.
+If a results table is missing, the other figures are still drawn. The errors are printed at the end, and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from bora_pyro.errors import InputError
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import option
 
-_OF_A_SWEEP: tuple[ModuleType, ...] = (figure1, figure2, figure3, figure4, figure5, table1, table2)
+_SWEEP_SCRIPTS: tuple[ModuleType, ...] = (figure1, figure2, figure3, figure4, figure5, table1, table2)
 
 
 @dataclass(kw_only=True)
 class DrawAllConfig:
-    """Draw every figure and table again from stored results."""
+    """Draw all figures and tables again from stored results."""
 
     results: str = option("results", "the folder of the tables")
-    output: str = option("paper_figures", "the folder that is written")
+    output: str = option("paper_figures", "the folder to write")
 
 
 def jobs(config: DrawAllConfig) -> Iterator[tuple[str, Callable[[Any], str], Any]]:
-    """What is written, and the function and options that write it."""
+    """Yields (path of the output, function that writes it, options of the function)."""
     results, output = config.results, config.output
     for corpus, ending in (("presidents", ""), ("documentation", "_documentation")):
-        for module in _OF_A_SWEEP:
+        for module in _SWEEP_SCRIPTS:
             name = module.__name__
             path = f"{output}/{name}{ending}.{'md' if name.startswith('table') else 'png'}"
             config_class = getattr(module, f"{name.capitalize()}Config")
@@ -72,7 +72,7 @@ def jobs(config: DrawAllConfig) -> Iterator[tuple[str, Callable[[Any], str], Any
 
 
 def main(argv: list[str]) -> int:
-    """Draw all; one that cannot be drawn does not stop the others."""
+    """Draw all figures and tables. An error in one does not stop the others."""
     failed = []
     try:
         for path, draw, options in jobs(parse_config(DrawAllConfig, argv, prog="draw_all.py")):

@@ -1,6 +1,6 @@
-"""A new task's first documents: what Θ and τ of the other tasks save it.
+"""How few documents a new task needs when it starts from Θ and τ of the other tasks.
 
-The paper adapts no new tasks; the figure is this library's own. Points are means over seeds, bars their range.
+Points are means over seeds, and bars show the range over seeds. The paper adapts no new tasks and has no such figure.
 
     python paper_figures/few_documents_figure.py --table results/few_documents.csv
 """
@@ -29,7 +29,7 @@ class FewDocumentsFigureConfig:
 
 
 def draw(config: FewDocumentsFigureConfig) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     rows = read_table(config.table, COLUMNS, made_by="make it with few_documents.py")
     rows = rows[rows["split"] == "test"].assign(documents=rows["documents"].astype(str))
     sums = rows.groupby(["arm", "documents", "seed"])[["log_likelihood", "tokens"]].sum().reset_index()

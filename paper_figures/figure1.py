@@ -1,7 +1,7 @@
-"""Figure 1: how many training documents each task has.
+"""Figure 1: the number of training documents of each task.
 
-The original is a bar chart of the 25 speakers, 110 to 477 speeches each. Here the bars lie on their sides, by size, beside
-those of a sweep's corpus.
+The original is a bar chart of the 25 speakers, with 110 to 477 speeches each. Here the bars are horizontal and sorted by size.
+The first panel has the paper's numbers, the second those of a sweep's corpus.
 
     python paper_figures/figure1.py --sweep results/presidents.parquet
 """
@@ -22,16 +22,16 @@ from bora_pyro.diagnostics.plots import style
 
 @dataclass(kw_only=True)
 class Figure1Config:
-    """Draw the number of training documents of each task, the paper's beside a sweep's."""
+    """Draw the number of training documents of each task, for the paper and for a sweep."""
 
     sweep: str = sweep_option()
     output: str = output_option("figure1.png")
 
 
 def draw(config: Figure1Config) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     paper = reported("tasks").set_index("task")["train_documents"]
-    # once a seed: the first has more rows, for it alone tries the learning rates
+    # one value for each seed: the first seed has more rows, because only it tries all learning rates
     of_seed = read_sweep(config.sweep).groupby(["task", "seed"])["task_train_documents"].first()
     ours = of_seed.groupby("task").mean()
     with style():
@@ -44,7 +44,7 @@ def draw(config: Figure1Config) -> str:
 
 
 def bars(documents: pd.Series, ax: Axes) -> Axes:
-    """A bar a task, the longest on top, its number beside it."""
+    """Draw one bar for each task, the longest on top, with its number."""
     documents = documents.sort_values(kind="stable")
     rows = np.arange(len(documents))
     ax.barh(rows, documents, color="#0072B2", height=0.7)

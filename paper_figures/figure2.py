@@ -1,11 +1,11 @@
 """Figure 2: test perplexity against the precision τ of the prior.
 
-The original has a thick black line for all tasks together and a thin grey one for each of the 25 speakers, on a symmetric
-logarithmic axis from 0 to 10⁴: lowest at τ = 100. Here the limits stand beyond breaks in the axis. The first panel is the
-paper's, from its Tables 1 and 2; the second a sweep's means and seeds; the third the sweep's tasks.
+The original has a thick black line for all tasks together and a thin grey line for each of the 25 speakers, on a symmetric
+logarithmic axis from 0 to 10⁴. Its minimum is at τ = 100. Here the limits τ = 0 and τ = ∞ are beyond breaks in the axis. The
+first panel is the paper's, from its Tables 1 and 2. The second shows a sweep's means and seeds, the third the sweep's tasks.
 
-The paper's two tables disagree at τ = 10: the geometric mean of Table 2's column is 13.77, Table 1 has 12.85. At every other
-τ they agree within 0.7 %. So the thick line may be too low there.
+The paper's two tables disagree at τ = 10: the geometric mean of Table 2's column is 13.77, but Table 1 has 12.85. At every
+other τ they agree within 0.7 %. So the thick line may be too low at τ = 10.
 
     python paper_figures/figure2.py --sweep results/presidents.parquet
 """
@@ -28,14 +28,14 @@ from bora_pyro.diagnostics.sweep_table import at_best_rates, runs
 
 @dataclass(kw_only=True)
 class Figure2Config:
-    """Draw perplexity against the precision of the prior, the paper's beside a sweep's."""
+    """Draw perplexity against the precision of the prior, for the paper and for a sweep."""
 
     sweep: str = sweep_option()
     output: str = output_option("figure2.png")
 
 
 def draw(config: Figure2Config) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     table = read_sweep(config.sweep)
     with style():
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
@@ -49,7 +49,7 @@ def draw(config: Figure2Config) -> str:
 
 
 def tasks_and_all(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Test perplexity by τ at the best learning rates, means over seeds: a thick line for all tasks, a thin one for each."""
+    """Draw mean test perplexity by τ at the best learning rates: a thick line for all tasks, a thin line for each task."""
     best = at_best_rates(table)
     best = best[best["tau"] != "learned"]
     places = tau_axis(ax, best["tau"].unique())

@@ -1,9 +1,9 @@
-"""Figure 3: what each task gains by the hierarchy, against its number of training documents.
+"""Figure 3: each task's gain from the hierarchy, against its number of training documents.
 
-The original has two points a speaker, 100 (1 − perplexity at τ = 100 / perplexity at the limit): blue over independent
-adapters (τ = 0), red over one shared adapter (its τ = 10⁴). All are above 0, and those over τ = 0 fall with the number of
-documents. Here the paper's panel is computed from its Table 2; a sweep's uses its own best τ between the limits, chosen on
-the validation split, and τ = ∞ itself.
+The original has two points for each speaker, the gain 100 (1 − perplexity at τ = 100 / perplexity at the limit). Blue points
+compare with independent adapters (τ = 0), red points with one shared adapter (τ = 10⁴ there). All gains are above 0. Those over
+τ = 0 fall with the number of documents. Here the paper's panel is computed from its Table 2. The sweep's panel uses the sweep's
+best τ between the limits, chosen on the validation split, and the limit τ = ∞ itself.
 
     python paper_figures/figure3.py --sweep results/presidents.parquet
 """
@@ -33,14 +33,14 @@ from bora_pyro.diagnostics.plots import style, task_gain
 
 @dataclass(kw_only=True)
 class Figure3Config:
-    """Draw each task's gain by the hierarchy against its documents, the paper's beside a sweep's."""
+    """Draw each task's gain from the hierarchy against its documents, for the paper and for a sweep."""
 
     sweep: str = sweep_option()
     output: str = output_option("figure3.png")
 
 
 def draw(config: Figure3Config) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     table, paper = read_sweep(config.sweep), reported_sweep()
     best = best_between_limits(table)
     with style():

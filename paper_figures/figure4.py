@@ -1,10 +1,11 @@
-"""Figure 4: how far each task's adapter lies from the global one, against its number of training documents.
+"""Figure 4: the distance of each task's adapter from the global one, against its number of training documents.
 
-The original has a point a speaker, the Euclidean distance between the task's weights and Θ: it rises from about 0.43 to 0.96
-with the number of documents, and four speakers (of 128, 128, 129 and 234 documents) lie far above the trend. The paper reports
-no numbers of it, so there is no panel of the paper here. The released script draws it for the fit with τ = 10, not the best.
+The original has a point for each speaker, the Euclidean distance between the task's weights and Θ. The distance rises from
+about 0.43 to 0.96 with the number of documents. Four speakers (with 128, 128, 129 and 234 documents) are far above the trend.
+The paper reports no numbers for this figure, so there is no panel of the paper here. The released script draws it for τ = 10,
+which is not the best τ.
 
-The first panel is a sweep's best τ between the limits, the second every τ: the stronger the prior, the nearer the tasks.
+The first panel shows a sweep's best τ between the limits, the second all τ. A stronger prior keeps the tasks nearer to Θ.
 
     python paper_figures/figure4.py --sweep results/presidents.parquet
 """
@@ -24,14 +25,14 @@ from bora_pyro.diagnostics.sweep_table import at_best_rates
 
 @dataclass(kw_only=True)
 class Figure4Config:
-    """Draw the distance of each task's adapter to the global one against its documents."""
+    """Draw the distance of each task's adapter from the global one against its documents."""
 
     sweep: str = sweep_option()
     output: str = output_option("figure4.png")
 
 
 def draw(config: Figure4Config) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     table = read_sweep(config.sweep)
     best, chosen = best_between_limits(table), at_best_rates(table)
     with style():

@@ -1,8 +1,8 @@
 """Figure 5: the perplexity of each task against its number of training documents.
 
-The original has a point a speaker at τ = 100, and no trend: how much a speaker said does not decide how well he is predicted.
-Three speakers stand far above the others. Here the paper's panel is from its Table 2, a sweep's from its best τ between the
-limits.
+The original has a point for each speaker at τ = 100. It has no trend: a speaker with many documents is not predicted better.
+Three speakers are far above the others. Here the paper's panel is from its Table 2, and the sweep's panel is at its best τ
+between the limits.
 
     python paper_figures/figure5.py --sweep results/presidents.parquet
 """
@@ -35,14 +35,14 @@ from bora_pyro.diagnostics.plots.sweeps import documents_axis
 
 @dataclass(kw_only=True)
 class Figure5Config:
-    """Draw each task's perplexity against its documents, the paper's beside a sweep's."""
+    """Draw each task's perplexity against its documents, for the paper and for a sweep."""
 
     sweep: str = sweep_option()
     output: str = output_option("figure5.png")
 
 
 def draw(config: Figure5Config) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     table = read_sweep(config.sweep)
     best = best_between_limits(table)
     with style():
@@ -55,7 +55,7 @@ def draw(config: Figure5Config) -> str:
 
 
 def perplexity_by_documents(tasks: pd.DataFrame, ax: Axes) -> Axes:
-    """A point a task, with names where they find room."""
+    """Draw a point for each task, with its name if there is room."""
     tasks = tasks.dropna(subset="task_test_perplexity")
     x, y = tasks["task_train_documents"], tasks["task_test_perplexity"]
     ax.plot(x, y, linestyle="none", marker="o", color="#0072B2", alpha=0.85, gid="tasks")

@@ -1,9 +1,11 @@
-"""The centred form of the prior beside the non-centred one: how fast each comes down, a row a τ.
+"""How fast the centred and the non-centred form of the prior converge, with one row of panels for each τ.
 
-The paper samples θ_d itself (centred) and takes a learning rate proportional to τ, as a remedy for a global mean that moves
-slowly: only the prior's gradient reaches it. In the non-centred form, θ_d = Θ + z_d / √τ, every task's gradient reaches Θ.
-The paper has no such figure. The rates are AdamW's largest: where the table of ``scripts/experiments/compare_forms.py`` has a
-factor of τ, as it has for the centred form, the figure has the product.
+The paper samples θ_d itself (centred). Then only the prior's gradient reaches Θ, which moves slowly. As a remedy, the paper
+makes the learning rate proportional to τ. In the non-centred form, θ_d = Θ + z_d / √τ, the gradient of every task reaches Θ.
+The paper has no such figure.
+
+The learning rates in the figure are AdamW's largest ones. For the centred form, the table of
+``scripts/experiments/compare_forms.py`` has a factor of τ, and the figure shows the factor times τ.
 
     python paper_figures/forms_figure.py --forms results/forms.csv
 """
@@ -33,7 +35,7 @@ class FormsConfig:
 
 
 def draw(config: FormsConfig) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     table = read_table(config.forms, COLUMNS, made_by="make it with compare_forms.py")
     factor = table["tau"].where(table["form"] == "centered", 1.0)
     table = table.assign(learning_rate=table["learning_rate"] * factor)

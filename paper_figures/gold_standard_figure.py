@@ -1,9 +1,9 @@
-"""Every guide's posterior standard deviations against those of NUTS, and how far its predictions are from those of NUTS.
+"""Compare the posterior standard deviations and the predictions of each guide with those of NUTS.
 
-A panel a guide: a point is an entry of Θ, of a task's deviation θ_d − Θ or of θ_d itself; below the diagonal the guide is too
-narrow. Beside them, the mean absolute difference of next-token probabilities on held-out documents, and the mean log density of
-a held-out token against that of NUTS; the row ``nuts`` is the difference of two of its chains, the noise of the comparison.
-The paper has no such figure.
+There is one panel for each guide. A point is an entry of Θ, of a task's deviation θ_d − Θ, or of θ_d itself. Below the diagonal
+the guide is too narrow. Two more panels compare predictions on held-out documents with those of NUTS: the mean absolute
+difference of next-token probabilities, and the difference of the mean log density of a token. The row ``nuts`` compares two
+chains of NUTS and shows the noise of the comparison. The paper has no such figure.
 
     python paper_figures/gold_standard_figure.py
 """
@@ -24,7 +24,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.options.field import option
 
 COLUMNS = ["guide", "quantity", "documents", "nuts_sd", "sd"]
-OF_SUMMARY = ["guide", "log_density", "probability_difference"]
+SUMMARY_COLUMNS = ["guide", "log_density", "probability_difference"]
 MADE_BY = "make it with gold_standard.py"
 
 
@@ -33,18 +33,18 @@ class GoldStandardFigureConfig:
     """Draw the guides' standard deviations and predictions against those of NUTS."""
 
     gold_standard: str = option("results/gold_standard.csv", "the table of entries of gold_standard.py")
-    summary: str = option("results/gold_standard_summary.csv", "its table of guides")
+    summary: str = option("results/gold_standard_summary.csv", "the table of guides of gold_standard.py")
     output: str = output_option("gold_standard.png")
 
 
 def draw(config: GoldStandardFigureConfig) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     table = read_table(config.gold_standard, COLUMNS, made_by=MADE_BY)
-    summary = read_table(config.summary, OF_SUMMARY, made_by=MADE_BY).set_index("guide")
+    summary = read_table(config.summary, SUMMARY_COLUMNS, made_by=MADE_BY).set_index("guide")
     if "nuts" not in summary.index:
         raise InputError(f"table {config.summary} has no row 'nuts'; {MADE_BY}")
     guides = list(table["guide"].unique())
-    columns = len(guides) // 2 + 1  # a cell at least stays free, for the legend
+    columns = len(guides) // 2 + 1  # at least one cell stays free for the legend
     values = table[["nuts_sd", "sd"]].to_numpy()
     ends = values.min() / 1.2, values.max() * 1.2
     with style():
@@ -66,7 +66,7 @@ def draw(config: GoldStandardFigureConfig) -> str:
 
 
 def dots(ax: Axes, values: pd.Series, label: str) -> None:
-    """A dot a row, the first on top, from a line at 0."""
+    """Draw one dot for each value, the first on top, joined by a line to 0."""
     places = range(len(values))[::-1]
     ax.hlines(places, 0, values, color=GREY, linewidth=0.8)
     ax.plot(values, places, linestyle="none", marker="o", color=BLUE)

@@ -1,4 +1,4 @@
-"""The model as a plate diagram: the paper gives it as equations 1 to 6 and has no picture of it.
+"""The model as a plate diagram. The paper gives it as equations 1 to 6 and has no such figure.
 
 python paper_figures/model_figure.py
 """
@@ -23,7 +23,7 @@ class ModelConfig:
     output: str = output_option("model.png")
 
 
-# name: centre, what is written, observed (shaded) or not
+# name: (centre, label, whether the variable is known)
 _NODES = {
     "tau": ((0.7, 1.4), "τ", False),
     "mean": ((0.7, 3.0), "Θ", False),
@@ -36,7 +36,7 @@ _RADIUS = 0.42
 
 
 def draw(config: ModelConfig) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     with style():
         figure, ax = plt.subplots(figsize=(7.6, 4.2))
         plate_diagram(ax)
@@ -44,7 +44,7 @@ def draw(config: ModelConfig) -> str:
 
 
 def plate_diagram(ax: Axes) -> Axes:
-    """Circles are variables (shaded: known), plates repeat what they hold, arrows say what depends on what."""
+    """Draw variables as circles (shaded if known), dependencies as arrows, and plates around what is repeated."""
     ax.set_aspect("equal")
     ax.set_axis_off()
     ax.set_xlim(-0.1, 7.7)

@@ -1,13 +1,14 @@
-"""The tasks' adapters on their first two principal components, and which of them are near one another.
+"""The tasks' adapters on their first two principal components, and their dendrogram.
 
-The released code draws its 25 speakers so, with all their weights, coloured by home county: most of them in one heap, and a few
-of their own far out. The paper does not print it. Here everything comes from the tasks' Gram matrix, D x D, which is stored as a
-table; ``--run`` makes that table from a run folder (its base model and documents must be at hand).
+The released code draws its 25 speakers in this way, with all their weights, coloured by home county. Most speakers are in one
+cluster, and a few are far from it. The paper does not print this figure. Here everything is computed from the tasks' Gram
+matrix, D x D, which is stored as a table. ``--run`` makes the table from a run folder. The run's base model and documents must
+then be available.
 
     python paper_figures/pca_figure.py --gram results/presidents_gram.csv
     python paper_figures/pca_figure.py --run runs/presidents --gram results/presidents_gram.csv
 
-Where the tasks are the paper's speakers, colour and marker are their parties; ``--groups`` gives other groups.
+If the tasks are the paper's speakers, colour and marker show their parties. ``--groups`` gives other groups.
 """
 
 from __future__ import annotations
@@ -30,21 +31,25 @@ from bora_pyro.options.field import check_choices, option
 class PcaConfig:
     """Draw the tasks' adapters on two principal components, and their dendrogram."""
 
-    gram: str = option("results/presidents_gram.csv", "the inner products of the tasks, D x D, names as header and index")
+    gram: str = option(
+        "results/presidents_gram.csv", "the inner products of the tasks, D x D, with task names as header and index"
+    )
     run: str | None = option(None, "a run folder; its inner products are written to --gram first")
     space: str = option(
-        "delta_w", "what is compared: the change of the layers, or the adapters' entries", choices=("delta_w", "weights")
+        "delta_w",
+        "what is compared: the change of the layers' weights, or the entries of the adapters",
+        choices=("delta_w", "weights"),
     )
-    groups: str | None = option(None, "csv with columns task, group: what colour and marker stand for")
+    groups: str | None = option(None, "csv with columns task, group; colour and marker show the group")
     output: str = output_option("pca.png")
 
     def validate(self) -> None:
-        """Check the values."""
+        """Check the options."""
         check_choices(self)
 
 
 def draw(config: PcaConfig) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     if config.run is not None:
         write_gram(config.run, config.space, config.gram)
     gram = read_gram(config.gram)
@@ -58,10 +63,10 @@ def draw(config: PcaConfig) -> str:
 
 
 def write_gram(folder: str, space: str, path: str) -> None:
-    """Store the tasks' Gram matrix of a run, six digits an entry."""
+    """Store the Gram matrix of a run's tasks, with six digits for each entry."""
     import transformers
 
-    from bora_pyro.diagnostics.deviations import task_gram  # only here, as they load the language model
+    from bora_pyro.diagnostics.deviations import task_gram  # imported here because it loads the language model
     from bora_pyro.runs.saved import load_run
 
     transformers.utils.logging.disable_progress_bar()
@@ -73,16 +78,18 @@ def write_gram(folder: str, space: str, path: str) -> None:
 
 
 def read_gram(path: str) -> pd.DataFrame:
-    """The stored Gram matrix, names as index and columns."""
+    """Read a stored Gram matrix, with task names as index and columns."""
     table = read_table(path, ["task"], made_by="make it with pca_figure.py --run RUN")
     table = table.set_index(table["task"].astype(str)).drop(columns="task")
     if list(table.columns) != list(table.index) or not all(np.issubdtype(kind, np.number) for kind in table.dtypes):
-        raise InputError(f"table {path} is no square table of numbers with one name a row and column; make it with --run RUN")
+        raise InputError(
+            f"table {path} is not a square table of numbers with the same names in rows and columns; make it with --run RUN"
+        )
     return table
 
 
 def groups_of(names: list[str], path: str | None) -> list[str] | None:
-    """A group for each task, or None where there are none."""
+    """The group of each task: from the file, or the party for the paper's speakers, or None for all other tasks."""
     if path is None:
         speakers = reported("tasks").set_index("task")["party"]
         return [str(speakers[name]) for name in names] if set(names) <= set(speakers.index) else None

@@ -1,9 +1,9 @@
-"""Make the paper's table of documents out of Talk of Norway, for ``scripts/map_fit.py``.
+"""Make the paper's table of documents from Talk of Norway, for ``scripts/map_fit.py``.
 
     python paper_figures/prepare_talk_of_norway.py --ton ton.csv --output talk_of_norway.csv.gz
 
-``ton.csv`` is that of https://github.com/ltgoslo/talk-of-norway; the table has the columns task, text, doc_id and split. The
-selection ``released`` is the one behind the reported numbers: its counts of documents are those of ``reported/tasks.csv``.
+``ton.csv`` is the file in https://github.com/ltgoslo/talk-of-norway. The table has the columns task, text, doc_id and split.
+The reported numbers are from the selection ``released``: its document counts are those in ``reported/tasks.csv``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ COLUMNS = ["task", "text", "doc_id", "split"]
 
 @dataclass(kw_only=True)
 class PrepareConfig:
-    """Make the paper's table of documents out of Talk of Norway."""
+    """Make the paper's table of documents from Talk of Norway."""
 
     ton: str = option("ton.csv", "the corpus, as its authors publish it")
     selection: str = option(
-        "released", "which speakers and which split: the released code's or the paper's words", choices=SELECTIONS
+        "released", "which speakers and which split: as in the released code, or as the paper describes them", choices=SELECTIONS
     )
-    output: str = option("talk_of_norway.csv.gz", "the table that is written, .csv or .csv.gz")
+    output: str = option("talk_of_norway.csv.gz", "the table to write, .csv or .csv.gz")
 
     def validate(self) -> None:
-        """Check the values."""
+        """Check the options."""
         check_choices(self)
         if table_ending(self.output) not in (".csv", ".csv.gz"):
             raise InputError(f"output {self.output} has an unknown ending; give a .csv or a .csv.gz")
 
 
 def prepare(config: PrepareConfig) -> str:
-    """Write the table; returns what it holds."""
+    """Write the table and return a line about its content."""
     table = talk_of_norway(config.ton, config.selection).to_pandas()[COLUMNS]
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(config.output, index=False, lineterminator="\n")

@@ -1,7 +1,7 @@
-"""Rank histograms of simulation-based calibration: a row a case, a column a quantity, a line a guide.
+"""Rank histograms of simulation-based calibration: one row for each case, one column for each quantity, one line for each guide.
 
-A posterior that is right has flat histograms, within the grey band for 95 % of the bins. Piled up at both ends: too narrow.
-The height is relative to a flat histogram, on an axis of each panel's own. The paper has no such figure.
+A correct posterior has flat histograms; 95 % of the bins are within the grey band. A posterior that is too narrow has high bins
+at both ends. The height is relative to a flat histogram, and each panel has an axis of its own. The paper has no such figure.
 
     python paper_figures/simulation_based_calibration_figure.py
 """
@@ -21,7 +21,7 @@ from bora_pyro.options.field import option
 COLUMNS = ["case", "guide", "quantity", "bin", "count"]
 _SYMBOLS = {"mean": "Θ", "theta": "θ", "deviation": "θ − Θ", "distance": "‖θ − Θ‖", "tau": "τ"}
 _CASES = {"known": "τ known"}
-# Where τ is known Laplace's approximation with the exact curvature is the posterior.
+# If τ is known, Laplace's approximation with the exact curvature is the exact posterior.
 _EXACT = "exact posterior (where τ is known: laplace)"
 
 
@@ -34,7 +34,7 @@ class CalibrationFigureConfig:
 
 
 def draw(config: CalibrationFigureConfig) -> str:
-    """Draw the figure; returns where it went."""
+    """Draw the figure and return the path of its file."""
     table = read_table(config.calibration, COLUMNS, made_by="make it with simulation_based_calibration.py")
     cases, quantities = list(table["case"].unique()), list(table["quantity"].unique())
     looks: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def _label(guide: str) -> str:
 
 
 def title(quantity: str) -> str:
-    """What a panel calls a quantity.
+    """The title of a panel.
 
     >>> title("theta_16"), title("tau")
     ('θ, N = 16', 'τ')

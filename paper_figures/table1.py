@@ -1,8 +1,9 @@
 """Table 1: overall perplexity by τ, with its learning rate.
 
-The original has six rows: the rate is 10⁻⁵ τ (10⁻⁴ at τ = 0), the lowest perplexity 12.82 at τ = 100. Here a sweep's rates,
-chosen on the validation split, and its test perplexities stand beside them. The two are of other corpora, other base models
-and other ways of counting (the paper's perplexities contain padding): compare how they run over τ, not their values.
+The original has six rows. The rate is 10⁻⁵ τ (10⁻⁴ at τ = 0), and the lowest perplexity is 12.82 at τ = 100. Here further
+columns have a sweep's rates, chosen on the validation split, and its perplexities. The paper and the sweep have different
+corpora, base models and ways of counting (the paper's perplexities include padding). So compare their dependence on τ, not
+their values.
 
     python paper_figures/table1.py --sweep results/presidents.parquet
 """
@@ -20,14 +21,14 @@ from bora_pyro.diagnostics.sweep_table import at_best_rates, best_rates, runs, t
 
 @dataclass(kw_only=True)
 class Table1Config:
-    """Write perplexity by precision as a Markdown table, the paper's beside a sweep's."""
+    """Write perplexity by precision as a Markdown table, for the paper and for a sweep."""
 
     sweep: str = sweep_option()
     output: str = output_option("table1.md")
 
 
 def draw(config: Table1Config) -> str:
-    """Write the table; returns it."""
+    """Write the table and return its text."""
     table = read_sweep(config.sweep)
     paper, rates, chosen = reported("table1").set_index("tau"), best_rates(table), runs(at_best_rates(table))
     rows = []

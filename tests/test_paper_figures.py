@@ -248,7 +248,7 @@ def test_another_table_that_cannot_be_used(script, tmp_path, capsys, name, optio
 def test_a_gram_table_that_is_not_square(script, tmp_path, capsys):
     (tmp_path / "gram.csv").write_text("task,ada,bo\nada,1,2\ncleo,2,1\n")
     assert draw(script("pca_figure"), "--gram", tmp_path / "gram.csv") == 2
-    assert "is no square table of numbers" in capsys.readouterr().err
+    assert "is not a square table of numbers" in capsys.readouterr().err
 
 
 def test_groups_that_lack_a_task(script, results, tmp_path, capsys):
