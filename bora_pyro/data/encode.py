@@ -1,7 +1,7 @@
 """Turn documents into the tokens that a causal language model reads and predicts.
 
 A text becomes ``start, text..., end``. The start is bos, or eos if the tokenizer has no bos. With it the first token of the text
-can be predicted. The end is eos. With it the model learns where documents stop. A prompt stands between start and text and is not
+can be predicted. The end is eos. With it the model learns where documents stop. A prompt comes between start and text and is not
 predicted. A chat is written by the tokenizer's chat template, and only the assistant's tokens are predicted.
 
 >>> from transformers import AutoTokenizer

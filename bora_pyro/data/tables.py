@@ -165,7 +165,7 @@ def _load_hub(name: str, split: str | None) -> datasets.Dataset:
         return join_splits(datasets.load_dataset(name, split=split))
     except Exception as error:  # no network, no such id, no such split, or a script: one message for all
         raise InputError(
-            f"data {name!r} is no file or folder here, and the Hugging Face hub gave no split {split!r} of it "
+            f"data {name!r} is not a file or folder here, and the Hugging Face hub gave no split {split!r} of it "
             f"({one_line(error)}); "
             f"give a path ({', '.join(TABLE_ENDINGS)}, a saved folder), a hub id that this machine can reach, "
             f"or {BUILTIN[0]}{nearest(name, BUILTIN)}"

@@ -73,7 +73,7 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str | None = None, 
             raise InputError(f"unexpected {shown(token)}: every value follows its option, as in --key value")
         name = token.partition("=")[0].lstrip("-")
         if name in _positional(cls):
-            raise InputError(f"--{name} is no option: give its value alone, as in {prog or 'PROGRAM'} {name.upper()}")
+            raise InputError(f"--{name} is not an option: give its value alone, as in {prog or 'PROGRAM'} {name.upper()}")
         raise _unknown(name, (*kinds, *_CONTROLS), "")
     given = vars(line)
     file, print_config = given.pop("config", None), given.pop("print_config", False)

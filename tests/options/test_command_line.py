@@ -57,8 +57,8 @@ def test_a_value_that_stands_alone_comes_from_a_file_too(tmp_path):
     ("argv", "message"),
     [
         (["Oslo", "Bergen"], "unexpected 'Bergen': every value follows its option, as in --key value"),
-        (["--start", "Oslo"], "--start is no option: give its value alone, as in journey.py START"),
-        (["--start=Oslo"], "--start is no option: give its value alone, as in journey.py START"),
+        (["--start", "Oslo"], "--start is not an option: give its value alone, as in journey.py START"),
+        (["--start=Oslo"], "--start is not an option: give its value alone, as in journey.py START"),
         (["Oslo", "--sped", "2"], "unknown option 'sped'; did you mean 'speed'?"),
     ],
 )

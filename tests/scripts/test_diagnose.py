@@ -192,7 +192,7 @@ def test_a_task_without_test_documents(runs, tmp_path):
     [
         ([], "no run is given; name its folder, as in diagnose.py runs/map_fit"),
         (["{100}", "{0}"], "unexpected '{0}': every value follows its option, as in --key value"),
-        (["--run", "{100}"], "--run is no option: give its value alone, as in diagnose.py RUN"),
+        (["--run", "{100}"], "--run is not an option: give its value alone, as in diagnose.py RUN"),
         (["{100}", "--outputs", "x"], "unknown option 'outputs'; did you mean 'output'?"),
         (["{100}", "--threads", "0"], "threads is 0; give a whole number from 1 up"),
         (["{100}", "--draws", "1"], "draws is 1; give a whole number from 2 up"),
