@@ -1,4 +1,4 @@
-"""The tensors that belong to the adapted layers: latents, fixed tensors, buffers and masks, one layer on top of another.
+"""The tensors of the adapted layers (latents, fixed tensors, buffers and masks), stacked over the layers of each slot.
 
 >>> slot = Slot("q_proj", ("a.q_proj", "b.q_proj"), 3, 2)
 >>> class Part:
@@ -33,17 +33,17 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """The tensors of one layer as a fit begins, by name.
+    """The tensors of one layer at the start of a fit, by name.
 
     Attributes:
-        latents: (*shape), the tensors under the prior; all tasks begin with the same values.
-        fixed: (*shape), tensors that all tasks share and that never change. They follow from the seed and the layer's weight,
-            and are built anew wherever a fit is read.
-        buffers: (*shape), tensors that all tasks share and that change during a fit otherwise than by its gradient, as counts or
-            a bias. They belong to checkpoints, to the best state and to the run folder.
-        masks: by the name of a latent, (*shape) or what broadcasts against it, bool: which of its entries are active. With one
-            dimension more, (D, *shape), each task has a mask of its own (ranks by task). An inactive entry counts as 0 in the
-            adapter, and the prior says nothing of it. A mask may change during a fit, as a buffer may.
+        latents: (*shape), the tensors that have a prior. All tasks start with the same values.
+        fixed: (*shape), tensors that all tasks share and that never change. They depend only on the seed and on the layer's
+            weight, and are rebuilt when a fit is loaded.
+        buffers: (*shape), tensors that all tasks share and that change during a fit, but not by gradients, such as counts or a
+            bias. They are stored in checkpoints, in the best state and in the run folder.
+        masks: bool, by the name of a latent, (*shape) or a shape that broadcasts to it: which entries are active. With one more
+            dimension, (D, *shape), each task has its own mask (ranks by task). An inactive entry is 0 in the adapter and has no
+            prior. A mask may change during a fit, like a buffer.
     """
 
     latents: Tensors = field(default_factory=dict)
@@ -53,59 +53,63 @@ class Start:
 
 
 class Layers(Protocol):
-    """What is asked of the backbone."""
+    """The part of the backbone's interface that is needed here."""
 
     slots: list[Slot]
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors go."""
+        """The device of the tensors."""
 
     def weight(self, slot: Slot, layer: int) -> Tensor:
         """The frozen weight of one layer, (out, in) float32."""
 
 
 class Part(Protocol):
-    """An adapter or a router: whatever brings tensors to a layer."""
+    """An adapter or a router: an object that adds tensors to a layer."""
 
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
         """The tensors of one layer of ``slot``.
 
         Args:
             slot: the kind of layer.
-            weight: gives the frozen weight of this layer, (out, in) float32.
-            generator: of whatever is random.
+            weight: returns the frozen weight of this layer, (out, in) float32.
+            generator: source of random numbers.
         """
 
 
 @dataclass
 class LayerTensors:
-    """The tensors of all layers, (layers, *shape) by ``<slot>.<name>``; a task's own masks are (D, layers, *shape).
+    """The tensors of all layers, by ``<slot>.<name>``.
+
+    A tensor has the shape (layers, *shape). A mask for each task has the shape (D, layers, *shape).
 
     Attributes:
-        latents: where inference begins.
-        fixed, buffers, masks: as for :class:`Start`.
+        latents: the initial values of the latents.
+        fixed: as for :class:`Start`.
+        buffers: as for :class:`Start`.
+        masks: as for :class:`Start`.
     """
 
     latents: Tensors = field(default_factory=dict)
     fixed: Tensors = field(default_factory=dict)
     buffers: Tensors = field(default_factory=dict)
     masks: Tensors = field(default_factory=dict)
-    # (store, key, name within the layer) of what all tasks share, by slot
+    # (store, key, name within the layer) of the fixed tensors and buffers, by slot
     _shared: dict[str, list[tuple[Tensors, str, str]]] = field(default_factory=dict, repr=False)
     _names: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, parts: Sequence[Part], backbone: Layers, *, seed: int = 0) -> LayerTensors:
-        """Start every part in every layer, one slot after another.
+        """Call ``start`` of every part for every layer, one slot after another.
 
         Args:
             parts: the adapter and the router.
-            backbone: the frozen model, which knows its slots and the weight of each layer.
-            seed: of whatever is random.
+            backbone: the frozen model, with its slots and weights.
+            seed: seed of the random numbers.
 
         Raises:
-            InputError: two parts use one name.
+            InputError: two tensors of a slot have the same name.
         """
         tensors, generator = cls(), torch.Generator().manual_seed(seed)
         for slot in backbone.slots:
@@ -136,9 +140,15 @@ class LayerTensors:
         return self._names.get(slot.name, [])
 
     def mask(self, name: str, task: Tensor | None = None) -> Tensor | None:
-        """The mask of a latent: (layers, *shape), or (rows, layers, *shape) for the tasks ``task`` where each has its own.
+        """The mask of a latent, or None if all its entries are active.
 
-        Without ``task`` an entry is active where it is so in any task. None: all entries are active.
+        Args:
+            name: the latent, ``<slot>.<name>``.
+            task: (rows,) task index of each row, for masks that differ between tasks. None: an entry is active if it is active in
+                any task.
+
+        Returns:
+            (layers, *shape), or (rows, layers, *shape) if masks differ between tasks and ``task`` is given.
         """
         mask = self.masks.get(name)
         if mask is None or mask.dim() <= self.latents[name].dim():
@@ -146,14 +156,13 @@ class LayerTensors:
         return mask.any(0) if task is None else mask[task.to(mask.device)]
 
     def at_layer(self, slot: Slot, layer: int, latents: Mapping[str, Tensor], task: Tensor | None = None) -> Tensors:
-        """The tensors of one layer by name: latents with their masks, fixed tensors and buffers.
+        """The tensors of one layer, by name: latents with their masks applied, fixed tensors and buffers.
 
         Args:
             slot: the kind of layer.
-            layer: its number within the slot.
-            latents: (..., *shape) by name within the layer.
-            task: (rows,) whose latents the rows are, where tasks have masks of their own; None: an entry counts that is active
-                in any task.
+            layer: the number of the layer within the slot.
+            latents: (..., *shape), by name within the layer.
+            task: (rows,) task index of each row of the latents, as for :meth:`mask`.
         """
         found = dict(latents)
         if self.masks:
@@ -167,12 +176,12 @@ class LayerTensors:
         return found
 
     def state(self) -> Tensors:
-        """Buffers and masks, as a checkpoint has them: ``buffers/<slot>.<name>`` and ``masks/<slot>.<latent>``."""
+        """Copies of the buffers and masks for a checkpoint: ``buffers/<slot>.<name>`` and ``masks/<slot>.<latent>``."""
         stores = {"buffers": self.buffers, "masks": self.masks}
         return {f"{kind}/{name}": value.clone() for kind, store in stores.items() for name, value in store.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what ``state`` gave, or a part of it; names that are not its own are passed over."""
+        """Restore buffers and masks from the result of ``state``. Missing and unknown names are ignored."""
         for kind, store in (("buffers", self.buffers), ("masks", self.masks)):
             for name, value in store.items():
                 if (stored := state.get(f"{kind}/{name}")) is not None:

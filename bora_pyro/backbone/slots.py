@@ -117,10 +117,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as W of x Wᵀ, (out, in) float32: dequantised, put together, and ``Conv1D``'s transposed."""
+    """The weight W of a linear layer x Wᵀ, (out, in) float32.
+
+    A quantised weight is dequantised, a sharded one is gathered, and the weight of a ``Conv1D`` is transposed.
+    """
     weight = module.weight
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
-        # only where a base is quantised: this imports bitsandbytes, an extra that prints as it loads
+        # imported only for a quantised base: it loads bitsandbytes, an optional package that prints a message
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         weight = dequantize_bnb_weight(weight, state=getattr(module, "state", None))

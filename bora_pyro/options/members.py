@@ -1,4 +1,4 @@
-"""Members of an axis built from texts: an adapter, a prior, a router or a likelihood by its name and its arguments.
+"""Build a member of an axis (an adapter, a prior, a router or a likelihood) from its name and from options as texts.
 
 >>> from dataclasses import dataclass
 >>> @dataclass
@@ -11,7 +11,7 @@ Circle(radius=2.0, filled=False)
 Traceback (most recent call last):
 bora_pyro.errors.InputError: shape circle has no option 'radios'; did you mean 'radius'?
 
-The options are the arguments of the member's class, so that a new member needs one file and one line in its registry.
+The options are the constructor arguments of the class, so a new member needs only one file and one line in its registry.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.errors import InputError, check_one_of, nearest, shown
 
 T = TypeVar("T")
 
@@ -37,20 +37,20 @@ def build_member(
     *,
     usual: Mapping[str, Any] | None = None,
 ) -> T:
-    """Build the member of a registry that has this name.
+    """Build a member of a registry.
 
     Args:
-        axis: what the registry holds, for error messages: ``adapter``.
+        axis: the name of the axis for error messages, such as ``adapter``.
         registry: classes by name.
-        name: of the member.
-        options: its arguments as texts, ``key=value``.
-        usual: arguments that are passed on where the member has them and ``options`` does not name them.
+        name: the name of the member.
+        options: arguments of the class as texts, ``key=value``.
+        usual: further arguments. The class gets those that it has and that ``options`` does not set.
 
     Raises:
-        InputError: an unknown name or option, a text that is no value of its type, or what the class itself refuses.
+        InputError: the name or an option is unknown, a text cannot be converted to the type of its option, or the class raises
+            the error.
     """
-    if name not in registry:
-        raise InputError(f"{axis} {name!r} is not known; it is one of {', '.join(registry)}{nearest(name, registry)}")
+    check_one_of(axis, name, registry)
     cls = registry[name]
     kinds = member_options(cls)
     values: dict[str, Any] = {}
@@ -69,13 +69,13 @@ def build_member(
 
 
 def member_options(cls: type) -> dict[str, Any]:
-    """The arguments of a class by name, with their types, as far as a text can give them."""
+    """The arguments of a class that a text can give, with their types, by name."""
     parameters = inspect.signature(cls, eval_str=True).parameters.values()
     return {parameter.name: parameter.annotation for parameter in parameters if _plain(parameter.annotation) is not None}
 
 
 def _plain(hint: Any) -> type | None:
-    """The type that a text is converted to; None where a text cannot be one."""
+    """The type to which a text is converted, or None if a text cannot give a value of this type."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = [part for part in parts if part in (int, float, bool, str)]
     return kinds[0] if kinds else None

@@ -137,7 +137,7 @@ CASES = {
         given(targets="v_proj,fc3"),
         ["'fc3' names no linear layer", "fc1, fc2, k_proj, out_proj, q_proj, v_proj", "did you mean 'fc2'?"],
     ),
-    "unknown adapter": (given(adapter="lorra"), ["'lorra' is not known", "lora, lora_frozen_a", "did you mean 'lora'?"]),
+    "unknown adapter": (given(adapter="lorra"), ["adapter is 'lorra'; allowed: ", "lora, lora_frozen_a", "did you mean 'lora'?"]),
     "unknown device": (given(device="gpu"), ["device is 'gpu'", "auto, cpu, cuda"]),
     "rank 0": (given(rank=0), ["rank is 0", "from 1 up"]),
     "rank -1": (given(rank=-1), ["rank is -1", "from 1 up"]),
