@@ -16,15 +16,6 @@ from bora_pyro.diagnostics.plots.calibration import _wrapped
 from bora_pyro.errors import InputError
 
 
-@pytest.fixture
-def ax():
-    plt.switch_backend("Agg")
-    with plots.style():
-        figure, ax = plt.subplots(figsize=(5, 4))
-        yield ax
-    plt.close(figure)
-
-
 def reliability_table(number=900, *, power=1.5, seed=0):
     generator = np.random.default_rng(seed)
     confidence = generator.beta(0.8, 1.2, number)

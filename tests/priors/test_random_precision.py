@@ -5,70 +5,28 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal, init_to_mean
 from scipy import integrate, stats
 
-from bora_pyro import HierarchicalNormal, InputError, Pooled, map_guide
-from bora_pyro.adapters import ADAPTERS
-from bora_pyro.guides import init_to_start, normal_guide
+from bora_pyro import HierarchicalNormal, InputError, Pooled
+from bora_pyro.guides import normal_guide
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.likelihoods.next_tokens import CausalLM
-from bora_pyro.priors import HYPERPRIORS, RANDOM_PER, ByLatent, HalfCauchyPrecision, RandomPrecision, with_shared
-from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora
-
-SCALE, SHAPE, COUNTS = 0.3, (2, 3), (1, 4, 2, 7)
-TASK = torch.tensor([d for d, count in enumerate(COUNTS) for _ in range(count)])
-EVERY_HYPERPRIOR = pytest.mark.parametrize("hyperprior", HYPERPRIORS)
-EVERY_PRIOR = pytest.mark.parametrize(
-    "prior", [RandomPrecision(hyperprior, per) for hyperprior in HYPERPRIORS for per in RANDOM_PER], ids=repr
+from bora_pyro.priors import HYPERPRIORS, RANDOM_PER, ByLatent, HalfCauchyPrecision, RandomPrecision
+from tests.priors.precisions import (
+    COUNTS,
+    EVERY_HYPERPRIOR,
+    EVERY_PRIOR,
+    REFERENCE,
+    SCALE,
+    SHAPE,
+    TASK,
+    linear_gaussian,
+    precision_of,
 )
-#: The induced distribution of τ as scipy has it: s² τ ~ F(1, 1), and Gamma(½, s²/2).
-REFERENCE = {"half_cauchy": stats.f(1, 1, scale=SCALE**-2), "gamma": stats.gamma(0.5, scale=2 / SCALE**2)}
-
-
-def precision_of(hyperprior, *, start=100.0, scale=SCALE):
-    return HYPERPRIORS[hyperprior](torch.tensor(scale, dtype=torch.float64), torch.tensor(start, dtype=torch.float64))
-
-
-def linear_gaussian(prior):
-    """y_dn ~ Normal(θ_d, 1) as a Pyro model, θ under it, and y: (documents, *SHAPE)."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randn((len(TASK), *SHAPE), generator=generator, dtype=torch.float64) + TASK[:, None, None]
-    start = torch.full(SHAPE, 0.5, dtype=torch.float64)
-
-    def theta():
-        return prior.sample_latent("x", start, pyro.plate("tasks", len(COUNTS), dim=-1))
-
-    def model():
-        value = theta()
-        with pyro.plate("documents", len(y), dim=-1):
-            pyro.sample("y", dist.Normal(value[TASK], 1.0).to_event(2), obs=y)
-
-    return model, theta, y
-
-
-def losses_of(model, guide, *args, number, rate=0.01, decay=1.0, elbo=None):
-    """Minus the ELBO at each step of Adam, whose rate falls to `decay` of itself."""
-    elbo = elbo or Trace_ELBO()
-    with poutine.seed(rng_seed=0):
-        guide(*args)
-        optimizer = torch.optim.Adam(guide.parameters(), lr=rate, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay ** (1 / number))
-        losses = []
-        for _ in range(number):
-            loss = elbo.differentiable_loss(model, guide, *args)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    return losses
+from tests.tiny import random_weights, tiny_batch, tiny_bora
 
 
 @pytest.mark.parametrize("tau", [1e-6, 0.3, 11.1, 1e5])
@@ -214,123 +172,6 @@ def test_fitted_gives_the_centre_of_tau(per):
             if "precision" in name and name.startswith("loc"):
                 value.fill_(math.log(50.0))
     assert fitted.tau() == pytest.approx(50.0, rel=1e-5)
-
-
-@pytest.mark.parametrize("make", [map_guide, normal_guide, AutoNormal, AutoDiagonalNormal])
-@EVERY_PRIOR
-def test_guides_begin_and_run(make, prior):
-    model, _, _ = linear_gaussian(prior)
-    guide = make(model)
-    losses = losses_of(model, guide, number=3)
-    assert all(math.isfinite(loss) for loss in losses)
-    tau = guide.median()["precision.x"]
-    assert tau.shape == ((2, 1) if prior.per == "layer" else ())
-    assert bool((tau > 0).all())
-
-
-@pytest.mark.parametrize("init", [init_to_start, init_to_mean])
-@EVERY_PRIOR
-def test_inference_begins_at_the_start(init, prior):
-    model, _, _ = linear_gaussian(prior)
-    guide = AutoNormal(model, init_loc_fn=init)
-    guide()
-    sites = guide.median()
-    torch.testing.assert_close(sites["precision.x"], torch.full_like(sites["precision.x"], 100.0))
-    assert torch.equal(sites["theta.x_decentered"], torch.zeros(len(COUNTS), *SHAPE, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("init", [None, init_to_start])
-@EVERY_PRIOR
-def test_nuts_begins_and_runs(init, prior):
-    model, _, _ = linear_gaussian(prior)
-    kernel = NUTS(model, max_tree_depth=2, **({"init_strategy": init} if init else {}))
-    with poutine.seed(rng_seed=0):
-        mcmc = MCMC(kernel, num_samples=2, warmup_steps=2, disable_progbar=True)
-        mcmc.run()
-    tau = mcmc.get_samples()["precision.x"]
-    assert tau.shape == (2, *((2, 1) if prior.per == "layer" else ()))
-    assert bool((tau > 0).all())
-    assert bool(tau.isfinite().all())
-
-
-@EVERY_PRIOR
-def test_the_joint_density_has_no_mode_in_tau(prior):
-    # why it is no prior for MAP: the same weights grow ever more probable as τ falls
-    model, _, y = linear_gaussian(prior)
-    mean, theta = y.mean(0), torch.stack([y[d == TASK].mean(0) for d in range(len(COUNTS))])
-    log_joint = []
-    for start in (1e-2, 1e-4, 1e-6, 1e-8):
-        sites = RandomPrecision(prior.hyperprior, prior.per, start=start).sites_of("x", theta, mean)
-        log_joint.append(float(poutine.trace(poutine.condition(model, data=sites)).get_trace().log_prob_sum()))
-    # p(τ) ∝ τ^(−1/2) there: each hundredth of τ gains ½ log 100 for each τ
-    assert np.diff(log_joint)[1:] == pytest.approx([math.log(10) * (2 if prior.per == "layer" else 1)] * 2, abs=0.05)
-
-
-@EVERY_PRIOR
-def test_the_elbo_of_auto_normal_rises(prior):
-    model, _, _ = linear_gaussian(prior)
-    losses = losses_of(model, AutoNormal(model, init_loc_fn=init_to_start), number=40, rate=0.05, elbo=TraceMeanField_ELBO())
-    assert all(math.isfinite(loss) for loss in losses)
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 50  # nats
-
-
-@pytest.mark.parametrize("unit", ["tokens", "documents"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_every_adapter_and_likelihood(adapter, unit):
-    adapter = ADAPTERS[adapter](rank=2)
-    own = RandomPrecision(per="layer")
-    model = tiny_bora(adapter=adapter, prior=with_shared(own, adapter.shared), likelihood=CausalLM(unit))
-    guide = AutoNormal(model, init_loc_fn=init_to_start, init_scale=1e-3)
-    losses = losses_of(model, guide, tiny_batch(), number=6, rate=0.05)
-    assert all(math.isfinite(loss) for loss in losses)
-    assert losses[-1] < losses[0]
-    theta, _ = model.weights_given(guide.median())
-    assert all(value.shape == (TASKS, *model.starts[name].shape) for name, value in theta.items())
-    # only what is not shared has a τ; the guide has a mean and a scale for each of its numbers
-    random = {name for name in model.starts if name.rpartition(".")[-1] not in adapter.shared}
-    assert {site.removeprefix("precision.") for site in guide.median() if site.startswith("precision.")} == random
-    entries = sum(v.numel() * (TASKS + 1) + 2 if name in random else v.numel() for name, v in model.starts.items())
-    assert sum(p.numel() for p in guide.parameters()) == 2 * entries
-
-
-def exact_posterior_of_log_tau(means, deviation, prior):
-    """Mean and standard deviation of log τ | ȳ: ȳ_d ~ Normal(Θ, 1/τ + deviation²) with p(Θ) ∝ 1, by quadrature."""
-    x = np.linspace(math.log(1e-2), math.log(1e8), 20_001)
-    variance = np.exp(-x) + deviation**2
-    squares, freedom = float((means - means.mean(0)).square().sum()), (len(means) - 1) * means.shape[1]
-    log_density = prior.logpdf(np.exp(x)) + x - 0.5 * freedom * np.log(variance) - 0.5 * squares / variance
-    weight = np.exp(log_density - log_density.max())
-    mean = np.average(x, weights=weight)
-    return mean, np.average((x - mean) ** 2, weights=weight) ** 0.5
-
-
-def test_the_posterior_of_tau_covers_the_truth():
-    tau, start = 100.0, torch.full((1, 2), 0.5, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    theta = 0.5 + tau**-0.5 * torch.randn((25, 2), generator=generator, dtype=torch.float64)
-    deviation = 0.3 * 10**-0.5  # of the mean of ten documents
-    means = theta + deviation * torch.randn(theta.shape, generator=generator, dtype=torch.float64)
-    prior = RandomPrecision(per="layer", start=10.0)
-
-    def model():
-        tasks = pyro.plate("tasks", len(means), dim=-1)
-        value = prior.sample_latent("x", start, tasks)
-        with tasks:
-            pyro.sample("y", dist.Normal(value[..., 0, :], deviation).to_event(1), obs=means)
-
-    guide = AutoMultivariateNormal(model, init_loc_fn=init_to_start, init_scale=0.1)
-    elbo = Trace_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)
-    with pyro.validation_enabled(False):
-        losses_of(model, guide, number=200, rate=0.1, decay=0.03, elbo=elbo)
-        with poutine.seed(rng_seed=0), torch.no_grad():
-            log_tau = torch.stack([guide()["precision.x"] for _ in range(200)]).log()
-    found, spread = float(log_tau.mean()), float(log_tau.std())
-    # the default scale of 0.1: 0.01 τ ~ F(1, 1)
-    exact, exact_spread = exact_posterior_of_log_tau(means, deviation, stats.f(1, 1, scale=100.0))
-    assert found == pytest.approx(exact, abs=exact_spread / 2)
-    # a Normal on (z, log τ) jointly is too narrow, but not by much
-    assert 0.5 * exact_spread < spread < 1.1 * exact_spread
-    assert abs(found - math.log(tau)) < 2 * spread
 
 
 @pytest.mark.parametrize(

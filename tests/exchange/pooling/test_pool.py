@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from bora_pyro import BoRA, InputError, LoRA, save_peft
 from bora_pyro.diagnostics.deviations import delta_w_deviations, delta_w_norms, task_gram
 from bora_pyro.diagnostics.shrinkage import shrinkage
-from bora_pyro.exchange.load import PeftAdapter, load_peft, read_peft
 from bora_pyro.exchange.pooling.fitted import pooled_fit
-from bora_pyro.exchange.pooling.folder import group_table, read_adapters, read_documents, task_table, write_pooled
+from bora_pyro.exchange.pooling.folder import read_adapters, write_pooled
 from bora_pyro.exchange.pooling.hierarchy import FixedShrinkage, JamesStein, MarginalLikelihood
 from bora_pyro.exchange.pooling.pool import pool
-from bora_pyro.exchange.save import TENSORS
 from bora_pyro.inference.evaluate import evaluate
-from tests.tiny import of_task, random_weights, tiny_backbone, tiny_bora, tiny_data
-
-DOCUMENTS = [float(number) for number in (4, 6, 9, 14, 22, 35, 60, 100, 170, 300, 500, 900)]
-TAU, INFORMATION = 40.0, 1.5
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return tiny_backbone("opt", targets=["q_proj", "fc1"])
-
-
-def normal(generator, *shape):
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def adapter_of(backbone, changes, *, name, scaling=1.0, gauge=None):
-    """The adapter of rank r with these products B A, whose factors are given by path as (out, r) and (r, in)."""
-    factors, rank = {}, 0
-    for path, (b, a) in changes.items():
-        rank = a.shape[0]
-        g = torch.eye(rank, dtype=torch.float64) if gauge is None else gauge
-        factors[path] = {"lora_A": (g @ a).float(), "lora_B": (b @ torch.linalg.inv(g) / scaling).float()}
-    return PeftAdapter(Path(name), "", rank, scaling * rank, factors)
-
-
-def simulated(backbone, *, rank=8, seed=0, gauges=True):
-    """Adapters with a known hierarchy: one frame, and a gauge and a scale of each task's own; and Θ, θ_d as ΔW by path."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.tensor(DOCUMENTS, dtype=torch.float64)[:, None, None]
-    estimates, truths, means = [{} for _ in DOCUMENTS], {}, {}
-    for slot in backbone.slots:
-        for path in slot.paths:
-            frame = torch.linalg.qr(normal(generator, slot.in_features, rank)).Q.mT
-            mean = normal(generator, slot.out_features, rank)
-            truth = mean + normal(generator, len(DOCUMENTS), *mean.shape) / TAU**0.5
-            seen = truth + normal(generator, *truth.shape) / (INFORMATION * counts).sqrt()
-            truths[path], means[path] = truth @ frame, mean @ frame
-            for d in range(len(DOCUMENTS)):
-                estimates[d][path] = (seen[d], frame)
-    adapters = {}
-    for d, changes in enumerate(estimates):
-        gauge = normal(generator, rank, rank) + 3 * torch.eye(rank) if gauges else None
-        scaling = (0.5, 2.0, 1.0)[d % 3] if gauges else 2.0
-        adapters[f"task {d}"] = adapter_of(backbone, changes, name=f"task {d}", scaling=scaling, gauge=gauge)
-    return adapters, truths, means
+from tests.exchange.pooling.adapters import DOCUMENTS, INFORMATION, TAU, adapter_of, apart, common_start, simulated
+from tests.tiny import of_task, tiny_data
 
 
 def delta_w(factors, scaling):
@@ -118,20 +69,6 @@ def test_the_gauge_changes_nothing(backbone):
     for a, b in zip([*results(one)[0], results(one)[1]], [*results(two)[0], results(two)[1]], strict=True):
         for path, value in a.items():
             torch.testing.assert_close(b[path], value, rtol=1e-3, atol=1e-3)
-
-
-def apart(backbone, ranks=(2, 3, 2), seed=0):
-    """Adapters that share no start."""
-    generator = torch.Generator().manual_seed(seed)
-    adapters = {}
-    for d, rank in enumerate(ranks):
-        changes = {
-            path: (normal(generator, slot.out_features, rank), normal(generator, rank, slot.in_features))
-            for slot in backbone.slots
-            for path in slot.paths
-        }
-        adapters[f"task {d}"] = adapter_of(backbone, changes, name=f"task {d}", scaling=1.5)
-    return adapters
 
 
 def test_no_shrinkage_gives_the_adapters_back(backbone, tmp_path):
@@ -210,15 +147,6 @@ def test_adapters_that_change_nothing(backbone):
         assert pooled_fit(pooled).deviation_norms().tolist() == [0, 0]
 
 
-def common_start(tmp_path, tasks=4):
-    """Adapters of one BoRA model, written and read: one start, so that their entries can be compared."""
-    model = tiny_bora("opt", targets=["q_proj", "fc1"], tasks=tasks)
-    weights = random_weights(model)
-    for d in range(tasks):
-        save_peft(tmp_path / f"task-{d}", model, of_task(weights, d))
-    return model, weights, {f"task-{d}": read_peft(tmp_path / f"task-{d}") for d in range(tasks)}
-
-
 def test_pooling_entry_by_entry(tmp_path):
     model, weights, adapters = common_start(tmp_path)
     pooled = pool(adapters, model.backbone, FixedShrinkage(0.3), space="weights")
@@ -268,90 +196,3 @@ def test_a_pooled_fit_is_a_fit(tmp_path):
     container = shrinkage(as_given, data)
     assert container["posterior"]["distance"].values.ravel().tolist() == pytest.approx(pooled.distances[0].tolist(), rel=1e-3)
     assert bool((container["posterior"]["effective_parameters"] > 0).all())
-
-
-def test_tables_and_files(backbone, tmp_path):
-    adapters, *_ = simulated(backbone)
-    pooled = pool(adapters, backbone, MarginalLikelihood(DOCUMENTS), rank=4)
-    groups, tasks = group_table(pooled).set_index("group"), task_table(pooled, DOCUMENTS).set_index("task")
-    assert groups["tau"].to_dict() == {name: found.tau for name, found in pooled.groups.items()}
-    assert tasks["documents"].tolist() == DOCUMENTS
-    assert tasks["shrinkage_fc1"].tolist() == pooled.groups["fc1"].shrinkage.tolist()
-    write_pooled(tmp_path / "out", pooled, options={"rank": 4}, documents=DOCUMENTS, base_model="tiny")
-    names = {entry.name for entry in (tmp_path / "out").iterdir()}
-    assert names == {*adapters, "global-mean", "groups.csv", "tasks.csv", "pooling.json"}
-    stored = json.loads((tmp_path / "out" / "pooling.json").read_text())
-    assert stored["groups"]["q_proj"]["tau"] == pytest.approx(pooled.groups["q_proj"].tau)
-    assert stored["tasks"]["task 3"]["relative_error"] == pytest.approx(pooled.relative_error[3].item())
-    assert stored["options"] == {"rank": 4}
-    slot = backbone.slots[0]
-    mean = load_peft(tmp_path / "out" / "global-mean", BoRA(backbone, 2, adapter=LoRA(4, pooled.alpha)))
-    assert torch.equal(mean[f"{slot.name}.lora_B"][1], pooled.mean[slot.paths[1]]["lora_B"])
-    assert read_peft(tmp_path / "out" / "task 0").base_model == "tiny"
-
-
-def test_infinity_in_the_files(backbone, tmp_path):
-    pooled = pool(apart(backbone), backbone, FixedShrinkage(1))
-    write_pooled(tmp_path / "out", pooled)
-    stored = json.loads((tmp_path / "out" / "pooling.json").read_text())
-    assert stored["groups"]["fc1"]["tau"] == "inf"
-    assert stored["groups"]["fc1"]["information"] is None
-
-
-def test_folders_that_are_no_tasks(backbone, tmp_path):
-    write_pooled(tmp_path / "out", pool(apart(backbone), backbone, FixedShrinkage(0.5)))
-    (tmp_path / "out" / "task 0").rename(tmp_path / "out" / "task 1--draw-0")
-    (tmp_path / "out" / "notes").mkdir()
-    assert list(read_adapters(tmp_path / "out")) == ["task 1", "task 2"]
-    assert list(read_adapters(tmp_path / "out", ["global-mean", "task 2", "task 2"])) == ["global-mean", "task 2"]
-    with pytest.raises(InputError, match=r"has no adapter 'task 3', of 4; did you mean 'task 1'|has no adapter 'task 3'"):
-        read_adapters(tmp_path / "out", ["task 2", "task 3"])
-    with pytest.raises(InputError, match="has 1 adapters of tasks; give a folder with two or more"):
-        read_adapters(tmp_path / "out", ["task 2"])
-    with pytest.raises(InputError, match="gone is no folder"):
-        read_adapters(tmp_path / "gone")
-    (tmp_path / "out" / "task 2" / TENSORS).write_bytes(b"")
-    with pytest.raises(InputError, match=r"task 2/adapter_model\.safetensors is damaged"):
-        read_adapters(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("task,documents\na,3\nb,40\nother,1\n", None),
-        ("task,number\na,3\n", "has no column 'documents'; it has task, number"),
-        ("task,documents\na,3\n", "has no row of the task 'b'"),
-        ("task,documents\na,3\nb,0\n", "no positive number of documents of the task 'b'"),
-        ("task,documents\na,3\nb,many\n", "no positive number of documents of the task 'b'"),
-        ("task,documents\na,3\nb,4\na,5\n", "names the task 'a' twice"),
-    ],
-)
-def test_numbers_of_documents(tmp_path, text, message):
-    file = tmp_path / "documents.csv"
-    file.write_text(text)
-    if message is None:
-        assert read_documents(str(file), ["b", "a"]) == [40.0, 3.0]
-    else:
-        with pytest.raises(InputError, match=message):
-            read_documents(str(file), ["a", "b"])
-
-
-def test_what_is_refused(backbone, tmp_path):
-    adapters = apart(backbone)
-    for arguments, message in (
-        ({"space": "weigths"}, "space 'weigths' is not known; .* did you mean 'weights'"),
-        ({"rank": 0}, "rank is 0; give a whole number from 1 up, or full"),
-        ({"rank": "all"}, "rank is 'all'; give"),
-        ({"space": "weights"}, "in the space of the weights all adapters, and the result, have one rank"),
-    ):
-        with pytest.raises(InputError, match=message):
-            pool(adapters, backbone, FixedShrinkage(0.5), **arguments)
-    with pytest.raises(InputError, match="1 adapter given; a hierarchy needs 2"):
-        pool({"a": adapters["task 0"]}, backbone, FixedShrinkage(0.5))
-    with pytest.raises(InputError, match="has no matrices of"):
-        pool(adapters, tiny_backbone("opt", targets=["q_proj", "fc1", "fc2"]), FixedShrinkage(0.5))
-    with pytest.raises(InputError, match="3 tasks given; give 2"):
-        pool(adapters, backbone, MarginalLikelihood([1, 2]))
-    named = dict(zip(["global-mean", "b", "c"], adapters.values(), strict=True))
-    with pytest.raises(InputError, match="a task is called 'global-mean'"):
-        write_pooled(tmp_path / "out", pool(named, backbone, FixedShrinkage(0.5)))
