@@ -21,6 +21,9 @@ TEMPLATE = (
 )
 
 
+PROMPT = ["--prompt", "one two", "--max_new_tokens", "6", "--task", "Ada"]
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Options of a quick fit, and the folder that holds its files."""
@@ -92,6 +95,33 @@ def test_prompts_and_completions_from_end_to_end(inputs, tmp_path):
     assert again["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-6)
 
 
+def marked_chats(rows, split, tokenizer):
+    """The test documents by hand: the tokens of each, and which of them the assistant says."""
+    documents = []
+    for row in rows:
+        if split[row["task"]][row["doc_id"]] == "test":
+            ids, own = [], []
+            for message in row["talk"]:
+                header = tokenizer(message["role"] + ":", add_special_tokens=False)["input_ids"]
+                words = tokenizer(f" {message['content']}</s>\n", add_special_tokens=False)["input_ids"]
+                ids += header + words
+                own += [False] * len(header) + [message["role"] == "assistant"] * len(words)
+            documents.append((ids, own))
+    return documents
+
+
+def check_generated(path, fitted, tokenizer, capsys):
+    """A prompt is what a user says, and the adapters answer."""
+    capsys.readouterr()
+    theta, _ = fitted.weights()
+    for raw, begun in ((["--json"], "user: one two</s>\nassistant:"), (["--json", "--raw"], "</s>one two")):
+        assert script_main("generate")([str(path), *PROMPT, *raw]) == 0
+        ids = tokenizer(begun, add_special_tokens=False)["input_ids"]
+        expected = generate(fitted.model, ids, draws=lambda: [theta], task_index=0, max_new_tokens=6)
+        record = json.loads(capsys.readouterr().out)
+        assert (record["prompt"], record["text"]) == ("one two", expected.text)
+
+
 def test_chats_from_end_to_end(inputs, tmp_path, monkeypatch, capsys):
     options, folder = inputs
     rows = [
@@ -108,16 +138,7 @@ def test_chats_from_end_to_end(inputs, tmp_path, monkeypatch, capsys):
     run = fitted(options, tmp_path / "run")
 
     tokenizer, split = AutoTokenizer.from_pretrained(options["base_model"]), run.read_split()["tasks"]
-    documents = []
-    for row in rows:
-        if split[row["task"]][row["doc_id"]] == "test":
-            ids, own = [], []
-            for message in row["talk"]:
-                header = tokenizer(message["role"] + ":", add_special_tokens=False)["input_ids"]
-                words = tokenizer(f" {message['content']}</s>\n", add_special_tokens=False)["input_ids"]
-                ids += header + words
-                own += [False] * len(header) + [message["role"] == "assistant"] * len(words)
-            documents.append((ids, own))
+    documents = marked_chats(rows, split, tokenizer)
     metrics = run.read_metrics()
     assert len(documents) == metrics["test_documents"] == 6
     assert metrics["base_test_perplexity"] == pytest.approx(perplexity(options["base_model"], documents), rel=1e-4)
@@ -141,18 +162,9 @@ def test_chats_from_end_to_end(inputs, tmp_path, monkeypatch, capsys):
     splits = (again.data.train, again.data.validation, again.data.test)
     assert adapted.data.train.document(0).tolist() in [part.document(n).tolist() for part in splits for n in range(len(part))]
 
-    # a prompt is what a user says, and the adapters answer
-    capsys.readouterr()
-    words = [str(run.path), "--prompt", "one two", "--max_new_tokens", "6", "--task", "Ada"]
-    theta, _ = again.fitted.weights()
-    for raw, begun in ((["--json"], "user: one two</s>\nassistant:"), (["--json", "--raw"], "</s>one two")):
-        assert script_main("generate")([*words, *raw]) == 0
-        ids = tokenizer(begun, add_special_tokens=False)["input_ids"]
-        expected = generate(again.fitted.model, ids, draws=lambda: [theta], task_index=0, max_new_tokens=6)
-        record = json.loads(capsys.readouterr().out)
-        assert (record["prompt"], record["text"]) == ("one two", expected.text)
+    check_generated(run.path, again.fitted, tokenizer, capsys)
     monkeypatch.setenv("COLUMNS", "60")
-    assert script_main("generate")(words) == 0
+    assert script_main("generate")([str(run.path), *PROMPT]) == 0
     assert [row.strip() for row in capsys.readouterr().out.splitlines()].count("one two") == 1  # a line of its own
 
 

@@ -71,6 +71,85 @@ def loaded_peft(base, folder):
         return PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
 
 
+def check_metrics(folder, tau):
+    """The log and the metrics are whole and go together; returns the metrics."""
+    log = folder.read_log()
+    assert [entry["epoch"] for entry in log] == [1, 2]
+    assert (folder.path / "metrics.jsonl").read_text().count("\n") == 2
+
+    metrics = json.loads((folder.path / "metrics.json").read_text())
+    assert set(metrics) >= CONTRACT
+    assert metrics["tau"] == ("inf" if tau == "inf" else tau)
+    assert metrics["epochs"] == 2
+    assert metrics["validation_perplexity"] == min(entry["validation_perplexity"] for entry in log)
+    assert metrics["validation_perplexity"] == log[metrics["best_epoch"] - 1]["validation_perplexity"]
+    assert metrics["fit_seconds"] == round(log[-1]["seconds"], 2) > 0
+    assert metrics["training_tokens_per_second"] > 0
+    assert metrics["peak_memory_bytes"] > 2**27
+    assert metrics["predicted_memory_bytes"] > 2**27
+    assert {slug: task["name"] for slug, task in metrics["tasks"].items()} == {slug: name for name, slug in SLUGS.items()}
+    for task in metrics["tasks"].values():
+        assert set(task) >= CONTRACT_OF_TASK
+        assert (task["train_documents"], task["test_documents"]) == (6, 2)
+        assert (task["deviation_norm"] == 0) == (tau == "inf")
+    return metrics
+
+
+def check_posterior(folder, sites, *, frozen):
+    """One tensor a site, with the dimensions of tasks and layers in front; returns the tensors."""
+    tensors = folder.load_tensors("posterior")
+    expected = {}
+    for slot, shapes in SHAPES.items():
+        for letter, shape in zip("AB", shapes, strict=True):
+            name = f"{slot}.lora_{letter}"
+            if frozen and letter == "A":
+                expected[f"fixed.{name}"] = (2, *shape)
+                continue
+            for site in sites:
+                head, _, tail = site.partition("_decentered") if site.startswith("theta") else (site, "", "")
+                expected[f"{head}.{name}{'_decentered' if site.endswith('_decentered') else tail}"] = (
+                    (2, *shape) if site == "prior_mean" else (3, 2, *shape)
+                )
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == expected
+    assert all(value.dtype == torch.float32 for value in tensors.values())
+    assert json.loads(folder.load_metadata("posterior")["tasks"]) == list(SLUGS)
+    return tensors
+
+
+def check_adapters(folder, inputs, metrics):
+    """The adapters in plain transformers and PEFT: the same perplexities."""
+    data = data_of(inputs)
+    assert folder.read_split() == data.split_record
+    base = Backbone.from_pretrained(inputs["base_model"]).model
+    assert sorted(entry.name for entry in folder.adapters.iterdir()) == sorted([*SLUGS.values(), "global-mean", "tasks.json"])
+    assert json.loads((folder.adapters / "tasks.json").read_text()) == {slug: name for name, slug in SLUGS.items()}
+    assert metrics["base_test_perplexity"] == pytest.approx(perplexity(base, data.test), rel=1e-5)
+    logarithm = 0.0
+    for d, slug in enumerate(SLUGS.values()):
+        scores = metrics["tasks"][slug]
+        assert scores["base_test_perplexity"] == pytest.approx(perplexity(base, data.test, d), rel=1e-5)
+        adapted = loaded_peft(base, folder.adapters / slug)
+        assert scores["test_perplexity"] == pytest.approx(perplexity(adapted, data.test, d), rel=1e-5)
+        assert scores["test_perplexity"] != scores["base_test_perplexity"]
+        tokens = int((data.test.lengths[data.test.task == d] - 1).sum())
+        logarithm += math.log(scores["test_perplexity"]) * tokens / data.test.num_tokens
+    assert metrics["test_perplexity"] == pytest.approx(math.exp(logarithm), rel=1e-6)
+    characters = sum(data.test.characters.tolist())
+    bits = math.log2(metrics["test_perplexity"]) * data.test.num_tokens / characters
+    assert metrics["test_bits_per_character"] == pytest.approx(bits, rel=1e-6)
+
+
+def check_deviations(folder, inputs, metrics):
+    """Θ, and what of a task is its own; returns the matrices of Θ."""
+    mean = load_file(folder.adapters / "global-mean" / "adapter_model.safetensors")
+    loaded_peft(Backbone.from_pretrained(inputs["base_model"]).model, folder.adapters / "global-mean")
+    for slug in SLUGS.values():
+        of_task = load_file(folder.adapters / slug / "adapter_model.safetensors")
+        norm = math.sqrt(sum(float((of_task[name] - mean[name]).square().sum()) for name in mean))
+        assert metrics["tasks"][slug]["deviation_norm"] == pytest.approx(norm, rel=1e-4, abs=1e-7)
+    return mean
+
+
 @pytest.mark.parametrize(
     ("more", "sites"),
     [
@@ -93,7 +172,6 @@ def loaded_peft(base, folder):
 )
 def test_a_run_folder_from_end_to_end(main, inputs, tmp_path, more, sites):
     folder = finished_run(main, inputs, tmp_path / "run", **more)
-    frozen = more.get("adapter") == "lora_frozen_a"
     assert sorted(entry.name for entry in folder.path.iterdir()) == [
         "adapters", "checkpoints", "config.yaml", "metrics.json", "metrics.jsonl", "posterior.safetensors", "split.json",
     ]  # fmt: skip
@@ -104,72 +182,10 @@ def test_a_run_folder_from_end_to_end(main, inputs, tmp_path, more, sites):
     assert set(config) == set(vars(MapFitConfig()))
     assert (config["tau"], config["targets"]) == (float(more["tau"]), ["v_proj", "fc2"])
 
-    log = folder.read_log()
-    assert [entry["epoch"] for entry in log] == [1, 2]
-    assert (folder.path / "metrics.jsonl").read_text().count("\n") == 2
-
-    metrics = json.loads((folder.path / "metrics.json").read_text())
-    assert set(metrics) >= CONTRACT
-    assert metrics["tau"] == ("inf" if more["tau"] == "inf" else more["tau"])
-    assert metrics["epochs"] == 2
-    assert metrics["validation_perplexity"] == min(entry["validation_perplexity"] for entry in log)
-    assert metrics["validation_perplexity"] == log[metrics["best_epoch"] - 1]["validation_perplexity"]
-    assert metrics["fit_seconds"] == round(log[-1]["seconds"], 2) > 0
-    assert metrics["training_tokens_per_second"] > 0
-    assert metrics["peak_memory_bytes"] > 2**27
-    assert metrics["predicted_memory_bytes"] > 2**27
-    assert {slug: task["name"] for slug, task in metrics["tasks"].items()} == {slug: name for name, slug in SLUGS.items()}
-    for task in metrics["tasks"].values():
-        assert set(task) >= CONTRACT_OF_TASK
-        assert (task["train_documents"], task["test_documents"]) == (6, 2)
-        assert (task["deviation_norm"] == 0) == (more["tau"] == "inf")
-
-    # the posterior: one tensor a site, with the dimensions of tasks and layers in front
-    tensors = folder.load_tensors("posterior")
-    expected = {}
-    for slot, shapes in SHAPES.items():
-        for letter, shape in zip("AB", shapes, strict=True):
-            name = f"{slot}.lora_{letter}"
-            if frozen and letter == "A":
-                expected[f"fixed.{name}"] = (2, *shape)
-                continue
-            for site in sites:
-                head, _, tail = site.partition("_decentered") if site.startswith("theta") else (site, "", "")
-                expected[f"{head}.{name}{'_decentered' if site.endswith('_decentered') else tail}"] = (
-                    (2, *shape) if site == "prior_mean" else (3, 2, *shape)
-                )
-    assert {name: tuple(value.shape) for name, value in tensors.items()} == expected
-    assert all(value.dtype == torch.float32 for value in tensors.values())
-    assert json.loads(folder.load_metadata("posterior")["tasks"]) == list(SLUGS)
-
-    # the adapters, in plain transformers and PEFT: the same perplexities
-    data = data_of(inputs)
-    assert folder.read_split() == data.split_record
-    base = Backbone.from_pretrained(inputs["base_model"]).model
-    assert sorted(entry.name for entry in folder.adapters.iterdir()) == sorted([*SLUGS.values(), "global-mean", "tasks.json"])
-    assert json.loads((folder.adapters / "tasks.json").read_text()) == {slug: name for name, slug in SLUGS.items()}
-    assert metrics["base_test_perplexity"] == pytest.approx(perplexity(base, data.test), rel=1e-5)
-    logarithm = 0.0
-    for d, slug in enumerate(SLUGS.values()):
-        scores = metrics["tasks"][slug]
-        assert scores["base_test_perplexity"] == pytest.approx(perplexity(base, data.test, d), rel=1e-5)
-        adapted = loaded_peft(base, folder.adapters / slug)
-        assert scores["test_perplexity"] == pytest.approx(perplexity(adapted, data.test, d), rel=1e-5)
-        assert scores["test_perplexity"] != scores["base_test_perplexity"]
-        tokens = int((data.test.lengths[data.test.task == d] - 1).sum())
-        logarithm += math.log(scores["test_perplexity"]) * tokens / data.test.num_tokens
-    assert metrics["test_perplexity"] == pytest.approx(math.exp(logarithm), rel=1e-6)
-    characters = sum(data.test.characters.tolist())
-    bits = math.log2(metrics["test_perplexity"]) * data.test.num_tokens / characters
-    assert metrics["test_bits_per_character"] == pytest.approx(bits, rel=1e-6)
-
-    # Θ, and what of a task is its own
-    mean = load_file(folder.adapters / "global-mean" / "adapter_model.safetensors")
-    loaded_peft(base, folder.adapters / "global-mean")
-    for slug in SLUGS.values():
-        of_task = load_file(folder.adapters / slug / "adapter_model.safetensors")
-        norm = math.sqrt(sum(float((of_task[name] - mean[name]).square().sum()) for name in mean))
-        assert metrics["tasks"][slug]["deviation_norm"] == pytest.approx(norm, rel=1e-4, abs=1e-7)
+    metrics = check_metrics(folder, more["tau"])
+    tensors = check_posterior(folder, sites, frozen=more.get("adapter") == "lora_frozen_a")
+    check_adapters(folder, inputs, metrics)
+    mean = check_deviations(folder, inputs, metrics)
     if "prior_mean" in sites:
         name = "base_model.model.model.decoder.layers.1.fc2.lora_B.weight"
         torch.testing.assert_close(mean[name], tensors["prior_mean.fc2.lora_B"][1], rtol=0, atol=0)
