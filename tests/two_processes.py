@@ -1,9 +1,8 @@
-"""One process of a fit that several share, started by the tests: python -m tests.two_processes WHAT FOLDER."""
+"""One process of a fit that several share, started by the tests."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -38,6 +37,7 @@ def run(own, epochs):
 
 def main(what, folder):
     folder = Path(folder)
+    torch.set_num_threads(1)
     with processes(torch.device("cpu")) as team:
         if what == "bytes":
             found = {}
@@ -71,7 +71,3 @@ def main(what, folder):
             if not team.rank:
                 torch.save(own.fitted.sites(), folder / "sites.pt")
     (folder / f"rank{team.rank}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,40 +11,35 @@ import torch
 from bora_pyro import InputError, fit
 from bora_pyro.inference.processes import Processes, all_reduce_gradient, partition_tasks
 from bora_pyro.runs.folder import RunFolder
+from tests import two_processes
+from tests.forked import Forked, run_script
 from tests.tiny import tiny_bora, tiny_data
-from tests.tiny_base import SCRIPTS, line, quick_fit
+from tests.tiny_base import line, quick_fit
 from tests.two_processes import COUNTS, PRIORS, loop, run
 
 
-def spawned(words, number):
-    """Exit code, output and errors of each of the processes that run one Python command, as torchrun starts them."""
+def group(folder, number, act, *arguments):
+    """How each of the processes ended that call ``act``, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        group = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     children = [
-        subprocess.Popen(
-            [sys.executable, *words],
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Forked(folder / f"process{rank}", act, *arguments, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(number)
     ]
-    outputs = [child.communicate(timeout=120) for child in children]
-    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
+    return [child.end() for child in children]
 
 
 def started(what, folder, number=2):
     """What each process of a fit has to say."""
-    for code, _, errors in spawned(["-m", "tests.two_processes", what, str(folder)], number):
+    for code, _, errors in group(folder, number, two_processes.main, what, str(folder)):
         assert code == 0, errors
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(number)]
 
 
-def command(words):
-    """The same of two processes of ``map_fit.py``."""
-    return spawned([str(SCRIPTS / "map_fit.py"), *words], 2)
+def command(folder, words):
+    """How two processes of ``map_fit.py`` ended."""
+    return group(folder, 2, run_script, "map_fit.py", words)
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -105,7 +97,7 @@ def test_any_number_of_processes_takes_up_where_another_has_left(prior, tmp_path
 
 def test_the_command_fits_in_two_processes_and_writes_once(tmp_path):
     options = quick_fit(tmp_path) | {"device": "cpu", "output_dir": str(tmp_path / "run")}
-    (code, out, err), (other_code, other_out, other_err) = command(line(options))
+    (code, out, err), (other_code, other_out, other_err) = command(tmp_path / "output", line(options))
     assert (code, other_code) == (0, 0), err + other_err
     assert "run folder:" in out
     assert not other_out
@@ -121,13 +113,13 @@ def test_the_command_fits_in_two_processes_and_writes_once(tmp_path):
 
     # the same with the base in parts
     parts = options | {"output_dir": str(tmp_path / "parts"), "shard_base": "true"}
-    assert [code for code, *_ in command(line(parts))] == [0, 0]
+    assert [code for code, *_ in command(tmp_path / "output", line(parts))] == [0, 0]
     in_parts = RunFolder.open(tmp_path / "parts")
     assert in_parts.read_metrics()["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-5)
     torch.testing.assert_close(in_parts.load_tensors("posterior"), run.load_tensors("posterior"), rtol=1e-4, atol=1e-5)
 
     # and what cannot be: one line, from the first, and both give up
-    (code, out, err), (other_code, other_out, other_err) = command(line(options))
+    (code, out, err), (other_code, other_out, other_err) = command(tmp_path / "output", line(options))
     assert (code, other_code) == (2, 2)
     assert [entry for entry in err.splitlines() if entry.startswith("error:")] == [err.splitlines()[-1]]
     assert "overwrite" in err
