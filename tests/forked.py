@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
+
 from tests.tiny_base import SCRIPTS
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -33,7 +35,8 @@ class Forked:
     def __init__(self, folder, act, *arguments, cwd=None, environment=None):
         self.files = [Path(folder) / name for name in ("out.txt", "err.txt")]
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.process = SERVER.Process(target=_begin, args=(self.files, cwd, environment or {}, act, arguments))
+        cache = datasets.config.HF_DATASETS_CACHE
+        self.process = SERVER.Process(target=_begin, args=(self.files, cwd, environment or {}, cache, act, arguments))
         self.process.start()
         self.pid = self.process.pid
 
@@ -47,7 +50,8 @@ class Forked:
         return Ended(self.process.exitcode, *(file.read_text(encoding="utf-8") for file in self.files))
 
 
-def _begin(files, cwd, environment, act, arguments):
+def _begin(files, cwd, environment, cache, act, arguments):
+    datasets.config.HF_DATASETS_CACHE = cache
     os.environ.update(environment)
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)

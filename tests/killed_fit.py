@@ -1,4 +1,4 @@
-"""A fit that is killed again and again: python -m tests.killed_fit FOLDER KILLS, whose last line is what came of it."""
+"""A fit that is killed again and again, in a process whose last line is what came of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -57,7 +55,8 @@ def writing(folder):
 
 
 def main(folder, kills):
-    folder, chance, inside, lost, places = Path(folder), random.Random(0), 0, [], []
+    torch.set_num_threads(1)
+    chance, inside, lost, places = random.Random(0), 0, [], []
     folder.mkdir(parents=True, exist_ok=True)
     store, log = Checkpoints(folder / "checkpoints"), folder / "steps.txt"
     file = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -85,8 +84,3 @@ def main(folder, kills):
     whole, resumed = run(None).sites(), torch.load(folder / "sites.pt")
     same = whole.keys() == resumed.keys() and all(torch.equal(value, resumed[name]) for name, value in whole.items())
     print(json.dumps({"kills": kills, "inside": inside, "lost": lost, "places": places, "code": code, "same": same}))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
+import threading
 
 import datasets
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from bora_pyro.data import load_tasks, table
 from bora_pyro.data.streaming import TokenFile
 from bora_pyro.errors import InputError
 from tests.data_fixtures import CHAT, CHAT_TEMPLATE, WORDS, word_tokenizer
+from tests.forked import Forked
 
 SPLITS = ("train", "validation", "test")
 
@@ -169,46 +169,38 @@ def test_bad_rows_and_files_give_one_line(tmp_path):
         assert str(tmp_path) in str(caught.value)
 
 
-MEASURE = """
-import json, sys, threading, time
-from pathlib import Path
-import datasets, psutil
-from bora_pyro.data import load_tasks
-from tests.data_fixtures import word_tokenizer
+def measure(small, large, streaming):
+    """Print by how many bytes the process grew while it read the larger corpus, after the smaller one."""
+    datasets.disable_progress_bars()
+    process = psutil.Process()
+    load_tasks(small, word_tokenizer(), streaming=streaming, max_tokens=4096)
+    before, peak, done = process.memory_info().rss, [0], threading.Event()
 
-datasets.disable_progress_bars()
-small, large, cache, streaming = *sys.argv[1:4], sys.argv[4] == "true"
-datasets.config.HF_DATASETS_CACHE = Path(cache)
-resident = lambda: psutil.Process().memory_info().rss
-load_tasks(small, word_tokenizer(), streaming=streaming, max_tokens=4096)
-before, peak, done = resident(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], process.memory_info().rss)
 
-def watch():
-    while not done.wait(0.005):
-        peak[0] = max(peak[0], resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-data = load_tasks(large, word_tokenizer(), streaming=streaming, max_tokens=4096)
-done.set()
-watcher.join()
-tokens = sum(getattr(data, name).num_tokens for name in ("train", "validation", "test"))
-print(json.dumps({"grown": peak[0] - before, "tokens": tokens}))
-"""
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    data = load_tasks(large, word_tokenizer(), streaming=streaming, max_tokens=4096)
+    done.set()
+    watcher.join()
+    print(json.dumps({"grown": peak[0] - before, "tokens": sum(getattr(data, name).num_tokens for name in SPLITS)}))
 
 
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     words = " ".join(WORDS[n % 6] for n in range(2000))
     for name, number in (("small", 200), ("large", 2000)):
         (tmp_path / name).mkdir()
         part = [{"task": "ab"[n % 2], "text": f"{words} {n}"} for n in range(number)]
         datasets.Dataset.from_list(part).to_parquet(tmp_path / name / "train.parquet", batch_size=50)
     grown = {}
-    for streaming in ("true", "false"):
-        line = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("small", "large", streaming)), streaming]
-        result = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-        grown[streaming] = json.loads(result.stdout)
-    tokens = 4 * grown["true"]["tokens"]  # bytes
-    assert grown["true"]["tokens"] == grown["false"]["tokens"] > 4_000_000
-    assert grown["true"]["grown"] < tokens / 2
-    assert grown["false"]["grown"] > 4 * tokens  # texts and tokens: so it would show
+    for streaming in (True, False):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / f"streaming {streaming}")
+        done = Forked(tmp_path / "output", measure, str(tmp_path / "small"), str(tmp_path / "large"), streaming).end()
+        assert done.code == 0, done.err
+        grown[streaming] = json.loads(done.out)
+    tokens = 4 * grown[True]["tokens"]  # bytes
+    assert grown[True]["tokens"] == grown[False]["tokens"] > 4_000_000
+    assert grown[True]["grown"] < tokens / 2
+    assert grown[False]["grown"] > 4 * tokens  # texts and tokens: so it would show

@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,20 +19,19 @@ from bora_pyro.inference.checkpoint import Checkpoints, load_checkpoint, save_ch
 from bora_pyro.inference.fit import FitStopped
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.signals import StopSignals
+from tests import killed_fit
+from tests.forked import Forked, run_script
 from tests.tiny import tiny_bora, tiny_data
-from tests.tiny_base import SCRIPTS, line, quick_fit, script_main, without_times
+from tests.tiny_base import line, quick_fit, script_main, without_times
 
 KILLS = 36
 
 
 def test_a_fit_that_is_killed_many_times_is_the_one_that_never_was(tmp_path):
     """SIGKILL at random moments, some within a write: no more than one interval is lost, and not a bit of the result."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.killed_fit", tmp_path / "run", str(KILLS)],
-        cwd=SCRIPTS.parent, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    done = Forked(tmp_path / "output", killed_fit.main, tmp_path / "run", KILLS).end(timeout=600)
+    assert done.code == 0, done.err
+    found = json.loads(done.out.splitlines()[-1])
     assert found["kills"] == KILLS >= 30
     assert found["inside"] >= 5  # a half-written file was left
     assert max(found["lost"]) <= 1  # here an interval is a step
@@ -156,15 +153,13 @@ def test_a_full_disk_ends_a_fit_in_one_line_and_the_last_checkpoint_stays(tmp_pa
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_with_the_code_of_a_shell(tmp_path, number, code):
     inputs = quick_fit(tmp_path) | {"epochs": 400, "patience": 0, "device": "cpu", "output_dir": tmp_path / "run"}
-    command = [sys.executable, SCRIPTS / "map_fit.py", *line(inputs)]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        deadline = time.monotonic() + 120
-        while not Checkpoints(tmp_path / "run" / "checkpoints").files() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (code, "")
+    process = Forked(tmp_path / "output", run_script, "map_fit.py", line(inputs))
+    deadline = time.monotonic() + 120
+    while not Checkpoints(tmp_path / "run" / "checkpoints").files() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    ended, out, err = process.end()
+    assert (ended, out) == (code, "")
     assert f"{number.name}: will save and stop after this step" in err
     last = err.splitlines()[-1]
     assert last.startswith("stopped after step ")

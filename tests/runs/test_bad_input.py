@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -14,8 +11,9 @@ from safetensors.torch import load_file
 
 from bora_pyro.inference.checkpoint import load_checkpoint
 from bora_pyro.runs.folder import RunFolder
+from tests.forked import Forked, run_script
 from tests.runs.input_tables import TWO_SMALL, frame
-from tests.tiny_base import SCRIPTS, documents, line, write_table
+from tests.tiny_base import documents, line, write_table
 
 
 def one_error(err):
@@ -270,12 +268,9 @@ def test_a_checkpoint_that_was_cut_short(main, inputs, tmp_path, capsys):
 
 
 def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
-    options = {**inputs, "base_model": "./no/such/base", "output_dir": tmp_path / "run"}
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "map_fit.py", *line(options)],
-        capture_output=True, text=True, timeout=600, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "'./no/such/base' cannot be loaded" in one_error(done.stderr)
-    assert list(tmp_path.iterdir()) == []
+    options = {**inputs, "base_model": "./no/such/base", "output_dir": tmp_path / "here" / "run"}
+    (tmp_path / "here").mkdir()
+    done = Forked(tmp_path / "output", run_script, "map_fit.py", line(options), cwd=tmp_path / "here").end()
+    assert (done.code, done.out) == (2, "")
+    assert "'./no/such/base' cannot be loaded" in one_error(done.err)
+    assert [entry.name for entry in (tmp_path / "here").iterdir()] == []

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.files.slugs import task_slugs
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import DIAGNOSTICS, REPORT, TRACKED
+from tests.forked import SERVER, Forked
 
 
 @pytest.fixture
@@ -74,22 +73,24 @@ def test_an_empty_folder_is_taken(tmp_path):
     assert list(run.path.iterdir()) == []
 
 
-def test_a_folder_is_kept_from_other_processes_until_the_run_ends(run):
-    ask = (
-        "import sys\nfrom bora_pyro.runs.folder import RunFolder\n"
-        "with RunFolder.create(sys.argv[1], resume=True): print('taken', flush=True); sys.stdin.read()\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", ask, run.path],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-    ) as other:  # fmt: skip
-        assert other.stdout.readline() == "taken\n"
-        for options in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(InputError, match="another process is at work there; wait until it ends") as caught:
-                RunFolder.create(run.path, **options)
-            assert "\n" not in str(caught.value)
-        assert run.read_config()["seed"] == 3
-        other.kill()  # without a farewell
+def keep_folder(path, connection):
+    """Hold a run folder until the process is killed."""
+    with RunFolder.create(path, resume=True):
+        connection.send("taken")
+        connection.recv()
+
+
+def test_a_folder_is_kept_from_other_processes_until_the_run_ends(run, tmp_path):
+    here, there = SERVER.Pipe()
+    other = Forked(tmp_path / "output", keep_folder, run.path, there)
+    assert here.recv() == "taken"
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match="another process is at work there; wait until it ends") as caught:
+            RunFolder.create(run.path, **options)
+        assert "\n" not in str(caught.value)
+    assert run.read_config()["seed"] == 3
+    os.kill(other.pid, signal.SIGKILL)  # without a farewell
+    assert other.end().code == -signal.SIGKILL
     with RunFolder.create(run.path, resume=True):
         pass
     assert not (run.path / ".lock").exists()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -22,6 +21,7 @@ from bora_pyro import Backbone
 from bora_pyro.errors import InputError
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.saved import load_run
+from tests.forked import Forked
 from tests.tiny_base import documents, line, map_run, quick_fit, save_base, script_main, write_table
 
 ROOT = Path(__file__).parents[2]
@@ -108,9 +108,8 @@ def finished(inputs, tmp_path_factory):
     return map_run({**inputs, "output_dir": tmp_path_factory.mktemp("runs") / "run", "tau": 100, "device": "cpu"})
 
 
-WITHOUT_PICKLE = """
-    import sys
-    import bora_pyro.runs.map_fit, bora_pyro.runs.saved, torch
+def fit_without_pickle(options, folder):
+    """A fit, taken up again and loaded, in a process that can unpickle nothing."""
 
     def hook(event, arguments):  # every way to unpickle an object finds its class so
         if event == "pickle.find_class":
@@ -121,24 +120,18 @@ WITHOUT_PICKLE = """
 
     sys.addaudithook(hook)
     torch.load = torch.save = torch.serialization.load = torch.serialization.save = refuse
-    from tests.tiny_base import script_main
-    *options, folder = sys.argv[1:]
     assert script_main()([*options, "--epochs", "1"]) == 0
     assert script_main()([*options, "--epochs", "2", "--resume", "true"]) == 0
-    print(bora_pyro.runs.saved.load_run(folder).metrics["epochs"])
-"""
+    print(load_run(folder).metrics["epochs"])
 
 
-def test_a_fit_from_end_to_end_unpickles_nothing(inputs, tmp_path):
+def test_a_fit_from_end_to_end_unpickles_nothing(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "run"
     options = {name: value for name, value in inputs.items() if name != "epochs"} | {"output_dir": folder}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(WITHOUT_PICKLE), *line(options), folder],
-        capture_output=True, text=True, timeout=600, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "2"
+    done = Forked(tmp_path / "output", fit_without_pickle, line(options), folder).end()
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == "2"
 
 
 def test_a_base_with_pickled_weights_is_refused(tmp_path):
