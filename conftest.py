@@ -1,5 +1,6 @@
 """Settings of the whole test run, docstring snippets included."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,3 +15,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
     yield datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def documentation_once() -> Iterator[None]:
+    """``builtin:documentation`` is taken from networkx's sources once, not by each test that reads it."""
+    from bora_pyro.data import tables
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "documentation_rows", functools.cache(tables.documentation_rows))
+        yield

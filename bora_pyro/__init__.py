@@ -2,7 +2,8 @@
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
->>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, max_train_documents=2, max_eval_documents=1)
+>>> few = {"num_tasks": 3, "max_tokens": 32, "max_train_documents": 2, "max_eval_documents": 1}
+>>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, **few)
 >>> model = bp.BoRA(backbone, len(data.tasks), adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=100))
 >>> fitted = bp.fit(model, data, epochs=1)
 >>> sorted(fitted.evaluate(data.test))[:2]

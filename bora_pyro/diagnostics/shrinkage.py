@@ -2,7 +2,8 @@
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
->>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, num_tasks=2, max_train_documents=2, max_eval_documents=2)
+>>> few = {"num_tasks": 2, "max_tokens": 32, "max_train_documents": 2, "max_eval_documents": 2}
+>>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, **few)
 >>> fits = {}
 >>> for tau in (10.0, 1000.0):
 ...     model = bp.BoRA(backbone, len(data.tasks), adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=tau))
@@ -145,7 +146,7 @@ def held_out(fitted: Fitted, data: TaskData, *, draws: int | None = None, split:
         >>> import bora_pyro as bp
         >>> from bora_pyro.guides import normal_guide
         >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
-        >>> few = {"num_tasks": 2, "max_train_documents": 2, "max_eval_documents": 1}
+        >>> few = {"num_tasks": 2, "max_tokens": 32, "max_train_documents": 2, "max_eval_documents": 1}
         >>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, **few)
         >>> model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2))
         >>> fitted = bp.fit(model, data, guide=normal_guide(model), epochs=1)

@@ -3,7 +3,8 @@
 >>> import bora_pyro as bp
 >>> from bora_pyro.guides import normal_guide
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
->>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, num_tasks=2, max_train_documents=2, max_eval_documents=1)
+>>> few = {"num_tasks": 2, "max_tokens": 32, "max_train_documents": 2, "max_eval_documents": 1}
+>>> data = bp.load_tasks("builtin:documentation", backbone.tokenizer, **few)
 >>> model = bp.BoRA(backbone, len(data.tasks), adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=1000))
 >>> posterior = Posterior(bp.fit(model, data, guide=normal_guide(model), epochs=1))
 >>> predictions = posterior.predict(["A graph is a set of nodes."], task=data.tasks[0], draws=3)

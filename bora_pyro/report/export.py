@@ -4,7 +4,7 @@
     >>> from bora_pyro.runs.config.map_fit import MapFitConfig
     >>> from bora_pyro.runs.map_fit import run_map_fit
     >>> from bora_pyro.runs.saved import load_run
-    >>> options = {"num_tasks": 2, "rank": 2, "max_train_documents": 2, "max_eval_documents": 2, "epochs": 1}
+    >>> options = {"num_tasks": 2, "rank": 2, "max_tokens": 32, "max_train_documents": 2, "max_eval_documents": 2, "epochs": 1}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     metrics = run_map_fit(MapFitConfig(output_dir=f"{folder}/run", **options), quiet=True)
     ...     exported = export_adapters(load_run(f"{folder}/run"), f"{folder}/export")

@@ -3,7 +3,7 @@
 >>> import tempfile
 >>> from bora_pyro.runs.config.map_fit import MapFitConfig
 >>> from bora_pyro.runs.map_fit import run_map_fit
->>> options = {"num_tasks": 2, "rank": 2, "max_train_documents": 2, "max_eval_documents": 2}
+>>> options = {"num_tasks": 2, "rank": 2, "max_tokens": 32, "max_train_documents": 2, "max_eval_documents": 2}
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     metrics = run_map_fit(MapFitConfig(output_dir=f"{folder}/run", epochs=1, **options), quiet=True)
 ...     run = RunFolder.open(f"{folder}/run")
