@@ -32,7 +32,7 @@ from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.task_groups import task_groups
 from bora_pyro.priors import Given, HierarchicalNorm, RandomPrecision, with_shared
 from tests.linear_gaussian import COUNTS, SHAPE, LinearGaussian
-from tests.tiny import random_weights, tiny_bora, tiny_data
+from tests.tiny import random_weights, tiny_bora, tiny_data, tiny_split
 from tests.tiny_base import documents, quick_fit, write_table
 
 TAU = 3.0
@@ -147,7 +147,8 @@ def test_a_new_task_is_theta_until_there_are_documents(fits, prior):
 
 
 def test_it_learns_more_the_weaker_the_prior(fits):
-    data = tiny_data((4, 3))
+    # without validation documents: where these are chosen by, a rounding error can decide that no step is kept
+    data = dataclasses.replace(tiny_data((4, 3)), validation=tiny_split((0, 0)))
     norms = []
     for tau in (1e-2, 1.0, 1e2, 1e8):
         model = tiny_bora(targets=["q_proj", "fc1"], adapter=LoRA(rank=2), prior=HierarchicalNormal(tau))
