@@ -1,4 +1,4 @@
-"""What an adapter is: latent tensors for a linear layer, and what they add to its output.
+"""The base class of adapters. An adapter has latent tensors for a linear layer, and says what they add to its output.
 
 A new adapter is one file with a subclass of :class:`Adapter`, and one line in ``bora_pyro/adapters/__init__.py``. Its options are
 the arguments of its class: ``--adapter NAME --adapter_option KEY=VALUE``.
@@ -20,14 +20,14 @@ from bora_pyro.errors import InputError
 
 
 def uniform_fan_in(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """Uniform on ±1/√fan_in, the fan-in being the last dimension: PEFT's ``kaiming_uniform_(a=√5)`` for A."""
+    """Uniform on ±1/√fan_in, where fan_in is the last dimension. PEFT starts A so: ``kaiming_uniform_(a=√5)``."""
     bound = shape[-1] ** -0.5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A change of a linear layer as LoRA writes it, ΔW = (α/r) B A.
+    """The change of a linear layer in LoRA's form, ΔW = (α/r) B A.
 
         >>> Factors(torch.ones(2, 3), torch.ones(4, 2), alpha=4.0).delta()[0].tolist()
         [4.0, 4.0, 4.0]
@@ -66,16 +66,16 @@ class Adapter(ABC):
         ...
         ...     def output(self, x, tensors):
         ...         return tensors["shift"][:, None].to(x.dtype)
-        >>> tensors = {"shift": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}  # of two rows
+        >>> tensors = {"shift": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}  # for two rows
         >>> Shift().add(torch.zeros(2, 1, 2), torch.ones(2, 1, 5), tensors).tolist()
         [[[1.0, 2.0]], [[3.0, 4.0]]]
 
-    Every adapter adds nothing at its start, has a gradient there that is not zero everywhere, and names as latents exactly the
-    tensors that are learned. A subclass gives ``start`` and one of ``delta`` and ``output``. An adapter that holds another one
-    merges that one's latents and fixed tensors into its own start.
+    At its start every adapter adds nothing, and its gradient is not zero everywhere. Its latents are exactly the tensors that are
+    learned. A subclass defines ``start``, and one of ``delta`` and ``output``. An adapter that contains another adapter merges
+    the latents and fixed tensors of the inner one into its own start.
 
     Attributes:
-        shared: names of the latents that are meant to have one value for all tasks; the prior is what makes them so
+        shared: names of the latents that should have one value for all tasks. The prior gives them one value
             (:func:`~bora_pyro.priors.with_shared`).
     """
 
@@ -83,16 +83,16 @@ class Adapter(ABC):
 
     @abstractmethod
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
-        """The tensors of one layer of ``slot`` as a fit begins.
+        """The tensors of one layer of ``slot`` at the start of a fit.
 
         Args:
             slot: the kind of layer, with its sizes.
-            weight: gives the frozen weight of this layer, (out, in) float32.
-            generator: of whatever is random.
+            weight: a function that returns the frozen weight of this layer, (out, in) float32.
+            generator: the source of all random numbers.
         """
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """ΔW, (..., out, in); None where the change depends on the layer's input.
+        """ΔW, (..., out, in); None if the change depends on the layer's input.
 
         Args:
             tensors: latents (..., *shape), fixed tensors and buffers (*shape) of this layer by name.
@@ -100,7 +100,7 @@ class Adapter(ABC):
         return None
 
     def output(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What is added to the layer's output; by default x ΔWᵀ.
+        """What the adapter adds to the layer's output; by default x ΔWᵀ.
 
         Args:
             x: the layer's input (rows, tokens, in_features).
@@ -110,11 +110,11 @@ class Adapter(ABC):
             (rows, tokens, out_features) in the precision of ``x``.
         """
         delta = self.delta(tensors)
-        assert delta is not None, f"{type(self).__name__} gives neither delta nor output"
+        assert delta is not None, f"{type(self).__name__} defines neither delta nor output"
         return x @ delta.to(x.dtype).mT
 
     def add(self, output: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The changed output of the layer; an adapter that can do both in one pass overrides this.
+        """The layer's output plus what the adapter adds. An adapter that computes both in one pass overrides this method.
 
         Args:
             output: the layer's own output (rows, tokens, out_features).
@@ -124,25 +124,25 @@ class Adapter(ABC):
         return output + self.output(x, tensors)
 
     def factors(self, tensors: Mapping[str, Tensor]) -> Factors | None:
-        """The same change exactly as LoRA matrices, for export and diagnostics; None where it has no such form."""
+        """The change as exact LoRA matrices, for export and diagnostics; None if it has no such form."""
         return None
 
     def from_factors(self, factors: Factors, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The latents of one layer whose LoRA form is these matrices: ``factors`` undone.
+        """The latents of one layer for given LoRA matrices: the inverse of the method ``factors``.
 
         Args:
-            factors: the matrices; their scale α/r is that of this adapter.
+            factors: the matrices. Their scale α/r must be that of this adapter.
             fixed: the adapter's fixed tensors of the layer.
 
         Raises:
-            InputError: no latents of this adapter have this form.
+            InputError: no latents of this adapter give these matrices.
         """
         raise InputError(f"LoRA matrices cannot be read as {self}")
 
     def kept_per_token(self, slot: Slot) -> int:
-        """How many numbers of each token a layer of ``slot`` keeps for the backward pass, for the estimate of memory."""
+        """How many numbers per token a layer of ``slot`` keeps for the backward pass. The memory estimate uses it."""
         return 0
 
     def callbacks(self) -> Sequence[Any]:
-        """What acts between the steps of a fit for this adapter: :class:`~bora_pyro.inference.callbacks.Callback`."""
+        """Callbacks that this adapter needs during a fit (:class:`~bora_pyro.inference.callbacks.Callback`)."""
         return ()

@@ -23,8 +23,8 @@ class FrozenALoRA(LoRA):
         >>> sorted(start.latents), sorted(start.fixed)
         (['lora_B'], ['lora_A'])
 
-    With A fixed, ΔW is linear in B: a Normal prior on B is one on ΔW, and adapters of different tasks are comparable
-    without a choice of gauge.
+    With A fixed, ΔW is linear in B, so a Normal prior on B is a Normal prior on ΔW. The B of two tasks can be compared entry by
+    entry. In plain LoRA they cannot, because (B, A) and (BG⁻¹, GA) give the same ΔW.
     """
 
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:

@@ -19,8 +19,8 @@ from bora_pyro.errors import InputError
 class RowLinear(torch.autograd.Function):
     """x Aᵀ for each row: x (rows, tokens, in), A (rows, r, in) or (r, in).
 
-    As ``x @ A.mT``, but A's gradient is computed as gᵀ x, whose long side is the inner one. What autograd derives, the
-    transpose of xᵀ g, has r columns and runs several times slower on CPUs.
+    The value is that of ``x @ A.mT``. The gradient of A is computed as gᵀ x, (r, in), whose last dimension is the long one.
+    Autograd would compute xᵀ g, (in, r), and transpose it, which is several times slower on CPUs.
     """
 
     generate_vmap_rule = True
@@ -36,16 +36,16 @@ class RowLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, a = ctx.saved_tensors
-        of_x, of_a = ctx.needs_input_grad
-        product = gradient.mT @ x if of_a else None
-        if product is not None and a.dim() == 2:
-            product = product.sum(0)
-        return gradient @ a if of_x else None, product
+        needs_x, needs_a = ctx.needs_input_grad
+        gradient_of_a = gradient.mT @ x if needs_a else None
+        if gradient_of_a is not None and a.dim() == 2:
+            gradient_of_a = gradient_of_a.sum(0)
+        return gradient @ a if needs_x else None, gradient_of_a
 
 
 @dataclass(frozen=True)
 class LoRA(Adapter):
-    """Two low-rank factors a layer: A (r, in), started at random, and B (out, r), started at zero.
+    """Two low-rank factors per layer: A (r, in) starts at random, and B (out, r) starts at zero.
 
         >>> LoRA(rank=4)
         LoRA(rank=4, alpha=4.0)
@@ -58,7 +58,7 @@ class LoRA(Adapter):
         alpha: α; the change is scaled by α/r. Default: the rank, so that the scale is 1.
 
     Raises:
-        InputError: a rank below 1, an alpha that is not positive and finite.
+        InputError: the rank is below 1, or alpha is not positive and finite.
     """
 
     rank: int = 8
@@ -71,7 +71,7 @@ class LoRA(Adapter):
             object.__setattr__(self, "alpha", float(self.rank))
         if not 0 < self.scaling < math.inf:
             raise InputError(
-                f"alpha {self.alpha} is not allowed; it must be positive and finite, the usual value is the rank ({self.rank})"
+                f"alpha {self.alpha} is not allowed; it must be positive and finite; the usual value is the rank ({self.rank})"
             )
 
     @property
@@ -96,7 +96,7 @@ class LoRA(Adapter):
         return torch.baddbmm(output, RowLinear.apply(x, a), b.mT, alpha=self.scaling)
 
     def _factors(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """A (rows, r, in), or (r, in) where it is fixed, and B (rows, out, r), in the precision of ``x``."""
+        """A (rows, r, in), or (r, in) if A is fixed, and B (rows, out, r), in the precision of ``x``."""
         return tensors["lora_A"].to(x.dtype), tensors["lora_B"].to(x.dtype)
 
     def factors(self, tensors: Mapping[str, Tensor]) -> Factors:

@@ -1,4 +1,4 @@
-"""Two LoRA pairs a layer whose changes are added: one that the tasks share, and one of the task's own."""
+"""Two LoRA pairs per layer whose changes are added: one pair for all tasks together, and one pair for each task."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class SharedPlusTaskLoRA(LoRA):
         >>> with_shared(HierarchicalNormal(tau=100), adapter.shared)
         ByLatent({'shared_A': Pooled(), 'shared_B': Pooled()}, other=HierarchicalNormal(tau=100))
 
-    The released BoRA code's default run learns such a pair of adapters. What makes ``shared_A`` and ``shared_B`` shared is the
-    prior: :func:`~bora_pyro.priors.with_shared` pools what an adapter declares as shared and leaves the rest to any prior.
-    There the released code has no prior at all (that is ``Independent()`` here, τ = 0), or penalises the norms of the task's
-    own factors, from zero and not from a mean Θ.
+    The default run of the released BoRA code learns these two pairs. The prior is what makes ``shared_A`` and ``shared_B`` common
+    to all tasks: :func:`~bora_pyro.priors.with_shared` pools the latents that an adapter declares as shared, and puts any given
+    prior on the others. The released code has no prior on the task's own pair (here ``Independent()``, τ = 0), or it penalises
+    the norms of that pair, which pulls it to zero and not to a mean Θ.
 
-    Both A start at random, independently of each other, and both B at zero. Written as LoRA (``factors``), the two pairs are
-    one of rank 2r: [A_0; A_d] and [B_0, B_d].
+    Both A start at random, independently of each other. Both B start at zero. In LoRA's form (``factors``) the two pairs are one
+    pair of rank 2r: [A_0; A_d] and [B_0, B_d].
 
     Args:
-        rank: r, of each of the two pairs.
+        rank: r of each of the two pairs.
         alpha: α; both changes are scaled by α/r. Default: the rank, so that the scale is 1.
     """
 
@@ -48,7 +48,7 @@ class SharedPlusTaskLoRA(LoRA):
 
     def factors(self, tensors: Mapping[str, Tensor]) -> Factors:
         assert self.alpha is not None
-        # side by side the two products are one: [B_0, B_d] [A_0; A_d] = B_0 A_0 + B_d A_d, of rank 2r
+        # the sum of two products as one product of rank 2r: [B_0, B_d] [A_0; A_d] = B_0 A_0 + B_d A_d
         lora_a = torch.cat([tensors["shared_A"], tensors["lora_A"]], dim=-2)
         lora_b = torch.cat([tensors["shared_B"], tensors["lora_B"]], dim=-1)
         return Factors(lora_a, lora_b, 2 * self.alpha)

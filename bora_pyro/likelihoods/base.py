@@ -1,7 +1,7 @@
-"""What a likelihood is: it says what is observed of a batch, and so what a fit maximises beside the prior.
+"""The base class of likelihoods. A likelihood says what is observed of a batch; a fit maximises it together with the prior.
 
-A new one is one file with a subclass of :class:`Likelihood`, and one line in ``bora_pyro/likelihoods/__init__.py``. It need not
-be the likelihood of given texts: an objective as a reward is a ``pyro.factor``.
+A new likelihood is one file with a subclass of :class:`Likelihood`, and one line in ``bora_pyro/likelihoods/__init__.py``. It
+does not have to be the likelihood of given texts: a reward, for example, can be added with ``pyro.factor``.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ L = TypeVar("L", bound="Likelihood")
 
 
 class LanguageModel(Protocol):
-    """What a likelihood needs of the model: the logits of a batch under given adapters."""
+    """The part of the model that a likelihood uses: the logits of a batch under given adapters."""
 
     def lazy_logits(self, batch: Batch, weights: dict[str, Tensor] | None) -> Tensor | LazyLogits:
-        """Logits (rows, tokens, vocabulary), computed or not yet; without weights those of the base."""
+        """Logits (rows, tokens, vocabulary), as a tensor or computed later; without weights, those of the base model."""
 
 
 class Likelihood(ABC):
     """Observes a batch under the language model.
 
-    It owns the plate of documents, the scale of a mini-batch and the mask of the labels.
+    The likelihood alone contains the plate of documents, the scale of a mini-batch and the mask of the labels.
 
         >>> import pyro
-        >>> class Reward(Likelihood):  # an objective that is no likelihood of given texts
+        >>> class Reward(Likelihood):  # an objective that is not the likelihood of given texts
         ...     def __call__(self, model, weights, batch):
         ...         reward = model.lazy_logits(batch, weights)[:, -1].logsumexp(-1)
         ...         pyro.factor("reward", batch.scale * reward.sum())
@@ -44,8 +44,8 @@ class Likelihood(ABC):
         ...         return documents
 
     Attributes:
-        task_weights: (D,) float32 above 0, the factor w_d of each task's log-likelihood, as if a task's documents were there w_d
-            times; None: 1 for all.
+        task_weights: (D,) float32 above 0: the factor w_d of each task's log-likelihood. It has the effect of w_d copies of
+            each document of the task. None: 1 for all.
     """
 
     task_weights: Tensor | None = None
@@ -55,31 +55,34 @@ class Likelihood(ABC):
         """Add the observed sites of a batch to the Pyro model.
 
         Args:
-            model: gives the logits.
-            weights: θ by name, a row for each task that the batch speaks of.
-            batch: the documents; ``batch.scale`` makes their log-likelihood an unbiased estimate of that of all documents.
+            model: computes the logits.
+            weights: θ by name, one row for each task of the plate.
+            batch: the documents. Their log-likelihood times ``batch.scale`` is an unbiased estimate of that of all documents.
         """
 
     @abstractmethod
     def observations(self, documents: float, tokens: float) -> float:
-        """How many observations so many documents with so many predicted tokens are: the unit of the reported loss."""
+        """Number of observations in ``documents`` documents with ``tokens`` predicted tokens.
+
+        The reported loss is per observation. Both numbers may be weighted by the tasks' weights.
+        """
 
     def score(self, model: LanguageModel, weights: dict[str, Tensor] | None, batch: Batch) -> Tensor:
-        """(rows,) the log-likelihood of each document in nats, by which a split is scored; by default that of its next tokens.
+        """Log-likelihood of each document in nats, (rows,), for evaluation; by default that of its next tokens.
 
-        Task weights do not count: perplexities are not weighted.
+        Task weights are not applied: perplexities are not weighted.
         """
         return NextTokens(model.lazy_logits(batch, weights)).log_prob(batch.labels)
 
     def task_weight(self, task: Tensor) -> Tensor:
-        """(rows,) float32, the factor of each document's log-likelihood, by its task ``task`` (rows,)."""
+        """The factor of each document's log-likelihood, (rows,) float32: the weight of its task. ``task`` is (rows,)."""
         return torch.ones(len(task), device=task.device) if self.task_weights is None else self.task_weights.to(task.device)[task]
 
     def with_task_weights(self: L, weights: Tensor | None) -> L:
-        """The same likelihood for other tasks, with a weight (D,) of each; None: all count alike.
+        """A copy of the likelihood with other task weights, (D,); None: 1 for all.
 
         Raises:
-            InputError: a weight that is no finite number above 0.
+            InputError: a weight is not a finite number above 0.
         """
         if weights is not None and not bool(((weights > 0) & weights.isfinite()).all()):
             raise InputError(f"task_weights are {weights.tolist()!r:.80}; give finite numbers above 0")
@@ -88,5 +91,5 @@ class Likelihood(ABC):
         return other
 
     def callbacks(self) -> Sequence[Any]:
-        """What acts between the steps of a fit for this likelihood: see :class:`~bora_pyro.inference.callbacks.Callback`."""
+        """Callbacks that this likelihood needs during a fit (:class:`~bora_pyro.inference.callbacks.Callback`)."""
         return ()

@@ -17,15 +17,15 @@ class NextTokens(TorchDistribution):
     """The distribution of documents under next-token logits: log p(w) = Σ_i log LLM(w_{i+1} | w_{1:i}) (equation 2).
 
     Args:
-        logits: (rows, tokens, vocabulary), position i holding the logits of token i + 1; or what they are computed from, chunk
-            by chunk, so that those of all tokens never exist at once.
+        logits: (rows, tokens, vocabulary); position i holds the logits of token i + 1. A ``LazyLogits`` computes them in chunks,
+            so that the logits of all tokens never exist at once.
         per_token: divide a document's log-density by the number of its observed tokens.
 
-    Values are labels (rows, tokens): entry i is the token at position i, -100 where nothing is observed. Position 0 is
-    given, never predicted. The log-density is float32 whatever the precision of the logits.
+    Values are labels (rows, tokens). Entry i is the token at position i, or -100 if it is not observed. Position 0 is given and
+    never predicted. The log-density is float32 for logits of any precision.
     """
 
-    # NaN logits are no wrong argument: they give a NaN loss, of which the loop tells in one line
+    # NaN logits are allowed here: they give a NaN loss, and the loop reports that in one line
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.independent(constraints.integer_interval(IGNORED, 2**31 - 1), 1)
     has_rsample = False
@@ -38,14 +38,14 @@ class NextTokens(TorchDistribution):
         return NextTokens(self.logits.expand(*batch_shape, *self.logits.shape[1:]), per_token=self.per_token)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Each next token drawn given the *observed* prefix; position 0 has no distribution and is -100."""
+        """Draw each next token given the *observed* prefix; position 0 has no distribution and is -100."""
         logits = self.logits() if isinstance(self.logits, LazyLogits) else self.logits
         drawn = torch.distributions.Categorical(logits=logits[:, :-1].float()).sample(sample_shape)
         return F.pad(drawn, (1, 0), value=IGNORED)
 
     def log_prob(self, value: Tensor) -> Tensor:
         rows, tokens, vocabulary = self.logits.shape
-        # the labels are shifted and not the logits: a slice of the logits would be copied, and so would its gradient
+        # shift the labels, not the logits: a slice of the logits would be copied, and its gradient too
         targets = F.pad(value[:, 1:], (0, 1), value=IGNORED)
         if isinstance(self.logits, LazyLogits):
             loss = self.logits.token_losses(targets)

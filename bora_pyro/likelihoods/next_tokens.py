@@ -33,13 +33,13 @@ class CausalLM(Likelihood):
         3.0
 
     Args:
-        unit: ``tokens``, the paper's likelihood; ``documents`` counts each document once whatever its length (its mean
-            log-likelihood a token), as the released code does.
-        task_weights: (D,) float32, above 0, the factor w_d of each task's log-likelihood, Π_d p(documents of d | θ_d)^w_d: as if
-            a task's documents were there w_d times; None: 1 for all. Perplexities are not weighted.
+        unit: ``tokens`` is the paper's likelihood. ``documents`` takes each document's mean log-likelihood per token, so that
+            every document counts once, whatever its length; the released code does this.
+        task_weights: (D,) float32 above 0: the factor w_d of each task's log-likelihood, Π_d p(documents of d | θ_d)^w_d. It has
+            the effect of w_d copies of each document of the task. None: 1 for all. Perplexities are not weighted.
 
     Raises:
-        InputError: an unknown unit, or a weight that is no finite number above 0.
+        InputError: the unit is unknown, or a weight is not a finite number above 0.
     """
 
     def __init__(self, unit: str = "tokens", *, task_weights: Tensor | None = None) -> None:
@@ -50,7 +50,7 @@ class CausalLM(Likelihood):
 
     def __call__(self, model: LanguageModel, weights: dict[str, Tensor] | None, batch: Batch) -> None:
         observed = NextTokens(model.lazy_logits(batch, weights), per_token=self.unit == "documents")
-        # batch.scale makes the sum over the batch an unbiased estimate of the sum over all documents
+        # the sum over the batch times batch.scale is an unbiased estimate of the sum over all documents
         scale = batch.scale if self.task_weights is None else batch.scale * self.task_weight(batch.task)
         with pyro.plate("documents", len(batch.labels), dim=-1), poutine.scale(scale=scale):
             pyro.sample("tokens", observed, obs=batch.labels)

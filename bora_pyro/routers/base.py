@@ -1,4 +1,4 @@
-"""What a router is: it decides which adapter, or which mixture of adapters, reads a token.
+"""The base class of routers. A router decides which adapter, or which mixture of adapters, reads a token.
 
 A new router is one file with a subclass of :class:`Router`, and one line in ``bora_pyro/routers/__init__.py``.
 """
@@ -17,10 +17,10 @@ from bora_pyro.backbone.slots import Slot
 
 
 class AdaptedModel(Protocol):
-    """What a router needs of the model.
+    """The part of the model that a router uses.
 
     Attributes:
-        tensors: the tensors of all layers, the router's own buffers among them; ``tensors.at_layer`` gives the adapter its own.
+        tensors: the tensors of all layers, including the router's own buffers; ``tensors.at_layer`` returns those of one layer.
     """
 
     tensors: LayerTensors
@@ -29,7 +29,7 @@ class AdaptedModel(Protocol):
         """What the adapter adds to the output of a layer, (rows, tokens, out_features)."""
 
     def add(self, output: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The output of a layer with what the adapter adds to it."""
+        """The output of a layer plus what the adapter adds to it."""
 
 
 class Router(ABC):
@@ -39,19 +39,19 @@ class Router(ABC):
         >>> ByTask()
         ByTask()
 
-    A router may bring latents of its own, as gates: they stand under the model's prior like those of the adapter, and the prior
-    pools the ones that are named in ``shared``. It may bring buffers, which a callback of its own changes.
+    A router may have latents of its own, for example gates. The model's prior applies to them as to those of the adapter, and
+    pools the ones that are named in ``shared``. A router may also have buffers, which its own callback changes.
 
     Attributes:
         shared: names of the router's latents that have one value for all tasks.
-        reads_all_tasks: whether a token may be read by the adapter of any task, so that the weights of all tasks are needed.
+        reads_all_tasks: whether the adapter of any task may read a token, so that the weights of all tasks are needed.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
     reads_all_tasks: ClassVar[bool] = False
 
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
-        """The router's own tensors of one layer, as for an adapter; none by default."""
+        """The router's own tensors of one layer at the start of a fit, as for an adapter; none by default."""
         return Start()
 
     @abstractmethod
@@ -59,14 +59,14 @@ class Router(ABC):
         """How the adapters change the outputs of the layers.
 
         Args:
-            model: gives the adapter's tensors at a layer, and applies them.
+            model: returns the adapter's tensors at a layer, and applies them.
             weights: latents by ``<slot>.<name>``, (tasks, layers, *shape).
-            row: (rows,) where each row's task stands in the weights.
-            task: (rows,) index of each row's task, for what tasks have apart from weights (masks).
+            row: (rows,) position of each row's task in the weights.
+            task: (rows,) index of each row's task. It selects what tasks have besides weights: the masks.
         """
 
     def callbacks(self) -> Sequence[Any]:
-        """What acts between the steps of a fit for this router, as :class:`~bora_pyro.inference.callbacks.Callback` describes."""
+        """Callbacks that this router needs during a fit (:class:`~bora_pyro.inference.callbacks.Callback`)."""
         return ()
 
     def __repr__(self) -> str:

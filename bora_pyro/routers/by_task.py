@@ -1,4 +1,4 @@
-"""Each document is read by the adapter of its own task: BoRA's own way."""
+"""The router of the BoRA paper: the adapter of its own task reads each document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ByTask(Router):
     """
 
     def change(self, model: AdaptedModel, weights: Mapping[str, Tensor], row: Tensor, task: Tensor) -> Change:
-        # one gather a latent for all layers: its backward pass is one scatter, not one a layer
+        # one gather per latent for all layers: its backward pass is one scatter instead of one per layer
         rows = {name: value.index_select(0, row).unbind(1) for name, value in weights.items()}
         by_slot: dict[str, dict[str, tuple[Tensor, ...]]] = {}
         for key, layers in rows.items():
@@ -29,7 +29,7 @@ class ByTask(Router):
         def change(slot: Slot, layer: int, x: Tensor, output: Tensor) -> Tensor:
             latents = {name: layers[layer] for name, layers in by_slot[slot.name].items()}
             tensors = model.tensors.at_layer(slot, layer, latents, task)
-            # where the base lies on several devices, the adapters lie with its inputs and go to the layers
+            # a base may lie on several devices; the adapters are then on the device of its inputs
             return model.add(output, x, {name: value.to(output.device) for name, value in tensors.items()})
 
         return change
