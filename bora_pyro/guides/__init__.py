@@ -1,10 +1,10 @@
-"""How the posterior is approximated: guides for the model, each begun where a fit has ended.
+"""How the posterior is approximated: guides for the model. Each one can start from the result of an earlier fit.
 
     >>> sorted(GUIDES)
     ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal']
 
-A guide is an ``AutoGuide`` of Pyro's: ``SVI(model, guide, ...)`` takes it. :data:`GUIDES` has a builder for each name that a
-configuration may give.
+A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
+may give.
 """
 
 from bora_pyro.guides.auto_normal import auto_normal_guide

@@ -1,4 +1,4 @@
-"""Pyro's own mean-field Normal, for those who ask for it by name."""
+"""Pyro's own mean-field Normal guide."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def auto_normal_guide(
     scale: float = 0.1,
     temperature: float = 1.0,
 ) -> AutoNormal:
-    """``pyro.infer.autoguide.AutoNormal`` as it is, with one first standard deviation, ``scale``, for all sites.
+    """``pyro.infer.autoguide.AutoNormal``, unchanged, with the initial standard deviation ``scale`` at all sites.
 
-    It samples an auxiliary site and a point mass for each site, so that the KL divergence is estimated from draws, and its
-    gradient is noisier than that of :func:`~bora_pyro.guides.normal_guide`, which is the same family.
+    For each site it samples an auxiliary site and a point mass. The KL divergence is therefore estimated from draws, and its
+    gradient is noisier than that of :func:`~bora_pyro.guides.normal_guide`, which has the same family of distributions.
     """
     check_no_masks(model, "auto_normal")
     return AutoNormal(model, init_loc_fn=init_to_sites(sites), init_scale=scale, create_plates=getattr(model, "plates", None))

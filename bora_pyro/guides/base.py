@@ -1,6 +1,6 @@
-"""What a guide is: an ``AutoGuide`` of Pyro's with a distribution for every sample site, begun where a fit has ended.
+"""The base of guides. A guide is a Pyro ``AutoGuide`` with a distribution for every sample site; it can start from a fit.
 
-A new guide is one file with a builder, a function as :class:`GuideBuilder` describes it, and one line in
+A new guide is one file with a builder, which is a function with the signature of :class:`GuideBuilder`, and one line in
 ``bora_pyro/guides/__init__.py``.
 """
 
@@ -28,17 +28,17 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Flat
 
-# Each guide keeps its parameters to itself: with Pyro's global parameter store a second guide in the same process would
-# silently take over the first one's. The setting must stand before any guide is built.
+# Each guide holds its own parameters. With Pyro's global parameter store, a second guide in the same process would silently
+# use the parameters of the first one. The setting must be made before any guide is built.
 pyro.settings.set(module_local_params=True)
 
-#: The first standard deviation of a flat site, times ``scale``: LoRA's entries are some hundredths, and Θ, of which the documents
-#: of all tasks tell, is known best.
+#: The initial standard deviation at a site with a flat prior is ``scale`` times this number. The entries of LoRA's matrices are
+#: some hundredths, and Θ is the best known site, because the documents of all tasks inform it.
 FLAT_UNIT = 0.01
 
 
 class GuideBuilder(Protocol):
-    """How guides are made, whatever their kind; each kind uses of the arguments what it needs."""
+    """The signature of all functions that build a guide. A kind of guide ignores the arguments that it does not need."""
 
     def __call__(
         self,
@@ -49,20 +49,20 @@ class GuideBuilder(Protocol):
         scale: float = 0.1,
         temperature: float = 1.0,
     ) -> AutoGuide:
-        """Build a guide whose every tensor stands in its ``state_dict()``.
+        """Build a guide whose ``state_dict()`` holds all its tensors.
 
         Args:
             model: the BoRA model.
-            sites: the guide's centre, as ``model.sites_given(theta, mean)`` gives it; it is copied. Default: where the adapters
-                start.
-            data: the documents of the fit, for guides that look at the curvature there.
-            scale: the first standard deviations, in units of the prior's, for guides that learn them.
-            temperature: weight of the KL term, for guides that are not fitted by an ELBO which has it.
+            sites: values of the sample sites at the guide's centre, as ``model.sites_given(theta, mean)`` returns them; they are
+                copied. Default: the start of the adapters.
+            data: the documents of the fit, for guides that compute a curvature from them.
+            scale: the initial standard deviations in units of the prior's, for guides that learn standard deviations.
+            temperature: weight of the KL term, for guides that are not fitted by an ELBO.
         """
 
 
 def check_no_masks(model: Any, guide: str) -> None:
-    """Refuse a model with inactive entries, for a guide whose KL divergence cannot leave them out.
+    """Check that no entry of the model's latents is inactive, for guides whose KL divergence cannot leave entries out.
 
     Raises:
         InputError: the adapter masks entries of its latents.
@@ -73,24 +73,24 @@ def check_no_masks(model: Any, guide: str) -> None:
 
 
 def init_to_start(site: dict[str, Any]) -> Tensor:
-    """The site's mean as a tensor of its own: Θ and independent tasks at the adapter's start, deviations at zero.
+    """A copy of the site's mean: the adapter's start for Θ and for independent tasks, zero for deviations.
 
-    ``init_to_mean`` may give an expanded view, whose entries share memory: an optimiser would update them together.
+    ``init_to_mean`` may return an expanded view. Its entries share memory, and an optimiser would update them together.
     """
     return init_to_mean(site).clone(memory_format=torch.contiguous_format)
 
 
 def init_to_sites(sites: Mapping[str, Tensor] | None) -> Callable[[dict[str, Any]], Tensor]:
-    """A location for Pyro's ``init_loc_fn``: the given values, copied; ``init_to_start`` where there are none.
+    """A function for Pyro's ``init_loc_fn``: it returns copies of the given values; without values, it is ``init_to_start``.
 
     Raises:
-        InputError: when the guide is first run, a site that has no value there or one of another shape.
+        InputError: raised in the guide's first run, if a site has no value in ``sites`` or a value of another shape.
     """
     return init_to_start if sites is None else partial(_init_to_given, sites=dict(sites))
 
 
 def make_parameters(guide: AutoGuide, model: BoRA) -> None:
-    """Run the model once, on one short document, for the guide to make its parameters.
+    """Create the guide's parameters, by one run of the model on one short document.
 
     >>> import bora_pyro as bp
     >>> from bora_pyro.guides import normal_guide
@@ -106,7 +106,7 @@ def make_parameters(guide: AutoGuide, model: BoRA) -> None:
 
 
 def begins_at_sites(guide: AutoGuide) -> bool:
-    """Whether a guide was given values to begin at, one for each task, and not made yet."""
+    """Whether a guide has values of all tasks to start from, and has not run yet."""
     location = getattr(guide, "init_loc_fn", getattr(guide, "_location", None))
     return guide.prototype_trace is None and isinstance(location, partial) and location.func is _init_to_given
 
@@ -115,7 +115,7 @@ def _init_to_given(site: dict[str, Any], sites: dict[str, Tensor]) -> Tensor:
     name, shape = site["name"], site["fn"].shape()
     if name not in sites:
         raise InputError(
-            f"sites has no value of {name!r}; give model.sites_given(theta, mean) of the model itself{nearest(name, sites)}"
+            f"sites has no value of {name!r}; give model.sites_given(theta, mean) of the same model{nearest(name, sites)}"
         )
     if sites[name].shape != shape:
         raise InputError(f"sites has {name!r} of shape {tuple(sites[name].shape)}; the model's is {tuple(shape)}")
@@ -123,34 +123,37 @@ def _init_to_given(site: dict[str, Any], sites: dict[str, Tensor]) -> Tensor:
 
 
 class SiteGuide(AutoGuide):
-    """A mean-field guide: one distribution a sample site, independent of the others.
+    """A mean-field guide: one distribution per sample site, independent of the other sites.
 
-    At a site of real support it is a distribution of that very site (and not, as in Pyro's own ``AutoNormal``, of an auxiliary
-    one with a point mass behind it), so that ``TraceMeanField_ELBO`` takes the KL divergence exactly; at any other it is carried
-    there from the real line, a positive number being log-Normal. A subclass says how the tensors of a site begin (``begin``) and
-    what distribution they stand for (``unconstrained``).
+    At a site with real support the guide samples the site itself, so that ``TraceMeanField_ELBO`` computes the KL divergence
+    exactly. (Pyro's own ``AutoNormal`` samples an auxiliary site, and a point mass at the site.) At a site with another support
+    the guide transforms a distribution on the real line; a positive number is then log-Normal. A subclass defines the initial
+    tensors of a site (``begin``) and the distribution with these tensors (``unconstrained``).
 
     Args:
-        model: the BoRA model, or any model of Pyro's.
-        sites: the centre; default: where the adapters start.
-        scale: the first standard deviations, in units of the prior's.
+        model: the BoRA model, or any other Pyro model.
+        sites: values of the sample sites at the centre; default: the start of the adapters.
+        scale: the initial standard deviations, in units of the prior's.
+
+    Raises:
+        InputError: ``scale`` is not a finite number above 0.
     """
 
     def __init__(self, model: Callable[..., Any], sites: Mapping[str, Tensor] | None = None, *, scale: float = 0.1) -> None:
         if not 0 < scale < float("inf"):
-            raise InputError(f"scale is {scale}; give the first standard deviations as a number above 0, for instance 0.1")
+            raise InputError(f"scale is {scale}; give the initial standard deviations as a number above 0, for instance 0.1")
         super().__init__(model, create_plates=getattr(model, "plates", None))
         self._location, self._scale = init_to_sites(sites), scale
 
     @abstractmethod
     def begin(self, name: str, centre: Tensor, deviation: Tensor, event_dim: int) -> None:
-        """Make the parameters of a site, with ``put``.
+        """Create the parameters of a site, with ``put``.
 
         Args:
             name: the site.
-            centre: where it begins, on the real line: (*batch, *event).
-            deviation: the first standard deviation, broadcast against it.
-            event_dim: how many dimensions of the centre are the event's.
+            centre: the site's initial value on the real line, (*batch, *event).
+            deviation: the initial standard deviation; it broadcasts against ``centre``.
+            event_dim: number of event dimensions of ``centre``.
         """
 
     @abstractmethod
@@ -158,9 +161,9 @@ class SiteGuide(AutoGuide):
         """The distribution of a site on the real line."""
 
     def put(self, kind: str, name: str, value: Tensor, event_dim: int) -> None:
-        """Keep the parameter ``kind`` of the site ``name``, of which the last ``event_dim`` dimensions belong to one event."""
+        """Register the parameter ``kind`` of the site ``name``, whose last ``event_dim`` dimensions are one event."""
         value = value.clone(memory_format=torch.contiguous_format)
-        # a PyroParam and no plain parameter: stock SVI looks for what Pyro itself has made
+        # a PyroParam instead of a plain parameter: Pyro's own SVI looks for parameters that Pyro registered
         setattr(self, tensor_key(kind, name), PyroParam(value, event_dim=event_dim))
 
     def get(self, kind: str, name: str) -> Tensor:
@@ -176,12 +179,12 @@ class SiteGuide(AutoGuide):
                 full_size = frame.full_size or frame.size
                 if full_size != frame.size:  # the model was first run on some of its tasks
                     centre = periodic_repeat(centre, full_size, frame.dim - site["fn"].event_dim)
-            # a log-Normal's standard deviation is a relative one; a scale of 0.1 needs no unit there
+            # the standard deviation of a logarithm is relative, so it needs no unit
             deviation = self._scale * (_unit(site["fn"]) if _is_real(site["fn"].support) else torch.ones(()))
             self.begin(name, centre, _rows_of(deviation, centre), centre.dim() - len(site["fn"].batch_shape))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw every site; the arguments are the model's, and only the first call looks at them."""
+        """Draw every site. The arguments are the model's; the first call runs the model with them."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates, values = self._create_plates(*args, **kwargs), {}
@@ -197,8 +200,8 @@ class SiteGuide(AutoGuide):
         if _is_real(prior.support):
             return self.unconstrained(name, prior.event_dim)
         base = self.unconstrained(name, transform.domain.event_dim)
-        carried = dist.TransformedDistribution(base, [transform])
-        return carried.to_event(prior.event_dim - carried.event_dim)
+        transformed = dist.TransformedDistribution(base, [transform])
+        return transformed.to_event(prior.event_dim - transformed.event_dim)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The centre of every site."""
@@ -209,7 +212,7 @@ class SiteGuide(AutoGuide):
 
 
 def tensor_key(kind: str, name: str) -> str:
-    """The name of a guide's tensor ``kind`` of the site or latent ``name``: torch allows no dot there."""
+    """The name of a guide's tensor ``kind`` of the site or latent ``name``, without dots, which torch does not allow."""
     return f"{kind}/{name.replace('.', '/')}"
 
 
@@ -220,13 +223,17 @@ def _is_real(support: Any) -> bool:
 
 
 def _unit(prior: Any) -> Tensor:
-    """The prior's standard deviation, one for all entries or broadcast against the site."""
+    """The prior's standard deviation: a number, or a tensor that broadcasts against the site."""
     while isinstance(prior, dist.Independent | dist.MaskedDistribution):
         prior = prior.base_dist
     return torch.tensor(FLAT_UNIT) if isinstance(prior, Flat) else prior.variance.sqrt()
 
 
 def _rows_of(deviation: Tensor, centre: Tensor) -> Tensor:
-    """The first deviations, of the centre's kind; where the model has told them for fewer rows, those of the first for all."""
-    fits = all(size in (1, of_centre) for size, of_centre in zip(reversed(deviation.shape), reversed(centre.shape), strict=False))
+    """The initial deviations with the device and precision of the centre.
+
+    If the first run of the model had fewer rows than the centre, all rows get the deviations of the first one.
+    """
+    sizes = zip(reversed(deviation.shape), reversed(centre.shape), strict=False)
+    fits = all(size in (1, centre_size) for size, centre_size in sizes)
     return (deviation if fits else deviation[:1]).to(centre)

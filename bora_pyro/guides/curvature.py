@@ -1,4 +1,4 @@
-"""Gradients of single documents: what the data say of a task's adapter, one document at a time.
+"""Gradients of single documents with respect to their task's adapter, and the Fisher information that they give.
 
 >>> import bora_pyro as bp
 >>> from bora_pyro.data import TokenSplit
@@ -25,11 +25,13 @@ from bora_pyro.model import BoRA, Weights
 
 
 def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
-    """∇ log p(w_n | θ_d) of each document with respect to its own task's weights, without the scales of mini-batch and task.
+    """∇ log p(w_n | θ_d) of each document with respect to the weights of its own task.
+
+    The gradients contain neither the scale of the mini-batch nor the weight of the task.
 
     Args:
         model: the BoRA model.
-        theta: θ of all tasks, or of those that the batch speaks of, (D, layers, *shape) by name.
+        theta: θ by name: (D, layers, *shape) for all tasks, or one row for each task that the batch names.
         batch: the documents, on the model's device.
 
     Returns:
@@ -47,13 +49,13 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
 
 
 def _weighted(model: BoRA, batch: Batch, values: Tensor) -> Tensor:
-    """What each document adds, (rows, ...), as often as its task's weight says."""
+    """The values of each document, (rows, ...), times the weight of its task."""
     weight = model.likelihood.task_weight(batch.task)
     return values * weight.view(-1, *[1] * (values.dim() - 1))
 
 
 def diagonal_fisher(model: BoRA, theta: Weights, split: TokenSplit, *, token_budget: int = 4096) -> Weights:
-    """The diagonal of the empirical Fisher information, w_d Σ_n (∇ log p(w_n | θ_d))² over each task's documents, w_d its weight.
+    """The diagonal of each task's empirical Fisher information, w_d Σ_n (∇ log p(w_n | θ_d))², with w_d the task's weight.
 
     Args:
         model: the BoRA model.
@@ -77,24 +79,27 @@ def kronecker_fisher(
 ) -> Weights:
     """Kronecker factors of the empirical Fisher information of each task, layer and matrix: L ⊗ diag(v) / temperature.
 
-    From the documents' gradients G_n, with r rows (the shorter dimension of the matrix) and n columns: L = Σ G_n G_nᵀ / t and
-    v = Σ diag(G_nᵀ G_n), t = Σ ‖G_n‖², so that the trace is that of the Fisher information itself.
+    The gradient G_n of a document has r rows, the shorter dimension of the matrix, and n columns. With t = Σ ‖G_n‖², the factors
+    are L = Σ G_n G_nᵀ / t and v = Σ diag(G_nᵀ G_n). The trace is then that of the Fisher information.
 
     Args:
         model: the BoRA model.
-        theta: θ of all tasks, (D, layers, *shape) by name; the latents' shapes are matrices.
-        split: the documents; None is none.
+        theta: θ of all tasks, (D, layers, *shape) by name; every latent is a matrix.
+        split: the documents; None: no documents.
         temperature: the information is divided by it.
         token_budget: tokens of a batch, padding included.
 
     Returns:
         ``<latent>.short``, L: (D, layers, r, r), and ``<latent>.long``, v: (D, layers, n).
+
+    Raises:
+        InputError: a latent is not a matrix.
     """
     factors: Weights = {}
     for name, value in theta.items():
         if value.dim() < 4:
             raise InputError(
-                f"latent {name!r} is no matrix, (D, layers, rows, columns); use the guide laplace, which is diagonal"
+                f"latent {name!r} is not a matrix, (D, layers, rows, columns); use the guide laplace, which is diagonal"
             )
         r, n = sorted(value.shape[-2:])
         factors[f"{name}.short"] = value.new_zeros((*value.shape[:-2], r, r))

@@ -16,64 +16,65 @@ from bora_pyro.guides.base import tensor_key
 from bora_pyro.guides.curvature import diagonal_fisher
 from bora_pyro.model import BoRA, Weights
 
-#: The least precision: where the prior is flat and the data say nothing, the posterior would have none.
+#: The smallest precision. With a flat prior and no documents the precision would be 0.
 LEAST = 1.0
 
 
 class LaplaceGuide(AutoGuide):
     """The Normal posterior of a hierarchy whose log-likelihood has the diagonal curvature h around the MAP.
 
-    Each entry is a linear-Gaussian hierarchy of its own, with τ from the prior and h_d from task d's documents. Its posterior
-    is known exactly: with Θ̂ and θ̂ the MAP,
+    Each entry is a separate linear-Gaussian hierarchy, with τ from the prior and h_d from the documents of task d. Its posterior
+    is known exactly. With Θ̂ and θ̂ the MAP,
 
         Θ ~ Normal(Θ̂, 1 / Σ_d (1/τ + 1/h_d)⁻¹),
-        θ_d | Θ ~ Normal(θ̂_d + τ/(τ + h_d) (Θ − Θ̂), 1/(τ + h_d)),
+        θ_d | Θ ~ Normal(θ̂_d + τ/(τ + h_d) (Θ − Θ̂), 1/(τ + h_d)).
 
-    so Θ and the tasks are drawn together, as they depend on each other, and no scale is fitted. For a linear-Gaussian likelihood
-    it is the posterior itself; for a language model h is a stand-in for the Hessian (:func:`laplace_guide`). A prior that is not
-    Normal counts as the Normal of its precision; what a prior samples beside Θ and θ (a τ) is held where it is. Where the prior
-    is flat and the documents say nothing, no standard deviation exceeds 1.
+    Θ and the tasks are drawn jointly, and no scale is fitted. With a linear-Gaussian likelihood the guide is the exact posterior.
+    With a language model, h approximates the Hessian (:func:`laplace_guide`). A prior that is not Normal is replaced by the
+    Normal prior with the same precision. Other sites of the prior (such as a random τ) stay fixed. No standard deviation exceeds
+    1, not even with a flat prior and no documents.
 
     Args:
         model: the BoRA model.
-        sites: the MAP, as ``model.sites_given(theta, mean)`` gives it.
+        sites: the MAP, as ``model.sites_given(theta, mean)`` returns it.
         curvature: h, (D, layers, *shape) by latent, not negative.
 
     Raises:
-        InputError: a latent without curvature, or one of another shape.
+        InputError: a latent has no curvature or one of another shape; the sites are not those of the model's prior; or the prior
+            does not treat each latent separately.
     """
 
     def __init__(self, model: BoRA, sites: Mapping[str, Tensor], curvature: Weights) -> None:
         super().__init__(model)
         if not model.prior.per_latent:
             raise InputError(
-                f"{type(self).__name__} needs a prior that treats each latent by itself, not {model.prior}; use the guide normal"
+                f"{type(self).__name__} needs a prior that treats each latent separately, not {model.prior}; use the guide normal"
             )
         self._sites = [*sites]
         for name, value in sites.items():
             self.keep("sites", name, value)
         theta, mean = model.weights_given(sites)
         if not _agree(model.sites_given(theta, mean), sites):
-            raise InputError(f"the sites are not those of {model.prior} for their θ and Θ; give model.sites_given(theta, mean)")
+            raise InputError(f"sites do not belong to the prior {model.prior}; give model.sites_given(theta, mean)")
         for name in model.starts:
             self.keep("theta", name, theta[name])
             self.keep("prior_mean", name, mean[name])
             self.begin(name, curvature)
 
     def begin(self, name: str, curvature: Weights) -> None:
-        """Check and keep the curvature of a latent."""
+        """Check and store the curvature of a latent."""
         shape = (self.model.num_tasks, *self.model.starts[name].shape)
         if name not in curvature or curvature[name].shape != shape:
             found = f"of shape {tuple(curvature[name].shape)}" if name in curvature else "missing"
-            raise InputError(f"the curvature of {name!r} is {found}; give {shape}, as diagonal_fisher does")
+            raise InputError(f"the curvature of {name!r} is {found}; give shape {shape}, as diagonal_fisher does")
         self.keep("curvature", name, curvature[name])
 
     def keep(self, kind: str, name: str, value: Tensor) -> None:
-        """Keep a tensor as a part of the guide's state."""
+        """Store a copy of a tensor in the guide's state."""
         self.register_buffer(tensor_key(kind, name), value.detach().clone(memory_format=torch.contiguous_format))
 
     def kept(self, kind: str, name: str) -> Tensor:
-        """What ``keep`` has kept."""
+        """The tensor that ``keep`` stored."""
         return getattr(self, tensor_key(kind, name))
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ class LaplaceGuide(AutoGuide):
             if site == site_of_mean:
                 continue
             if loc.shape == theta.shape:
-                # the site is an affine function of θ: its slope takes the deviations there
+                # the site is an affine function of θ: its slope scales the standard deviations
                 with tasks:
                     values[site] = pyro.sample(site, self.of_tasks(name, loc, tau, step[site] - loc))
             else:
@@ -110,12 +111,12 @@ class LaplaceGuide(AutoGuide):
         return dist.Normal(mean, precision**-0.5, validate_args=False).to_event(mean.dim())
 
     def follow(self, name: str, shift: Tensor, tau: Tensor) -> Tensor:
-        """How far the tasks go with Θ when it is drawn ``shift`` away from its centre: (D, layers, *shape)."""
+        """How much the centre of θ_d moves when Θ is ``shift`` away from its own centre: (D, layers, *shape)."""
         h = self.kept("curvature", name)
         return torch.where(tau + h > 0, tau / (tau + h), 0.0) * shift
 
     def of_tasks(self, name: str, loc: Tensor, tau: Tensor, slope: Tensor) -> dist.TorchDistribution:
-        """The distribution of the tasks' site around ``loc``, given Θ; ``slope`` is the derivative of the site by θ."""
+        """The distribution of the tasks' site around ``loc``, given Θ; ``slope`` is the site's derivative with respect to θ."""
         scale = slope * (tau + self.kept("curvature", name)).clamp(min=LEAST) ** -0.5
         return dist.Normal(loc, scale, validate_args=False).to_event(loc.dim() - 1)
 
@@ -129,7 +130,7 @@ def _agree(own: Mapping[str, Tensor], sites: Mapping[str, Tensor]) -> bool:
 
 
 def start_sites(model: BoRA) -> dict[str, Tensor]:
-    """The sites where the adapters start."""
+    """The values of the sample sites at the start of the adapters."""
     starts = {name: start.expand(model.num_tasks, *start.shape) for name, start in model.starts.items()}
     return model.sites_given(starts, model.starts)
 
@@ -152,14 +153,14 @@ def laplace_guide(
         >>> bool(laplace_guide(model, point.sites(), data=data).kept("curvature", "q_proj.lora_B").max() > 0)
         True
 
-    One pass over the training documents with a gradient each; nothing is fitted afterwards.
+    It takes one pass over the training documents, with one gradient per document. Nothing is fitted afterwards.
 
     Args:
         model: the BoRA model.
-        sites: the MAP; default: where the adapters start.
-        data: the documents of the fit. Without them h is 0: the prior around the MAP.
-        scale: of no use here, the curvature says it.
-        temperature: h is divided by it: below 1 the likelihood counts more than the prior, as with the KL term of an ELBO.
+        sites: the MAP; default: the start of the adapters.
+        data: the documents of the fit. Without them h is 0, and the guide is the prior around the MAP.
+        scale: not used; the standard deviations follow from the curvature.
+        temperature: h is divided by it. Below 1 the prior has less weight against the likelihood, as in a tempered ELBO.
     """
     sites = start_sites(model) if sites is None else sites
     theta, _ = model.weights_given(sites)

@@ -1,4 +1,4 @@
-"""Laplace's approximation with a Kronecker-factored curvature: what varies together among the r components of an adapter."""
+"""Laplace's approximation with a Kronecker-factored curvature: the r components of an adapter are correlated."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from bora_pyro.model import BoRA, Weights
 class RotatedNormal(dist.TorchDistribution):
     """Normal along orthonormal axes: x = m + stretch · to_shape(Q (s · ε)), ε ~ Normal(0, I).
 
-    The entries of an event stand as n columns of r numbers, r the shorter of its last two dimensions; each column is turned by a
-    matrix of its own or by one for all.
+    The last two dimensions of an event are a matrix, read as n columns of r numbers, where r is the shorter dimension. Each
+    column is rotated, by its own Q or by one Q for all columns.
 
     Args:
-        loc: m, (*batch, *event), the event's last two dimensions being a matrix.
+        loc: m, (*batch, *event).
         scale: s, (*batch, *event[:-2], n, r), the standard deviation along each axis.
         basis: Q, (*batch, *event[:-2], n or 1, r, r), the axes as columns.
-        stretch: a factor of each entry, broadcast against ``loc``.
-        event_dim: how many of the last dimensions of ``loc`` make one x.
+        stretch: a factor of each entry; it broadcasts against ``loc``.
+        event_dim: number of event dimensions: the last ones of ``loc``.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -56,40 +56,41 @@ class RotatedNormal(dist.TorchDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         noise = torch.randn((*sample_shape, *self.scale.shape), dtype=self.loc.dtype, device=self.loc.device)
-        turned = (self.basis @ (self.scale * noise)[..., None])[..., 0]
-        return self.loc + self.stretch * from_columns(turned, self.loc)
+        rotated = (self.basis @ (self.scale * noise)[..., None])[..., 0]
+        return self.loc + self.stretch * from_columns(rotated, self.loc)
 
     def log_prob(self, value: Tensor) -> Tensor:
         columns = to_columns((value - self.loc) / self.stretch)
-        straight = (self.basis.mT @ columns[..., None])[..., 0]
-        of_axes = dist.Normal(0.0, self.scale, validate_args=False).log_prob(straight)
+        along_axes = (self.basis.mT @ columns[..., None])[..., 0]
+        densities = dist.Normal(0.0, self.scale, validate_args=False).log_prob(along_axes)
         dims = self.event_dim
-        return of_axes.flatten(of_axes.dim() - dims).sum(-1) - self.stretch.abs().log().flatten(self.stretch.dim() - dims).sum(-1)
+        log_stretch = self.stretch.abs().log()
+        return densities.flatten(densities.dim() - dims).sum(-1) - log_stretch.flatten(log_stretch.dim() - dims).sum(-1)
 
 
 def to_columns(matrix: Tensor) -> Tensor:
-    """(..., a, b) -> (..., n, r): n columns of the shorter dimension's r numbers."""
+    """(..., a, b) -> (..., n, r): n columns of r numbers, where r is the shorter dimension."""
     return matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix
 
 
 def from_columns(columns: Tensor, like: Tensor) -> Tensor:
-    """``to_columns`` undone, into matrices of the shape of ``like``."""
+    """The inverse of ``to_columns``, for matrices of the shape of ``like``."""
     return columns.mT if like.shape[-2] <= like.shape[-1] else columns
 
 
 class KroneckerLaplaceGuide(LaplaceGuide):
     """:class:`~bora_pyro.guides.LaplaceGuide` with the curvature L_d ⊗ diag(v_d) of each task, layer and matrix.
 
-    L is r x r, over the shorter dimension of a matrix (LoRA's rank), and full; v, over the longer one, is diagonal: its full
-    factor would have as many entries as the layer itself, for each task. With L = Q diag(λ) Qᵀ the precision of a column j is
-    Q diag(τ + λ v_j) Qᵀ, and all formulas of the diagonal case hold in those axes. (Kronecker-factored Laplace: Ritter et al.,
-    2018; of LoRA: Yang et al., 2024.)
+    L is a full r x r matrix, for the shorter dimension of a matrix (LoRA's rank). The factor for the longer dimension is the
+    diagonal v: a full factor would have as many entries as the layer, for each task. With L = Q diag(λ) Qᵀ the precision of a
+    column j is Q diag(τ + λ v_j) Qᵀ, and all formulas of the diagonal case hold along the axes Q. (Kronecker-factored Laplace:
+    Ritter et al., 2018; for LoRA: Yang et al., 2024.)
 
     Args:
         model: the BoRA model.
         sites: the MAP.
-        curvature: by latent, ``<latent>.short``: L, (D, layers, r, r), and ``<latent>.long``: v, (D, layers, n), as
-            :func:`~bora_pyro.guides.curvature.kronecker_fisher` gives them.
+        curvature: for each latent ``<latent>.short``: L, (D, layers, r, r), and ``<latent>.long``: v, (D, layers, n), as
+            :func:`~bora_pyro.guides.curvature.kronecker_fisher` returns them.
     """
 
     def begin(self, name: str, curvature: Weights) -> None:
@@ -100,16 +101,16 @@ class KroneckerLaplaceGuide(LaplaceGuide):
 
     def of_mean(self, name: str, mean: Tensor, tau: Tensor) -> dist.TorchDistribution:
         basis = self.kept("basis", name)
-        coupled = 1 / (1 / tau + 1 / self.kept("curvature", name))  # (D, layers, n, r)
-        precision = ((basis * coupled[..., None, :]) @ basis.mT).sum(0)  # (layers, n, r, r)
+        of_tasks = 1 / (1 / tau + 1 / self.kept("curvature", name))  # (D, layers, n, r)
+        precision = ((basis * of_tasks[..., None, :]) @ basis.mT).sum(0)  # (layers, n, r, r)
         eigenvalues, axes = torch.linalg.eigh(precision)
         return RotatedNormal(mean, eigenvalues.clamp(min=LEAST) ** -0.5, axes, event_dim=mean.dim())
 
     def follow(self, name: str, shift: Tensor, tau: Tensor) -> Tensor:
         h, basis = self.kept("curvature", name), self.kept("basis", name)
         factor = torch.where(tau + h > 0, tau / (tau + h), 0.0)
-        straight = (basis.mT @ to_columns(shift)[..., None])[..., 0]
-        return from_columns((basis @ (factor * straight)[..., None])[..., 0], shift)
+        along_axes = (basis.mT @ to_columns(shift)[..., None])[..., 0]
+        return from_columns((basis @ (factor * along_axes)[..., None])[..., 0], shift)
 
     def of_tasks(self, name: str, loc: Tensor, tau: Tensor, slope: Tensor) -> dist.TorchDistribution:
         scale = (tau + self.kept("curvature", name)).clamp(min=LEAST) ** -0.5
@@ -124,7 +125,7 @@ def laplace_kronecker_guide(
     scale: float = 0.1,
     temperature: float = 1.0,
 ) -> KroneckerLaplaceGuide:
-    """The Kronecker-factored Laplace approximation; the arguments are those of the diagonal one."""
+    """The Kronecker-factored Laplace approximation; the arguments are those of :func:`~bora_pyro.guides.laplace_guide`."""
     sites = start_sites(model) if sites is None else sites
     theta, _ = model.weights_given(sites)
     return KroneckerLaplaceGuide(model, sites, kronecker_fisher(model, theta, None if data is None else data.train, temperature))

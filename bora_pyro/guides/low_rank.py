@@ -1,4 +1,4 @@
-"""Normals with a covariance of low rank plus a diagonal, one for every site and task."""
+"""The guide whose covariance is a low-rank matrix plus a diagonal, for every site and task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LowRankNormal(dist.TorchDistribution):
         loc: m, (*batch, *event).
         scale: s, of the same shape.
         factor: F, (*batch, *event, k).
-        event_dim: how many of the last dimensions of ``loc`` make one x.
+        event_dim: number of event dimensions: the last ones of ``loc``.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -80,7 +80,7 @@ class LowRankNormal(dist.TorchDistribution):
 def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
     base, dims = p.base_dist, p.reinterpreted_batch_ndims
     if dims != q.event_dim or not isinstance(base, Flat | dist.Normal):
-        raise NotImplementedError  # what torch's kl_divergence says where there is no closed form: it is then estimated
+        raise NotImplementedError  # as torch's kl_divergence without a closed form; the ELBO then estimates the divergence
     if isinstance(base, Flat):
         return -q.entropy()
     if isinstance(base, StandardNormal):
@@ -92,20 +92,20 @@ def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
 
 
 class LowRankGuide(SiteGuide):
-    """q(x) = Normal(m, diag(s²) + F Fᵀ) at every site, for each task its own: what varies together within an adapter.
+    """q(x) = Normal(m, diag(s²) + F Fᵀ) at every site, with its own m, s and F for each task: entries may be correlated.
 
-    The columns of F begin small and at random, so that they differ. Sites that are not real (a τ that is sampled) have the
-    same in their logarithm.
+    The columns of F start at small random values, so that they differ. At a site that is not real, such as a random τ, the
+    distribution is that of the logarithm.
 
     Args:
-        model: the BoRA model, or any model of Pyro's.
-        sites: the centre; default: where the adapters start.
+        model: the BoRA model, or any other Pyro model.
+        sites: values of the sample sites at the centre; default: the start of the adapters.
         rank: k, the number of columns of F.
-        scale: the first standard deviations, in units of the prior's.
-        seed: of the first F.
+        scale: the initial standard deviations, in units of the prior's.
+        seed: seed of the initial F.
 
     Raises:
-        InputError: a rank below 1, a scale that is not positive.
+        InputError: the rank is below 1, the scale is not positive, or the adapter masks entries.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class LowRankGuide(SiteGuide):
         self.put("loc", name, centre, event_dim)
         self.put("log_scale", name, deviation.log().expand(centre.shape), event_dim)
         noise = torch.randn((*centre.shape, self._rank), generator=self._generator, dtype=centre.dtype).to(centre.device)
-        # together the columns begin with a tenth of the diagonal's variance
+        # the columns together start with a tenth of the diagonal's variance
         self.put("factor", name, noise * deviation.expand(centre.shape)[..., None] * (0.1 / self._rank) ** 0.5, event_dim + 1)
 
     def unconstrained(self, name: str, event_dim: int) -> dist.TorchDistribution:

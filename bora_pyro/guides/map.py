@@ -1,4 +1,4 @@
-"""Maximum a posteriori."""
+"""The guide of a maximum a posteriori fit."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def map_guide(
 
     Args:
         model: the BoRA model.
-        sites: where the sites begin, as ``model.sites_given(theta, mean)`` gives them; they are copied. Default: where the
-            adapters start.
-        data: not needed; nor are the two below: every :class:`~bora_pyro.guides.GuideBuilder` has them.
-        scale: a point has none.
-        temperature: the objective has it.
+        sites: initial values of the sample sites, as ``model.sites_given(theta, mean)`` returns them; they are copied. Default:
+            the start of the adapters.
+        data: not used; every :class:`~bora_pyro.guides.GuideBuilder` has this argument and the next two.
+        scale: not used; a point mass has no standard deviation.
+        temperature: not used; it is part of the objective.
 
     Raises:
-        InputError: when the guide is first run, a site that has no value there or one of another shape.
+        InputError: raised in the guide's first run, if a site has no value in ``sites`` or a value of another shape.
     """
     return AutoDelta(model, init_loc_fn=init_to_sites(sites), create_plates=getattr(model, "plates", None))

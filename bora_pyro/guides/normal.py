@@ -1,4 +1,4 @@
-"""The mean-field Normal: a mean and a standard deviation for every entry."""
+"""The mean-field Normal guide: a mean and a standard deviation for every entry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bora_pyro.model import BoRA
 
 
 class NormalGuide(SiteGuide):
-    """q(x) = Normal(m, diag(s²)) at every site: Θ, each task's deviation, and the logarithm of whatever is positive.
+    """q(x) = Normal(m, diag(s²)) at every site: Θ, each task's deviation, and the logarithm of a positive site.
 
         >>> import pyro, torch
         >>> def model():
@@ -22,10 +22,10 @@ class NormalGuide(SiteGuide):
         >>> pyro.poutine.trace(guide).get_trace().nodes["x"]["fn"].base_dist.scale
         tensor([0.2000, 0.2000, 0.2000], grad_fn=<ExpBackward0>)
 
-    The KL divergence from a Normal prior, and the entropy where the prior is flat, are exact under ``TraceMeanField_ELBO``. In
-    the non-centred form the deviations are in units of the prior's scale, so that s = 1 means a task whose documents say
-    nothing. Mean-field posteriors are too narrow where entries depend on each other (Turner & Sahani, 2011), as Θ and the
-    deviations do: Θ + δ_d is known better than either.
+    ``TraceMeanField_ELBO`` computes the KL divergence from a Normal prior exactly, and for a flat prior the entropy. In the
+    non-centred form the deviations are in units of the prior's scale, so that s = 1 means that the documents of the task carry no
+    information. A mean-field posterior is too narrow if entries are correlated (Turner & Sahani, 2011). Θ and the deviations are:
+    the data determine Θ + δ_d better than Θ or δ_d.
     """
 
     def begin(self, name: str, centre: Tensor, deviation: Tensor, event_dim: int) -> None:
@@ -44,7 +44,7 @@ def normal_guide(
     scale: float = 0.1,
     temperature: float = 1.0,
 ) -> NormalGuide:
-    """The mean-field Normal as a :class:`~bora_pyro.guides.GuideBuilder`; it needs no data, and the ELBO has the temperature.
+    """The mean-field Normal as a :class:`~bora_pyro.guides.GuideBuilder`; ``data`` and ``temperature`` are not used.
 
     >>> import bora_pyro as bp
     >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))

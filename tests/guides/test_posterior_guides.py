@@ -305,12 +305,12 @@ def test_a_fit_narrows_what_the_documents_say(guide):
 
 def test_bad_guides():
     model = tiny_bora()
-    with pytest.raises(InputError, match=r"scale is 0; give the first standard deviations as a number above 0"):
+    with pytest.raises(InputError, match=r"scale is 0; give the initial standard deviations as a number above 0"):
         normal_guide(model, scale=0)
     with pytest.raises(InputError, match=r"rank 0 of the covariance is not allowed"):
         LowRankGuide(model, rank=0)
     sites = map_guide(model)(tiny_batch())
     with pytest.raises(InputError, match=r"the curvature of 'v_proj.lora_A' is missing"):
         LaplaceGuide(model, sites, {})
-    with pytest.raises(InputError, match=r"the sites are not those of HierarchicalNormal.*give model.sites_given"):
+    with pytest.raises(InputError, match=r"sites do not belong to the prior HierarchicalNormal.*give model.sites_given"):
         LaplaceGuide(model, sites | {"x": torch.ones(1)}, {})
