@@ -1,12 +1,12 @@
-"""How tasks share: the prior on the adapters' latents.
+"""Priors on the adapters' latents: how strongly tasks share.
 
     >>> HierarchicalNormal(tau=100)
     HierarchicalNormal(tau=100)
     >>> prior_from_tau(float("inf"))
     Pooled()
 
-A prior sees names, starting values, masks and the plate of tasks; it knows neither adapters nor language models. The two limits
-of the hierarchy are priors of their own: :class:`Independent` (τ → 0) and :class:`Pooled` (τ → ∞).
+A prior gets names, starting values, masks and the plate of tasks. It does not depend on adapters or language models. The two
+limits of the hierarchy are separate priors: :class:`Independent` (τ → 0) and :class:`Pooled` (τ → ∞).
 """
 
 from bora_pyro.priors.base import Flat, PerLatent, Prior, StandardNormal, event

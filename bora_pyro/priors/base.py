@@ -1,4 +1,4 @@
-"""What a prior is: how the tasks' values of the latent tensors hang together.
+"""The base classes of priors. A prior is the joint distribution of the tasks' values of the latent tensors.
 
 A new prior is one file with a subclass of :class:`Prior` or :class:`PerLatent`, and one line in ``bora_pyro/priors/__init__.py``.
 Its options are the arguments of its class: ``--prior NAME --prior_option KEY=VALUE``.
@@ -21,16 +21,16 @@ from bora_pyro.errors import InputError
 
 
 class Prior(ABC):
-    """A distribution over the latents of all tasks together.
+    """A joint distribution of the latents of all tasks.
 
-    A subclass gives ``sample``, ``means``, ``sites`` and ``precision``; one that treats each latent by itself is a
-    :class:`PerLatent`, which asks for less.
+    A subclass defines ``sample``, ``means``, ``sites`` and ``precision``. A prior that treats each latent separately is a
+    :class:`PerLatent`, which needs shorter methods.
 
     Attributes:
-        least_tasks: with fewer tasks there is nothing to share, and the model refuses.
-        penalty: whether τ weighs half the squared deviation (``normal``) or its norm (``norm``).
+        least_tasks: the smallest number of tasks; the model rejects fewer.
+        penalty: whether τ multiplies half the squared deviation (``normal``) or its norm (``norm``).
         every: steps of a fit between two calls of ``learn``; 0: this prior has nothing to learn.
-        per_latent: whether ``sites`` and ``precision`` may be asked for each latent by itself.
+        per_latent: whether ``sites`` and ``precision`` can be computed for each latent separately.
     """
 
     least_tasks: int = 2
@@ -45,15 +45,15 @@ class Prior(ABC):
         """Sample the latents of every task, as Pyro sample sites.
 
         Args:
-            starts: where inference begins, common to all tasks: (layers, *shape) by name of the latent. The sites of a latent
-                are called ``theta.<name>`` and ``prior_mean.<name>``.
-            tasks: the plate of tasks at dimension -1: all D of them, or the ones that a batch speaks of. ``tasks.indices``
-                says which they are, ``tasks.subsample_size`` how many; only their values are wanted.
-            masks: the entries of a latent that are active, (layers, *shape) or (D, layers, *shape) bool, for latents that have
-                inactive ones: of these the prior says nothing. They go into the distributions (:func:`event`).
+            starts: initial values for inference, the same for all tasks: (layers, *shape) by name of the latent. The sites of a
+                latent are called ``theta.<name>`` and ``prior_mean.<name>``.
+            tasks: the plate of tasks at dimension -1, with all D tasks or only those of a batch. ``tasks.indices`` are the
+                tasks, ``tasks.subsample_size`` is their number; only their values are returned.
+            masks: which entries of a latent are active, (layers, *shape) or (D, layers, *shape) bool, for latents with inactive
+                entries. Inactive entries have no prior. The masks are applied to the distributions (:func:`event`).
 
         Returns:
-            θ by name of the latent: (D, layers, *shape), or as many rows as the plate has tasks.
+            θ by name of the latent: (D, layers, *shape), or one row for each task of the plate.
         """
 
     @abstractmethod
@@ -62,9 +62,9 @@ class Prior(ABC):
 
     @abstractmethod
     def sites(self, theta: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values of the sample sites that give θ and Θ: the inverse of ``sample`` and ``means``.
+        """Values of the sample sites for given θ and Θ: the inverse of ``sample`` and ``means``.
 
-        A site that θ and Θ do not determine, as a τ that is sampled, has the value where inference begins.
+        A site that θ and Θ do not determine, such as a random τ, gets its initial value.
 
         Args:
             theta: θ, (D, layers, *shape) by name of the latent.
@@ -72,23 +72,22 @@ class Prior(ABC):
         """
 
     def averages(self, name: str) -> bool:
-        """Whether Θ of the latent ``name`` is the tasks' average, so that ``means`` needs θ of all of them."""
+        """Whether Θ of the latent ``name`` is the average over all tasks, so that ``means`` needs θ of all tasks."""
         return False
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         """τ of the latent ``name``: a tensor that broadcasts against (D, layers, *shape).
 
-        0 where tasks are independent, infinite where they are one. Under a penalty that is not Normal it is that of the Normal
-        with the same variance.
+        τ is 0 for independent tasks and infinite for pooled tasks. With a penalty that is not Normal, it is the precision of the
+        Normal with the same variance.
 
         Args:
             name: name of the latent.
-            start: where inference begins, (layers, *shape).
-            sites: values of the sample sites, of which τ may be one; a prior whose τ is no sample site does not look at them.
-                None: τ where inference begins.
+            start: initial value for inference, (layers, *shape).
+            sites: values of the sample sites. A prior reads τ from them if τ is a sample site. None: the initial τ.
 
         Raises:
-            InputError: this kind of prior does not say.
+            InputError: the class has no method ``precision``.
         """
         raise InputError(f"the precision of deviations under {self} is not known; give its class a method `precision`")
 
@@ -100,43 +99,44 @@ class Prior(ABC):
         *,
         all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
-        """Follow what some validation documents say of the prior's own parameters; a prior without any does nothing.
+        """Update the prior's own parameters from validation documents; a prior without such parameters does nothing.
 
         Args:
-            deviations: θ_d(n) − mean_d θ_d by latent: how the task of each document deviates from the tasks' average,
+            deviations: θ_d(n) − mean_d θ_d by latent: how the task of each document deviates from the average over all tasks,
                 (documents, layers, *shape).
-            gradients: ∇ log p(w_n | θ_d(n)) of each document with respect to its own task's weights, (documents, layers, *shape).
+            gradients: ∇ log p(w_n | θ_d(n)) of each document with respect to the weights of its own task,
+                (documents, layers, *shape).
             task: index of each document's task, (documents,).
-            all_reduce: adds a tensor up over the processes of a fit, each of which has other documents.
+            all_reduce: sums a tensor over the processes of a fit; each process has its own documents.
         """
 
     def state(self) -> dict[str, Tensor]:
-        """What the prior has learned, as tensors for a checkpoint and a run folder; names that begin with ``tau.`` are τ."""
+        """The learned parameters, as tensors for a checkpoint and a run folder; names that start with ``tau.`` are τ."""
         return {}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (nor to put back)
-        """Put back what ``state`` gave, or the part of it that a run folder has."""
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most priors have no state)
+        """Restore the tensors that ``state`` returned, or those of them that a run folder has."""
 
 
 class PerLatent(Prior):
-    """A prior under which the latents are independent of each other: each is sampled by itself.
+    """A prior under which the latents are independent of each other, so that each one is sampled separately.
 
-    Every method speaks of one latent, ``name``, with its start (layers, *shape), its θ (D, layers, *shape), its Θ (layers,
-    *shape) and its mask.
+    Every method handles one latent, ``name``, with its start (layers, *shape), its θ (D, layers, *shape), its Θ (layers, *shape)
+    and its mask.
     """
 
     per_latent = True
 
     @abstractmethod
     def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
-        """As ``sample``, for one latent: (D, layers, *shape)."""
+        """As ``sample``, for one latent: θ, (D, layers, *shape)."""
 
     @abstractmethod
     def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
-        """As ``means``, for one latent: (layers, *shape)."""
+        """As ``means``, for one latent: Θ, (layers, *shape)."""
 
     def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
-        """As ``sites``, for one latent; this one serves every prior that samples Θ and θ as they are."""
+        """As ``sites``, for one latent. This default is right for every prior that samples Θ and θ themselves."""
         return {f"prior_mean.{name}": mean, f"theta.{name}": theta}
 
     def sample(
@@ -156,20 +156,20 @@ class PerLatent(Prior):
 def event(
     distribution: dist.TorchDistribution, dims: int, mask: Tensor | None = None, tasks: pyro.plate | None = None
 ) -> dist.TorchDistribution:
-    """A distribution of entries as one of events of ``dims`` dimensions, of which the mask leaves the inactive entries out.
+    """Make events of ``dims`` dimensions from a distribution of entries, without the entries that the mask marks as inactive.
 
-    The mask goes in before ``to_event``: ``poutine.mask`` cannot reach the entries of an event, and under a flat prior the scale
-    of a guide would grow without bound at an inactive one.
+    The mask is applied before ``to_event``, because ``poutine.mask`` cannot mask single entries of an event. Without a mask, the
+    guide's scale at an inactive entry with a flat prior would grow without bound.
 
         >>> mask = torch.tensor([True, False])
         >>> event(dist.Normal(torch.zeros(2), 1.0), 1, mask).log_prob(torch.tensor([0.0, 100.0]))
         tensor(-0.9189)
 
     Args:
-        distribution: of the entries, (..., *shape).
+        distribution: the distribution of the entries, (..., *shape).
         dims: number of dimensions of an event.
-        mask: the entries that are active; None: all. With a row a task it has one dimension more than ``dims``.
-        tasks: the plate of tasks, where the distribution is inside it; without it an entry counts that is active in any task.
+        mask: which entries are active; None: all. A mask with one row per task has one dimension more than ``dims``.
+        tasks: the plate of tasks, if the distribution is inside it. Outside it, an entry is active if it is active in any task.
     """
     if mask is not None and mask.dim() > dims:
         mask = mask.any(0) if tasks is None else mask[tasks.indices.to(mask.device)]
@@ -177,11 +177,14 @@ def event(
 
 
 class StandardNormal(dist.Normal):
-    """Normal(0, 1), whose log-density neither divides by a scale nor takes its logarithm: adapters have millions of entries."""
+    """Normal(0, 1) with a faster log-density: it needs no division by the scale and no logarithm of it.
+
+    Adapters have millions of entries, so this saves time.
+    """
 
     @property
     def mean(self) -> Tensor:
-        """Zeros of their own, where ``Normal`` gives an expanded view: guides that begin at the mean make parameters of it."""
+        """Zeros in their own memory. ``Normal`` may return an expanded view, which a guide cannot use as a parameter."""
         return self.loc.contiguous()
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -189,10 +192,10 @@ class StandardNormal(dist.Normal):
 
 
 class Flat(dist.Normal):
-    """The improper p(x) ∝ 1, where inference begins at ``start``: log-density 0 everywhere, each entry a number of its own.
+    """The improper p(x) ∝ 1 for each entry: the log-density is 0 everywhere. Inference begins at ``loc``.
 
-    Like Pyro's ``Normal(start, 1).mask(False)`` for a point mass, but the KL divergence from a Normal to it is the negative
-    entropy, ∫ q log q, where a masked distribution's would be 0 and a guide's scale without a price.
+    With a point mass as guide it acts like Pyro's ``Normal(loc, 1).mask(False)``. The KL divergence from a Normal to it is the
+    negative entropy, ∫ q log q. For the masked distribution that divergence would be 0, and nothing would bound a guide's scale.
 
         >>> Flat(torch.zeros(2), 1.0).log_prob(torch.tensor([3.0, 4.0]))
         tensor([0., 0.])
@@ -203,8 +206,8 @@ class Flat(dist.Normal):
 
 
 def flat(start: Tensor, dims: int, mask: Tensor | None = None, tasks: pyro.plate | None = None) -> dist.TorchDistribution:
-    """p(x) ∝ 1 over the last ``dims`` dimensions of a tensor, where inference begins at ``start``; mask as for :func:`event`."""
-    # A clone: a guide that begins at the mean (Pyro's init_to_mean) must not optimise the model's own start in place.
+    """p(x) ∝ 1 for events of ``dims`` dimensions; inference begins at ``start``. ``mask`` and ``tasks`` as for :func:`event`."""
+    # A clone: a guide that starts at the mean (Pyro's init_to_mean) must not optimise the model's own start in place.
     return event(Flat(start.clone(memory_format=torch.contiguous_format), 1.0), dims, mask, tasks)
 
 
@@ -220,18 +223,22 @@ def _kl_normal_standard_normal(q: dist.Normal, p: StandardNormal) -> Tensor:
 
 @register_kl(dist.Normal, dist.MaskedDistribution)
 def _kl_normal_masked(q: dist.Normal, p: dist.MaskedDistribution) -> Tensor:
-    # an inactive entry has neither a prior nor an entropy: nothing pulls at a guide's scale there
+    # an inactive entry adds neither a prior term nor an entropy term, so a guide's scale has no gradient there
     return scale_and_mask(kl_divergence(q, p.base_dist), mask=p._mask)
 
 
 def copies(value: Tensor, start: Tensor, tasks: pyro.plate) -> Tensor:
     """``value`` once for each task of the plate: (D, *start.shape)."""
-    # copies and no expanded view, whose entries an optimiser would update together: the same guides make parameters of it
+    # copies instead of an expanded view: guides make parameters of it, and an optimiser would update a view's entries together
     return value.expand(tasks.subsample_size, *start.shape).contiguous()
 
 
 def check_tau(tau: float) -> None:
-    """Raise ``InputError`` where τ is negative or not a number."""
+    """Check that τ is a number from 0 to infinity.
+
+    Raises:
+        InputError: τ is negative or not a number.
+    """
     if math.isnan(tau) or tau < 0:
         raise InputError(
             f"tau {tau} is not allowed; it is a number from 0 (independent tasks) to inf (one shared adapter), nearest: 0"

@@ -1,4 +1,4 @@
-"""Another prior for each latent of an adapter."""
+"""A prior that combines several priors: each latent of an adapter has its own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bora_pyro.priors.limits import Pooled
 
 
 class ByLatent(Prior):
-    """Each latent under a prior of its own, chosen by the last part of its name.
+    """Each latent has its own prior, chosen by the last part of the latent's name.
 
         >>> from bora_pyro.priors import HierarchicalNormal, Pooled
         >>> ByLatent({"shared_A": Pooled(), "shared_B": Pooled()}, other=HierarchicalNormal(tau=100))
         ByLatent({'shared_A': Pooled(), 'shared_B': Pooled()}, other=HierarchicalNormal(tau=100))
 
     Args:
-        priors: by the latent's name within its layer (``lora_A`` stands for ``q_proj.lora_A``, ``v_proj.lora_A``, ...).
-        other: the prior of every other latent.
+        priors: the priors by the latent's name within its layer (``lora_A`` for ``q_proj.lora_A``, ``v_proj.lora_A``, ...).
+        other: the prior of all other latents. Only this one may learn its parameters during a fit.
 
     Raises:
-        InputError: a name with a dot, which no latent's last part has; a prior by name that learns, as ``other`` may.
+        InputError: a name has a dot, or one of ``priors`` learns its parameters during a fit.
     """
 
     def __init__(self, priors: Mapping[str, Prior], *, other: Prior) -> None:
@@ -33,10 +33,10 @@ class ByLatent(Prior):
                 raise InputError(f"latent {name!r} is not allowed; give its last part alone, {name.rpartition('.')[-1]!r}")
             if prior.every:
                 raise InputError(
-                    f"the prior of {name!r}, {prior}, learns; give it as other, and those of the other latents by name"
+                    f"the prior of {name!r}, {prior}, is learned during a fit; give it as other, and fixed priors by name"
                 )
         self.priors, self.other = dict(priors), other
-        self.every = other.every  # the only one here that may have something to learn
+        self.every = other.every  # only ``other`` may have something to learn
         self.penalty = other.penalty
         self.per_latent = all(prior.per_latent for prior in (*self.priors.values(), other))
 
@@ -45,16 +45,16 @@ class ByLatent(Prior):
         return self.priors.get(name.rpartition(".")[-1], self.other)
 
     def _by_prior(self, names: Iterable[str]) -> list[tuple[Prior, list[str]]]:
-        """The latents in the order in which they are sampled: those of a joint prior together, every other one by itself."""
-        parts: list[tuple[Prior, list[str]]] = []
+        """Groups of latents in the order in which they are sampled: a joint prior has one group, other latents are alone."""
+        groups: list[tuple[Prior, list[str]]] = []
         for name in names:
             prior = self.of(name)
-            together = [part for part in parts if part[0] is prior and not prior.per_latent]
-            if together:
-                together[0][1].append(name)
+            joint = [group for group in groups if group[0] is prior and not prior.per_latent]
+            if joint:
+                joint[0][1].append(name)
             else:
-                parts.append((prior, [name]))
-        return parts
+                groups.append((prior, [name]))
+        return groups
 
     def sample(
         self, starts: Mapping[str, Tensor], tasks: pyro.plate, masks: Mapping[str, Tensor] | None = None
@@ -105,7 +105,7 @@ class ByLatent(Prior):
 
 
 def with_shared(prior: Prior, shared: Collection[str]) -> Prior:
-    """``prior``, but one value for all tasks of the latents in ``shared``: what an adapter declares as its ``shared``.
+    """The prior ``prior``, except that the latents in ``shared``, which an adapter declares, have one value for all tasks.
 
     >>> from bora_pyro.priors import Independent
     >>> with_shared(Independent(), ())

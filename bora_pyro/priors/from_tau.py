@@ -1,4 +1,4 @@
-"""The prior that a value of τ stands for."""
+"""The prior for a given value of τ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PENALTIES: dict[str, Callable[[float, str], Prior]] = {"normal": HierarchicalNor
 
 
 def prior_from_tau(tau: float, form: str = "noncentered", *, penalty: str = "normal") -> Prior:
-    """The prior of precision τ, limits included: 0 is :class:`Independent`, infinity is :class:`Pooled`.
+    """The prior with precision τ: 0 gives :class:`Independent`, infinity gives :class:`Pooled`.
 
         >>> [prior_from_tau(tau) for tau in (0, 100, float("inf"))]
         [Independent(), HierarchicalNormal(tau=100), Pooled()]
@@ -25,10 +25,10 @@ def prior_from_tau(tau: float, form: str = "noncentered", *, penalty: str = "nor
         tau: τ, from 0 to infinity.
         form: ``noncentered`` or ``centered``.
         penalty: ``normal`` (the paper) for :class:`HierarchicalNormal`, ``norm`` (the released code) for
-            :class:`HierarchicalNorm`, whose τ has another unit. Their limits are the same.
+            :class:`HierarchicalNorm`, whose τ has another unit. Both have the same limits.
 
     Raises:
-        InputError: τ is negative or not a number; an unknown penalty.
+        InputError: τ is negative or not a number, or the penalty is unknown.
     """
     if penalty not in PENALTIES:
         raise InputError(f"penalty {penalty!r} is not known; it is one of {', '.join(PENALTIES)}{nearest(penalty, PENALTIES)}")

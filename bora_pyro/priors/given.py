@@ -1,4 +1,4 @@
-"""A hierarchy whose mean and precision are known: the prior of a task that was not there when they were learned."""
+"""A hierarchy with known mean and precision: the prior of a new task, which was not part of the fit that learned them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.priors.base import PerLatent, StandardNormal, copies, event, flat
 from bora_pyro.priors.norm import standard_spherical_laplace
 
-#: Before the names of Θ in the state of the prior.
+#: Prefix of the names of Θ in the state of the prior.
 MEAN = "tau.mean."
-#: What τ weighs: half the squared deviation, or its norm.
+#: τ multiplies half the squared deviation, or the norm of the deviation.
 PENALTIES = ("normal", "norm")
 
 
 class Given(PerLatent):
-    """θ_d ~ Normal(Θ, I/τ) with Θ and τ given: equation 6 of the BoRA paper seen by one task more.
+    """θ_d ~ Normal(Θ, I/τ) with Θ and τ given: equation 6 of the BoRA paper for a new task.
 
         >>> prior = Given({"q_proj.lora_A": torch.zeros(2, 4, 8)}, {"q_proj.lora_A": torch.tensor(100.0)})
         >>> prior
         Given(1 latents, tau=100)
 
-    Tasks are independent under it, so one alone is enough. Where τ is 0 it says nothing (p(θ_d) ∝ 1, begun at Θ), where τ is
-    infinite θ_d is Θ itself and there is nothing to infer.
+    Tasks are independent under this prior, so one task is enough. With τ = 0 the prior is flat, p(θ_d) ∝ 1, and inference begins
+    at Θ. With τ = ∞, θ_d is Θ and there is nothing to infer.
 
     Args:
         means: Θ by latent, (layers, *shape).
-        precisions: τ by latent, a number or what broadcasts against (layers, *shape); under ``norm`` that of the Normal with the
-            same variance, as :meth:`~bora_pyro.priors.HierarchicalNorm.precision` gives it.
+        precisions: τ by latent: a number, or a tensor that broadcasts against (layers, *shape). With penalty ``norm`` it is the
+            precision of the Normal with the same variance, as :meth:`~bora_pyro.priors.HierarchicalNorm.precision` returns it.
         penalty: ``normal``, or ``norm`` for the density of :class:`~bora_pyro.priors.HierarchicalNorm` around Θ.
 
     Raises:
-        InputError: the two have other names, or a τ is negative or not a number, or neither 0 nor infinite throughout; an unknown
-            penalty.
+        InputError: ``means`` and ``precisions`` have different names; a τ is negative or not a number, or only some of its
+            entries are 0 or infinite; the penalty is unknown.
     """
 
     least_tasks = 1
@@ -57,7 +57,8 @@ class Given(PerLatent):
             limits = (tau == 0) | tau.isinf()
             if bool(tau.isnan().any() | (tau < 0).any() | (limits.any() & ~(tau == tau.flatten()[0]).all())):
                 raise InputError(
-                    f"the precision of {name!r} runs from {tau.min():g} to {tau.max():g}; give numbers above 0, or one limit"
+                    f"the precision of {name!r} runs from {tau.min():g} to {tau.max():g}; give finite numbers above 0, or 0 or "
+                    "inf for all entries"
                 )
 
     def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
@@ -100,7 +101,7 @@ class Given(PerLatent):
 
     def __repr__(self) -> str:
         logs = [value.float().log().mean() for value in self.tau.values()]
-        own = [value for value in logs if value < math.inf] or logs  # what tasks share has an infinite τ
+        own = [value for value in logs if value < math.inf] or logs  # latents that all tasks share have an infinite τ
         tau = torch.stack(own).mean().exp() if own else 0.0
         penalty = "" if self.penalty == "normal" else f", penalty={self.penalty!r}"
         return f"Given({len(self.centres)} latents, tau={float(tau):g}{penalty})"

@@ -19,14 +19,18 @@ FORMS = ("noncentered", "centered")
 def whitened_deviation(name: str, start: Tensor, tasks: pyro.plate, scale: float | Tensor, mask: Tensor | None = None) -> Tensor:
     """θ_d = Θ + scale · z_d with z_d ~ Normal(0, I) and p(Θ) ∝ 1: the non-centred form of the hierarchy.
 
-    What ``LocScaleReparam(0.0)`` makes of ``pyro.sample("theta", Normal(prior_mean, scale))``, at a third of its cost.
+    The result is that of ``LocScaleReparam(0.0)`` with ``pyro.sample("theta", Normal(prior_mean, scale))``, at a third of the
+    cost.
 
     Args:
         name: name of the latent.
-        start: where Θ begins, (layers, *shape).
+        start: initial value of Θ, (layers, *shape).
         tasks: the plate of tasks.
-        scale: τ^-1/2, broadcast against (D, layers, *shape).
+        scale: τ^-1/2; it broadcasts against (D, layers, *shape).
         mask: the active entries, as for :meth:`~bora_pyro.priors.Prior.sample`.
+
+    Returns:
+        θ, (D, layers, *shape).
     """
     prior_mean = pyro.sample(f"prior_mean.{name}", flat(start, start.dim(), mask))
     with tasks:
@@ -44,12 +48,12 @@ class HierarchicalNormal(PerLatent):
         [[1.0...], [-1.0...]]
 
     Args:
-        tau: τ, the precision of a task's deviation from Θ, positive and finite. Large: tasks share much.
+        tau: τ, the precision of a task's deviation from Θ, positive and finite. With a large τ tasks share much.
         form: ``noncentered`` samples the whitened deviation z_d = √τ (θ_d − Θ), so that every task's gradient reaches Θ;
-            ``centered`` samples θ_d itself, as the paper does. The model is the same.
+            ``centered`` samples θ_d itself, as the paper does. Both are the same model.
 
     Raises:
-        InputError: τ is 0, infinite, negative or not a number; an unknown form.
+        InputError: τ is 0, infinite, negative or not a number, or the form is unknown.
     """
 
     def __init__(self, tau: float = 100.0, form: str = "noncentered") -> None:

@@ -1,4 +1,4 @@
-"""The hierarchical Normal whose τ is learned in the one fit, from held-out documents."""
+"""The hierarchical Normal whose τ is learned during the fit, from held-out documents."""
 
 from __future__ import annotations
 
@@ -14,42 +14,47 @@ from bora_pyro.priors.base import PerLatent
 from bora_pyro.priors.hierarchical import whitened_deviation
 
 PER = ("site", "layer", "task", "model")
-#: τ stays within these: the upper one is reached where tasks are identical, the lower one where they have nothing in common.
+#: τ stays between these bounds: identical tasks reach the upper one, tasks with nothing in common the lower one.
 BOUNDS = (1e-3, 1e9)
-# The weight of the past in the running sums, and how many documents of slope 0 they are shrunk by.
-_MEMORY, _SHRINKAGE = 0.7, 4.0
+# The weight of earlier values in the running sums, and the number of documents with slope 0 that are added to shrink the mean.
+_DECAY, _SHRINKAGE = 0.7, 4.0
 
 
 class LearnedPrecision(PerLatent):
-    """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1, τ following what held-out documents say during the fit.
+    """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1, where held-out documents adjust τ during the fit.
 
         >>> LearnedPrecision(per="layer", start=1000)
         LearnedPrecision(per='layer', start=1000)
 
-    The deviations are written as δ_d = z_d/√τ with z_d ~ Normal(0, I), as in the non-centred
-    :class:`~bora_pyro.priors.HierarchicalNormal`, so that τ scales them directly. Every ``every`` steps some validation documents
-    are asked in which direction the tasks' deviations should be scaled,
+    The deviations are δ_d = z_d/√τ with z_d ~ Normal(0, I), as in the non-centred
+    :class:`~bora_pyro.priors.HierarchicalNormal`, so that τ scales them directly. Every ``every`` steps the prior computes from
+    some validation documents
 
-        slope = Σ_n ⟨δ_d(n) − δ̄, ∇ log p(w_n | θ_d(n))⟩,  δ̄ = mean_d δ_d,
+        slope = Σ_n ⟨δ_d(n) − δ̄, ∇ log p(w_n | θ_d(n))⟩,  δ̄ = mean_d δ_d.
 
-    the derivative of their log-likelihood with respect to the logarithm of a factor on the deviations from the tasks' mean. A
-    negative slope (the deviations are too large for documents they have not seen) raises τ, a positive one lowers it. For a
-    linear-Gaussian hierarchy the slope's expectation is zero exactly at the τ that the tasks were drawn with, whatever their
-    number: with r_d = ȳ_d − ȳ and δ_d = g r_d, E Σ_d r_d (θ_d − ȳ − g r_d) = (D − 1)(1/τ₀ − g (1/τ₀ + 1/h)), which vanishes for
-    g = h/(h + τ₀). Unlike the evidence at an optimum (MacKay's γ/Σδ²), it supposes neither that the fit has converged nor a
-    diagonal curvature. The step in log τ is ``rate`` times the mean slope of the last documents over their root mean square, so
-    that it is large where documents agree, small where they do not, and never larger than ``rate``. It does not shrink with the
-    learning rate: the best τ rises as a fit goes on and begins to overfit, and is to be followed to the end.
+    It is the derivative of the documents' log-likelihood with respect to log c, where the factor c multiplies the deviations from
+    the tasks' mean. A negative slope means that the deviations are too large for held-out documents, and τ rises. A positive
+    slope lowers τ.
+
+    For a linear-Gaussian hierarchy the expected slope is zero exactly at the true τ₀ of the tasks, for any number of tasks: with
+    r_d = ȳ_d − ȳ and δ_d = g r_d, E Σ_d r_d (θ_d − ȳ − g r_d) = (D − 1)(1/τ₀ − g (1/τ₀ + 1/h)), which is zero for
+    g = h/(h + τ₀). In contrast to the evidence at an optimum (MacKay's γ/Σδ²), the slope requires neither a converged fit nor a
+    diagonal curvature.
+
+    The step in log τ is ``rate`` times the mean slope of the last documents, divided by their root mean square slope. The step is
+    large if the documents agree, small if they do not, and never larger than ``rate``. It does not shrink with the learning rate,
+    because the best τ keeps rising while a fit begins to overfit.
 
     Args:
-        per: what has a τ of its own: each ``site`` (a kind of layer and a factor, as ``q_proj.lora_A``); each ``layer`` of
-            each site; each ``task``, times that of the site; or one for the whole ``model``.
+        per: what has its own τ: each ``site`` (a kind of layer and a factor, for example ``q_proj.lora_A``); each ``layer`` of
+            each site; each ``task`` (times a τ of the site); or the whole ``model``.
         start: τ before the first step.
-        every: steps between two looks at validation documents; one costs about as much as a training step.
-        rate: largest change of log τ in one step.
+        every: steps between two updates of τ; one update costs about as much as a training step.
+        rate: largest change of log τ in one update.
 
     Raises:
-        InputError: an unknown ``per``; a start outside the bounds, a number of steps below 1, a rate that is not positive.
+        InputError: ``per`` is unknown, ``start`` is outside the bounds, ``every`` is below 1, or ``rate`` is not positive and
+            finite.
     """
 
     def __init__(self, per: str = "site", start: float = 100.0, *, every: int = 4, rate: float = 1.0) -> None:
@@ -62,7 +67,7 @@ class LearnedPrecision(PerLatent):
         self.per, self.start, self.every, self.rate = per, float(start), every, rate
         #: τ by latent: one number, (layers, 1, ...) or (D, 1, 1, ...), which broadcasts against (D, layers, *shape).
         self.tau: dict[str, Tensor] = {}
-        # running sums by group: of the slopes, of the documents
+        # by group: the running sums of the slopes and of the numbers of documents
         self._sums: dict[str, Tensor] = {}
 
     def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
@@ -93,13 +98,13 @@ class LearnedPrecision(PerLatent):
         # (documents, layers) each
         slopes = {name: (gradients[name] * deviation).flatten(2).sum(-1) for name, deviation in deviations.items()}
         sums = {
-            key: torch.stack([of_documents.sum(0), own.sum(0), of_documents.square().sum(0)])
-            for key, (of_documents, own) in self._by_group(slopes, task).items()
+            key: torch.stack([group_slopes.sum(0), counted.sum(0), group_slopes.square().sum(0)])
+            for key, (group_slopes, counted) in self._by_group(slopes, task).items()
         }
-        added = all_reduce(torch.cat([value.flatten() for value in sums.values()])).split(
+        totals = all_reduce(torch.cat([value.flatten() for value in sums.values()])).split(
             [value.numel() for value in sums.values()]
         )
-        steps = {key: self._step(key, *of_group.view(3, -1)) for key, of_group in zip(sums, added, strict=True)}
+        steps = {key: self._step(key, *total.view(3, -1)) for key, total in zip(sums, totals, strict=True)}
         for name, tau in self.tau.items():
             change = steps["model" if self.per == "model" else name].view(tau.shape if self.per == "layer" else ())
             if self.per == "task":
@@ -107,25 +112,35 @@ class LearnedPrecision(PerLatent):
             self.tau[name] = (tau * torch.exp(-change)).clamp(*BOUNDS)
 
     def _by_group(self, slopes: dict[str, Tensor], task: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each group of τ that share a scale, the slopes (documents, members) and which of them are a member's own."""
-        every = torch.ones(len(task), 1, device=task.device)
+        """By group of τ: the slopes, (documents, members), and 1 for each document that counts for a member, otherwise 0.
+
+        The members of a group are several τ whose slopes are divided by one root mean square.
+        """
+        all_documents = torch.ones(len(task), 1, device=task.device)
         if self.per == "model":
-            return {"model": (torch.stack([slope.sum(1) for slope in slopes.values()]).sum(0)[:, None], every)}
+            return {"model": (torch.stack([slope.sum(1) for slope in slopes.values()]).sum(0)[:, None], all_documents)}
         if self.per == "layer":
-            return {name: (slope, every.expand_as(slope)) for name, slope in slopes.items()}
-        groups = {name: (slope.sum(1, keepdim=True), every) for name, slope in slopes.items()}
+            return {name: (slope, all_documents.expand_as(slope)) for name, slope in slopes.items()}
+        groups = {name: (slope.sum(1, keepdim=True), all_documents) for name, slope in slopes.items()}
         if self.per == "task":
-            own = torch.nn.functional.one_hot(task, len(next(iter(self.tau.values())))).to(every.dtype)
-            of_documents = torch.stack([slope.sum(1) for slope in slopes.values()]).sum(0)[:, None]
-            groups["tasks"] = (of_documents * own, own)
+            of_task = torch.nn.functional.one_hot(task, len(next(iter(self.tau.values())))).to(all_documents.dtype)
+            document_slopes = torch.stack([slope.sum(1) for slope in slopes.values()]).sum(0)[:, None]
+            groups["tasks"] = (document_slopes * of_task, of_task)
         return groups
 
-    def _step(self, key: str, slopes: Tensor, own: Tensor, squares: Tensor) -> Tensor:
-        """The step in −log τ of each member of a group, (members,), of sums of slopes, of ones and of squared slopes."""
-        # in units of this look's own root mean square, one for all tasks: slopes grow a hundredfold within a fit
-        scale = (squares.sum() / own.sum()).sqrt().clamp(min=torch.finfo(slopes.dtype).tiny)
-        new = torch.stack([slopes / scale, own])
-        self._sums[key] = new + _MEMORY * self._sums.get(key, torch.zeros_like(new))
+    def _step(self, key: str, slopes: Tensor, counts: Tensor, squares: Tensor) -> Tensor:
+        """The step in −log τ of each member of a group, (members,).
+
+        Args:
+            key: the group.
+            slopes: sums of the slopes, (members,).
+            counts: numbers of documents, (members,).
+            squares: sums of the squared slopes, (members,).
+        """
+        # divide by the root mean square of this update's slopes, over all tasks: slopes grow a hundredfold during a fit
+        scale = (squares.sum() / counts.sum()).sqrt().clamp(min=torch.finfo(slopes.dtype).tiny)
+        new = torch.stack([slopes / scale, counts])
+        self._sums[key] = new + _DECAY * self._sums.get(key, torch.zeros_like(new))
         total, documents = self._sums[key]
         return self.rate * total / (documents + _SHRINKAGE)
 

@@ -1,4 +1,4 @@
-"""The two limits of the hierarchy, as priors of their own: one adapter each, and one for all."""
+"""The two limits of the hierarchy as separate priors: independent adapters, and one adapter for all tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bora_pyro.priors.base import PerLatent, copies, flat
 
 
 class Independent(PerLatent):
-    """p(θ_d) ∝ 1 for every task on its own: the limit τ → 0. Θ is then the tasks' average.
+    """p(θ_d) ∝ 1 for every task, independently: the limit τ → 0. Θ is then the tasks' average.
 
     >>> import torch
     >>> theta = torch.tensor([[1.0], [3.0]])
@@ -56,7 +56,7 @@ class Pooled(PerLatent):
         return sites[f"prior_mean.{name}"]
 
     def sites_of(self, name: str, theta: Tensor, mean: Tensor) -> dict[str, Tensor]:
-        return {f"prior_mean.{name}": mean}  # tasks that are no copies of Θ have no place here
+        return {f"prior_mean.{name}": mean}  # every θ_d is Θ, so ``theta`` is not needed
 
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return start.new_tensor(math.inf)

@@ -1,4 +1,4 @@
-"""A hierarchy whose penalty is the norm of a deviation, not its square: the released BoRA code's."""
+"""A hierarchy that penalises the norm of a deviation, not its square, as the released BoRA code does."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class SphericalLaplace(TorchDistribution):
         >>> matrices.batch_shape, matrices.event_shape, matrices.sample().shape
         (torch.Size([5]), torch.Size([2, 3]), torch.Size([5, 2, 3]))
 
-    p(x) = Γ(n/2) τⁿ / (2 π^(n/2) Γ(n)) exp(−τ ‖x − μ‖₂): a uniform direction, and a radius ~ Gamma(n, τ). For n = 1 it is
-    the Laplace distribution; as the prior of a group of coefficients it is that of the Bayesian group lasso (Raman et al., 2009).
+    p(x) = Γ(n/2) τⁿ / (2 π^(n/2) Γ(n)) exp(−τ ‖x − μ‖₂): the direction is uniform, and the radius ~ Gamma(n, τ). For n = 1 it is
+    the Laplace distribution. The Bayesian group lasso has it as the prior of a group of coefficients (Raman et al., 2009).
 
     Args:
         loc: μ, (*batch, *event).
-        rate: τ, positive, broadcast over the batch.
-        event_dim: how many of the last dimensions of ``loc`` make one x.
+        rate: τ, positive; it broadcasts against the batch.
+        event_dim: number of event dimensions: the last ones of ``loc``.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"rate": constraints.positive}
@@ -74,7 +74,7 @@ class SphericalLaplace(TorchDistribution):
         return n * self.rate.log() + constant - self.rate * self._norm(value - self.loc)
 
     def _norm(self, x: Tensor) -> Tensor:
-        """‖x‖₂ over the dimensions of the event; torch's gradient of it at x = 0, where inference begins, is 0."""
+        """‖x‖₂ over the event dimensions. Inference begins at x = 0; torch's gradient there is 0."""
         return torch.linalg.vector_norm(x.flatten(x.dim() - self.event_dim), dim=-1) if self.event_dim else x.abs()
 
     def _of_entries(self, value: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class SphericalLaplace(TorchDistribution):
 
 
 def standard_spherical_laplace(start: Tensor, mask: Tensor | None = None) -> TorchDistribution:
-    """One for each layer of ``start`` (layers, *shape), around 0, in which an entry has the standard deviation 1.
+    """A SphericalLaplace around 0 for each layer of ``start`` (layers, *shape); every entry has the standard deviation 1.
 
     >>> standard_spherical_laplace(torch.zeros(4, 2, 3)).base_dist.rate  # √(n + 1)
     tensor([2.6458, 2.6458, 2.6458, 2.6458])
@@ -97,26 +97,26 @@ def standard_spherical_laplace(start: Tensor, mask: Tensor | None = None) -> Tor
 
 
 class HierarchicalNorm(PerLatent):
-    """p(θ_d | Θ) ∝ exp(−τ Σ ‖θ_d − Θ‖₂), the sum running over matrices, with p(Θ) ∝ 1.
+    """p(θ_d | Θ) ∝ exp(−τ Σ ‖θ_d − Θ‖₂), summed over matrices, with p(Θ) ∝ 1.
 
         >>> HierarchicalNorm(tau=500)
         HierarchicalNorm(tau=500)
 
-    Each layer's A and each layer's B of a task is a matrix of its own. This is the released BoRA code's penalty: there the weight
-    of the sum of norms (``reg_weight``) stands before it without a factor ½, so it is this τ. It is not the paper's
-    equation 6, whose exponent −τ/2 ‖θ_d − Θ‖² has the norm squared. A norm pulls a small deviation as hard as a large one: it
-    spares the matrices that differ much and holds the others at Θ, as the group lasso does.
+    The sum has one term for A and one for B of each layer. This is the penalty of the released BoRA code. Its ``reg_weight``
+    multiplies the sum of norms without a factor ½, so ``reg_weight`` is this τ. The penalty differs from the paper's equation 6,
+    whose exponent −τ/2 ‖θ_d − Θ‖² has the squared norm. The gradient of a norm is as large for a small deviation as for a large
+    one. As in the group lasso, matrices that differ much are therefore shrunk little, and the others are held at Θ.
 
-    τ has another unit than the precision of :class:`HierarchicalNormal`: an entry's deviation has the standard deviation
-    √(n + 1)/τ in a matrix of n entries, so that a Normal of precision τ' is about as wide where τ = √((n + 1) τ').
+    τ is not the precision of :class:`HierarchicalNormal`: in a matrix of n entries, an entry's deviation has the standard
+    deviation √(n + 1)/τ. A Normal of precision τ' has about the same width for τ = √((n + 1) τ').
 
     Args:
-        tau: τ, positive and finite. Large: tasks share much.
+        tau: τ, positive and finite. With a large τ tasks share much.
         form: ``noncentered`` samples the deviation in units of its standard deviation; ``centered`` samples θ_d itself, as
-            the released code does. The model is the same.
+            the released code does. Both are the same model.
 
     Raises:
-        InputError: τ is 0, infinite, negative or not a number; an unknown form.
+        InputError: τ is 0, infinite, negative or not a number, or the form is unknown.
     """
 
     penalty = "norm"
@@ -131,7 +131,7 @@ class HierarchicalNorm(PerLatent):
         self.tau, self.form = float(tau), form
 
     def scale(self, start: Tensor) -> float:
-        """√(n + 1)/τ, the standard deviation of an entry's deviation; start: (layers, *shape), n entries a layer."""
+        """√(n + 1)/τ, the standard deviation of an entry's deviation; ``start`` (layers, *shape) has n entries per layer."""
         return math.sqrt(start[0].numel() + 1) / self.tau
 
     def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:

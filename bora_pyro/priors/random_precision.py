@@ -1,4 +1,4 @@
-"""The hierarchical Normal whose τ is a sample site, with a prior of its own: a guide with a spread gives its posterior."""
+"""The hierarchical Normal with a random τ: τ is a sample site with its own prior, and a guide gives its posterior."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HalfCauchyPrecision(TorchDistribution):
 
     Args:
         scale: s, the median of σ, positive; (*batch).
-        start: where inference begins, positive; broadcast against ``scale``.
+        start: initial value for inference, positive; it broadcasts against ``scale``.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
@@ -50,7 +50,7 @@ class HalfCauchyPrecision(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """``start``, as a tensor of its own: guides that begin at the mean begin there. The distribution's mean is infinite."""
+        """A copy of ``start``: guides that start at the mean start there. The mean of the distribution is infinite."""
         return self.start.contiguous()
 
     def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None) -> HalfCauchyPrecision:
@@ -58,7 +58,7 @@ class HalfCauchyPrecision(TorchDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         u = torch.rand(self._extended_shape(sample_shape), dtype=self.scale.dtype, device=self.scale.device)
-        eps = torch.finfo(u.dtype).eps  # away from the ends: there τ would be 0 or infinite
+        eps = torch.finfo(u.dtype).eps  # at the ends of the interval τ would be 0 or infinite
         return (torch.tan(0.5 * math.pi * u.clamp(eps, 1 - eps)) / self.scale).square()
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -74,7 +74,9 @@ class HalfCauchyPrecision(TorchDistribution):
 
 
 class GammaPrecision(dist.Gamma):
-    """τ ~ Gamma(½, s²/2): σ² = 1/τ is scaled-inverse-χ² with one degree of freedom, as after one deviation of size s.
+    """τ ~ Gamma(½, s²/2): σ² = 1/τ is scaled-inverse-χ² with one degree of freedom and scale s².
+
+    It carries the information of one observed deviation of size s.
 
         >>> tau = GammaPrecision(scale=0.1, start=50.0)
         >>> tau.concentration, tau.rate, tau.mean
@@ -82,10 +84,10 @@ class GammaPrecision(dist.Gamma):
 
     Args:
         scale: s, positive; (*batch).
-        start: where inference begins, positive; broadcast against ``scale``.
+        start: initial value for inference, positive; it broadcasts against ``scale``.
     """
 
-    support = constraints.positive  # torch's has 0, where the density is infinite
+    support = constraints.positive  # torch's support includes 0, where the density is infinite
 
     def __init__(self, scale: Tensor | float, start: Tensor | float, *, validate_args: bool | None = None) -> None:
         scale, self.start = torch.distributions.utils.broadcast_all(scale, start)
@@ -93,7 +95,7 @@ class GammaPrecision(dist.Gamma):
 
     @property
     def mean(self) -> Tensor:
-        """``start``, as a tensor of its own: guides that begin at the mean begin there. The distribution's mean is s⁻²."""
+        """A copy of ``start``: guides that start at the mean start there. The mean of the distribution is s⁻²."""
         return self.start.contiguous()
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> GammaPrecision:
@@ -106,12 +108,12 @@ HYPERPRIORS: dict[str, Callable[[Tensor, Tensor], TorchDistribution]] = {
     "half_cauchy": HalfCauchyPrecision,
     "gamma": GammaPrecision,
 }
-#: What may have a random τ of its own.
+#: What can have its own random τ.
 RANDOM_PER = ("site", "layer")
 
 
 class RandomPrecision(PerLatent):
-    """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1, and τ itself random: the sample site ``precision.<name>``.
+    """θ_d ~ Normal(Θ, I/τ) with p(Θ) ∝ 1 and a random τ: the sample site ``precision.<name>``.
 
         >>> import pyro
         >>> prior, start = RandomPrecision(per="layer", start=1000), torch.zeros(2, 3, 4)
@@ -123,27 +125,28 @@ class RandomPrecision(PerLatent):
 
     The deviations are θ_d − Θ = z_d/√τ with z_d ~ Normal(0, I), as in the non-centred
     :class:`~bora_pyro.priors.HierarchicalNormal`. ``half_cauchy`` is σ = τ^(−1/2) ~ HalfCauchy(scale) (Gelman, Bayesian Analysis,
-    2006): nearly flat below its scale, with a tail that gives way to data above it, and with positive density at σ = 0, where
-    tasks are one. ``gamma`` is the conjugate τ ~ Gamma(½, scale²/2), weak too, but it all but excludes a σ far below its scale.
+    2006). It is nearly flat below its scale. Its heavy tail lets the data decide above the scale. Its density is positive at
+    σ = 0, where all tasks are equal. ``gamma`` is the conjugate τ ~ Gamma(½, scale²/2). It is weak too, but it nearly excludes a
+    σ far below its scale.
 
-    The entries of LoRA's A are about 1/√in, 0.06 for 256 inputs, and tasks deviate by 0.01 to 0.1, τ from 10⁴ to 100: the default
-    scale of 0.1 lies at the upper end, so that the half-Cauchy is weak there.
+    The entries of LoRA's A are about 1/√in, 0.06 for 256 inputs. Tasks deviate by 0.01 to 0.1, which is a τ from 10⁴ to 100. The
+    default scale of 0.1 is at the upper end of that range, so that the half-Cauchy is weak there.
 
-    **For guides with a spread only.** The mode of the joint density, which MAP finds, says nothing of τ: here, where z is
-    sampled, a smaller τ allows the same deviation at a smaller ‖z‖ and the density of τ grows without bound towards 0, so that
-    tasks become independent. Were θ_d sampled instead, its mode would be where all θ_d = Θ, with τ → ∞ under ``half_cauchy``. To
-    find τ in a MAP fit, take :class:`~bora_pyro.priors.LearnedPrecision`; the τ that it finds is a good ``start``. The bound of a
-    mean-field guide may be highest where the deviations keep their prior and τ is far too large: compare the two.
+    **Do not use it with MAP.** The mode of the joint density, which MAP finds, does not determine τ. With z as the sample site, a
+    smaller τ gives the same deviation with a smaller ‖z‖. The density grows without bound as τ goes to 0, and tasks become
+    independent. With θ_d as the sample site, the mode would be at θ_d = Θ with τ → ∞ under ``half_cauchy``. Use
+    :class:`~bora_pyro.priors.LearnedPrecision` to find τ in a MAP fit; its τ is a good ``start``. The bound of a mean-field guide
+    can be highest where the deviations keep their prior and τ is far too large. Compare its τ with the learned one.
 
     Args:
         hyperprior: the distribution of τ: ``half_cauchy`` or ``gamma``.
-        per: what has a τ of its own: each ``site`` (a kind of layer and a factor, as ``q_proj.lora_A``), a number; or each
+        per: what has its own τ: each ``site`` (a kind of layer and a factor, for example ``q_proj.lora_A``), a number; or each
             ``layer`` of each site, (layers, 1, ...).
-        scale: the order of size of a deviation, in the unit of the weights; the median of σ under ``half_cauchy``.
-        start: τ where inference begins, and where given weights say nothing of it (``sites``).
+        scale: order of magnitude of a deviation, in the unit of the weights; the median of σ with ``half_cauchy``.
+        start: initial value of τ for inference; ``sites`` returns it too, because given weights do not determine τ.
 
     Raises:
-        InputError: an unknown hyperprior or ``per``; a scale or a start that is not positive and finite.
+        InputError: ``hyperprior`` or ``per`` is unknown, or ``scale`` or ``start`` is not positive and finite.
     """
 
     def __init__(self, hyperprior: str = "half_cauchy", per: str = "site", *, scale: float = 0.1, start: float = 100.0) -> None:
@@ -158,7 +161,7 @@ class RandomPrecision(PerLatent):
     def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
         tau = self._start(start)
         hyperprior = HYPERPRIORS[self.hyperprior](torch.full_like(tau, self.scale), tau)
-        # outside the plate of tasks: one τ for all of them
+        # outside the plate of tasks: one τ for all tasks
         tau = pyro.sample(f"precision.{name}", hyperprior.to_event(tau.dim()))
         return whitened_deviation(name, start, tasks, tau**-0.5, mask)
 
@@ -177,7 +180,7 @@ class RandomPrecision(PerLatent):
         return self._start(start) if sites is None else sites[f"precision.{name}"]
 
     def _start(self, like: Tensor) -> Tensor:
-        """τ where inference begins; like: (layers, *shape)."""
+        """The initial τ; ``like`` is (layers, *shape)."""
         shape = (len(like),) + (1,) * (like.dim() - 1) if self.per == "layer" else ()
         return like.new_full(shape, self.start)
 

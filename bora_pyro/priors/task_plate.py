@@ -1,4 +1,4 @@
-"""The plate of tasks where a batch speaks of some of them only."""
+"""The plate of tasks for a batch that has documents of only some tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bora_pyro.data.batch import TaskDraw
 
 
 class TaskPlate(pyro.plate):
-    """``pyro.plate("tasks", D, subsample=draw.index, dim=-1)``, where each task has a weight of its own.
+    """``pyro.plate("tasks", D, subsample=draw.index, dim=-1)`` in which each task has its own weight.
 
         >>> import torch
         >>> draw = TaskDraw(torch.tensor([1, 7]), torch.tensor([4.0, 2.0]))
@@ -19,14 +19,14 @@ class TaskPlate(pyro.plate):
         >>> x.shape
         torch.Size([2])
 
-    Pyro scales the log-densities of n drawn of D tasks by D/n, which supposes that all are drawn equally often. Here documents
-    are drawn, and tasks with them: one with many documents comes up more often, and weighs less each time.
+    Pyro scales the log-densities of n of D tasks by D/n, which is right if all tasks are drawn equally often. Here documents are
+    drawn, and each document brings its task. A task with many documents is drawn more often, so it has a smaller weight.
 
-    Where the draw has ``rows_loaded``, parameters inside the plate have the drawn tasks' rows alone and are not subsampled.
+    If the draw has ``rows_loaded``, parameters inside the plate have rows of the drawn tasks only, and are not subsampled.
 
     Args:
         num_tasks: D.
-        draw: the tasks, and the factor of each one's log-density.
+        draw: the tasks, and the factor of each task's log-density.
     """
 
     def __init__(self, num_tasks: int, draw: TaskDraw) -> None:
@@ -37,10 +37,10 @@ class TaskPlate(pyro.plate):
         scale = msg["scale"]
         super()._process_message(msg)
         msg["scale"] = scale * self.weight if msg["type"] == "sample" else scale
-        if self.rows_loaded:  # a guide makes its tensors of this size
+        if self.rows_loaded:  # a guide creates tensors of this size
             frame, *outer = msg["cond_indep_stack"]
             msg["cond_indep_stack"] = (frame._replace(full_size=self.subsample_size), *outer)
 
     def _postprocess_message(self, msg: Any) -> None:
-        if not self.rows_loaded:  # else a parameter has the drawn rows already
+        if not self.rows_loaded:  # otherwise a parameter already has only the drawn rows
             super()._postprocess_message(msg)

@@ -122,7 +122,9 @@ def test_the_other_prior_learns_from_its_own_latents_alone():
     assert prior.state() == learner.state()
     prior.load_state({"tau.x": torch.tensor(7.0)})
     assert learner.tau == 7
-    with pytest.raises(InputError, match=r"the prior of 'lora_B', HierarchicalNormal\(tau=7\), learns; give it as other"):
+    with pytest.raises(
+        InputError, match=r"the prior of 'lora_B', HierarchicalNormal\(tau=7\), is learned during a fit; give it as other"
+    ):
         ByLatent({"lora_B": learner}, other=Pooled())
 
 
