@@ -1,1 +1,1 @@
-"""The fit: the loop, its steps and its state, task rows, the ELBO, checkpoints, processes, memory, evaluation, adaptation."""
+"""Fitting a model: the training loop, its steps and state, the ELBO, checkpoints, processes, memory, evaluation, adaptation."""

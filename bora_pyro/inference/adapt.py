@@ -1,4 +1,4 @@
-"""New tasks from a few documents each: Θ and τ stay as a fit has left them, only the new deviations are inferred.
+"""Adapting a fit to new tasks with a few documents each: Θ and τ of the fit stay fixed, and only the new deviations are inferred.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -35,9 +35,10 @@ from bora_pyro.priors import Given
 
 #: Guides of the new deviations.
 ALLOWED = ("map", "normal", "low_rank", "auto_normal")
-#: The options of ``fit`` that an adaptation takes as well, and why it does not take some that one might look for.
+#: The options of ``fit`` that an adaptation accepts.
 OPTIONS = ("warmup", "accumulate", "gradient_clip", "temperature", "patience", "on_step", "on_epoch")
-_NO_OPTIONS = {"epochs": "steps says how long", "checkpoints": "an adaptation takes seconds and keeps none"}
+# Options of ``fit`` that an adaptation does not accept, and the reason for the error message.
+_NO_OPTIONS = {"epochs": "give steps instead", "checkpoints": "an adaptation takes seconds and writes none"}
 
 
 def adapt(
@@ -53,7 +54,7 @@ def adapt(
     seed: int = 0,
     **options: Any,
 ) -> Fitted:
-    """Infer the deviations of new tasks under the prior that a fit has learned, θ_new ~ Normal(Θ, I/τ) with Θ and τ held.
+    """Infer the deviations of new tasks under the prior of a fit, θ_new ~ Normal(Θ, I/τ) with Θ and τ fixed.
 
         >>> import bora_pyro as bp
         >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -63,34 +64,34 @@ def adapt(
         >>> bp.adapt(fitted, {"cleo": ["cleo prefers document 1"]}, steps=2).tasks
         ['cleo']
 
-    New tasks are independent of each other and of the old ones given Θ and τ: any number of them can be given at once, each is
-    fitted as it would be alone, and the old ones are not looked at. Without documents the answer is the prior: Θ, with its
-    standard deviation 1/√τ under a guide that has one. Where the fit has a τ of each task's own, the new one has their
-    geometric mean; what its adapter shares between tasks stays as it is.
+    Given Θ and τ, new tasks are independent of each other and of the tasks of the fit. Any number of them can be given at once,
+    each is fitted as if it were alone, and the documents of the old tasks are not needed. A task without documents gets its
+    prior: Θ, with the standard deviation 1/√τ if the guide has one. If each task of the fit has its own τ, a new task gets their
+    geometric mean. Latents that all tasks share do not change.
 
     Args:
         fitted: the fit whose Θ and τ are the prior.
-        data: the texts of each new task by name, all to learn from; or a table, as :func:`~bora_pyro.load_tasks` takes it, with
-            columns ``task`` and ``text`` (other columns, or a split: :func:`load_new_tasks`); or tokenised tasks, whose
-            validation documents, where a task has some, decide which epoch is kept of it. Weights of its tasks count.
-        guide: ``map`` for a point, or another of ``ALLOWED`` for a posterior, which is fitted around that point.
-        steps: optimiser steps of each task, rounded up to whole passes over its documents: of one whose documents need two
-            batches, 30 passes are 60 steps. Tasks with few documents share steps, so that 40 of them take little more time
-            than one as long as their documents together fit into ``token_budget``.
+        data: the training texts of each new task by name; or a table as for :func:`~bora_pyro.load_tasks`, with columns ``task``
+            and ``text`` (for other columns or a split, use :func:`load_new_tasks`); or tokenised tasks. If a tokenised task has
+            validation documents, they decide which epoch is kept. Task weights are applied.
+        guide: ``map`` for a point estimate, or another of ``ALLOWED`` for a posterior, which is fitted around that estimate.
+        steps: optimiser steps of each task, rounded up to whole passes over its documents. For example, a task whose documents
+            fill two batches takes 30 passes for 60 steps. Tasks with few documents share steps, so that 40 tasks take little
+            more time than one if their documents together fit into ``token_budget``.
         learning_rate: peak of the schedule; deviations are in units of their prior's scale.
         token_budget: tokens of a batch, padding included.
-        max_tokens: longer texts are cut; default, and at most: what the base reads.
-        scale: the first standard deviations in units of the prior's, for guides that learn them.
-        seed: of the order of the documents and of the guide's draws.
-        options: of :func:`~bora_pyro.inference.fit`: ``OPTIONS``.
+        max_tokens: longer texts are cut. Default and upper limit: the longest text that the base reads.
+        scale: the initial standard deviations in units of the prior's, for guides that learn standard deviations.
+        seed: seed of the order of the documents and of the guide's draws.
+        options: options of :func:`~bora_pyro.inference.fit.fit`, those in ``OPTIONS``.
 
     Returns:
-        A fit of the new tasks alone; its Θ and τ are those that were given. Where tasks were fitted one after another, its
-        history is the mean over all predicted tokens, and its best epoch the latest.
+        A fit of the new tasks alone, with the same Θ and τ. If tasks were fitted in several groups, its history is the mean of
+        the groups weighted by predicted tokens, and its best epoch is the latest of theirs.
 
     Raises:
-        InputError: no task, a text without a token, an unknown guide or option, steps below 1; the fit has one adapter for all
-            tasks.
+        InputError: there is no task, a text has no token, the guide or an option is unknown, ``steps`` is below 1, or the fit has
+            one adapter for all tasks.
     """
     if isinstance(data, Mapping) and not isinstance(data, datasets.DatasetDict):
         data = task_data(fitted, data, max_tokens=max_tokens)
@@ -116,21 +117,21 @@ def fit_deviations(
     seed: int = 0,
     **options: Any,
 ) -> Fitted:
-    """As ``adapt``, under a :class:`~bora_pyro.priors.Given` prior of one's own.
+    """As ``adapt``, for a model with a :class:`~bora_pyro.priors.Given` prior.
 
     Args:
-        model: with a ``Given`` prior.
+        model: the model, with a ``Given`` prior.
         data: the tasks.
-        guide: as for ``adapt``, as are all that follow.
+        guide: this and all other arguments are those of ``adapt``.
         steps: optimiser steps of each task.
         learning_rate: peak of the schedule.
         token_budget: tokens of a batch.
-        scale: the first standard deviations.
-        seed: of the order and the draws.
-        options: of ``fit``.
+        scale: the initial standard deviations.
+        seed: seed of the order of the documents and of the draws.
+        options: options of ``fit``.
 
     Raises:
-        InputError: an unknown guide or option, steps below 1.
+        InputError: the guide or an option is unknown, or ``steps`` is below 1.
     """
     if guide not in ALLOWED:
         raise InputError(f"guide is {guide!r}; allowed: {', '.join(ALLOWED)}{nearest(guide, ALLOWED)}")
@@ -138,59 +139,62 @@ def fit_deviations(
         raise InputError(f"steps is {steps}; give a whole number from 1 up")
     for name in options:
         if name not in OPTIONS:
-            why = _NO_OPTIONS.get(name, f"of fit's it takes {', '.join(OPTIONS)}")
+            why = _NO_OPTIONS.get(name, f"the options of fit that it takes are {', '.join(OPTIONS)}")
             raise InputError(f"adapt has no option {name!r}: {why}{nearest(name, OPTIONS)}")
     options = {"patience": 0, "accumulate": 1} | options | {"learning_rate": learning_rate, "token_budget": token_budget}
     options |= {"seed": seed, "task_subsampling": False}
-    # where a task has no documents its posterior is the prior: Θ, with the prior's own standard deviation
-    whole = GUIDES[guide](model, scale=1.0)
-    make_parameters(whole, model)
+    # a task without documents keeps these initial values: Θ, with the prior's standard deviation
+    joint_guide = GUIDES[guide](model, scale=1.0)
+    make_parameters(joint_guide, model)
     fits, sizes = [], []
     for group in task_groups(data, token_budget=token_budget):
-        part, some = of_group(model, data, group)
-        batches = len(some.train.batches(token_budget=token_budget, seed=seed))
+        group_model, group_data = of_group(model, data, group)
+        batches = len(group_data.train.batches(token_budget=token_budget, seed=seed))
         options["epochs"] = -(-steps // -(-batches // options["accumulate"]))
-        found = fit(part, some, **options)
+        group_fit = fit(group_model, group_data, **options)
         if guide != "map":
-            found = fit(part, some, guide=GUIDES[guide](part, found.sites(), scale=scale), **options)
-        _put(whole, group, found.guide)
-        fits.append(found)
-        sizes.append((some.train.num_tokens, some.validation.num_tokens))
+            around = GUIDES[guide](group_model, group_fit.sites(), scale=scale)
+            group_fit = fit(group_model, group_data, guide=around, **options)
+        _copy_rows(joint_guide, group, group_fit.guide)
+        fits.append(group_fit)
+        sizes.append((group_data.train.num_tokens, group_data.validation.num_tokens))
     return Fitted(
         model,
-        whole,
+        joint_guide,
         data.tasks,
         history=joined_history(fits, [train for train, _ in sizes]),
-        best_epoch=max((found.best_epoch for found in fits), default=0),
+        best_epoch=max((group_fit.best_epoch for group_fit in fits), default=0),
         validation_perplexity=joined_perplexity(fits, [validation for _, validation in sizes]),
-        seconds=sum(found.seconds for found in fits),
+        seconds=sum(group_fit.seconds for group_fit in fits),
         documents=data.train.documents_per_task,
         chat_template=data.chat_template,
     )
 
 
 @torch.no_grad()
-def _put(whole: AutoGuide, tasks: Tensor, part: AutoGuide) -> None:
-    """Put the guide of some tasks into that of all; under a ``Given`` prior every tensor of a guide has a row a task."""
-    own = dict(part.named_parameters())
-    for name, value in whole.named_parameters():
-        value[tasks.to(value.device)] = own[name]
+def _copy_rows(joint_guide: AutoGuide, tasks: Tensor, group_guide: AutoGuide) -> None:
+    """Copy the rows of some tasks into the guide of all tasks. With a ``Given`` prior, all tensors have one row per task."""
+    rows = dict(group_guide.named_parameters())
+    for name, value in joint_guide.named_parameters():
+        value[tasks.to(value.device)] = rows[name]
 
 
 def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
-    """The model of new tasks: backbone, adapter and likelihood of a fit, its Θ, τ and penalty as the prior; all count alike.
+    """The model of new tasks: the backbone, adapter and likelihood of a fit, with its Θ, τ and penalty as the prior.
+
+    All task weights are 1.
 
     Raises:
-        InputError: τ of the fit is infinite, so that a new task has nothing of its own.
+        InputError: τ of the fit is infinite, so that new tasks have no deviations.
     """
     model = fitted.model
     _, mean = fitted.weights_of()(torch.tensor([0]))
     sites = fitted.sites()
-    precisions = {name: _of_no_task(model.prior.precision(name, start, sites), start) for name, start in model.starts.items()}
+    precisions = {name: _new_task_tau(model.prior.precision(name, start, sites), start) for name, start in model.starts.items()}
     if all(bool(tau.isinf().all()) for tau in precisions.values()):
         raise InputError(
-            "tau of the fit is inf, one adapter for all tasks, and a new task has that one too (adapters/global-mean); "
-            "fit with --tau learned, or a number, to adapt"
+            "tau of the fit is inf: all tasks, new ones too, have the same adapter (adapters/global-mean); to adapt, fit with "
+            "--tau learned or a number"
         )
     likelihood = model.likelihood.with_task_weights(None)
     prior = Given(mean, precisions, penalty=model.prior.penalty)
@@ -200,21 +204,22 @@ def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
 
 
 def task_data(fitted: Fitted, texts: Mapping[str, Sequence[str]], *, max_tokens: int | None = None) -> TaskData:
-    """Texts by task, all to train on.
+    """Tokenise the texts of new tasks, all for training.
 
     Raises:
-        InputError: no task; what is no list of texts, or a text without a token; a base without tokenizer.
+        InputError: there is no task, a task has something else than a list of texts, a text has no token, or the base has no
+            tokenizer.
     """
     if not texts:
-        raise InputError("there is no new task; give texts by the task's name, as {'ada': ['Hello.']}")
+        raise InputError("there is no new task; give texts by the task's name, for example {'ada': ['Hello.']}")
     rows: list[tuple[int, str]] = []
-    for task, of_task in texts.items():
+    for task, task_texts in texts.items():
         if not isinstance(task, str):
             raise InputError(f"a task has the name {shown(task)}; give a text")
-        if isinstance(of_task, str):
-            raise InputError(f"task {task!r} has a single text; give a list of texts, as [{of_task!r:.40}]")
-        if not isinstance(of_task, Iterable):
-            raise InputError(f"task {task!r} has {shown(of_task)}; give a list of texts")
+        if isinstance(task_texts, str):
+            raise InputError(f"task {task!r} has a single text; give a list of texts, for example [{task_texts!r:.40}]")
+        if not isinstance(task_texts, Iterable):
+            raise InputError(f"task {task!r} has {shown(task_texts)}; give a list of texts")
     tasks = sorted(texts)
     for d, task in enumerate(tasks):
         rows += [(d, text) for text in texts[task]]
@@ -244,6 +249,6 @@ def load_new_tasks(source: Source, fitted: Fitted, *, max_tokens: int | None = N
     return data
 
 
-def _of_no_task(tau: Tensor, start: Tensor) -> Tensor:
-    """τ of a task that is none of those that it was learned for: where each has its own, the geometric mean."""
+def _new_task_tau(tau: Tensor, start: Tensor) -> Tensor:
+    """τ of a new task: the τ of the fit, or the geometric mean if each task of the fit has its own."""
     return tau.log().mean(0).exp() if tau.dim() > start.dim() else tau

@@ -1,4 +1,4 @@
-"""The state of a fit as one safetensors file: parameters, optimiser moments, the best state, and where the loop stood.
+"""The state of a fit as one safetensors file: parameters, optimiser moments, the best state, and the progress of the loop.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -31,10 +31,10 @@ _NAME = "step-{}.safetensors"
 
 
 def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor | RowTensor]], progress: dict[str, Any]) -> None:
-    """Write ``groups`` of tensors and the JSON-able ``progress`` to ``path``; a crash leaves the old file or the new one.
+    """Write ``groups`` of tensors and the JSON-able ``progress`` to ``path``. After a crash the old or the new file is complete.
 
     Raises:
-        InputError: the disk is full, or it cannot be written for another reason; the old file is as it was.
+        InputError: the file cannot be written, for example because the disk is full. The old file is unchanged.
     """
     tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
     metadata = {"progress": json.dumps(progress)}
@@ -42,27 +42,27 @@ def save_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor | RowTe
 
 
 class Checkpoints:
-    """The newest checkpoints of a fit, in a folder of their own.
+    """A folder with the newest checkpoints of a fit.
 
     Args:
-        folder: made with the first of them.
-        keep: how many are kept; with two or more a damaged one costs no more than the way from the one before it.
+        folder: the folder; it is created with the first checkpoint.
+        keep: how many checkpoints are kept. With two or more, a fit can resume from the previous one if the newest is damaged.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
-        #: The damaged ones that ``newest`` has passed over, a line each.
+        #: One line for each damaged checkpoint that ``newest`` skipped.
         self.notes: list[str] = []
 
     def files(self) -> list[Path]:
-        """The files, the newest first."""
+        """The checkpoint files, the newest first."""
         return sorted(self.folder.glob(_NAME.format("[0-9]" * 8)), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest one that is whole; None where there is none at all.
+        """The newest undamaged checkpoint; None if there are no checkpoints.
 
         Raises:
-            InputError: there are some, and all are damaged.
+            InputError: there are checkpoints, and all are damaged.
         """
         self.notes = []
         for file in self.files():
@@ -75,26 +75,27 @@ class Checkpoints:
         return None
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor | RowTensor]], progress: dict[str, Any]) -> None:
-        """Write the checkpoint of a step, and delete those beyond the newest ``keep``.
+        """Write the checkpoint of a step, and delete all but the newest ``keep``.
 
         Raises:
-            InputError: it cannot be written; those before it stay.
+            InputError: the checkpoint cannot be written; the earlier ones are unchanged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(self.folder / _NAME.format(f"{step:08d}"), groups, progress)
-        left_by_killed = self.folder.glob(f".{_NAME.format('*')}.tmp")
-        for file in (*self.files()[self.keep :], *left_by_killed):
+        unfinished = self.folder.glob(f".{_NAME.format('*')}.tmp")  # left by a process that was killed
+        for file in (*self.files()[self.keep :], *unfinished):
             file.unlink(missing_ok=True)
 
 
 class Checkpoint:
-    """A file that :func:`save_checkpoint` wrote, of which no more is read than is asked for.
+    """A file that :func:`save_checkpoint` wrote. Tensors are read only when a method needs them.
 
     Args:
         path: the file.
 
     Raises:
-        InputError: it is missing, cut short or not a checkpoint; or, once they are read, its numbers are not finite.
+        InputError: the file is missing, cut short or not a checkpoint. The methods that read tensors raise it if a number is
+            not finite.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +106,7 @@ class Checkpoint:
             self._file = safe_open(path, framework="pt").__enter__()
             self.progress: dict[str, Any] = json.loads((self._file.metadata() or {})["progress"])
             if not isinstance(self.progress, dict):
-                raise ValueError("its progress is no mapping")
+                raise ValueError("its progress is not a mapping")
             self._names: dict[str, list[str]] = {}
             keys = self._file.keys()
             for key in keys:
@@ -114,7 +115,7 @@ class Checkpoint:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Whatever the file's content makes go wrong within is an ``InputError`` that names the file."""
+        """Turn all errors that damaged content can cause into an ``InputError`` that names the file."""
         try:
             yield
         except InputError:
@@ -124,25 +125,29 @@ class Checkpoint:
             raise InputError(what) from error
 
     def check_progress(self, kinds: Mapping[str, tuple[type, ...]]) -> None:
-        """Refuse a checkpoint whose progress lacks a name, or has a value of another type under it."""
+        """Check that the progress has all names in ``kinds``, with values of these types.
+
+        Raises:
+            InputError: a name is missing, or its value has another type.
+        """
         with self.errors():
             for name, kind in kinds.items():
                 if not isinstance(self.progress[name], kind) or isinstance(self.progress[name], bool):
                     raise ValueError(f"its {name} is {shown(self.progress[name])}")
 
     def group(self, group: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """The tensors of a group by name; an unknown group has none."""
+        """The tensors of a group by name, except those in ``without``; an unknown group has no tensors."""
         with self.errors():
             names = [name for name in self._names.get(group, ()) if name not in without]
             return {name: self._finite(group, name, self._file.get_tensor(f"{group}/{name}")) for name in names}
 
     def shapes(self, group: str) -> dict[str, torch.Size]:
-        """The shapes of a group's tensors, none of which is read."""
+        """The shapes of a group's tensors; the tensors are not read."""
         with self.errors():
             return {name: torch.Size(self._file.get_slice(f"{group}/{name}").get_shape()) for name in self._names.get(group, ())}
 
     def rows(self, group: str, name: str, index: Tensor) -> Tensor:
-        """The rows ``index`` (n,), rising, of one tensor: (n, *shape)."""
+        """The rows ``index`` of one tensor: (n, *shape). ``index`` (n,) is in ascending order."""
         with self.errors():
             first, last = int(index[0]), int(index[-1]) + 1
             return self._finite(group, name, self._file.get_slice(f"{group}/{name}")[first:last][index - first])
@@ -154,7 +159,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """All that :func:`save_checkpoint` wrote.
+    """The groups of tensors and the progress that :func:`save_checkpoint` wrote.
 
     Raises:
         InputError: the file is missing, cut short or not a checkpoint.
@@ -170,21 +175,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` gave.
+    """Restore an optimiser's state from the tensors that :func:`optimizer_tensors` returned.
 
     Raises:
-        ValueError: the tensors are not of AdamW's for these parameters.
+        ValueError: the tensors are not the state of AdamW for these parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters):
-            raise ValueError(f"optimizer/{name} is of no parameter")
+            raise ValueError(f"optimizer/{name} belongs to no parameter")
         state.setdefault(int(index), {})[key] = value
     for number, entry in state.items():
         shape = parameters[number].shape
         expected = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
         if {key: value.shape for key, value in entry.items()} != expected:
-            raise ValueError(f"optimizer/{number} is of another parameter")
+            raise ValueError(f"optimizer/{number} belongs to another parameter")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

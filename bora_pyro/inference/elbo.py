@@ -1,4 +1,4 @@
-"""The objective of a fit: Pyro's ELBO with exact KL terms, at a temperature."""
+"""The objective of a fit: Pyro's ELBO with exact KL terms and a temperature."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch.distributions import kl_divergence
 
 
 class TemperedELBO(TraceMeanField_ELBO):
-    """E_q[log p(w | θ)] − T · KL(q ‖ p): ``TraceMeanField_ELBO`` for T = 1, where the KL terms are known.
+    """E_q[log p(w | θ)] − T · KL(q ‖ p). For T = 1 it is ``TraceMeanField_ELBO``, if the KL terms have closed forms.
 
-    Where the guide is a point mass the KL term is −log p(θ), and T = 1 is MAP. A guide whose site depends on earlier ones is
-    allowed: its KL terms are then exact given those, and unbiased over their draws.
+    For a point mass as guide the KL term is −log p(θ), and T = 1 is MAP. A guide's site may depend on earlier sites. Its KL term
+    is then exact given the draws of those sites, and unbiased over their draws.
 
     Args:
-        temperature: T. Below 1 the posterior is narrower and fits the documents more closely: its optimum is prior times
-            likelihood to the power 1/T.
+        temperature: T. Below 1 the posterior is narrower and fits the documents more closely. The optimum is proportional to the
+            prior times the likelihood to the power 1/T.
     """
 
-    #: Both parts of the last value, detached: log-likelihood and KL divergence (T left out), in nats.
+    #: Both parts of the last value, detached: the log-likelihood and the KL divergence (without T), in nats.
     log_likelihood: Tensor
     kl: Tensor
 
@@ -40,8 +40,8 @@ class TemperedELBO(TraceMeanField_ELBO):
     ) -> tuple[Any, Any]:
         if is_validation_enabled():
             return super()._get_trace(model, guide, args, kwargs)
-        # Pyro takes the densities of all sites; needed are those of the observed ones only, for the rest there are KL terms.
-        # With millions of latents that is most of a step's overhead.
+        # Pyro computes the densities of all sites. Only those of the observed sites are needed; the others have KL terms.
+        # With millions of latents, the rest is most of a step's overhead.
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         model_trace = prune_subsample_sites(model_trace)
@@ -49,7 +49,7 @@ class TemperedELBO(TraceMeanField_ELBO):
         return model_trace, prune_subsample_sites(guide_trace)
 
     def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, to be differentiated; its value stays on its device, where Pyro's own asks for it three times a step."""
+        """The loss as a tensor on its device. Pyro's own method reads the value three times per step, which synchronises."""
         losses = [self._loss(*traces) for traces in self._get_traces(model, guide, args, kwargs)]
         return torch.stack(losses).mean()
 
@@ -69,16 +69,16 @@ class TemperedELBO(TraceMeanField_ELBO):
 
 
 def _divergence(guide_site: dict[str, Any], model_site: dict[str, Any] | None) -> Tensor:
-    """KL(q ‖ p) of one site; log q of an auxiliary one, which the model lacks."""
+    """KL(q ‖ p) of one site; log q for an auxiliary site, which the model does not have."""
     q, value, mask = guide_site["fn"], guide_site["value"], guide_site["mask"]
     if model_site is None:
         return scale_and_mask(q.log_prob(value), scale=guide_site["scale"], mask=mask).sum()
     if isinstance(q, Delta):
-        # Pyro's KL from a point leaves out its log-density, the Jacobian where a guide carries a draw to a bounded support
+        # Pyro's KL from a point mass leaves out its log-density, which is the Jacobian if a guide transforms a draw
         divergence = q.log_density - model_site["fn"].log_prob(value)
         return scale_and_mask(divergence, scale=guide_site["scale"], mask=mask).sum()
     try:
         divergence = kl_divergence(q, model_site["fn"])
-    except NotImplementedError:  # torch knows no closed form of this pair: estimate it from the draw
+    except NotImplementedError:  # torch has no closed form for this pair: estimate the divergence from the draw
         divergence = q.log_prob(value) - model_site["fn"].log_prob(value)
     return scale_and_mask(divergence, scale=guide_site["scale"], mask=mask).sum()

@@ -1,8 +1,7 @@
 """How well the language model predicts held-out documents, with and without the adapters.
 
-Perplexity is exp(total negative log-likelihood / total predicted tokens); padding and the first token count nowhere.
-Bits a character is the same total in bits over the characters of the documents: it compares bases with different
-tokenizers.
+Perplexity is exp(total negative log-likelihood / total predicted tokens); padding and the first token are not counted. Bits per
+character is the same total in bits, divided by the characters of the documents. It can compare bases with different tokenizers.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Scores:
     Attributes:
         log_likelihood: (documents,), float64.
         tokens: predicted tokens of each document.
-        characters: characters that those tokens stand for.
+        characters: characters of each document's predicted tokens.
         task: index of each document's task.
     """
 
@@ -41,14 +40,14 @@ class Scores:
     task: Tensor
 
     def perplexity(self, task: int | None = None) -> float | None:
-        """Perplexity over all documents, or over those of one task; None where there is no document."""
+        """Perplexity over all documents, or over those of one task; None if there is no document."""
         chosen = self._of(task)
         tokens = int(self.tokens[chosen].sum())
-        # beyond exp(700) a float overflows: infinite is what such a model deserves
+        # cut at exp(700): a float overflows a little beyond it
         return math.exp(min(-float(self.log_likelihood[chosen].sum()) / tokens, 700.0)) if tokens else None
 
     def bits_per_character(self, task: int | None = None) -> float | None:
-        """Bits a character over all documents, or over those of one task; None where there is no document."""
+        """Bits per character over all documents, or over those of one task; None if there is no document."""
         chosen = self._of(task)
         characters = int(self.characters[chosen].sum())
         return -float(self.log_likelihood[chosen].sum()) / math.log(2) / characters if characters else None
@@ -80,11 +79,11 @@ def evaluate(
     Args:
         model: the BoRA model.
         split: the documents.
-        adapters: for each result the weights of all tasks, (D, layers, *shape) by name; or a function that gives those of the
-            tasks that it is given, (n,) rising; or None for the base alone.
+        adapters: one entry for each result: the weights of all tasks, (D, layers, *shape) by name; or a function that returns
+            the weights of given tasks, (n,) in ascending order; or None for the base alone.
         token_budget: tokens of a batch, padding included.
-        documents: positions of the only documents to score, the others count as having no tokens; default: all.
-        lockstep: ``Processes.lockstep``, where several processes hold parts of the base.
+        documents: positions of the documents to score; the others count as documents without tokens. Default: all.
+        lockstep: ``Processes.lockstep``, if several processes hold parts of the base.
 
     Returns:
         One :class:`Scores` for each of ``adapters``.

@@ -1,4 +1,4 @@
-"""The SVI loop: AdamW on the ELBO, warm-up and cosine, early stopping on validation perplexity.
+"""Fitting a guide: AdamW on the ELBO, warm-up and cosine schedule, early stopping on validation perplexity.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -37,12 +37,12 @@ from bora_pyro.options.field import with_changes
 __all__ = ["FitStopped", "NonFiniteLossError", "fit"]
 
 _log = logging.getLogger(__name__)
-# What a process adds to the sum of requests to have all stop; a checkpoint that is due adds 1.
+# A process requests a stop with this number, and a checkpoint with 1. The requests of all processes are summed.
 _STOP = 2.0
 
 
 class FitStopped(Exception):
-    """A fit was asked to stop and has, its state saved; ``fitted`` holds the best state so far."""
+    """A fit stopped on request, and its state is saved; ``fitted`` holds the best state so far."""
 
     def __init__(self, message: str, fitted: Fitted) -> None:
         super().__init__(message)
@@ -75,36 +75,36 @@ def fit(
         >>> len(perplexities), perplexities[-1] < perplexities[0]
         (3, True)
 
-    The objective is −ELBO in nats a training observation (a token or a document, as the likelihood says), estimated without
-    bias from each batch. AdamW's weight decay is 0: it would be a second prior, around 0.
+    The objective is −ELBO in nats per training observation (a token or a document, depending on the likelihood). Each batch gives
+    an unbiased estimate of it. AdamW's weight decay is 0, because it would be a second prior, around 0.
 
     Args:
         model: the BoRA model.
         data: tokenised tasks; the validation split decides which epoch is kept.
         options: epochs, learning rate, batches, ...; default: ``FitOptions()``.
-        guide: default: MAP.
-        callbacks: what acts between the steps; default: τ is learned where the prior has something to learn, and whatever the
-            adapter, the router and the likelihood bring (:func:`~bora_pyro.inference.loop.usual_callbacks`). An empty list:
-            nothing, so that τ stays as it is.
-        checkpoints: a folder for the state of the loop. Where it holds checkpoints, the fit goes on from the newest that is
-            whole. On one CPU process the result is that of a fit that was never interrupted, bit for bit. A ``Continuation`` is
-            such a folder that has been checked already.
-        processes: those that share the work; default: this one alone.
-        steps: gives the steps of an epoch, for objectives whose batches are no table of documents; default: every training
-            document once (:class:`~bora_pyro.inference.steps.EpochSteps`).
-        stop: asked after each step whether to stop there; the state is saved first.
-        on_step: called after each step with what there is to report of it.
-        on_epoch: called after each epoch, when its validation perplexity is known.
-        changes: single options, as ``epochs=3``.
+        guide: the guide; default: MAP.
+        callbacks: callbacks that act between the steps. Default: one that learns τ, if the prior learns it, and the callbacks of
+            the adapter, the router and the likelihood (:func:`~bora_pyro.inference.loop.usual_callbacks`). With an empty list,
+            τ is not learned.
+        checkpoints: a folder for checkpoints of the loop. If it has checkpoints, the fit resumes from the newest undamaged one.
+            With one CPU process the result equals that of an uninterrupted fit, bit for bit. A ``Continuation`` is a folder that
+            has already been checked.
+        processes: the processes that share the work; default: this process alone.
+        steps: returns the steps of an epoch, for objectives whose batches do not come from a table of documents. Default: every
+            training document once (:class:`~bora_pyro.inference.steps.EpochSteps`).
+        stop: called after each step. If it returns true, the fit saves its state and stops.
+        on_step: called after each step with the report of the epoch so far.
+        on_epoch: called after each epoch with its report, including the validation perplexity.
+        changes: single options, for example ``epochs=3``.
 
     Returns:
-        The guide at the state of lowest validation perplexity (the last where there is no validation document).
+        The fit at the state of lowest validation perplexity, or at the last state if there are no validation documents.
 
     Raises:
-        NonFiniteLossError: the loss is not finite; it carries the last good state.
-        FitStopped: ``stop`` has said so; it carries the best state so far.
-        InputError: an option that does not exist or has no such value; there is nothing to train on; there are checkpoints and
-            none can be used, or one cannot be written.
+        NonFiniteLossError: the loss is not finite; the error holds the last good state.
+        FitStopped: ``stop`` returned true; the exception holds the best state so far.
+        InputError: an option does not exist or has a value that is not allowed; there is nothing to train on; there are
+            checkpoints and none is usable; or a checkpoint cannot be written.
     """
     options = with_changes(options or FitOptions(), changes)
     options.validate()
@@ -138,7 +138,7 @@ def _run(
     on_step: Callable[[dict[str, Any]], None] | None,
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> Fitted:
-    """Epoch after epoch until the fit is over, with checkpoints where there is a place for them."""
+    """Run epochs until the fit is over; write checkpoints if there is a store for them."""
     fitted, saved = loop.fitted, time.monotonic()
     start = time.perf_counter() - fitted.seconds
 

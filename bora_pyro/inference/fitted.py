@@ -1,4 +1,4 @@
-"""What a fit gives: the guide at its best state, its adapters, and how well they predict."""
+"""The result of a fit: the guide at its best state, the adapters, and how well they predict."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.task_rows import task_sites
 from bora_pyro.model import BoRA, Weights
 
-# Tasks whose adapters are made at one time.
+# Number of tasks whose adapters are computed at one time.
 _CHUNK = 64
 
 
 @dataclass
 class Fitted:
-    """A fitted model: the guide at its best state, and how it came there.
+    """A fitted model: the guide at its best state, and the history of the fit.
 
         >>> import bora_pyro as bp
         >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -36,15 +36,15 @@ class Fitted:
         (torch.Size([2, 4, 256, 2]), torch.Size([4, 256, 2]), [5, 5])
 
     Attributes:
-        model, guide: what was fitted.
+        model, guide: the model and its guide.
         tasks: names of the tasks; the position is the task's index d.
-        history: one entry an epoch (loss in nats a training observation, validation perplexity, tokens a second, ...; the path
-            of τ where the prior learns it).
+        history: one entry per epoch (loss in nats per training observation, validation perplexity, tokens per second, ...; also
+            the path of τ, if the prior learns it).
         best_epoch: the epoch whose state was kept; 0 is the start.
-        validation_perplexity: of the state that was kept; None where there is no validation document.
+        validation_perplexity: perplexity of the state that was kept; None if there are no validation documents.
         seconds: time in training steps and validation.
-        documents: N_d, the training documents of each task, where they are known.
-        chat_template: the template that has written the training documents, where they are chats; prompts are written by it too.
+        documents: N_d, the number of training documents of each task; empty if unknown.
+        chat_template: the template of the training documents, if they are chats; prompts are formatted with it too.
     """
 
     model: BoRA
@@ -58,17 +58,20 @@ class Fitted:
     chat_template: str | None = None
 
     def sites(self) -> dict[str, Tensor]:
-        """The guide's central value of every sample site: for MAP the estimate itself."""
+        """The guide's central value of every sample site; for MAP, the estimate itself."""
         return {name: value.detach() for name, value in self.guide.median().items()}
 
     def weights(self) -> tuple[Weights, Weights]:
         """θ of all tasks, (D, layers, *shape), and Θ, (layers, *shape), by name of the latent."""
         device = self.model.backbone.device
-        # those of many tasks may lie in a file, and so on the CPU
+        # with many tasks the values may lie in a file, and therefore on the CPU
         return self.model.weights_given({name: value.to(device) for name, value in self.sites().items()})
 
     def weights_of(self) -> Callable[[Tensor], tuple[Weights, Weights]]:
-        """A function that gives θ of some tasks, (n,) rising, and Θ: for as many tasks as there is no memory for at once."""
+        """A function that returns θ of given tasks, (n,) in ascending order, and Θ.
+
+        It serves fits with more tasks than fit into memory at once.
+        """
         if len(self.tasks) <= _CHUNK:
             theta, mean = self.weights()
             return lambda index: ({name: value.index_select(0, index.to(value.device)) for name, value in theta.items()}, mean)
@@ -94,7 +97,7 @@ class Fitted:
         return weights
 
     def each_task(self) -> Iterator[tuple[int, Weights, Weights]]:
-        """Each task's index, its θ and Θ, (layers, *shape) by name, one task after another."""
+        """Yield each task's index d, its θ_d and Θ, both (layers, *shape) by name."""
         weights = self.weights_of()
         for index in torch.arange(len(self.tasks)).split(_CHUNK):
             theta, mean = weights(index)
@@ -109,9 +112,9 @@ class Fitted:
         return torch.stack(norms)
 
     def tau(self) -> float:
-        """τ; where it differs between groups of weights, the geometric mean over the entries of a task's own adapter.
+        """τ; if it differs between groups of weights, the geometric mean over the entries of one task's adapter.
 
-        What all tasks share, and has an infinite τ, is left out, unless that is all there is.
+        Latents that all tasks share have an infinite τ. They are left out, unless all latents are shared.
         """
         starts, sites = self.model.starts, self.sites()
         taus = {name: self.model.prior.precision(name, start, sites) for name, start in starts.items()}
@@ -122,16 +125,16 @@ class Fitted:
         return math.exp(logs / sum(starts[name].numel() for name in own))
 
     def tau_by_group(self) -> dict[str, Any]:
-        """τ of each latent: a number, or a list over layers or tasks where it differs there."""
+        """τ of each latent: a number, or a list if it differs between layers or tasks."""
         return tau_by_group(self.model, self.sites())
 
     def evaluate(self, split: TokenSplit, *, name: str = "test", processes: Processes | None = None) -> dict[str, Any]:
-        """Perplexities of the base and of the adapted model on a split, over all and by task, as ``metrics.json`` has them.
+        """Perplexities of the base and of the adapted model on a split, over all documents and by task, as in ``metrics.json``.
 
         Args:
             split: the documents.
-            name: of the split, in the names of the results.
-            processes: those of the fit, where each holds a part of the base: the others call ``help_evaluate`` meanwhile.
+            name: the split's name, in the names of the results.
+            processes: the processes of the fit. If each holds a part of the base, the others call ``help_evaluate`` meanwhile.
         """
         lockstep = (processes or Processes()).lockstep
         weights, documents = self.weights_of(), split.documents_per_task
@@ -145,7 +148,7 @@ class Fitted:
         }
 
     def help_evaluate(self, split: TokenSplit, processes: Processes) -> None:
-        """Pass through the base as often as another process does, which evaluates a split with this one's part of the base."""
+        """Help another process to evaluate a split: run this process's part of the base as often as the other one needs it."""
         if processes.sharded_base:
             nothing = torch.zeros(0, dtype=torch.int64)
             evaluate(self.model, split, None, None, documents=nothing, lockstep=processes.lockstep)
@@ -161,6 +164,6 @@ class Fitted:
 
 
 def tau_by_group(model: BoRA, sites: Mapping[str, Tensor]) -> dict[str, Any]:
-    """τ of each latent for given values of the sample sites: a number, or a list over layers or tasks where it differs there."""
+    """τ of each latent for given values of the sample sites: a number, or a list if it differs between layers or tasks."""
     precisions = {name: model.prior.precision(name, start, sites) for name, start in model.starts.items()}
     return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}

@@ -1,4 +1,4 @@
-"""The loop of a fit: where it stands, and how it goes one epoch further."""
+"""The training loop of a fit: its progress, and the code that runs one more epoch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class NonFiniteLossError(InputError):
         self.fitted = fitted
 
 
-# What a checkpoint keeps of a `Fitted`, beside the guide's state, and of what types it is.
+# The attributes of `Fitted` that a checkpoint stores besides the guide's state, and their types.
 _RECORD = {
     "history": (list,),
     "best_epoch": (int,),
@@ -55,15 +55,16 @@ _RECORD = {
 
 
 class Loop:
-    """Where a fit stands, and how it goes one epoch further.
+    """The progress of a fit, and the method that runs one more epoch.
 
     Args:
-        model, data, guide, options: as for `fit`, as is ``steps``.
-        callbacks: what acts between the steps; None: :func:`usual_callbacks`.
-        processes: those that share the work; default: this one alone.
-        folder: where files hold what of the tasks has no place in memory; default: where temporary files go.
-        partition: the tasks of each process; default: dealt out by their tokens.
-        continues: the checkpoint to go on from; `continuation` has checked that it may.
+        model, data, guide, options: as for `fit`.
+        callbacks: callbacks that act between the steps; None: :func:`usual_callbacks`.
+        processes: the processes that share the work; default: this process alone.
+        folder: folder for task rows that do not fit into memory; default: the folder of temporary files.
+        partition: the tasks of each process; default: balanced by their tokens.
+        continues: the checkpoint to resume from, already checked by `continuation`.
+        steps: as for `fit`.
         changes: single options.
     """
 
@@ -88,31 +89,31 @@ class Loop:
         self.observations = self._observations(data.train.task, data.train.predicted)
         self.callbacks = checked_callbacks(usual_callbacks(model) if callbacks is None else callbacks, model, data)
         self.processes = processes or Processes()
-        asked = options.task_subsampling if continues is None else draws_tasks(continues)
-        self.partition = partition or partition_of(model, data, self.processes, task_subsampling=asked)
+        subsampling = options.task_subsampling if continues is None else draws_tasks(continues)
+        self.partition = partition or partition_of(model, data, self.processes, task_subsampling=subsampling)
         self.mine = [self.processes.rank] if self.processes.size > 1 else None
         own = None if self.partition is None else [self.partition[n] for n in self.mine or range(len(self.partition))]
-        # the guide keeps what the model made of the batch that it first sees, the logits included: one document
+        # one short document: the guide keeps the values of its first run, including the logits
         document = data.train.batches(token_budget=1)[0].to(self.device)
         sums = any(callback.needs_sums for callback in self.callbacks)
         self.state = first_state(model, guide, document, options, own=own, folder=folder, keep_sums=sums)
-        self._give_steps = steps or self._documents_once
-        self.steps_per_epoch = len(self._give_steps(0))
-        #: Settings that fix the steps of an epoch, and their number: a checkpoint within an epoch holds for the same alone.
+        self._steps_of_epoch = steps or self._documents_once
+        self.steps_per_epoch = len(self._steps_of_epoch(0))
+        #: Settings that fix the steps of an epoch. A checkpoint within an epoch is only valid for the same settings.
         self.packing = {name: getattr(options, name) for name in ("token_budget", "accumulate", "seed")}
         self.packing |= {"processes": self.processes.size, "steps_per_epoch": self.steps_per_epoch}
         self.total_steps = self.steps_per_epoch * options.epochs
         self.fitted = Fitted(model, guide, data.tasks, chat_template=data.chat_template)
         self.fitted.documents = data.train.documents_per_task
-        #: The steps and the epochs that are done, and the number of the last step.
+        #: Numbers of completed steps and completed epochs, and the number of the last step.
         self.steps_done = self.epoch = self.step_number = 0
-        #: Where the epoch stands that has begun and not ended, JSON-able; empty between epochs.
+        #: The progress within an unfinished epoch, JSON-able; empty between epochs.
         self.within: dict[str, Any] = {}
-        #: What there is to report of the epoch so far.
+        #: The report of the epoch so far.
         self.report: dict[str, Any] = {}
-        #: What this process would have happen after a step, as a number that is added up over all processes.
+        #: Returns what this process requests after a step, as a number. The numbers of all processes are summed.
         self.request: Callable[[], float] = lambda: 0.0
-        self._held_out = self._documents_of_mine(data.validation)
+        self._validation_documents = self._documents_by_part(data.validation)
         self.state.keep()
         self.keep_best()
         if continues is not None:
@@ -124,7 +125,7 @@ class Loop:
         return self.partition is not None
 
     def _documents_once(self, epoch: int) -> EpochSteps:
-        # the order of an epoch depends on the seed and the epoch alone: a resumed fit sees the same batches
+        # the order depends only on the seed and the epoch, so a resumed fit gets the same batches
         return EpochSteps(
             self.data.train,
             token_budget=self.options.token_budget,
@@ -135,17 +136,17 @@ class Loop:
         )
 
     def validation_batches(self) -> list[Batches]:
-        """Batches of half the token budget of the validation documents, for each part of the tasks that this process works at."""
+        """Batches of the validation documents with half the token budget, for each part of the tasks of this process."""
         budget = -(-self.options.token_budget // 2)
-        validation, seed = self.data.validation, self.options.seed
-        return [validation.batches(token_budget=budget, seed=seed, documents=documents) for documents in self._held_out]
+        validation, seed, by_part = self.data.validation, self.options.seed, self._validation_documents
+        return [validation.batches(token_budget=budget, seed=seed, documents=documents) for documents in by_part]
 
-    def _documents_of_mine(self, split: TokenSplit) -> list[Tensor | None]:
-        """The documents of each share that this process works at; None: all."""
+    def _documents_by_part(self, split: TokenSplit) -> list[Tensor | None]:
+        """The documents of each part of the tasks that this process has; None: all documents."""
         if self.partition is None:
             return [None]
-        chosen = self.mine or range(len(self.partition))
-        return [torch.isin(split.task, self.partition[number]).nonzero()[:, 0] for number in chosen]
+        parts = self.mine or range(len(self.partition))
+        return [torch.isin(split.task, self.partition[number]).nonzero()[:, 0] for number in parts]
 
     def run_epoch(
         self,
@@ -153,25 +154,25 @@ class Loop:
         *,
         on_request: Callable[[float], None] | None = None,
     ) -> dict[str, Any]:
-        """One pass over the training documents, or what a checkpoint has left of it; returns what there is to report of it.
+        """Run one pass over the training documents, or the rest of it after a checkpoint, and return the epoch's report.
 
         Args:
             on_step: called after each step with the report so far.
-            on_request: called after a step of which some process has requested something, with the sum of what ``request`` gave.
+            on_request: called after a step if a process has a request, with the sum of the numbers that ``request`` returned.
         """
         if not self.within:
             self.state.begin_epoch()
             self.within = {**self.packing, "steps": 0, "totals": [0.0] * 4, "seconds": 0.0, "report": {}}
-        within, steps = self.within, self._give_steps(self.epoch)
+        within, steps = self.within, self._steps_of_epoch(self.epoch)
         self.report = report = within["report"] | {"epoch": self.epoch + 1, "total": self.total_steps}
         totals, start = torch.tensor(within["totals"], dtype=torch.float64), time.perf_counter() - within["seconds"]
         for number in range(within["steps"], len(steps)):
             self.step_number = step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
             rate = self.options.learning_rate * schedule(step, self.total_steps, self.options.warmup)
             reduced = self.processes.reduced_bytes
-            # of the step alone, so that one from a checkpoint draws what it would have drawn
+            # the seed depends only on the step, so a resumed fit draws the same numbers
             with poutine.seed(rng_seed=step_seed(self.options.seed, self.epoch, number)):
-                # Pyro checks shapes and supports in the first step; the others need it not
+                # Pyro checks shapes and supports in the first step only
                 sums = self.step(steps[number], rate, step, validate=step == 0)
                 for callback in self.callbacks:
                     callback.after_step(self)
@@ -197,15 +198,15 @@ class Loop:
         return report
 
     def step(self, batches: Sequence[Batch], rate: float, step: int, *, validate: bool = False) -> Tensor:
-        """Take one step on some batches.
-
-        A loss that is not finite ends the fit at the best state so far.
+        """Take one step on the given batches.
 
         Returns:
-            (5,) float64: loss, log-likelihood, observations and predicted tokens of the step, and what was requested, in all
-            processes.
+            (5,) float64, sums over all processes: loss, log-likelihood, observations, predicted tokens, and requests.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite; the error holds the best state so far.
         """
-        # the sums stay on the device until the end: reading them earlier would synchronise
+        # keep the sums on the device: reading them here would synchronise
         sums = torch.zeros(5, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         most = self.model.backbone.pass_tokens
         for batch in self.processes.lockstep(part for whole in self.state.begin(batches) for part in whole.parts(most)):
@@ -214,7 +215,7 @@ class Loop:
                 continue
             counts = [self._observations(batch.task, batch.predicted), int(batch.predicted.sum())]
             loss = self.backward(batch.to(self.device), validate=validate)
-            # of the log-likelihood what the batch itself has: the scale to all documents taken off again
+            # divide by batch.scale: the log-likelihood of the batch alone, not its estimate for all documents
             sums[:2] += torch.stack([loss, self.elbo.log_likelihood / batch.scale]).to(sums.dtype)
             sums[2:4] += torch.tensor(counts, dtype=sums.dtype).to(self.device, non_blocking=True)
         sums[4] = self.request()
@@ -227,14 +228,14 @@ class Loop:
         return sums.cpu()
 
     def _observations(self, task: Tensor, predicted: Tensor) -> float:
-        """How many observations some documents are, of these tasks, with so many predicted tokens each; as their tasks weigh."""
+        """Number of observations of documents with these tasks and numbers of predicted tokens, weighted by task."""
         weight = self.model.likelihood.task_weight(task).double()
         return self.model.likelihood.observations(weight.sum().item(), (weight * predicted).sum().item())
 
     def backward(self, batch: Batch, *, validate: bool) -> Tensor:
-        """Add a batch's gradient of −ELBO a training observation; returns its part of the loss."""
+        """Add the batch's part of the gradient of −ELBO per training observation, and return its part of the loss."""
         with pyro.validation_enabled(validate), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # an error, in `step`
+            warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # `step` raises an error
             loss = self.elbo.differentiable_loss(self.model, self.guide, batch) * batch.share / self.observations
         loss.backward()
         return loss.detach()
@@ -260,7 +261,7 @@ class Loop:
             self.model,
             self.data.validation,
             self.state.adapters(),
-            documents=self._held_out[0],
+            documents=self._validation_documents[0],
             lockstep=self.processes.lockstep,
         )
         log_likelihood, tokens = self.processes.all_reduce(
@@ -269,15 +270,15 @@ class Loop:
         return math.exp(min(-float(log_likelihood) / float(tokens), 700.0))
 
     def keep_best(self) -> float | None:
-        """Measure the validation perplexity; keep the state if it is the lowest so far, the start included."""
+        """Compute the validation perplexity, and keep the state if the perplexity is the lowest so far, including the start."""
         perplexity = self._validation_perplexity()
         if perplexity is not None and math.isnan(perplexity):
-            when = f"after epoch {self.epoch}" if self.epoch else "before the first step: the base model gives no numbers"
+            when = f"after epoch {self.epoch}" if self.epoch else "before the first step: the base model gives NaN"
             raise self._non_finite(f"the validation perplexity is not a number {when}")
-        if not self._draws_give_numbers():
-            raise self._non_finite(f"a draw of the guide gives no numbers after epoch {self.epoch}: its scales diverge")
+        if not self._draw_is_finite():
+            raise self._non_finite(f"a draw of the guide gives NaN or inf logits after epoch {self.epoch}: its scales diverge")
         best = self.fitted.validation_perplexity
-        # with nothing to choose by, the last epoch counts as the best
+        # without validation documents, the last epoch is the best
         if perplexity is None or best is None or perplexity < best:
             self.fitted.best_epoch, self.fitted.validation_perplexity = self.epoch, perplexity
             if self.epoch:  # the start is kept as it is
@@ -285,11 +286,11 @@ class Loop:
         return perplexity
 
     @torch.no_grad()
-    def _draws_give_numbers(self) -> bool:
-        """Whether the model gives finite logits of one short document under a draw; the validation looks at the centre alone."""
+    def _draw_is_finite(self) -> bool:
+        """Whether the logits of one short document are finite under a draw of the guide; the validation uses its centre only."""
         if isinstance(self.guide, AutoDelta):
             return True
-        document = self.data.train.batches(token_budget=1, documents=self._documents_of_mine(self.data.train)[0])[0]
+        document = self.data.train.batches(token_budget=1, documents=self._documents_by_part(self.data.train)[0])[0]
         if self.partition is not None:
             (document,) = self.state.begin([replace(document, tasks=loaded_tasks(document.task))])
         document = document.to(self.device)
@@ -299,7 +300,7 @@ class Loop:
         return not self.processes.all_reduce((~finite).float().reshape(1).cpu()).any()
 
     def finish(self) -> None:
-        """Put the guide into its best state, with the rows of all tasks, in the process of rank 0."""
+        """Restore the guide's best state, with the rows of all tasks in the process of rank 0."""
         self.state.restore()
         self.state.complete(self.processes)
 
@@ -314,10 +315,10 @@ class Loop:
             store.save(self.steps_done, groups, progress)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint that `continuation` has checked.
+        """Resume from a checkpoint that `continuation` has checked.
 
         Raises:
-            InputError: it cannot be read, or is of another model.
+            InputError: the checkpoint cannot be read, or it belongs to another model.
         """
         checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | _RECORD)
         check_packing(checkpoint, {"steps_per_epoch": self.steps_per_epoch})
@@ -331,7 +332,7 @@ class Loop:
                 and len(within["totals"]) == 4
                 and all(isinstance(total, float) for total in within["totals"])
             ):
-                raise ValueError("what it says of the epoch that has begun is not what a fit writes")
+                raise ValueError("its progress within the epoch does not have the form that a fit writes")
             self.state.load(checkpoint, self.processes)
         stored = checkpoint.group("callbacks")
         for callback in self.callbacks:
@@ -343,6 +344,6 @@ class Loop:
 
 
 def usual_callbacks(model: BoRA) -> list[Callback]:
-    """The callbacks of a fit where none are given: τ is learned where the prior learns; others come with the axes' members."""
+    """The default callbacks: one that learns τ, if the prior learns it, and those of the adapter, router and likelihood."""
     own = (*model.adapter.callbacks(), *model.router.callbacks(), *model.likelihood.callbacks())
     return [*([LearnTau()] if model.prior.every else []), *own]

@@ -1,4 +1,4 @@
-"""How much memory a fit will need at most, by a formula, before it starts.
+"""A formula for the largest amount of memory that a fit will need, computed before it starts.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -25,20 +25,20 @@ from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.inference.task_rows import MANY_TASKS
 from bora_pyro.model import BoRA
 
-FLOAT = 4  # bytes: adapters, gradients, optimiser and the likelihood are float32 whatever the base is
-UNUSED = 0.25  # of the activations on a CPU: what glibc's allocator holds between blocks, as measured
+FLOAT = 4  # bytes: adapters, gradients, optimiser and likelihood are float32 for any base
+UNUSED = 0.25  # memory that glibc's allocator holds between blocks on a CPU, as a fraction of the activations (measured)
 EVALUATION_BUDGET = 8192  # tokens of a batch of `evaluate`
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The largest amount of memory that a fit holds at one time, in bytes, by what holds it.
+    """The largest amount of memory that a fit holds at one time, in bytes, by use.
 
     Attributes:
-        process: Python, the libraries and the data, before the model.
+        process: Python, the libraries and the data, before the model is loaded.
         base: the frozen model.
-        state: what grows with the number of tasks: the guide, its optimiser and copies.
-        activations: what the layers keep for the backward pass, the batch's adapters, and a layer's scratch space.
+        state: the memory that grows with the number of tasks: the guide, its optimiser and copies.
+        activations: the tensors that the layers keep for the backward pass, the batch's adapters, and a layer's scratch space.
         logits: the logits held at one time, with their log-softmax and gradient.
     """
 
@@ -50,7 +50,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.process + self.base + self.state + self.activations + self.logits
 
     def __str__(self) -> str:
@@ -76,47 +76,48 @@ def estimate_memory(
     processes: int = 1,
     process: int = 0,
 ) -> MemoryEstimate:
-    """Predict the peak of a MAP fit.
+    """Estimate the peak memory of a MAP fit.
 
-    With P the numbers of one task's adapter, G = (D + 1) P those of the guide (Θ and D deviations), R the documents and T the
-    tokens of a batch, padding included, V the vocabulary, h the hidden size, a and k the widths of the queries and of the keys,
-    f that of the feed-forward layer, and b the bytes of a number of the base (R and T of a part, where a batch is taken in parts,
-    as ``Backbone.pass_tokens`` says):
+    Symbols: P is the size of one task's adapter, and G = (D + 1) P the size of the guide (Θ and D deviations), in numbers. R is
+    the number of documents and T the number of tokens of a batch, padding included. If a batch is processed in parts (see
+    ``Backbone.pass_tokens``), R and T are those of a part. V is the size of the vocabulary, L the number of layers, h the hidden
+    size; a, k and f are the widths of the queries, of the keys and of the feed-forward layer; b is the bytes per number of the
+    base.
 
-    - base: its parameters and buffers as they are stored;
-    - state, throughout: 4 (4 G + D P + P): the guide, two moments of AdamW, the copy of the best state, θ as the guide keeps it
-      from its first run, and the common start;
-    - a step at its loss: T (L kept + 6 h b) for L layers, 4 R P for the documents' own adapters, and the logits 12 C V of the C
-      tokens whose logits exist at one time (``token_loss.chunk_tokens``; all T where the model caps its logits): in float32,
-      their log-softmax, and in the base's precision the logits themselves and their gradient. ``kept`` is what autograd keeps
-      of a token in one layer: two inputs of norms, 2 h (in float32 where the norm is not torch's); 2 a + 2 k of attention; h
-      where adapters read the normed input of attention, and h where they read that of the feed-forward layer; its activation,
-      f (4 f for GPT-2's, 2 f more where it is gated, f more where an adapter reads it anew); and r for each adapted layer.
-      With gradient checkpointing a layer keeps h alone;
-    - a step in its backward pass: what the layers keep and the scratch space of one, (3 h + 2 f) b a token, with gradient
-      checkpointing also what that one keeps while it runs again;
-    - a step at the end of its backward pass: 4 (G + D P + R P), the gradients of the guide, of θ and of the batch's adapters;
-    - an evaluation of 8192 tokens: θ, 4 D P, its batch's adapters, 8 C V of logits and one layer's scratch space.
+    - The base: its parameters and buffers as they are stored.
+    - The state, during the whole fit: 4 (4 G + D P + P), for the guide, two moments of AdamW, the copy of the best state, θ that
+      the guide keeps from its first run, and the common start.
+    - A step at its loss: T (L kept + 6 h b) for the layers, 4 R P for the documents' adapters, and 12 C V for the logits of the C
+      tokens whose logits exist at one time (``head.chunk_tokens``; all T tokens if the model caps its logits). The 12 bytes are
+      the logits in float32, their log-softmax, and the logits and their gradient in the base's precision. ``kept`` is the memory
+      per token that autograd keeps in one layer: 2 h for the inputs of two norms (in float32 if the norm is not torch's);
+      2 a + 2 k for attention; h if adapters read the normed input of attention, and h if they read that of the feed-forward
+      layer; f for its activation (4 f for that of GPT-2, 2 f more with a gate, f more if an adapter reads a new copy of it); and
+      r for each adapted layer. With gradient checkpointing a layer keeps only h.
+    - A step in its backward pass: the memory that the layers keep, and the scratch space of one layer, (3 h + 2 f) b per token.
+      With gradient checkpointing also the memory that this layer keeps while it runs again.
+    - A step at the end of its backward pass: 4 (G + D P + R P), for the gradients of the guide, of θ and of the batch's adapters.
+    - An evaluation of 8192 tokens: 4 D P for θ, the batch's adapters, 8 C V for logits and one layer's scratch space.
 
-    Where tasks are drawn, D is the number n ≤ R of tasks of a batch in all of these, and there are beside it the rows of all
-    tasks, 16 D P for values, moments and best values; beyond ``task_memory`` they lie in files, of which no more is held.
+    If a step draws tasks, D in all these terms is the number n ≤ R of tasks of a batch. The rows of all tasks are added: 16 D P
+    for values, moments and best values. Beyond ``task_memory`` they lie in files, and only ``task_memory`` is held.
 
-    On an accelerator the largest of the four counts, beside what is held throughout. On CPUs their terms add up: glibc returns
-    only blocks above its mmap threshold (at most 32 MiB: the logits of a usual batch) to the system, so that the process keeps
-    what one phase has freed while another takes blocks of other sizes. What stays unused between the blocks is in no formula: a
-    quarter of the activations is added for it, as ``scripts/benchmarks/check_memory.py`` measures (with gradient checkpointing
-    nothing, for freed blocks then go back). ``logits`` is what the C V terms give, ``activations`` the other terms of a batch,
-    and ``state`` those of the guide.
+    On an accelerator the estimate is the base and the state plus the largest of the last four items. On CPUs their terms add up,
+    because glibc returns only blocks above its mmap threshold (at most 32 MiB: the logits of a usual batch) to the system. The
+    process therefore keeps the blocks that one phase frees while another phase needs blocks of other sizes. A quarter of the
+    activations is added for unused memory between the blocks, as measured by ``scripts/benchmarks/check_memory.py``; nothing is
+    added with gradient checkpointing, because freed blocks are then returned. In the result, ``logits`` are the C V terms,
+    ``state`` the terms of the guide, and ``activations`` the other terms of a batch.
 
     Args:
         model: the BoRA model, on its base.
         data: the tokenised tasks; the shapes of their batches are those of the fit.
         token_budget: tokens of a batch of the fit.
-        task_subsampling: whether tasks are drawn, as for ``fit``.
-        task_memory: GiB for what belongs to tasks then.
+        task_subsampling: whether a step draws tasks, as for ``fit``.
+        task_memory: GiB of memory for task rows, if a step draws tasks.
         accumulate: batches of a step.
-        processes: that share the tasks; the estimate is of the first, which gathers their rows.
-        process: bytes that are held before the model is loaded; 0 for an accelerator.
+        processes: number of processes that share the tasks; the estimate is for the first one, which gathers all rows.
+        process: bytes held before the model is loaded; 0 for an accelerator.
     """
     size = sum(start.numel() for start in model.starts.values())
     all_tasks = model.num_tasks * size
@@ -124,7 +125,7 @@ def estimate_memory(
     layers, checkpointing = _Layers.of(model), model.backbone.gradient_checkpointing
     vocabulary = model.backbone.model.get_output_embeddings().weight.shape[0]
     backbone = model.backbone
-    # a model that caps its logits gives those of all tokens
+    # a model that caps its logits computes those of all tokens at once
     chunk = chunk_tokens(backbone.device, vocabulary) if backbone.ends_with_head else sys.maxsize
     others = (model.tensors.fixed, model.tensors.buffers, model.tensors.masks)
     fixed = sum(t.numel() * t.element_size() for store in others for t in store.values())
@@ -134,7 +135,7 @@ def estimate_memory(
     of_all = guide - model.num_tasks * of_one
     if drawn:
         held, budget = 4 * FLOAT * model.num_tasks * of_one, round(task_memory * 2**30)
-        if held > budget:  # files: mapped into the process, not into an accelerator
+        if held > budget:  # files are mapped into the memory of the process, not of an accelerator
             held = budget if backbone.device.type == "cpu" else 0
         throughout = FLOAT * (4 * of_all + 2 * size) + held + fixed
 
@@ -168,9 +169,9 @@ def estimate_memory(
 def base_bytes(backbone: Backbone) -> int:
     """Bytes of the base's parameters and buffers as they are stored, each counted once."""
     tensors = [*backbone.model.parameters(), *backbone.model.buffers()]
-    # of a base in parts what this process holds
+    # if the base is sharded, count the part of this process
     tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    # 8-bit layers keep the scales of their rows, 4-bit ones those of their blocks, beside the weights
+    # besides the weights, 8-bit layers hold scales of rows and 4-bit layers scales of blocks
     for parameter in backbone.model.parameters():
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
@@ -182,27 +183,27 @@ def base_bytes(backbone: Backbone) -> int:
 
 
 def resident_bytes(device: torch.device) -> int:
-    """The most this process has held, to be asked before a model is loaded; 0 for an accelerator, whose tensors are ours."""
+    """The peak memory of this process before a model is loaded; 0 for an accelerator, which then holds none of our tensors."""
     return 0 if device.type != "cpu" else peak_memory_bytes(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that was held: of the accelerator where one is used, else of this process."""
+    """The peak memory in bytes: of the accelerator if one is used, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux reports KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _guide_numbers(model: BoRA, tasks: int) -> int:
-    """How many numbers a MAP guide for so many tasks has: those of the sample sites."""
+    """The size of a MAP guide for ``tasks`` tasks: the number of entries of all sample sites."""
     theta = {name: start.expand(tasks, *start.shape) for name, start in model.starts.items()}
     return sum(value.numel() for value in model.prior.sites(theta, model.starts).values())
 
 
 def _shapes(split: TokenSplit, token_budget: int) -> list[tuple[int, int]]:
     """Rows and tokens, padding included, of the batches of a split."""
-    # by length, not in the order of an epoch: that has the fullest batches, and those of the most rows
+    # sorted by length, not in the order of an epoch: this gives the fullest batches and the largest numbers of rows
     return [(rows, rows * longest) for rows, longest in split.batches(token_budget=token_budget).shapes]
 
 
@@ -214,16 +215,16 @@ def _part(rows: int, tokens: int, most: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The widths of a decoder layer, and what it keeps of a token: the letters of `estimate_memory`."""
+    """The widths of a decoder layer and the memory that it keeps per token: the symbols of `estimate_memory`."""
 
     number: int
     hidden: int
     queries: int
     keys: int
     inner: int
-    inner_kept: int  # of the activation and the gate, in units of f
-    adapted_inputs: int  # numbers of normed or gated inputs that the adapters alone keep
-    ranks: int  # of all adapted layers of a block
+    inner_kept: int  # kept by the activation and the gate, in units of f
+    adapted_inputs: int  # numbers of normed or gated inputs that are kept only for the adapters
+    ranks: int  # sum over all adapted layers of a block
     bytes: int
     norm_bytes: int
 
@@ -244,7 +245,7 @@ class _Layers:
         rank = sum(model.adapter.kept_per_token(slot) * slot.layers for slot in model.backbone.slots) / number
         for slot in model.backbone.slots:
             if slot.in_features == inner != hidden:
-                # ReLU keeps its output, which is the next layer's input
+                # ReLU already keeps its output, which is the next layer's input
                 adapted["down"] = 0 if activation == "relu" and not gated else inner
             elif slot.out_features == inner != hidden:
                 adapted["up"] = hidden
@@ -266,18 +267,18 @@ class _Layers:
         )
 
     def layer(self) -> int:
-        """Bytes of a token that one layer keeps for its backward pass."""
+        """Bytes per token that one layer keeps for its backward pass."""
         numbers = 2 * self.queries + 2 * self.keys + self.inner_kept * self.inner + self.adapted_inputs + self.ranks
         return 2 * self.hidden * self.norm_bytes + numbers * self.bytes
 
     def kept(self, *, checkpointing: bool) -> int:
-        """Bytes of a token that all layers keep."""
-        # the embedding and the last norm; the observed states, their gradient, and that gradient scaled and put back
+        """Bytes per token that all layers keep."""
+        # the embedding, the last norm, the observed states, their gradient, and two copies of that gradient
         ends = 6 * self.hidden * self.bytes
         if not checkpointing:
             return ends + self.number * self.layer()
         return ends + self.number * self.hidden * self.bytes
 
     def scratch(self) -> int:
-        """Bytes of a token that a layer needs while it runs and keeps nothing."""
+        """Bytes per token that a layer needs while it runs, besides the memory that it keeps."""
         return (3 * self.hidden + 2 * self.inner) * self.bytes

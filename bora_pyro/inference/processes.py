@@ -1,4 +1,4 @@
-"""The processes of one fit: each owns some of the tasks, with their adapters and documents; all share Θ.
+"""The processes of one fit. Each process has some of the tasks, with their adapters and documents; all processes share Θ.
 
 >>> one = Processes()
 >>> one.rank, one.size
@@ -26,35 +26,38 @@ T = TypeVar("T")
 
 
 class Processes:
-    """One process alone: sums are what they are, and there is nobody to gather from.
+    """A single process: a sum over processes is the value itself, and there are no rows to gather.
 
     Attributes:
         rank: number of this process, from 0.
-        size: how many there are.
-        reduced_bytes: bytes that this process has put into sums so far.
+        size: number of processes.
+        reduced_bytes: bytes that this process has contributed to sums so far.
     """
 
     rank, size = 0, 1
     reduced_bytes = 0
-    #: Whether all must pass through the base together, each holding a part of it.
+    #: Whether each process holds a part of the base, so that all processes must run it at the same time.
     sharded_base = False
 
     def all_reduce(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, in place."""
+        """Sum a tensor over the processes, in place, and return it."""
         return value
 
     def gather_rows(self, store: RowTensor, own: Tensor) -> None:
-        """Let rank 0 have the rows of all processes; ``own`` are this one's."""
+        """Copy the rows of all processes to rank 0; ``own`` are the rows of this process."""
 
     def lockstep(self, work: Iterable[T]) -> Iterator[T | None]:
-        """The pieces of work, each one pass through the base; where all pass together, None while others have more."""
+        """Yield the items of ``work``, each of which is one pass through the base.
+
+        With a sharded base all processes yield equally often: a process without further items yields None.
+        """
         yield from work
 
     def first(self, act: Callable[[], T]) -> T | None:
-        """What ``act`` gives in the process of rank 0, which the others wait for; None there.
+        """Run ``act`` in the process of rank 0 while the others wait; return its result there, and None elsewhere.
 
         Raises:
-            InputError: rank 0 could not, in all processes.
+            InputError: ``act`` raised it in rank 0; all processes then raise one.
         """
         return act()
 
@@ -62,18 +65,18 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Say farewell to the others."""
+        """Leave the group of processes."""
 
 
 class Group(Processes):
-    """Processes that ``torchrun`` has started: torch.distributed underneath, NCCL on CUDA and gloo elsewhere."""
+    """Processes started by ``torchrun``, which communicate by torch.distributed: NCCL on CUDA, gloo otherwise."""
 
     def __init__(self, device: torch.device) -> None:
-        # not NCCL alone: what is gathered for a checkpoint lies on the CPU
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # FSDP takes the current one
+            torch.cuda.set_device(device)  # FSDP uses the current device
+        # gloo on CUDA too: rows that are gathered for a checkpoint are on the CPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # the others wait for what the first does alone; where one fails, torchrun ends all
+        # a long timeout: other processes wait while the first works alone; if one fails, torchrun ends all
         dist.init_process_group(backend, timeout=timedelta(days=1))
         self.rank, self.size, self.reduced_bytes = dist.get_rank(), dist.get_world_size(), 0
 
@@ -131,31 +134,33 @@ class Group(Processes):
         failed = torch.tensor([float(error is not None)])
         dist.all_reduce(failed)
         if failed.item():
-            raise error or InputError("the first process has refused")
+            raise error or InputError("the first process failed; see its error message")
         return result
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             dist.barrier()
         elif issubclass(kind, InputError):
-            # most are met by all alike, and the first one's line is to be read before torchrun ends it
+            # usually all processes raise the same error; wait, so that the first can print it before torchrun ends it
             with suppress(RuntimeError):
                 dist.monitored_barrier(timeout=timedelta(seconds=10))
         dist.destroy_process_group()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks and writes: the only one, or that of rank 0."""
+    """Whether this process is the one that logs and writes files: the only process, or the one of rank 0."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def processes(device: torch.device) -> Processes:
-    """The processes that this one was started with: those of ``torchrun``, or this one alone."""
+    """The processes of this run: those started by ``torchrun``, or this process alone."""
     return Group(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
 
 
 def partition_tasks(tokens: Tensor, size: int) -> list[Tensor]:
-    """The tasks of each process, dealt out so that all have about as many tokens: the longest first, to who has least.
+    """Divide the tasks among the processes, so that all have about the same number of tokens.
+
+    Tasks are assigned in order of decreasing tokens, each to the process with the fewest tokens so far.
 
         >>> partition_tasks(torch.tensor([5, 0, 9, 4]), 2)
         [tensor([1, 2]), tensor([0, 3])]
@@ -183,13 +188,20 @@ def partition_tasks(tokens: Tensor, size: int) -> list[Tensor]:
 
 
 def all_reduce_gradient(processes: Processes, shared: Sequence[Parameter], own: Sequence[Parameter], sums: Tensor) -> Tensor:
-    """Add the gradient of ``shared`` and ``sums`` up over the processes, in one message; the norm of the whole gradient."""
+    """Sum the gradients of ``shared`` and the tensor ``sums`` over the processes; return the norm of the whole gradient.
+
+    Args:
+        processes: the processes.
+        shared: parameters that all processes have; their gradients are summed in place, in one message.
+        own: parameters of this process's tasks; their gradients only enter the norm.
+        sums: other numbers to sum, in place.
+    """
     squares = _squares(own, sums)
     if processes.size > 1:
-        for parameter in shared:  # where this process had no document
+        for parameter in shared:  # a process without documents in this step has no gradient
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients = [parameter.grad for parameter in shared if parameter.grad is not None]
-        if gradients:  # tasks that are independent share nothing
+        if gradients:  # independent tasks share no parameters
             message = processes.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, message.split([gradient.numel() for gradient in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -200,6 +212,6 @@ def all_reduce_gradient(processes: Processes, shared: Sequence[Parameter], own: 
 
 
 def _squares(parameters: Sequence[Parameter], like: Tensor) -> Tensor:
-    """The squared norm of a gradient, of the kind of ``like``."""
+    """The squared norm of the gradient, with the device and precision of ``like``."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).to(like).square() if gradients else like.new_zeros(())

@@ -1,4 +1,4 @@
-"""What a fit moves: the guide's parameters and AdamW's moments, of all tasks in every step or of those that a step draws."""
+"""The state of a fit: the guide's parameters and AdamW's moments. A step changes all tasks, or only the tasks that it draws."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.task_rows import BETAS, EPS, TaskRows
 from bora_pyro.model import BoRA, Weights
 
-#: Before the names of the model's own state, beside those of the guide's parameters.
+#: Prefixes of the names of the model's own state; all other names are those of the guide's parameters.
 MODEL = ("prior/", "buffers/", "masks/")
 
 
 class FitState(Protocol):
-    """The parameters of a fit; ``shared`` are the same in every process, ``own`` belong to the tasks of this one."""
+    """The parameters of a fit: ``shared`` are the same in every process, ``own`` belong to the tasks of this process."""
 
     shared: list[Parameter]
     own: list[Parameter]
 
     def begin_epoch(self) -> None:
-        """Make ready for an epoch."""
+        """Prepare an epoch."""
 
     def begin(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Make ready for a step on some batches; the batches as the model is to be given them."""
+        """Prepare a step on some batches, and return the batches for the model."""
 
     def step(self, rate: float) -> None:
-        """Take AdamW's step and drop the gradients."""
+        """Take AdamW's step and delete the gradients."""
 
     def sites(self) -> dict[str, Tensor]:
-        """The guide's central values of the sites, of those tasks whose parameters it holds."""
+        """The guide's central values of the sites, for the tasks whose parameters it holds."""
 
     def adapters(self) -> Weights | Callable[[Tensor], Weights]:
-        """θ at the guide's centre, as ``evaluate`` takes it."""
+        """θ at the guide's centre, in the form that ``evaluate`` takes."""
 
     def totals(self, processes: Processes) -> Weights:
-        """What ``view`` needs to know of the tasks of all processes."""
+        """Sums over the tasks of all processes, for ``view``."""
 
     def view(self, batch: Batch, totals: Weights) -> tuple[Batch, Weights, Weights]:
-        """A batch, θ of the tasks that it speaks of, and the average of θ over all tasks, broadcast against it.
+        """A batch, θ of its tasks, and the average of θ over all tasks, which broadcasts against θ.
 
-        Where tasks are drawn the average is that of `TaskRows.average_weights`.
+        If a step draws tasks, the average is that of `TaskRows.average_weights`.
         """
 
     def keep(self) -> None:
-        """Keep the present state as the best."""
+        """Store the current state as the best one."""
 
     def restore(self) -> None:
-        """Put the best state back."""
+        """Restore the best state."""
 
     def complete(self, processes: Processes) -> None:
-        """Let the guide hold all tasks, in the process of rank 0."""
+        """Make the guide hold all tasks, in the process of rank 0."""
 
     def save(self, processes: Processes) -> Mapping[str, Mapping[str, Tensor | RowTensor]]:
-        """All of it as groups of named tensors, in the process of rank 0."""
+        """The whole state as groups of named tensors, in the process of rank 0."""
 
     def load(self, checkpoint: Checkpoint, processes: Processes) -> None:
-        """Put back what ``save`` gave."""
+        """Restore the state that ``save`` returned."""
 
 
 class AllTasks:
-    """Every step moves the adapters of all tasks: one fused AdamW over all parameters of the guide."""
+    """The state of a fit whose steps change the adapters of all tasks: one fused AdamW over all parameters of the guide."""
 
     def __init__(self, model: BoRA, guide: AutoGuide) -> None:
         self.model, self.guide = model, guide
@@ -81,7 +81,7 @@ class AllTasks:
         self.best: dict[str, Tensor] = {}
 
     def begin_epoch(self) -> None:
-        """Nothing changes from epoch to epoch."""
+        """Nothing to prepare."""
 
     def begin(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         return batches
@@ -118,7 +118,7 @@ class AllTasks:
         self.model.load_state({name: value for name, value in state.items() if name.startswith(MODEL)})
 
     def complete(self, processes: Processes) -> None:
-        """Every guide that is here holds all tasks."""
+        """The guide always holds all tasks."""
 
     def save(self, processes: Processes) -> dict[str, dict[str, Tensor]]:
         return {"parameters": self._copy(), "optimizer": optimizer_tensors(self.optimizer), "best": self.best}
@@ -135,15 +135,15 @@ class AllTasks:
 
 
 class DrawnTasks:
-    """A step moves Θ and the adapters of the tasks that it speaks of.
+    """The state of a fit whose steps change Θ and only the adapters of the tasks that they draw.
 
     Args:
         model: the BoRA model.
-        guide: set up, with a row for each task or one for all.
+        guide: the guide after its first run, with one row for each task or one row for all.
         own: the tasks of this process.
-        budget: bytes of memory for what belongs to tasks.
-        folder: where files hold what is beyond it.
-        keep_sums: follow the sums over all tasks, which ``totals`` gives.
+        budget: bytes of memory for task rows.
+        folder: folder of the files for task rows beyond the budget.
+        keep_sums: keep the sums over all tasks up to date, for ``totals``.
     """
 
     def __init__(
@@ -151,8 +151,8 @@ class DrawnTasks:
     ) -> None:
         self.model, self.guide = model, guide
         self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, keep_sums=keep_sums)
-        of_tasks = {id(parameter) for parameter in self.rows.parameters.values()}
-        self.of_all = {name: value for name, value in guide.named_parameters() if id(value) not in of_tasks}
+        task_parameters = {id(parameter) for parameter in self.rows.parameters.values()}
+        self.of_all = {name: value for name, value in guide.named_parameters() if id(value) not in task_parameters}
         self.shared, self.own = [*self.of_all.values()], [*self.rows.parameters.values()]
         self.optimizer = _adamw(self.shared) if self.shared else None
         self.best: dict[str, Tensor] = {}
@@ -229,8 +229,8 @@ class DrawnTasks:
         shapes = {name: value.shape for name, value in self.of_all.items()}
         shapes |= {name: torch.Size((tasks, *value.shape[1:])) for name, value in self.rows.parameters.items()}
         groups = self.rows.tensors()
-        of_rows = {name: torch.Size((tasks, *value.shape[1:])) for name, value in self.rows.parameters.items()}
-        expected = {"parameters": shapes, "best": shapes, "exp_avg": of_rows, "exp_avg_sq": of_rows}
+        row_shapes = {name: torch.Size((tasks, *value.shape[1:])) for name, value in self.rows.parameters.items()}
+        expected = {"parameters": shapes, "best": shapes, "exp_avg": row_shapes, "exp_avg_sq": row_shapes}
         _check(checkpoint, [*expected.values()], [checkpoint.shapes(group) for group in expected])
         for group, stores in groups.items():
             for name, store in stores.items():
@@ -238,15 +238,15 @@ class DrawnTasks:
                     store.write(index, checkpoint.rows(group, name, index))
                 store.release_memory()
         self.rows.load(self.rows.own[:1])
-        parameters, self.best = (checkpoint.group(group, without=[*of_rows]) for group in ("parameters", "best"))
+        parameters, self.best = (checkpoint.group(group, without=[*row_shapes]) for group in ("parameters", "best"))
         _check_model_state(checkpoint, self.model, parameters, self.best)
         self._put(parameters)
         self.rows.count.zero_()
         self.rows.count[self.rows.own] = checkpoint.group("count")["steps"][self.rows.own]
         if self.rows.sums is not None:
-            # those of all tasks in one process: only the sum over processes is ever looked at
-            device, mine = self.model.backbone.device, float(processes.rank == 0)
-            self.rows.sums |= {name: mine * value.to(device) for name, value in checkpoint.group("sums").items()}
+            # rank 0 gets the sums over all tasks and the others 0, because only the sum over processes is used
+            device, factor = self.model.backbone.device, float(processes.rank == 0)
+            self.rows.sums |= {name: factor * value.to(device) for name, value in checkpoint.group("sums").items()}
         if self.optimizer is not None:
             load_optimizer_tensors(self.optimizer, checkpoint.group("optimizer"))
 
@@ -263,28 +263,29 @@ def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def draws_tasks(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is of a fit whose steps draw tasks."""
+    """Whether a checkpoint belongs to a fit whose steps draw tasks."""
     return bool(checkpoint.shapes("count"))
 
 
 def as_before(checkpoint: Checkpoint, task_subsampling: bool | None, *, processes: int = 1) -> bool:
-    """Whether the fit that a checkpoint is of draws tasks, and so the one that goes on from it.
+    """Whether the steps of a resumed fit draw tasks: the same as in the fit of the checkpoint.
 
     Args:
-        checkpoint: of the fit.
-        task_subsampling: what is asked for; None: as it was.
-        processes: that go on with it.
+        checkpoint: a checkpoint of the fit.
+        task_subsampling: the option of the resumed fit; None: the same as before.
+        processes: number of processes of the resumed fit.
 
     Raises:
-        InputError: the other is asked for, or several processes are to go on with a fit that does not.
+        InputError: the option differs from that of the checkpoint, or several processes would resume a fit that does not draw
+            tasks.
     """
     drawn = draws_tasks(checkpoint)
     if task_subsampling is not None:
         _check_kind(checkpoint, drawn=task_subsampling)
     elif not drawn and processes > 1:
         raise InputError(
-            f"checkpoint {str(checkpoint.path)!r} is of one process that moves all tasks in every step; go on with it in one "
-            "process, or start afresh with --overwrite true"
+            f"checkpoint {str(checkpoint.path)!r} is of one process whose steps change all tasks; resume it with one process, or "
+            "start afresh with --overwrite true"
         )
     return drawn
 
@@ -311,7 +312,7 @@ def _check_model_state(checkpoint: Checkpoint, model: BoRA, *states: dict[str, T
     own = {name: value.shape for name, value in model.state().items()}
     for state in states:
         for name, value in state.items():
-            # running sums that no step has made yet have no shape
+            # sums that the prior has not computed yet have no shape to compare with
             absent = None if name.startswith("prior/tau.") else value.shape
             if name.startswith(MODEL) and value.shape != own.get(name, absent):
                 raise _other_model(checkpoint)
@@ -320,5 +321,5 @@ def _check_model_state(checkpoint: Checkpoint, model: BoRA, *states: dict[str, T
 def _other_model(checkpoint: Checkpoint) -> InputError:
     return InputError(
         f"checkpoint {str(checkpoint.path)!r} is of another model (other tasks, rank, targets or prior); "
-        "give the options of the run that it belongs to, or start afresh with --overwrite true"
+        "give the options of its run, or start afresh with --overwrite true"
     )

@@ -1,4 +1,4 @@
-"""The steps of an epoch: which documents each one looks at, and of which tasks it speaks.
+"""The steps of an epoch: the documents of each step, and the tasks that it draws.
 
 >>> from bora_pyro.data import TokenSplit
 >>> split = TokenSplit.from_documents([[0, 5, 6], [0, 7, 8], [0, 9]], task=[1, 0, 1], num_tasks=4)
@@ -23,10 +23,10 @@ from bora_pyro.data.token_split import Batches, TokenSplit
 
 
 class StepsOfEpoch(Protocol):
-    """Gives the steps of an epoch: a sequence of steps, each a list of batches whose losses are added up.
+    """A function that returns the steps of an epoch. A step is a list of batches, whose losses are added up.
 
-    The number of steps is the same in every epoch, and the steps depend on the number of the epoch alone, so that a fit that is
-    resumed takes the same ones. A batch's ``scale`` makes its observed sites an unbiased estimate of those of the epoch.
+    The number of steps is the same in every epoch. The steps depend only on the number of the epoch, so that a resumed fit takes
+    the same steps. The observed log-density of a batch, times its ``scale``, is an unbiased estimate of that of the epoch.
     """
 
     def __call__(self, epoch: int) -> Sequence[list[Batch]]:
@@ -34,24 +34,29 @@ class StepsOfEpoch(Protocol):
 
 
 class EpochSteps(Sequence[list[Batch]]):
-    """Every document in exactly one step; a step is a list of batches, whose losses times their shares are added up.
+    """Steps in which every document occurs exactly once. A step is a list of batches; their losses times ``share`` are added up.
 
-    With S steps, each batch of step s counts S times, so that a step drawn uniformly has the whole split's log-likelihood as
-    its mean: (1/S) Σ_s S Σ_{n in s} x_n = Σ_n x_n. Where tasks are drawn too, task d is one of those of m_d batches, the ones
-    with documents of it, and its log-prior counts S/m_d times in each, whose mean over the steps is the log-prior once. Tasks
-    without documents are dealt out over the batches, one after another; were they to outnumber the others there, it is a part
-    of them that the seed chooses, counting for all, so that their mean over epochs is exact. Each of the k batches of a step
-    has the share 1/k, so that what all tasks have in common, Θ's KL divergence, counts once; scales and weights are k times
-    as large.
+    With S steps, the scale of each batch is S. The mean over all steps is then the log-likelihood of the whole split:
+    (1/S) Σ_s S Σ_{n in s} x_n = Σ_n x_n.
+
+    If a step draws tasks, a batch draws the tasks of its documents. A task d that m_d batches draw has a log-prior of weight
+    S/m_d in each of them. The mean over all steps is then the log-prior of d.
+
+    Tasks without documents are distributed over the batches in turn. An epoch draws at most as many of them as it draws tasks
+    with documents, counted once per batch. If there are more, the seed chooses a part of them, with a larger weight that
+    represents all of them. The mean over epochs is then exact.
+
+    If a step has k batches, each has ``share`` 1/k, so that the KL divergence of Θ, which all tasks have in common, counts once
+    per step. Scales and weights are multiplied by k.
 
     Args:
         split: the training documents.
         token_budget: tokens of a batch, padding included.
-        accumulate: batches of one share in a step.
-        seed: of the order of the documents; None: by length.
-        partition: the tasks of each process, which packs its own documents; together all tasks. None: one share of all tasks,
-            and every batch speaks of all of them.
-        mine: the shares whose batches are wanted; default: all, one process that does the work of several.
+        accumulate: batches per step, for each part of the partition.
+        seed: seed of the order of the documents; None: ordered by length.
+        partition: the tasks of each process, together all tasks. Each process packs its own documents into batches. None: one
+            part, and every batch has all tasks.
+        mine: numbers of the parts whose batches are returned; default: all parts, as one process that does the work of several.
     """
 
     def __init__(
@@ -68,8 +73,8 @@ class EpochSteps(Sequence[list[Batch]]):
         if partition is None:
             parts = [split.batches(token_budget=token_budget, seed=seed)]
         else:
-            of_share = [torch.isin(split.task, share).nonzero()[:, 0] for share in partition]
-            parts = [split.batches(token_budget=token_budget, seed=seed, documents=documents) for documents in of_share]
+            by_part = [torch.isin(split.task, tasks).nonzero()[:, 0] for tasks in partition]
+            parts = [split.batches(token_budget=token_budget, seed=seed, documents=documents) for documents in by_part]
         self._generator = torch.Generator().manual_seed(seed or 0)
         self._steps = max(-(-len(part) // accumulate) for part in parts)
         chosen = range(len(parts)) if mine is None else mine
@@ -77,19 +82,19 @@ class EpochSteps(Sequence[list[Batch]]):
         self._lengths = [len(part) for part in parts]
         self._draws = None if partition is None else [self._draw(parts[number], partition[number]) for number in chosen]
 
-    def _draw(self, batches: Batches, share: Tensor) -> list[TaskDraw]:
-        """The tasks of each batch of one share, and their weights."""
+    def _draw(self, batches: Batches, part: Tensor) -> list[TaskDraw]:
+        """The tasks of each batch of one part of the partition, and their weights; ``part`` are the tasks, (tasks,)."""
         tasks = batches.tasks
-        times = torch.zeros(int(share.max()) + 1)
-        for of_batch in tasks:
-            times[of_batch] += 1
-        without = share[times[share] == 0]
+        times = torch.zeros(int(part.max()) + 1)
+        for batch_tasks in tasks:
+            times[batch_tasks] += 1
+        without = part[times[part] == 0]
         chosen = without[torch.randperm(len(without), generator=self._generator)[: int(times.sum())]]
-        # one of k that stands for n counts n/k times
+        # k chosen tasks represent n tasks, so each has the weight n/k
         times[chosen] = len(chosen) / max(len(without), 1)
         draws = []
-        for number, of_batch in enumerate(tasks):
-            index = torch.cat([of_batch, chosen[number :: len(tasks)]]).sort().values
+        for number, batch_tasks in enumerate(tasks):
+            index = torch.cat([batch_tasks, chosen[number :: len(tasks)]]).sort().values
             draws.append(TaskDraw(index, self._steps / times[index]))
         return draws
 

@@ -1,4 +1,4 @@
-"""What a fit keeps of each task where a step holds only the tasks that it speaks of."""
+"""The parameters and moments of each task, for fits whose steps load only the tasks that they draw."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from bora_pyro.errors import InputError
 from bora_pyro.files.row_file import RowTensor
 from bora_pyro.model import BoRA, Weights
 
-#: With more tasks than these a step draws the tasks of its documents instead of moving all.
+#: With more tasks than this, a step changes only the tasks of its documents by default.
 MANY_TASKS = 64
-#: AdamW's settings, in all of a fit.
+#: AdamW's settings, the same for all parameters.
 BETAS, EPS = (0.9, 0.999), 1e-12
 
 
 class TaskRows:
-    """The guide's tensors of each task and AdamW's moments, one row a task, of which a step loads those that it needs.
+    """The guide's tensors of each task and AdamW's moments, one row per task. A step loads the rows that it needs.
 
-    A row's moments and its count of steps change only in steps that draw it, as in ``torch.optim.SparseAdam``, but with a bias
-    correction of its own. Between steps the guide's own parameters hold the rows that were loaded last.
+    A row's moments and its number of steps change only in steps that draw the row, as in ``torch.optim.SparseAdam``. In contrast
+    to it, each row has its own bias correction. Between steps the guide's parameters hold the rows that were loaded last.
 
     Args:
         model: the BoRA model.
-        guide: set up; its parameters hold one row, with which all tasks begin, or one for each task.
-        own: the tasks of this process, rising.
-        budget: bytes that the rows may take in memory; beyond it they lie in memory-mapped files.
-        folder: where such files go.
-        keep_sums: follow the sums of the sites' central values over tasks.
+        guide: the guide after its first run. Its parameters have one row for each task, or one row that all tasks start with.
+        own: the tasks of this process, in ascending order.
+        budget: bytes of memory for the rows. If they need more, they lie in memory-mapped files.
+        folder: folder of these files.
+        keep_sums: keep the sums of the sites' central values over tasks up to date.
+
+    Raises:
+        InputError: the guide has no tensors of single tasks, or the disk of ``folder`` is too full.
     """
 
     def __init__(
@@ -56,8 +59,8 @@ class TaskRows:
         zeros = {name: torch.zeros_like(value[:1]) for name, value in self.parameters.items()}
         self.moments = [{name: RowTensor(zero, tasks, folder=place) for name, zero in zeros.items()} for _ in BETAS]
         self.count = torch.zeros(tasks)
-        _forget_first_run(guide, 1)
-        self._touched, self.loaded = 0.0, own[:1]
+        _drop_first_run(guide, 1)
+        self._bytes_mapped, self.loaded = 0.0, own[:1]
         self.load(self.loaded)
         self.sums: Weights | None = {} if keep_sums else None
 
@@ -66,15 +69,15 @@ class TaskRows:
             yield from group.values()
 
     def load(self, index: Tensor) -> None:
-        """Put the rows of the tasks ``index``, rising, into the guide's parameters."""
+        """Copy the rows of the tasks ``index``, in ascending order, into the guide's parameters."""
         self.loaded, device = index.cpu(), self.model.backbone.device
         for name, parameter in self.parameters.items():
             parameter.grad = None
             parameter.data = self.values[name].read(self.loaded).to(device)
-        self._touch(1)
+        self._limit_mapped(1)
 
     def begin(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Load the tasks that some batches speak of; the batches, each speaking of all of them."""
+        """Load the tasks of all batches, and return the batches, each with all loaded tasks."""
         draws = [batch.tasks for batch in batches if batch.tasks is not None]
         if not draws:
             return []
@@ -85,7 +88,7 @@ class TaskRows:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """AdamW on the loaded rows that have gradients."""
+        """Take AdamW's step on the loaded rows that have gradients."""
         names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         if not names:
             return
@@ -121,26 +124,30 @@ class TaskRows:
         if self.sums is not None and before is not None:
             for name, value in self.centres().items():
                 self.sums[name] += (value - before[name]).sum(0, dtype=torch.float64)
-        self._touch(5)
+        self._limit_mapped(5)
 
-    def _touch(self, tensors: int) -> None:
-        """Count the bytes of mapped files that lie in memory; beyond the budget let them go."""
+    def _limit_mapped(self, accesses: int) -> None:
+        """Count the bytes of mapped files that were read or written, and free their memory when they exceed the budget.
+
+        Args:
+            accesses: how often the loaded rows were read or written.
+        """
         if not self.mapped:
             return
         rows = sum(value.row_bytes for value in self.values.values()) * len(self.loaded)
-        self._touched += tensors * rows
-        if self._touched > self.budget:
+        self._bytes_mapped += accesses * rows
+        if self._bytes_mapped > self.budget:
             for store in self._stores():
                 store.release_memory()
-            self._touched = 0.0
+            self._bytes_mapped = 0.0
 
     @torch.no_grad()
     def sites(self) -> Weights:
-        """The guide's central value of each site, of the loaded tasks."""
+        """The guide's central value of each site, for the loaded tasks."""
         return {name: value.detach() for name, value in self.guide.median(self._draw()).items()}
 
     def centres(self) -> Weights:
-        """Those of the sites that tasks have, apart from what a step will change: (tasks, *shape)."""
+        """Copies of the central values of the sites inside the plate of tasks: (tasks, *shape)."""
         sites = self.sites()
         return {name: sites[name].clone() for name in task_sites(self.guide)}
 
@@ -148,16 +155,19 @@ class TaskRows:
         return loaded_tasks(self.loaded.to(self.model.backbone.device))
 
     def weights(self, index: Tensor) -> Weights:
-        """θ of the tasks ``index``, rising, at the guide's centre: (tasks, layers, *shape) by name."""
+        """θ of the tasks ``index``, in ascending order, at the guide's centre: (tasks, layers, *shape) by name."""
         if not torch.equal(index.cpu(), self.loaded):
             self.load(index.cpu())
         return self.model.weights_given(self.sites(), self._draw())[0]
 
     def average_weights(self, sums: Weights) -> Weights:
-        """θ of the loaded tasks with their sites at the average over all tasks, of which ``sums`` are the sums.
+        """θ of the loaded tasks if their sites had the average values over all tasks.
 
-        Where all tasks have one prior that is the average of θ. Where each has a τ of its own it is the average in units of
-        each one's own standard deviation, as the sites are; near the optimum both are Θ.
+        If all tasks have the same prior, this is the average of θ. If each task has its own τ, the sites are in units of the
+        task's own standard deviation, and so is the average. Near the optimum both averages are Θ.
+
+        Args:
+            sums: sums of the sites' central values over all tasks.
         """
         sites = self.sites()
         for name, value in sums.items():
@@ -166,9 +176,9 @@ class TaskRows:
         return self.model.weights_given(sites, self._draw())[0]
 
     def follow_sums(self) -> None:
-        """Add the sites' central values up over the tasks; steps then change the sums by what they change.
+        """Compute the sums of the sites' central values over the tasks. Later steps add their changes to these sums.
 
-        Once an epoch, so that a fit that is taken up again sums in the same order, and rounding has no time to add up.
+        It runs once per epoch. A resumed fit then sums in the same order, and rounding errors do not accumulate over epochs.
         """
         if self.sums is None:
             return
@@ -176,28 +186,28 @@ class TaskRows:
         for index in self.own.split(64):
             self.load(index)
             for name, value in self.centres().items():
-                of_rows = value.sum(0, dtype=torch.float64)
-                self.sums[name] = self.sums[name] + of_rows if name in self.sums else of_rows
+                row_sum = value.sum(0, dtype=torch.float64)
+                self.sums[name] = self.sums[name] + row_sum if name in self.sums else row_sum
 
     def keep(self) -> None:
-        """Keep the present values as the best."""
+        """Store the current values as the best ones."""
         for name, store in self.best.items():
             store.copy_from(self.values[name])
 
     def restore(self) -> None:
-        """Put the best values back."""
+        """Restore the best values."""
         for name, store in self.values.items():
             store.copy_from(self.best[name])
         self.load(self.loaded)
 
     def complete(self) -> None:
-        """Let the guide's parameters hold the rows of all tasks, as those of any other guide do; nothing is copied."""
+        """Make the guide's parameters hold the rows of all tasks, without a copy."""
         for name, parameter in self.parameters.items():
             parameter.data = self.values[name].all()
-        _forget_first_run(self.guide, self.model.num_tasks)
+        _drop_first_run(self.guide, self.model.num_tasks)
 
     def tensors(self) -> dict[str, dict[str, RowTensor]]:
-        """The rows by group and name: what a checkpoint keeps, with ``count``."""
+        """The rows by group and name, for a checkpoint; a checkpoint also needs ``count``."""
         return {"parameters": self.values, "best": self.best, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
 
 
@@ -206,13 +216,13 @@ def _rows(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def task_sites(guide: AutoGuide) -> list[str]:
-    """The sites of a guide that each task has one of."""
+    """The sites of a guide that are inside the plate of tasks."""
     nodes = guide.prototype_trace.iter_stochastic_nodes()
     return [name for name, site in nodes if any(frame.name == "tasks" for frame in site["cond_indep_stack"])]
 
 
 def _task_parameters(model: BoRA, guide: AutoGuide) -> dict[str, Parameter]:
-    """The guide's parameters that have a row a task: those that it reads inside the plate of tasks."""
+    """The guide's parameters with one row per task: those that it reads inside the plate of tasks."""
     rows = {len(site["value"]) for name, site in guide.prototype_trace.iter_stochastic_nodes() if name in task_sites(guide)}
     draw = loaded_tasks(torch.arange(max(rows, default=1), device=model.backbone.device))
     with torch.no_grad(), poutine.seed(rng_seed=0):
@@ -225,14 +235,18 @@ def _task_parameters(model: BoRA, guide: AutoGuide) -> dict[str, Parameter]:
     found = {name: parameter for name, parameter in guide.named_parameters() if id(parameter) in inside}
     if task_sites(guide) and not found:
         raise InputError(
-            f"{type(guide).__name__} has no tensors of single tasks, so that its tasks cannot be drawn; "
+            f"{type(guide).__name__} has no tensors of single tasks, so a step cannot draw tasks; "
             "use a guide with a distribution for each site, or task_subsampling=False"
         )
     return found
 
 
 def _check_space(folder: Path, size: int) -> None:
-    """Raise ``InputError`` where a disk has no room: what is mapped on a full one ends the process without a word."""
+    """Check that a disk has room for mapped files. Writing to a mapped file on a full disk kills the process without a message.
+
+    Raises:
+        InputError: the disk has fewer than ``size`` free bytes.
+    """
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(above).free
     if size > free:
@@ -243,7 +257,7 @@ def _check_space(folder: Path, size: int) -> None:
 
 
 def set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> None:
-    """Run a guide for the first time, with a row for each task or one for all."""
+    """Run a guide for the first time, with one row for each task (``all_rows``) or one row for all tasks."""
     if guide.prototype_trace is None:
         device = model.backbone.device
         index = torch.arange(model.num_tasks, device=device) if all_rows else batch.task.unique()[:1]
@@ -251,8 +265,8 @@ def set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> No
         guide(replace(batch, task=index[:1].expand(len(batch.task)), tasks=draw))
 
 
-def _forget_first_run(guide: AutoGuide, rows: int) -> None:
-    """Drop the values of a guide's first run, which it reads no more; only their shapes say how many rows it has."""
+def _drop_first_run(guide: AutoGuide, rows: int) -> None:
+    """Drop the values of a guide's first run, which are not needed any more; their shapes get ``rows`` rows."""
     for name, node in [*guide.prototype_trace.nodes.items()]:
         if node["type"] == "sample" and node["is_observed"]:
             guide.prototype_trace.remove_node(name)

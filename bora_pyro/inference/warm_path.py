@@ -1,4 +1,4 @@
-"""One fit that relaxes τ: from one shared adapter towards independent ones, each τ begun where the last one ended.
+"""Fits with decreasing τ, from one shared adapter to independent adapters. Each fit starts from the result of the one before.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -28,15 +28,15 @@ from bora_pyro.priors import Prior, prior_from_tau
 
 @dataclass(frozen=True)
 class WarmPoint:
-    """Where the path stands after one τ.
+    """The result for one τ of the path.
 
     Attributes:
         tau: τ.
-        validation_perplexity: of the state that was kept; None where there is no validation document.
-        test_perplexity: of the same state; None where there is no test document.
-        seconds: of this τ's fit.
-        seconds_so_far: of all fits of the path up to here.
-        fitted: the fit itself.
+        validation_perplexity: perplexity of the state that was kept; None if there are no validation documents.
+        test_perplexity: perplexity of the same state; None if there are no test documents.
+        seconds: time of the fit with this τ.
+        seconds_so_far: time of all fits of the path up to this one.
+        fitted: the fit.
     """
 
     tau: float
@@ -58,41 +58,41 @@ def warm_path(
     on_point: Callable[[WarmPoint], None] | None = None,
     **fit_options: Any,
 ) -> list[WarmPoint]:
-    """Fit the same model under one τ after the other, from the largest down; θ and Θ are handed on.
+    """Fit the same model with one τ after the other, from the largest to the smallest. Each fit starts from θ and Θ of the last.
 
-    The state that a τ begins with counts among those of which :func:`~bora_pyro.inference.fit.fit` keeps the best, so that the
-    validation perplexity never rises along the path: where it stops falling, less sharing no longer pays. What is handed on are
-    the weights. The whitened deviations √τ (θ_d − Θ) of the non-centred form are another number under another τ. The last τ has
-    had all passes of the path: compare it with fits that have as many.
+    :func:`~bora_pyro.inference.fit.fit` keeps the best state, and the initial state is one of the candidates. The validation
+    perplexity therefore never rises along the path. Where it stops falling, less sharing no longer helps. The weights θ and Θ are
+    passed on, not the whitened deviations √τ (θ_d − Θ) of the non-centred form, whose values depend on τ. The last τ has had the
+    passes of the whole path. Compare it with fits that have as many passes.
 
     Args:
-        model: the model; its prior is replaced by that of each τ, its adapter, likelihood and start stay.
+        model: the model. Its prior is replaced by that of each τ; its adapter, likelihood and start stay the same.
         data: tokenised tasks.
         taus: values of τ, from 0 (independent tasks) to inf (one shared adapter), in any order.
-        epochs: passes over the training documents at each τ, at most.
-        first_epochs: at the first τ, which has no fit to start from; default: as at the others.
-        make_prior: the prior of a τ; default: :func:`~bora_pyro.priors.prior_from_tau`.
-        on_point: called after each τ.
+        epochs: largest number of passes over the training documents for each τ.
+        first_epochs: the same for the first τ, which has no fit to start from; default: ``epochs``.
+        make_prior: returns the prior for a τ; default: :func:`~bora_pyro.priors.prior_from_tau`.
+        on_point: called after the fit with each τ.
         **fit_options: further options of :func:`~bora_pyro.inference.fit.fit`: ``learning_rate``, ``token_budget``, ``seed``, ...
 
     Returns:
-        One point a τ, the largest τ first.
+        One point for each τ, the largest τ first.
 
     Raises:
-        InputError: fewer than two different τ, one that is no precision, or what ``fit`` raises.
+        InputError: there are fewer than two different τ, a τ is negative or not a number, or ``fit`` raises it.
     """
     path = sorted({float(tau) for tau in taus}, reverse=True)
     if len(path) < 2:
-        raise InputError(f"taus has {len(path)} value{'s' * (not path)}; a path needs two or more, such as inf, 1000, 100, 10, 0")
-    priors = [make_prior(tau) for tau in path]  # all before the first fit: a τ that cannot be used is found now
+        raise InputError(f"taus has {len(path)} value{'s' * (not path)}; give two or more, for example inf, 1000, 100, 10, 0")
+    priors = [make_prior(tau) for tau in path]  # before the first fit, so that a wrong τ is found at once
     points: list[WarmPoint] = []
     for tau, prior in zip(path, priors, strict=True):
-        under = copy.copy(model)
-        under.prior = prior
-        sites = under.sites_given(*points[-1].fitted.weights()) if points else None
+        model_at_tau = copy.copy(model)
+        model_at_tau.prior = prior
+        sites = model_at_tau.sites_given(*points[-1].fitted.weights()) if points else None
         passes = epochs if points or first_epochs is None else first_epochs
-        fitted = fit(under, data, guide=map_guide(under, sites), epochs=passes, **fit_options)
-        (test,) = evaluate(under, data.test, fitted.weights()[0])
+        fitted = fit(model_at_tau, data, guide=map_guide(model_at_tau, sites), epochs=passes, **fit_options)
+        (test,) = evaluate(model_at_tau, data.test, fitted.weights()[0])
         before = points[-1].seconds_so_far if points else 0.0
         point = WarmPoint(tau, fitted.validation_perplexity, test.perplexity(), fitted.seconds, before + fitted.seconds, fitted)
         points.append(point)

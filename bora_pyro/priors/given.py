@@ -57,8 +57,8 @@ class Given(PerLatent):
             limits = (tau == 0) | tau.isinf()
             if bool(tau.isnan().any() | (tau < 0).any() | (limits.any() & ~(tau == tau.flatten()[0]).all())):
                 raise InputError(
-                    f"the precision of {name!r} runs from {tau.min():g} to {tau.max():g}; give finite numbers above 0, or 0 or "
-                    "inf for all entries"
+                    f"the precision of {name!r} runs from {tau.min():g} to {tau.max():g}; give numbers above 0, or 0 or inf "
+                    "for all entries"
                 )
 
     def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:

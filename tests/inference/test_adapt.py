@@ -252,9 +252,12 @@ def test_a_weight_is_as_many_copies_of_the_documents(fits):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"epochs": 3}, "adapt has no option 'epochs': steps says how long"),
+        ({"epochs": 3}, "adapt has no option 'epochs': give steps instead"),
         ({"checkpoints": "folder"}, "adapt has no option 'checkpoints': an adaptation takes seconds"),
-        ({"gradient_clipp": 3}, "adapt has no option 'gradient_clipp': of fit's it takes .*; did you mean 'gradient_clip'"),
+        (
+            {"gradient_clipp": 3},
+            "adapt has no option 'gradient_clipp': the options of fit that it takes are .*; did you mean 'gradient_clip'",
+        ),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(fits, options, words):
@@ -265,7 +268,7 @@ def test_options_that_would_be_ignored_are_refused(fits, options, words):
 
 def test_what_cannot_be_adapted(fits):
     pooled = fit(tiny_bora(prior=Pooled()), tiny_data(), epochs=1)
-    with pytest.raises(InputError, match=r"tau of the fit is inf, one adapter for all tasks"):
+    with pytest.raises(InputError, match=r"tau of the fit is inf: all tasks, new ones too, have the same adapter"):
         adapt(pooled, tiny_data((2, 1)))
     with pytest.raises(InputError, match="guide is 'laplase'; allowed: map, normal"):
         adapt(fits("normal"), tiny_data((2, 1)), guide="laplase")

@@ -152,6 +152,6 @@ def test_a_last_step_into_the_void_is_not_kept(data):
 def test_a_base_that_gives_no_numbers_is_told_of_in_one_line(data):
     model = toy_model()
     model.backbone.model.get_input_embeddings().weight.data.fill_(math.nan)
-    with pytest.raises(NonFiniteLossError, match=r"the base model gives no numbers; .*--precision float32") as caught:
+    with pytest.raises(NonFiniteLossError, match=r"the base model gives NaN; .*--precision float32") as caught:
         fit(model, data, epochs=1, token_budget=10_000)
     one_line(str(caught.value))

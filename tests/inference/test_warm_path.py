@@ -140,7 +140,7 @@ def test_what_is_drawn_once_stays_the_same_along_the_path(data):
 @pytest.mark.parametrize(
     ("taus", "words"),
     [
-        ([10.0, 10.0], "taus has 1 value; a path needs two or more"),
+        ([10.0, 10.0], "taus has 1 value; give two or more"),
         ([], "taus has 0 values"),
         ([10.0, -1.0], "tau -1.0 is not allowed"),
     ],

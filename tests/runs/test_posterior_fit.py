@@ -211,6 +211,6 @@ def test_scales_that_diverge_end_the_fit_at_the_best_state(tmp_path, map_run):
 
     with pytest.raises(
         NonFiniteLossError,
-        match=r"(the loss is not finite|a draw of the guide gives no numbers) .*the state of epoch 0 is kept. Use",
+        match=r"(the loss is not finite|a draw of the guide gives NaN or inf logits) .*the state of epoch 0 is kept. Use",
     ):
         posterior_fit(map_run, tmp_path / "posterior", learning_rate=1e6)
