@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from bora_pyro.adapters.base import Adapter, Factors, uniform_fan_in
 from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.backbone.slots import Slot
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, check_at_least
 
 
 class RowLinear(torch.autograd.Function):
@@ -65,8 +65,7 @@ class LoRA(Adapter):
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"rank {self.rank} is not allowed; a LoRA rank is 1 or more, the nearest valid value is 1")
+        check_at_least("rank", self.rank, 1)
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
         if not 0 < self.scaling < math.inf:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, register_kl
 
 from bora_pyro.data.tasks import TaskData
-from bora_pyro.errors import InputError
+from bora_pyro.errors import check_at_least
 from bora_pyro.guides.base import SiteGuide, check_no_masks
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Flat, StandardNormal
@@ -111,8 +111,7 @@ class LowRankGuide(SiteGuide):
     def __init__(
         self, model: BoRA, sites: Mapping[str, Tensor] | None = None, *, rank: int = 2, scale: float = 0.1, seed: int = 0
     ) -> None:
-        if rank < 1:
-            raise InputError(f"rank {rank} of the covariance is not allowed; it is 1 or more, nearest: 1")
+        check_at_least("rank of the covariance", rank, 1)
         check_no_masks(model, "low_rank")
         super().__init__(model, sites, scale=scale)
         self._rank, self._generator = rank, torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ from torch import Tensor
 from bora_pyro.backbone.texts import longest_read, token_split, tokenizer_of
 from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
-from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.errors import InputError, check_at_least, check_one_of, nearest, shown
 from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
@@ -133,10 +133,8 @@ def fit_deviations(
     Raises:
         InputError: the guide or an option is unknown, or ``steps`` is below 1.
     """
-    if guide not in ALLOWED:
-        raise InputError(f"guide is {guide!r}; allowed: {', '.join(ALLOWED)}{nearest(guide, ALLOWED)}")
-    if steps < 1:
-        raise InputError(f"steps is {steps}; give a whole number from 1 up")
+    check_one_of("guide", guide, ALLOWED)
+    check_at_least("steps", steps, 1)
     for name in options:
         if name not in OPTIONS:
             why = _NO_OPTIONS.get(name, f"the options of fit that it takes are {', '.join(OPTIONS)}")

@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bora_pyro.data.batch import Batch
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import check_one_of
 from bora_pyro.likelihoods.base import LanguageModel, Likelihood
 from bora_pyro.likelihoods.distribution import NextTokens
 
@@ -43,8 +43,7 @@ class CausalLM(Likelihood):
     """
 
     def __init__(self, unit: str = "tokens", *, task_weights: Tensor | None = None) -> None:
-        if unit not in UNITS:
-            raise InputError(f"likelihood unit {unit!r} is not known; it is one of {', '.join(UNITS)}{nearest(unit, UNITS)}")
+        check_one_of("likelihood unit", unit, UNITS)
         self.unit = unit
         self.task_weights = self.with_task_weights(task_weights).task_weights
 

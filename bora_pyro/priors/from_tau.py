@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import check_one_of
 from bora_pyro.priors.base import Prior, check_tau
 from bora_pyro.priors.hierarchical import HierarchicalNormal
 from bora_pyro.priors.limits import Independent, Pooled
@@ -30,8 +30,7 @@ def prior_from_tau(tau: float, form: str = "noncentered", *, penalty: str = "nor
     Raises:
         InputError: τ is negative or not a number, or the penalty is unknown.
     """
-    if penalty not in PENALTIES:
-        raise InputError(f"penalty {penalty!r} is not known; it is one of {', '.join(PENALTIES)}{nearest(penalty, PENALTIES)}")
+    check_one_of("penalty", penalty, PENALTIES)
     check_tau(tau)
     if tau == 0:
         return Independent()

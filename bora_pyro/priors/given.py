@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, check_one_of, nearest
 from bora_pyro.priors.base import PerLatent, StandardNormal, copies, event, flat
 from bora_pyro.priors.norm import standard_spherical_laplace
 
@@ -43,8 +43,7 @@ class Given(PerLatent):
     least_tasks = 1
 
     def __init__(self, means: Mapping[str, Tensor], precisions: Mapping[str, Tensor], *, penalty: str = "normal") -> None:
-        if penalty not in PENALTIES:
-            raise InputError(f"penalty is {penalty!r}; allowed: {', '.join(PENALTIES)}{nearest(str(penalty), PENALTIES)}")
+        check_one_of("penalty", penalty, PENALTIES)
         self.penalty = penalty
         if means.keys() != precisions.keys():
             name = min(means.keys() ^ precisions.keys())

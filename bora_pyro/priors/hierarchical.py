@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, check_one_of
 from bora_pyro.priors.base import PerLatent, StandardNormal, check_tau, copies, event, flat
 
 FORMS = ("noncentered", "centered")
@@ -57,8 +57,7 @@ class HierarchicalNormal(PerLatent):
     """
 
     def __init__(self, tau: float = 100.0, form: str = "noncentered") -> None:
-        if form not in FORMS:
-            raise InputError(f"form {form!r} is not known; it is one of {', '.join(FORMS)}{nearest(form, FORMS)}")
+        check_one_of("form", form, FORMS)
         check_tau(tau)
         if tau == 0 or math.isinf(tau):
             limit = "Independent()" if tau == 0 else "Pooled()"

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, check_at_least, check_one_of
 from bora_pyro.priors.base import PerLatent
 from bora_pyro.priors.hierarchical import whitened_deviation
 
@@ -58,12 +58,12 @@ class LearnedPrecision(PerLatent):
     """
 
     def __init__(self, per: str = "site", start: float = 100.0, *, every: int = 4, rate: float = 1.0) -> None:
-        if per not in PER:
-            raise InputError(f"per {per!r} is not known; it is one of {', '.join(PER)}{nearest(per, PER)}")
+        check_one_of("per", per, PER)
         if not BOUNDS[0] <= start <= BOUNDS[1]:
             raise InputError(f"start {start} is not allowed; tau is learned between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
-        if every < 1 or not 0 < rate < math.inf:
-            raise InputError(f"every {every}, rate {rate}: give a whole number from 1 up and a finite number above 0")
+        check_at_least("every", every, 1)
+        if not 0 < rate < math.inf:
+            raise InputError(f"rate is {rate}; give a finite number above 0")
         self.per, self.start, self.every, self.rate = per, float(start), every, rate
         #: τ by latent: one number, (layers, 1, ...) or (D, 1, 1, ...), which broadcasts against (D, layers, *shape).
         self.tau: dict[str, Tensor] = {}

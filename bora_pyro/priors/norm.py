@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import Gamma, TorchDistribution, constraints
 from torch import Tensor
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, check_one_of
 from bora_pyro.priors.base import PerLatent, check_tau, copies, flat
 from bora_pyro.priors.hierarchical import FORMS
 
@@ -122,8 +122,7 @@ class HierarchicalNorm(PerLatent):
     penalty = "norm"
 
     def __init__(self, tau: float = 500.0, form: str = "noncentered") -> None:
-        if form not in FORMS:
-            raise InputError(f"form {form!r} is not known; it is one of {', '.join(FORMS)}{nearest(form, FORMS)}")
+        check_one_of("form", form, FORMS)
         check_tau(tau)
         if tau == 0 or math.isinf(tau):
             limit = "Independent()" if tau == 0 else "Pooled()"

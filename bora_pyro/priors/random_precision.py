@@ -12,7 +12,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, check_one_of
 from bora_pyro.priors.base import PerLatent
 from bora_pyro.priors.hierarchical import whitened_deviation
 
@@ -150,12 +150,11 @@ class RandomPrecision(PerLatent):
     """
 
     def __init__(self, hyperprior: str = "half_cauchy", per: str = "site", *, scale: float = 0.1, start: float = 100.0) -> None:
-        for what, value, known in (("hyperprior", hyperprior, HYPERPRIORS), ("per", per, RANDOM_PER)):
-            if value not in known:
-                raise InputError(f"{what} {value!r} is not known; it is one of {', '.join(known)}{nearest(value, known)}")
-        for what, number, default in (("scale", scale, 0.1), ("start", start, 100)):
+        check_one_of("hyperprior", hyperprior, HYPERPRIORS)
+        check_one_of("per", per, RANDOM_PER)
+        for name, number, default in (("scale", scale, 0.1), ("start", start, 100)):
             if not 0 < number < math.inf:
-                raise InputError(f"{what} {number} is not allowed; give a finite number above 0, for instance {default}")
+                raise InputError(f"{name} {number} is not allowed; give a finite number above 0, for instance {default}")
         self.hyperprior, self.per, self.scale, self.start = hyperprior, per, float(scale), float(start)
 
     def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:

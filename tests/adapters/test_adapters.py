@@ -133,8 +133,8 @@ def test_scaling_is_alpha_over_rank(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank 0 is not allowed.*nearest valid value is 1"),
-        ({"rank": -3}, "rank -3 is not allowed"),
+        ({"rank": 0}, "rank is 0; give a whole number from 1 up"),
+        ({"rank": -3}, "rank is -3; give a whole number from 1 up"),
         ({"rank": 4, "alpha": 0.0}, r"alpha 0.0 is not allowed.*the rank \(4\)"),
         ({"alpha": -1.0}, "alpha -1.0 is not allowed"),
         ({"alpha": math.nan}, "alpha nan is not allowed"),

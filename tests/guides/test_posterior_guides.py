@@ -307,7 +307,7 @@ def test_bad_guides():
     model = tiny_bora()
     with pytest.raises(InputError, match=r"scale is 0; give the initial standard deviations as a number above 0"):
         normal_guide(model, scale=0)
-    with pytest.raises(InputError, match=r"rank 0 of the covariance is not allowed"):
+    with pytest.raises(InputError, match=r"rank of the covariance is 0; give a whole number from 1 up"):
         LowRankGuide(model, rank=0)
     sites = map_guide(model)(tiny_batch())
     with pytest.raises(InputError, match=r"the curvature of 'v_proj.lora_A' is missing"):

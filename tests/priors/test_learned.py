@@ -126,10 +126,10 @@ def test_prints_its_precision():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per": "tasks"}, "per 'tasks' is not known; it is one of site, layer, task, model; did you mean 'task'?"),
+        ({"per": "tasks"}, "per is 'tasks'; allowed: site, layer, task, model; did you mean 'task'?"),
         ({"start": 0.0}, "start 0.0 is not allowed; tau is learned between 0.001 and 1e+09"),
         ({"start": math.nan}, "start nan is not allowed; tau is learned between 0.001 and 1e+09"),
-        ({"every": 0}, "every 0, rate 1.0: give a whole number from 1 up and a finite number above 0"),
+        ({"every": 0}, "every is 0; give a whole number from 1 up"),
     ],
 )
 def test_bad_arguments(options, message):

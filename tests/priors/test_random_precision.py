@@ -177,9 +177,9 @@ def test_fitted_gives_the_centre_of_tau(per):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hyperprior": "half_cauchi"}, "hyperprior 'half_cauchi' is not known; it is one of half_cauchy, gamma; did you mean"),
-        ({"per": "layers"}, "per 'layers' is not known; it is one of site, layer; did you mean 'layer'?"),
-        ({"per": "model"}, "per 'model' is not known; it is one of site, layer"),
+        ({"hyperprior": "half_cauchi"}, "hyperprior is 'half_cauchi'; allowed: half_cauchy, gamma; did you mean"),
+        ({"per": "layers"}, "per is 'layers'; allowed: site, layer; did you mean 'layer'?"),
+        ({"per": "model"}, "per is 'model'; allowed: site, layer"),
         ({"scale": 0.0}, "scale 0.0 is not allowed; give a finite number above 0, for instance 0.1"),
         ({"scale": math.inf}, "scale inf is not allowed"),
         ({"start": -1.0}, "start -1.0 is not allowed; give a finite number above 0, for instance 100"),
