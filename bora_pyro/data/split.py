@@ -27,12 +27,12 @@ from bora_pyro.errors import InputError, nearest, shown
 
 MIN_DOCUMENTS = 3
 
-# Which split takes a group where several lack as much: a task with two groups is better tested than validated.
+# Which side takes a group if several lack the same share: a task with two groups gets test documents rather than validation ones.
 _PREFERENCE = ("train", "test", "validation")
 
 
 def task_generator(seed: int, *names: str) -> np.random.Generator:
-    """A generator that depends on the seed and the names alone, so that one task's draws never move another's.
+    """A generator that depends only on the seed and the names, so that the draws of one task do not change those of another.
 
     >>> bool(task_generator(0, "a").random() == task_generator(0, "a").random())
     True
@@ -83,7 +83,7 @@ def split_by_group(
 
 
 def apply_split(dataset: datasets.Dataset, record: Mapping[str, Any]) -> dict[str, datasets.Dataset]:
-    """Split as a record says. Tasks that the record does not have are left out: it may stem from a run on fewer tasks.
+    """Split as a record says. Tasks that are not in the record are left out: the record may be of a run on fewer tasks.
 
     Raises:
         InputError: the record is no split record, or its tasks and groups are not those of the table.
@@ -114,32 +114,24 @@ def apply_split(dataset: datasets.Dataset, record: Mapping[str, Any]) -> dict[st
     return {name: dataset.select(indices) for name, indices in rows.items()}
 
 
-def record_of_column(dataset: datasets.Dataset, *, new_tasks: bool = False) -> dict[str, Any]:
+def record_of_column(dataset: datasets.Dataset) -> dict[str, Any]:
     """The record of a ready split, for a table with a column ``split``.
 
-    Args:
-        dataset: the table.
-        new_tasks: one task is enough, and all documents train where the table has no such column.
-
     Raises:
-        InputError: a group stands on two sides, or there are fewer than two tasks.
+        InputError: a group stands on two sides.
     """
     tasks: dict[str, dict[str, str]] = defaultdict(dict)
-    given = "split" in dataset.column_names or not new_tasks
-    sides = dataset["split"][:] if given else ["train"] * len(dataset)
-    for task, group, split in zip(dataset["task"][:], dataset["group"][:], sides, strict=True):
+    for task, group, split in zip(dataset["task"][:], dataset["group"][:], dataset["split"][:], strict=True):
         if tasks[task].setdefault(group, split) != split:
             raise InputError(
                 f"group {group!r} of task {task!r} is in {tasks[task][group]} and in {split}; put the whole group on one side, "
                 "or leave split_column out to have the split made by group"
             )
-    if not new_tasks:
-        check_task_count(tasks)
     return {"seed": None, "fractions": None, "tasks": {task: tasks[task] for task in sorted(tasks)}}
 
 
 def drop_small_tasks(dataset: datasets.Dataset, *, small_tasks: str = "error") -> tuple[datasets.Dataset, list[str]]:
-    """Refuse or drop tasks of fewer than three documents, which cannot train, validate and test."""
+    """Refuse or drop tasks of fewer than three documents: they cannot have training, validation and test documents."""
     if small_tasks not in ("error", "drop"):
         hint = nearest(str(small_tasks), ("error", "drop"))
         raise InputError(f"small_tasks is {small_tasks!r}; use 'error' or 'drop'{hint}")
@@ -159,7 +151,7 @@ def drop_small_tasks(dataset: datasets.Dataset, *, small_tasks: str = "error") -
 
 
 def check_task_count(tasks: Iterable[str]) -> None:
-    """Raise an InputError where there are fewer than two tasks."""
+    """Raise an InputError if there are fewer than two tasks."""
     tasks = list(tasks)
     if len(tasks) < 2:
         what = f"1 task, {tasks[0]!r}" if tasks else "no task"
@@ -170,7 +162,7 @@ def check_task_count(tasks: Iterable[str]) -> None:
 
 
 def split_notes(parts: Mapping[str, datasets.Dataset], record: Mapping[str, Any], *, asked: bool = True) -> list[str]:
-    """Notes on tasks that are not in every split, where one was asked for, and on texts that stand in two."""
+    """Notes on tasks that are not on every side of a split, if a split was asked for, and on texts that are on two sides."""
     present = {task: set(groups.values()) for task, groups in record["tasks"].items() if asked}
     lacking: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for task in sorted(present):
@@ -179,7 +171,7 @@ def split_notes(parts: Mapping[str, datasets.Dataset], record: Mapping[str, Any]
     notes = []
     for missing, tasks in sorted(lacking.items()):
         noun = f"{_plural(len(tasks), 'task')} {'has' if len(tasks) == 1 else 'have'} no {' and no '.join(missing)} documents"
-        # Three groups reach every split, so a task that lacks one has too few, unless the fractions or the user say otherwise.
+        # Three groups reach every side, so a task that lacks a side has too few, unless fractions or the user say otherwise.
         made = record.get("fractions") is not None and all(len(record["tasks"][task]) < len(SPLITS) for task in tasks)
         few = " (too few groups to split)" if made else ""
         notes.append(f"{noun}{few}: {_listed(tasks)}")

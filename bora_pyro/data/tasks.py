@@ -17,7 +17,7 @@ TaskData(2 tasks: 'Ada', 'Bo'; documents: 6 train, 2 validation, 2 test)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,16 @@ from transformers import PreTrainedTokenizerBase
 from bora_pyro.data.chat import ASSISTANT, chat_template_of, load_chat_template
 from bora_pyro.data.digest import documents_digest
 from bora_pyro.data.files import SPLITS
-from bora_pyro.data.rows import Columns
-from bora_pyro.data.split import (
-    apply_split,
-    check_task_count,
-    drop_small_tasks,
-    record_of_column,
-    split_by_group,
-    split_notes,
-    task_generator,
-)
+from bora_pyro.data.options import DataOptions
+from bora_pyro.data.split import task_generator
+from bora_pyro.data.splitters import ByColumn, ByGroup, Splitter
 from bora_pyro.data.streaming import TokenFile, stream_documents
 from bora_pyro.data.tables import Source, read_table
 from bora_pyro.data.task_weights import task_weights as weights_of
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import Tokenised, tokenise
 from bora_pyro.errors import InputError
+from bora_pyro.options.field import with_changes
 
 
 @dataclass
@@ -60,7 +54,7 @@ class TaskData:
         train: tokens of the training documents.
         validation: tokens of the validation documents.
         test: tokens of the test documents.
-        split_record: the split of each group of each task, in a form that JSON can hold. `load_tasks` can split by it again.
+        split_record: the split of each group of each task, in a form that JSON can hold. `bora_pyro.data.ByRecord` splits by it.
         notes: lines for the user: what was dropped or cut, and which tasks are not in every split.
         task_weights: (D,) factors of the tasks' log-likelihoods, for ``CausalLM(task_weights=...)``; None: all are 1.
         chat_template: the template that wrote the documents, if they are chats.
@@ -94,28 +88,13 @@ class TaskData:
 def load_tasks(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions | None = None,
     *,
-    task_column: str | Sequence[str] = "task",
-    text_column: str | Sequence[str] = "text",
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
-    messages_column: str | None = None,
-    chat_template: str | Path | None = None,
-    group_column: str | None = None,
-    split_column: str | None = None,
-    hub_split: str | None = "train",
-    streaming: bool = False,
-    num_tasks: int | None = None,
-    max_tokens: int = 256,
-    long_documents: str = "cut",
-    max_train_documents: int | None = None,
-    max_eval_documents: int | None = None,
+    split: Splitter | None = None,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
-    seed: int = 0,
-    small_tasks: str = "error",
-    split_record: Mapping[str, Any] | None = None,
     task_weights: Mapping[str, float] | str | Path | None = None,
-    new_tasks: bool = False,
+    hub_split: str | None = "train",
+    **changes: Any,
 ) -> TaskData:
     """Read, split and tokenise.
 
@@ -132,110 +111,33 @@ def load_tasks(
         ' Yes.</s>'
 
     Args:
-        source: see `read_table`, as for the columns and `hub_split`.
+        source: see `read_table`, as for `hub_split` and the columns among the options.
         tokenizer: the tokenizer of the base model.
-        task_column: column with the name of the task, or several, whose names are joined by `` / ``.
-        text_column: column with the text, or several, whose texts are joined by a blank line.
-        prompt_column: column with a prompt, which is only read.
-        completion_column: column with the text that follows the prompt and is predicted.
-        messages_column: column with a chat, of which the assistant's turns are predicted.
-        chat_template: how chats are written, a .jinja file or a template as text; default: the tokenizer's own.
-        group_column: column with what a split must not separate.
-        split_column: column with a ready split; then `fractions` and `small_tasks` do nothing.
-        hub_split: split to read of a hub id; None reads all.
-        streaming: read a hub id or a folder row by row, and keep the tokens in a file: for corpora larger than memory.
-        num_tasks: take the first n tasks by sorted name; None takes all.
-        max_tokens: longest document in tokens, with its start and end.
-        long_documents: ``cut`` leaves out what is beyond `max_tokens`; ``split`` makes consecutive pieces of a document, which
-            stay on one side of the split, have its prompt each, and count as a document each (`bora_pyro.data.encode.encoder`).
-        max_train_documents: keep at most so many training documents a task, drawn by the seed. The documents of a smaller
-            number are among those of a larger one, and validation and test stay whole: made for learning curves.
-        max_eval_documents: the same for validation and for test documents.
-        fractions: share of train, validation and test.
-        seed: of the split and of the documents that are kept.
-        small_tasks: ``error`` or ``drop``: tasks with fewer than three documents.
-        split_record: split as this record of an earlier run says, whatever `split_column`, `fractions` and `small_tasks` say;
-            tasks that it does not have are left out.
+        options: names of the columns, lengths and numbers of documents; default: ``DataOptions()``. A smaller
+            ``max_train_documents`` keeps a subset of the documents that a larger one keeps, and does not change validation and
+            test, so that learning curves are comparable. For ``long_documents`` see `bora_pyro.data.encode.encoder`.
+        split: the way to split (`bora_pyro.data.splitters`); default: by ``split_column`` if it is given, otherwise by group.
+        fractions: share of train, validation and test in a split by group.
         task_weights: a factor of the log-likelihood of each task, by name, or a file of them (`bora_pyro.data.task_weights`);
             1 where none is given.
-        new_tasks: the tasks are new ones that a fit is adapted to (`bora_pyro.inference.adapt`): one is enough, and without
-            `split_column` all their documents train.
+        hub_split: split to read of a hub id; None reads all.
+        changes: single options, as ``max_tokens=64``.
 
     Raises:
-        InputError: the data or an argument cannot be used; the message says which and what to do.
+        InputError: the data or an argument cannot be used.
     """
-    for option, value in (("max_train_documents", max_train_documents), ("max_eval_documents", max_eval_documents)):
-        if value is not None and value < 1:
-            raise InputError(f"{option} is {value}; give 1 or more, or None for all")
-    columns: dict[str, Any] = {
-        "task_column": task_column,
-        "text_column": text_column,
-        "prompt_column": prompt_column,
-        "completion_column": completion_column,
-        "messages_column": messages_column,
-        "group_column": group_column,
-        "split_column": split_column,
-    }
-    tokens: TokenFile | None = None
-    form: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "long_documents": long_documents,
-        "chat_template": load_chat_template(chat_template),
-    }
-    if streaming:
-        table, tokens, notes = stream_documents(source, tokenizer, Columns.given(**columns), hub_split=hub_split, **form)
-    else:
-        table, notes = read_table(source, **columns, hub_split=hub_split)
-    names = set(table["task"][:])
-    if split_record is not None:
-        record: dict[str, Any] = _first_tasks_of_record(split_record, num_tasks)
-        parts = apply_split(table, record)
-        left_out = names - set(record["tasks"])
-        if small_tasks == "drop" and split_column is None and not new_tasks:
-            large, dropped = drop_small_tasks(table, small_tasks=small_tasks)
-            if (small := names - set(large["task"][:])) <= left_out:
-                notes += dropped  # as they were when the record was made
-                left_out -= small
-        if left_out and num_tasks is None:
-            noun = "1 task" if len(left_out) == 1 else f"{len(left_out)} tasks"
-            were = "was" if len(left_out) == 1 else "were"
-            notes.append(f"{noun} that the split record does not have {were} left out")
-        notes += split_notes(parts, record)
-    elif split_column is not None or new_tasks:
-        if not (new_tasks and num_tasks is None):
-            table = _first_tasks(table, num_tasks)
-        record = record_of_column(table, new_tasks=new_tasks)
-        parts = apply_split(table, record)
-        notes += split_notes(parts, record, asked=split_column is not None)
-    else:
-        if small_tasks == "drop":
-            # Before the first n are taken, so that n tasks are left.
-            table, dropped = drop_small_tasks(table, small_tasks=small_tasks)
-            notes += dropped
-        table = _first_tasks(table, num_tasks)
-        parts, record, split_lines = split_by_group(table, fractions=fractions, seed=seed, small_tasks=small_tasks)
-        notes += split_lines
-
+    options = with_changes(options or DataOptions(), changes)
+    options.validate()
+    options = replace(options, chat_template=load_chat_template(options.chat_template))
+    if split is None:
+        split = ByColumn() if options.split_column is not None else ByGroup(fractions, options.seed)
+    table, tokens, notes = _read(source, tokenizer, options, hub_split)
+    parts, record, split_lines = split.split(table, options)
     tasks = sorted(record["tasks"])
-    task_index = {task: index for index, task in enumerate(tasks)}
-    done = {}
-    for name in SPLITS:
-        limit = max_train_documents if name == "train" else max_eval_documents
-        part = parts[name] if limit is None else _at_most(parts[name], limit, seed=seed, split=name)
-        done[name] = (
-            tokenise(part, tokenizer, task_index=task_index, **form) if tokens is None else tokens.of(part, tokenizer, task_index)
-        )
-    what = "of text" if prompt_column is None and messages_column is None else f"to predict within {max_tokens}"
-    notes += _token_notes([*done.values()], what, max_tokens)
+    done = _tokenised(parts, tokens, tokenizer, tasks, options)
+    notes = [*notes, *split_lines, *_token_notes([*done.values()], options)]
     if not len(done["train"].split):
-        if messages_column is not None:
-            give = f"chats in which a turn of the role {ASSISTANT!r} begins within {max_tokens} tokens"
-        elif prompt_column is not None:
-            give = f"prompts that leave room for a token of their completions within {max_tokens}"
-        else:
-            give = "texts that the tokenizer knows"
-        why = f" ({'; '.join(notes)})" if notes else ""
-        raise InputError(f"no training document is left{why}; give {give}, and a split that trains")
+        raise _nothing_to_train_on(options, notes)
     return TaskData(
         tasks=tasks,
         train=done["train"].split,
@@ -243,13 +145,60 @@ def load_tasks(
         test=done["test"].split,
         split_record=record,
         notes=notes,
-        task_weights=None if task_weights is None else weights_of(task_weights, tasks, known=names),
-        chat_template=None if messages_column is None else chat_template_of(tokenizer, form["chat_template"]),
+        task_weights=None if task_weights is None else weights_of(task_weights, tasks, known=set(table["task"][:])),
+        chat_template=None if options.messages_column is None else chat_template_of(tokenizer, options.chat_template),
     )
 
 
-def _token_notes(done: Sequence[Tokenised], what: str, max_tokens: int) -> list[str]:
-    """Notes on what became of documents when they were tokenised."""
+def _read(
+    source: Source, tokenizer: PreTrainedTokenizerBase, options: DataOptions, hub_split: str | None
+) -> tuple[datasets.Dataset, TokenFile | None, list[str]]:
+    """Read the table of documents. With ``streaming`` their tokens are read too, and the table has no texts."""
+    if options.streaming:
+        return stream_documents(source, tokenizer, options.columns, hub_split=hub_split, **_form(options))
+    table, notes = read_table(source, **options.column_options, hub_split=hub_split)
+    return table, None, notes
+
+
+def _form(options: DataOptions) -> dict[str, Any]:
+    """Options that say how a document becomes tokens."""
+    return {name: getattr(options, name) for name in ("max_tokens", "long_documents", "chat_template")}
+
+
+def _tokenised(
+    parts: Mapping[str, datasets.Dataset],
+    tokens: TokenFile | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    options: DataOptions,
+) -> dict[str, Tokenised]:
+    """Tokenise each side of the split, with at most as many documents of a task as the options allow."""
+    task_index, done = {task: index for index, task in enumerate(tasks)}, {}
+    for name in SPLITS:
+        limit = options.max_train_documents if name == "train" else options.max_eval_documents
+        part = parts[name] if limit is None else _at_most(parts[name], limit, seed=options.seed, split=name)
+        if tokens is None:
+            done[name] = tokenise(part, tokenizer, task_index=task_index, **_form(options))
+        else:
+            done[name] = tokens.of(part, tokenizer, task_index)
+    return done
+
+
+def _nothing_to_train_on(options: DataOptions, notes: Sequence[str]) -> InputError:
+    if options.messages_column is not None:
+        give = f"chats in which a turn of the role {ASSISTANT!r} begins within {options.max_tokens} tokens"
+    elif options.prompt_column is not None:
+        give = f"prompts that leave room for a token of their completions within {options.max_tokens}"
+    else:
+        give = "texts that the tokenizer knows"
+    why = f" ({'; '.join(notes)})" if notes else ""
+    return InputError(f"no training document is left{why}; give {give}, and a split that trains")
+
+
+def _token_notes(done: Sequence[Tokenised], options: DataOptions) -> list[str]:
+    """Notes on documents that were dropped, cut or split into pieces."""
+    plain, max_tokens = options.prompt_column is None and options.messages_column is None, options.max_tokens
+    what = "of text" if plain else f"to predict within {max_tokens}"
     notes, total = [], sum(part.num_documents for part in done)
     if num_dropped := sum(part.num_dropped for part in done):
         notes.append(f"{num_dropped} documents without a token {what} were dropped")
@@ -261,32 +210,8 @@ def _token_notes(done: Sequence[Tokenised], what: str, max_tokens: int) -> list[
     return notes
 
 
-def _first_tasks(table: datasets.Dataset, num_tasks: int | None) -> datasets.Dataset:
-    """The rows of the first `num_tasks` tasks by name."""
-    names = table["task"][:]
-    tasks = sorted(set(names))
-    check_task_count(tasks)
-    if num_tasks is None:
-        return table
-    keep = set(_take(tasks, num_tasks, "the data"))
-    return table.select([row for row, name in enumerate(names) if name in keep])
-
-
-def _first_tasks_of_record(record: Mapping[str, Any], num_tasks: int | None) -> dict[str, Any]:
-    tasks = record.get("tasks")
-    if num_tasks is None or not isinstance(tasks, Mapping):
-        return dict(record)
-    return {**record, "tasks": {task: tasks[task] for task in _take(sorted(tasks), num_tasks, "the split record")}}
-
-
-def _take(tasks: list[str], num_tasks: int, where: str) -> list[str]:
-    if not 2 <= num_tasks <= len(tasks):
-        raise InputError(f"num_tasks is {num_tasks}; {where} has {len(tasks)} tasks, give 2 to {len(tasks)} or None for all")
-    return tasks[:num_tasks]
-
-
 def _at_most(dataset: datasets.Dataset, limit: int, *, seed: int, split: str) -> datasets.Dataset:
-    """At most `limit` documents of each task; a smaller limit keeps a subset of what a larger one keeps."""
+    """At most `limit` documents of each task. A smaller limit keeps a subset of what a larger one keeps."""
     rows: dict[str, list[int]] = {}
     for row, task in enumerate(dataset["task"][:]):
         rows.setdefault(task, []).append(row)

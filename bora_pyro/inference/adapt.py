@@ -23,6 +23,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.backbone.texts import longest_read, token_split, tokenizer_of
+from bora_pyro.data.splitters import AllTrain, ByColumn
 from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
 from bora_pyro.errors import InputError, check_at_least, check_one_of, nearest, shown
@@ -229,19 +230,20 @@ def task_data(fitted: Fitted, texts: Mapping[str, Sequence[str]], *, max_tokens:
 
 
 def load_new_tasks(source: Source, fitted: Fitted, *, max_tokens: int | None = None, **options: Any) -> TaskData:
-    """New tasks from a table: all their documents to train on, or as ``split_column`` says. One task is enough.
+    """Read new tasks from a table. All documents are for training, unless ``split_column`` says otherwise. One task is enough.
 
     Args:
         source: as for :func:`~bora_pyro.load_tasks`.
-        fitted: the fit that they are adapted from, whose tokenizer reads them.
-        max_tokens: longer documents are cut; default, and at most: what the base reads.
-        options: of ``load_tasks``: the columns, ``max_train_documents``, ``task_weights``, ...
+        fitted: the fit to adapt; its tokenizer is used.
+        max_tokens: longer documents are cut. The default, and the maximum, is the context of the base model.
+        options: arguments of ``load_tasks``: the columns, ``max_train_documents``, ``task_weights``, ...
 
     Raises:
-        InputError: as ``load_tasks``; the base has no tokenizer.
+        InputError: see ``load_tasks``; or the base model has no tokenizer.
     """
     tokenizer, most = tokenizer_of(fitted.model.backbone), longest_read(fitted.model.backbone, max_tokens)
-    data = load_tasks(source, tokenizer, new_tasks=True, max_tokens=most, **options)
+    split = AllTrain() if options.get("split_column") is None else ByColumn(new_tasks=True)
+    data = load_tasks(source, tokenizer, split=split, max_tokens=most, **options)
     if max_tokens is not None and most < max_tokens:
         data.notes.insert(0, f"max_tokens {max_tokens} is more than the base model reads; {most} is used")
     return data

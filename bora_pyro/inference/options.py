@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 from bora_pyro.errors import InputError
 from bora_pyro.options.field import check_fields, option
+from bora_pyro.options.seed import Seeded
 
 #: The groups of ``--help``: how the objective is optimised, and what concerns the run alone and leaves its result as it is.
 OPTIMISATION, RUN = "optimisation", "run"
 
 
 @dataclass(kw_only=True)
-class FitOptions:
+class FitOptions(Seeded):
     """Options of :func:`~bora_pyro.inference.fit.fit`.
 
     The help of each field is its documentation, here and on the command line. Epochs are passes over the training documents; the
@@ -47,9 +48,6 @@ class FitOptions:
     )
     patience: int = option(
         3, "stop after so many epochs without a better validation perplexity; 0 never stops early", group=OPTIMISATION, least=0
-    )
-    seed: int = option(
-        0, "seed of the split, the start and the order of the documents", group=OPTIMISATION, least=0, most=2**32 - 1
     )
 
     task_memory: float = option(

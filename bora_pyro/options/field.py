@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from bora_pyro.errors import InputError, check_at_least, check_one_of, nearest, shown
@@ -42,6 +42,7 @@ def option(
     least: int | None = None,
     most: int = MOST,
     positive: bool = False,
+    filled: bool = False,
 ) -> T:
     """A dataclass field with the help text and the rules that the command line uses.
 
@@ -58,10 +59,12 @@ def option(
         least: the smallest allowed whole number; ``check_fields`` checks it.
         most: the largest allowed whole number, if ``least`` is given.
         positive: only finite numbers above 0 are allowed; ``check_fields`` checks it.
+        filled: the option is a name, or a list of names, none of which may be empty; ``check_fields`` checks it.
     """
     metadata = {
         "help": help, "group": group, "choices": tuple(choices), "expects": expects, "positional": positional,
         "words": tuple(words), "whole": whole, "line_only": line_only, "least": least, "most": most, "positive": positive,
+        "filled": filled,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
@@ -93,6 +96,32 @@ def changed(cls: type, name: str, default: Any, help: str | None = None, **about
     return option(default, about.pop("help"), **about)
 
 
+def by_heading(*headings: str) -> Callable[[type[C]], type[C]]:
+    """A class decorator that sorts the fields of a configuration by their headings.
+
+    A configuration that inherits several groups of options then lists related options together, in ``--print_config`` and in
+    ``config.yaml`` as in ``--help``.
+
+    Args:
+        headings: the headings in order.
+    """
+
+    def arrange(cls: type[C]) -> type[C]:
+        of_configuration: Any = cls
+        fields = {field.name: field for field in dataclasses.fields(of_configuration)}
+        order = sorted(fields, key=lambda name: headings.index(fields[name].metadata["group"]))
+        of_configuration.__dataclass_fields__ = {name: fields[name] for name in order}
+        return cls
+
+    return arrange
+
+
+def part_of(config: Any, cls: type[T]) -> T:
+    """One group of options, with the values of a configuration that has the same fields among others."""
+    group: Any = cls
+    return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(group)})
+
+
 def with_changes(config: C, changes: dict[str, Any]) -> C:
     """A copy of a configuration with other values of some fields.
 
@@ -107,16 +136,19 @@ def with_changes(config: C, changes: dict[str, Any]) -> C:
 
 
 def check_fields(config: Any) -> None:
-    """Raise ``InputError`` if the value of a field is not one of its ``choices``, or is out of its bounds."""
+    """Raise ``InputError`` if the value of a field is empty, not one of its ``choices``, or outside its bounds."""
     check_choices(config)
     for field in dataclasses.fields(config):
         name, value, about = field.name, getattr(config, field.name), field.metadata
         if value is None and field.default is None:
             continue
+        if about.get("filled") and not all(str(text).strip() for text in (value if isinstance(value, list) else [value])):
+            raise InputError(f"{name} is empty; give a name, or leave it out for its default")
         if (least := about.get("least")) is not None:
             check_at_least(name, value, least)
-            if value > about["most"]:
-                raise InputError(f"{name} is {shown(value)}; give a whole number of at most {about['most']}")
+            if value > (most := about["most"]):
+                largest = f"below 2**{most.bit_length()}" if most > MOST else f"of at most {most}"
+                raise InputError(f"{name} is {shown(value)}; give a whole number {largest}")
         if about.get("positive") and not 0 < value < math.inf:
             raise InputError(f"{name} is {value}; give a finite number above 0")
 

@@ -43,16 +43,21 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 
 def option_types(cls: type) -> dict[str, tuple[type, bool]]:
-    """Each option's plain type, and whether None is allowed. ``list[str]`` counts as list, ``str | list[str]`` as tuple."""
+    """Each option's plain type, and whether None is allowed. ``list[str]`` counts as list, ``str | list[str]`` as tuple.
+
+    None is also allowed if it is the default, even if the type does not say so.
+    """
     kinds: dict[str, tuple[type, bool]] = {}
+    open_to_none = {field.name for field in dataclasses.fields(cls) if field.default is None}
     for name, hint in get_type_hints(cls).items():
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        optional = type(None) in parts or name in open_to_none
         if str in parts and list[str] in parts:
-            kinds[name] = (tuple, type(None) in parts)
+            kinds[name] = (tuple, optional)
             continue
         # `float | str` counts as float and `bool | str` as bool: the texts that are allowed are the field's `words`
         hint = next(part for part in parts if part is not type(None))
-        kinds[name] = (get_origin(hint) or hint, type(None) in parts)
+        kinds[name] = (get_origin(hint) or hint, optional)
     return kinds
 
 

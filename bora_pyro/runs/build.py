@@ -1,76 +1,78 @@
-"""The objects that a configuration describes: the device, the frozen model, the documents, the BoRA model."""
+"""Build the model and the data that a configuration describes."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.sharding import shard_base
-from bora_pyro.data import TaskData, load_tasks
+from bora_pyro.data import ByRecord, DataOptions, TaskData, load_tasks
+from bora_pyro.data.splitters import Splitter
 from bora_pyro.data.tables import check_source
 from bora_pyro.errors import InputError
+from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.processes import Processes
 from bora_pyro.likelihoods.next_tokens import CausalLM
 from bora_pyro.model import BoRA
+from bora_pyro.options.field import part_of
 from bora_pyro.options.members import build_member
 from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
 from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.device import find_device
+from bora_pyro.runs.plan import Plan
 
-#: Options of a configuration that ``load_tasks`` takes by the same name.
-DATA_OPTIONS = (
-    "task_column", "text_column", "prompt_column", "completion_column", "messages_column", "chat_template", "group_column",
-    "split_column", "streaming", "num_tasks", "long_documents", "max_train_documents", "max_eval_documents", "seed",
-    "small_tasks", "task_weights",
-)  # fmt: skip
+__all__ = ["build", "build_run", "find_device"]
+
+
+def build(plan: Plan) -> tuple[BoRA, TaskData, Continuation]:
+    """Build the model and the data of a fit, and check the checkpoint that it continues from.
+
+    Args:
+        plan: the plan of the fit.
+
+    Returns:
+        The model before the fit, the data, and the place of the checkpoints. ``fit`` does not check the checkpoint again.
+
+    Raises:
+        InputError: something in the configuration or the data cannot be used, or the checkpoint belongs to another fit.
+    """
+    split = None if plan.standing.split is None else ByRecord(plan.standing.split)
+    model, data = build_run(plan.config, quiet=plan.quiet, split=split, team=plan.team, device=plan.device)
+    checkpoints = plan.standing.continuation(plan.folder, data, model.backbone, plan.options, processes=plan.team.size)
+    return model, data, checkpoints
 
 
 def build_run(
     config: MapFitConfig,
     *,
     quiet: bool = False,
-    split_record: Mapping[str, Any] | None = None,
+    split: Splitter | None = None,
     team: Processes | None = None,
     prior: Prior | None = None,
+    device: torch.device | None = None,
 ) -> tuple[BoRA, TaskData]:
-    """The model and the tokenised data that a configuration describes, nothing fitted yet.
+    """Build the model before the fit, and the tokenised data.
 
     Args:
         config: the checked configuration.
         quiet: show no notes.
-        split_record: split as an earlier run's ``split.json`` says, instead of anew.
-        team: the processes of the fit, which hold the base in parts where the configuration says so; a run that is read holds
-            it whole.
-        prior: instead of the configuration's.
+        split: the way to split, for example by the record of an earlier run; default: as the configuration says.
+        team: the processes of the fit. They share the layers of the base model if the configuration asks for it. Without them
+            this process loads the whole base model.
+        prior: replaces the prior of the configuration.
+        device: the device, if it is known already; default: that of the configuration.
 
     Raises:
         InputError: something in the configuration or the data cannot be used.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_source(config.data)  # before a base is fetched for documents that are not there
-    sharded = config.shard_base and team is not None
-    if sharded and team is not None and team.size == 1:
-        raise InputError("shard_base is true, but there is one process; start several with torchrun, or leave it out")
-    backbone = Backbone.from_pretrained(
-        config.base_model,
-        targets=config.targets,
-        precision=getattr(torch, config.precision),
-        device="cpu" if sharded else find_device(config.device),
-        quantization=config.quantization,
-        device_map=config.device_map,
-        gradient_checkpointing=config.gradient_checkpointing,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if sharded and team is not None:
-        shard_base(backbone, find_device(config.device))
-        team.sharded_base = True
-    data = _load_data(config, backbone, quiet=quiet, split_record=split_record)
+    check_source(config.data)  # before a base model is downloaded for documents that do not exist
+    backbone = _load_backbone(config, device, team)
+    data = _load_data(config, backbone, split, quiet=quiet)
     adapter = _adapter(config)
     model = BoRA(
         backbone,
@@ -83,25 +85,6 @@ def build_run(
     return model, data
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` takes an accelerator where there is one.
-
-    Raises:
-        InputError: torch has no such device here.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        name = found.type if found else "cpu"
-    if ":" not in name and name != "cpu" and "LOCAL_RANK" in os.environ:
-        name = f"{name}:{os.environ['LOCAL_RANK']}"  # a device for each process of this machine
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        fewer = ", or start fewer processes" if "LOCAL_RANK" in os.environ else ""
-        raise InputError(f"device {name!r} is not available here; use --device auto, or --device cpu{fewer}") from error
-    return torch.device(name)
-
-
 def _adapter(config: MapFitConfig) -> Adapter:
     return build_member("adapter", ADAPTERS, config.adapter, usual={"rank": config.rank, "alpha": config.alpha})
 
@@ -112,19 +95,34 @@ def _prior(config: MapFitConfig) -> Prior:
     return prior_from_tau(config.tau, config.prior_form, penalty=config.penalty)
 
 
-def _load_data(config: MapFitConfig, backbone: Backbone, *, quiet: bool, split_record: Mapping[str, Any] | None) -> TaskData:
-    max_tokens, notes = config.max_tokens, []
-    if backbone.context is not None and max_tokens > backbone.context:
-        notes.append(f"max_tokens {max_tokens} is more than the base model reads; {backbone.context} is used")
-        max_tokens = backbone.context
-    assert backbone.tokenizer is not None
-    data = load_tasks(
-        config.data,
-        backbone.tokenizer,
-        max_tokens=max_tokens,
-        split_record=split_record,
-        **{name: getattr(config, name) for name in DATA_OPTIONS},
+def _load_backbone(config: MapFitConfig, device: torch.device | None, team: Processes | None) -> Backbone:
+    sharded = config.shard_base and team is not None
+    if sharded and team is not None and team.size == 1:
+        raise InputError("shard_base is true, but there is one process; start several with torchrun, or leave it out")
+    device = device or find_device(config.device)
+    backbone = Backbone.from_pretrained(
+        config.base_model,
+        targets=config.targets,
+        precision=getattr(torch, config.precision),
+        device="cpu" if sharded else device,
+        quantization=config.quantization,
+        device_map=config.device_map,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
     )
+    if sharded and team is not None:
+        shard_base(backbone, device)
+        team.sharded_base = True
+    return backbone
+
+
+def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None, *, quiet: bool) -> TaskData:
+    options, notes = part_of(config, DataOptions), []
+    if backbone.context is not None and options.max_tokens > backbone.context:
+        notes.append(f"max_tokens {options.max_tokens} is more than the base model reads; {backbone.context} is used")
+        options.max_tokens = backbone.context
+    assert backbone.tokenizer is not None
+    data = load_tasks(config.data, backbone.tokenizer, options, split=split, task_weights=config.task_weights)
     data.notes[:0] = notes
     if not quiet:
         for note in data.notes:

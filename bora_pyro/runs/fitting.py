@@ -3,51 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bora_pyro.data import TaskData
+from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.fit import FitStopped, fit
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.inference.processes import is_first
+from bora_pyro.inference.options import FitOptions
+from bora_pyro.inference.processes import Processes, is_first
 from bora_pyro.model import BoRA
-from bora_pyro.runs.config.map_fit import AUTO
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.progress import Progress
 from bora_pyro.runs.signals import StopSignals
 from bora_pyro.runs.trackers import Tracking, track
 
-#: Options of a configuration that ``fit`` takes by the same name.
-FIT_OPTIONS = (
-    "epochs", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed", "checkpoint_every",
-    "checkpoint_minutes", "keep_checkpoints", "task_subsampling", "task_memory",
-)  # fmt: skip
-
 
 class RunStopped(Exception):
-    """A run was stopped by a signal, its state saved; ``exit_code`` is what a shell expects of such a program."""
+    """A signal stopped the run, and its state is saved. ``exit_code`` is the exit code that a shell expects."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def resumes(output_dir: str, resume: bool | str) -> bool:
-    """Whether a fit goes on with the run in its folder: as it is told, and with ``auto`` where there is one."""
-    return RunFolder.holds_run(output_dir) if resume == AUTO else bool(resume)
+def start_tracking(
+    names: Sequence[str] | None, folder: RunFolder, written: Mapping[str, Any], *, resume: bool, quiet: bool
+) -> Tracking:
+    """Start the trackers in the first process; the other processes have none.
 
-
-def start_tracking(config: Any, folder: RunFolder, *, quiet: bool) -> Tracking:
-    """The trackers that a configuration names, in the first process; none in the others."""
-    names = config.trackers if is_first() else None
-    return track(names, folder.path, folder.read_config() if names else {}, resume=config.resume, quiet=quiet)
+    Args:
+        names: names of the trackers.
+        folder: the run folder.
+        written: content of its ``config.yaml``.
+        resume: whether the fit continues from a checkpoint.
+        quiet: whether the trackers print nothing.
+    """
+    return track(names if is_first() else None, folder.path, written, resume=resume, quiet=quiet)
 
 
 def fit_into(
-    folder: RunFolder, model: BoRA, data: TaskData, *, quiet: bool, tracking: Tracking | None = None, **options: Any
+    folder: RunFolder,
+    model: BoRA,
+    data: TaskData,
+    options: FitOptions,
+    *,
+    checkpoints: Continuation,
+    quiet: bool,
+    tracking: Tracking | None = None,
+    processes: Processes | None = None,
+    **more: Any,
 ) -> Fitted:
-    """Fit with a progress bar, a line of ``metrics.jsonl`` an epoch, and checkpoints; ``options`` are those of ``fit``."""
-    bar, tracking = Progress(0, epochs=options.get("epochs"), enabled=not quiet), tracking or Tracking()
+    """Fit with a progress bar, checkpoints, and one line of ``metrics.jsonl`` for each epoch.
+
+    Args:
+        folder: the run folder, which is taken.
+        model: the model.
+        data: the documents.
+        options: options of the fit.
+        checkpoints: the checkpoints of the run, already checked.
+        quiet: show no progress.
+        tracking: the trackers; default: none.
+        processes: the processes that share the work; default: this one alone.
+        more: further arguments of ``fit``.
+
+    Raises:
+        RunStopped: the process got Ctrl-C or SIGTERM; the state of the fit is saved.
+    """
+    bar, tracking = Progress(0, epochs=options.epochs, enabled=not quiet), tracking or Tracking()
 
     def show(report: dict[str, Any]) -> None:
         bar.total_steps = int(report["total"])
@@ -73,17 +96,26 @@ def fit_into(
 
     with bar, StopSignals(quiet=quiet or not is_first()) as stop:
         try:
-            fitted = fit(model, data, checkpoints=folder.checkpoints, stop=stop, on_step=step, on_epoch=record, **options)
+            fitted = fit(
+                model,
+                data,
+                options,
+                checkpoints=checkpoints,
+                processes=processes,
+                stop=stop,
+                on_step=step,
+                on_epoch=record,
+                **more,
+            )
         except FitStopped as stopped:
             raise RunStopped(f"{stopped}; go on with --resume true", stop.exit_code) from None
-        team = options.get("processes")
-        if stop() and (team is None or team.size == 1):  # of several, each would have to know of it
+        if stop() and (processes is None or processes.size == 1):  # with several processes, the others do not know of the signal
             raise RunStopped("stopped after the last step; --resume true evaluates what was fitted", stop.exit_code)
         return fitted
 
 
 def _newest_tau(model: BoRA, report: Mapping[str, Any]) -> float | None:
-    """The learned τ that was newest at a step, its geometric mean as ``Fitted.tau`` has it; None where none is learned."""
+    """Geometric mean of the newest learned τ, as in ``Fitted.tau``; None if τ is not learned."""
     if not (path := report.get("tau_path")):
         return None
     sizes = {name: model.starts[name].numel() for name in path[-1]["tau"]}

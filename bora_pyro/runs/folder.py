@@ -1,4 +1,4 @@
-"""What a fit leaves on disk, and how it is found again.
+"""The folder of one run: write it, check it, and read it back.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -10,20 +10,19 @@
     ...     found.read_config()["tau"], found.read_metrics()["test_perplexity"], found.load_tensors("posterior")
     (100.0, 20.2, {'prior_mean': tensor([0., 0.])})
 
-A run folder holds ``config.yaml`` (resolved), ``split.json`` (which documents are where), ``metrics.jsonl`` (a line a
-record), ``metrics.json`` (the result, written last), tensors as safetensors, ``checkpoints/``, ``adapters/<task>/`` and,
-once ``scripts/diagnose.py`` and ``scripts/report.py`` have looked at it, ``diagnostics/`` and ``report.html``; of a fit that
-was tracked also ``tensorboard/`` and ``wandb/``.
-Nothing in it is pickled, and every file but the log is replaced in one piece, so that a killed run leaves no half file.
+A run folder holds ``config.yaml`` (resolved), ``split.json`` (the side of each document), ``metrics.jsonl`` (one line for each
+record), ``metrics.json`` (the result, written last), tensors as safetensors, ``checkpoints/`` and ``adapters/<task>/``.
+``scripts/diagnose.py`` and ``scripts/report.py`` add ``diagnostics/`` and ``report.html``, trackers ``tensorboard/`` and
+``wandb/``. Nothing in it is pickled. Every file except the log is replaced in one piece, so that a killed run leaves no
+incomplete file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,78 +51,79 @@ from bora_pyro.runs.layout import (  # fmt: skip
     foreign_entries,
     is_ours,
 )
-from bora_pyro.runs.record import strange_metric, strange_record
-
-#: The largest log, split or result that is read; those of 10,000 tasks take some megabytes.
-MAX_BYTES = 2**30
+from bora_pyro.runs.log import MAX_BYTES, Log, finite
+from bora_pyro.runs.record import strange_metric
 
 
 class RunFolder:
-    """The folder of one run. Make one by ``create`` (for a fit) or ``open`` (to read what a fit left)."""
+    """The folder of one run. ``take`` it to write a run, or ``open`` it to read one."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = FileLock(path / LOCK, timeout=0)
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = FileLock(self.path / LOCK, timeout=0)
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let other processes write into the folder, which ``create`` has kept from them."""
+        """Release the folder, so that other processes may take it."""
         if self._lock.is_locked:
-            (self.path / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it looks again
+            (self.path / LOCK).unlink(missing_ok=True)  # while it is held, so that a waiting process looks again
             self._lock.release()
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 
     @classmethod
-    def check(cls, path: str | Path, *, overwrite: bool = False, resume: bool | None = False) -> None:
-        """Raise what ``create`` would raise, and leave the disk alone: for a look before the long work begins.
-
-        ``resume`` is None where the command that asks has no such option.
-        """
-        try:
-            cls(Path(path))._entries(overwrite=overwrite, resume=resume)
-            check_writable(path, (Path(path), *Path(path).absolute().parents))
-        except (OSError, ValueError) as error:
-            raise unusable(path, error) from None
-
-    @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool | None = False) -> RunFolder:
-        """Take a folder for a run; call it once the configuration is checked, for it is the first to touch the disk.
-
-        No other process can take it meanwhile: the folder is a context manager that ends this, as does the end of the process.
-
-        Args:
-            path: a folder that is missing or empty, or that holds a run where ``overwrite`` or ``resume`` is given.
-            overwrite: delete the run that is there. Only what a run writes is deleted, and only where nothing else is there.
-            resume: go on with the run that is there; None where that cannot be asked for.
-
-        Raises:
-            InputError: the path is a file, holds something else, or cannot be written; there is no run to resume; another process
-                is at work there.
-        """
-        run = cls(Path(path))
-        try:
-            run._entries(overwrite=overwrite, resume=resume)
-            run.path.mkdir(parents=True, exist_ok=True)
-            run._take()
-            names = run._entries(overwrite=overwrite, resume=resume)
-            with tempfile.TemporaryFile(dir=run.path):  # finds out whether files can be written, also for root
-                pass
-            if resume:
-                run._drop_half_line()
-            else:
-                clear(run.path, names)
-        except BaseException as error:
-            run.__exit__()
-            if isinstance(error, OSError | ValueError):
-                raise unusable(path, error) from None
-            raise
+        """Take the folder at a path; see ``take``."""
+        run = cls(path)
+        run.take(overwrite=overwrite, resume=resume)
         return run
 
-    def _take(self) -> None:
+    def check_free(self, *, overwrite: bool = False, resume: bool | None = False) -> None:
+        """Raise what ``take`` would raise, without a change on the disk. Call it before the long work begins.
+
+        ``resume`` is None if the command has no such option.
+        """
+        try:
+            self._entries(overwrite=overwrite, resume=resume)
+            check_writable(self.path, (self.path, *self.path.absolute().parents))
+        except (OSError, ValueError) as error:
+            raise unusable(self.path, error) from None
+
+    def take(self, *, overwrite: bool = False, resume: bool | None = False) -> None:
+        """Take the folder for a run. This is the first change on the disk, so call it after the configuration is checked.
+
+        Other processes cannot take the folder until this process ends or leaves the folder, which is a context manager.
+        The folder may be missing or empty. With ``overwrite`` or ``resume`` it may contain a run.
+
+        Args:
+            overwrite: delete the run in the folder. Only files that a run writes are deleted, and only if there are no others.
+            resume: continue the run in the folder; None if the command has no such option.
+
+        Raises:
+            InputError: the path is a file, contains something else, or cannot be written; there is no run to resume; or
+                another process has taken the folder.
+        """
+        try:
+            self._entries(overwrite=overwrite, resume=resume)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            names = self._entries(overwrite=overwrite, resume=resume)
+            with tempfile.TemporaryFile(dir=self.path):  # tests whether files can be written, also for root
+                pass
+            if resume:
+                self._log.drop_half_line()
+            else:
+                clear(self.path, names)
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError | ValueError):
+                raise unusable(self.path, error) from None
+            raise
+
+    def _acquire(self) -> None:
         try:
             self._lock.acquire()
         except Timeout:
@@ -133,15 +133,15 @@ class RunFolder:
 
     @classmethod
     def holds_run(cls, path: str | Path) -> bool:
-        """Whether a run can be resumed there."""
+        """Whether the folder contains a run, which can be resumed."""
         return is_ours(Path(path))
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Find the run in an existing folder.
+        """Open the run in a folder.
 
         Raises:
-            InputError: there is no such folder, no run in it, or a link in it that leads out of it.
+            InputError: the folder does not exist, contains no run, or contains a link that leads out of it.
         """
         path = Path(path)
         if not path.is_dir():
@@ -155,36 +155,40 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints; there once ``write_config`` was called."""
+        """The folder of the checkpoints. ``write_config`` creates it."""
         return self.path / CHECKPOINTS
 
     @property
+    def _log(self) -> Log:
+        return Log(self.path / LOG)
+
+    @property
     def adapters(self) -> Path:
-        """The folder of the adapters in PEFT form, one folder a task; there once ``write_config`` was called."""
+        """The folder of the adapters in PEFT form, one folder for each task. ``write_config`` creates it."""
         return self.path / ADAPTERS
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write ``config.yaml``, which makes the folder a run."""
+        """Write ``config.yaml``. With it the folder is a run."""
         text = f"{HEADER}\n{dump_mapping(config)}"
         replace_file(self.path / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self.checkpoints.mkdir(exist_ok=True)
         self.adapters.mkdir(exist_ok=True)
 
     def write_fit(self, config: Mapping[str, Any]) -> None:
-        """Write ``fit.yaml``: the configuration of the fit around which a posterior was fitted."""
+        """Write ``fit.yaml``: the configuration of the fit that a posterior or an adaptation began from."""
         text = dump_mapping(config)
         replace_file(self.path / FIT, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def write_source(self, source: Mapping[str, Any]) -> None:
-        """Write ``source.json``: by which the fit is known again around which a posterior was fitted."""
+        """Write ``source.json``: it identifies the fit that a posterior began from."""
         self._write_json(SOURCE, source)
 
     def read_source(self) -> dict[str, Any]:
-        """The mapping in ``source.json``; empty in the folder of an older posterior, and in that of any other fit."""
+        """Content of ``source.json``; empty if there is none, as in other runs and in older posteriors."""
         return self._read_json(SOURCE) if (self.path / SOURCE).exists() else {}
 
     def read_config(self, name: str = CONFIG) -> dict[str, Any]:
-        """The mapping in ``config.yaml``, or in another YAML file of the run."""
+        """Content of ``config.yaml``, or of another YAML file of the run."""
         file = self.path / name
         try:
             check_regular(file)
@@ -194,56 +198,38 @@ class RunFolder:
             raise InputError(f"{file} cannot be read ({line}{error}); fit again") from None
 
     def write_split(self, split: Mapping[str, Any]) -> None:
-        """Write ``split.json``: which documents were trained on, validated on and tested on."""
+        """Write ``split.json``: which documents are for training, validation and test."""
         self._write_json(SPLIT, split)
 
     def read_split(self) -> dict[str, Any]:
-        """The mapping in ``split.json``."""
+        """Content of ``split.json``."""
         return self._read_json(SPLIT)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``; NaN and infinity, which JSON lacks, are written as null."""
-        try:
-            with (self.path / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise unwritable(self.path / LOG, error) from error
+        """Append one line to ``metrics.jsonl``. NaN and infinity are written as null."""
+        self._log.append(record)
 
     def cut_log(self, records: int) -> None:
-        """Keep the first ``records`` lines of ``metrics.jsonl``: a run resumed from a checkpoint repeats what came after it."""
-        if (self.path / LOG).exists():
-            self._rewrite_log(lambda content: b"".join(content.splitlines(keepends=True)[:records]))
+        """Keep the first ``records`` lines of ``metrics.jsonl``. A run that is resumed writes the later ones again."""
+        self._log.cut(records)
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The records of ``metrics.jsonl``; a last line that a killed run left half written is passed over."""
-        file = self.path / LOG
-        try:
-            text = read_regular(file, most=MAX_BYTES).decode("utf-8", errors="replace") if file.exists() else ""
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error}); fit again") from None
-        lines = text.split("\n")[:-1]  # what follows the last line's end is empty, or half a line
-        try:
-            records = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file} is damaged ({error}); fit again") from None
-        for number, record in enumerate(records, start=1):
-            if problem := strange_record(record):
-                raise InputError(f"{file} is damaged (line {number} {problem}); fit again")
-        return records
+        """The records of ``metrics.jsonl``. An incomplete last line, left by a killed run, is ignored."""
+        return self._log.read()
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write ``metrics.json``, which makes the run a finished one; NaN and infinity are written as null."""
+        """Write ``metrics.json``. With it the run is finished. NaN and infinity are written as null."""
         self._write_json(METRICS, metrics)
 
     def remove_metrics(self) -> None:
-        """Delete ``metrics.json`` where there is one: a run that goes on is none that is finished."""
+        """Delete ``metrics.json`` if it exists: a run that continues is not finished."""
         try:
             (self.path / METRICS).unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(self.path / METRICS, error) from error
 
     def read_metrics(self) -> dict[str, Any]:
-        """The mapping in ``metrics.json``; what is there of the names of :mod:`bora_pyro.runs.record` is of their types."""
+        """Content of ``metrics.json``. The names in :mod:`bora_pyro.runs.record` have values of their types."""
         if not (self.path / METRICS).is_file():
             raise InputError(f"the run in {self.path} is not finished: it has no {METRICS}; finish it with --resume true")
         metrics = self._read_json(METRICS)
@@ -252,11 +238,11 @@ class RunFolder:
         return metrics
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-        """Write ``<name>.safetensors``, with its digest; a name such as ``checkpoints/epoch-3`` makes the folder it needs."""
+        """Write ``<name>.safetensors`` with its digest. The folder in a name such as ``checkpoints/epoch-3`` is created."""
         replace_file(self._tensor_file(name), lambda file: write_safetensors(Path(file), tensors, metadata or {}, digest=True))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of ``<name>.safetensors``, on the CPU; where the file has a digest, its bytes must be those of it."""
+        """The tensors of ``<name>.safetensors``, on the CPU. If the file has a digest, it is checked."""
         file = self._tensor_file(name)
         try:
             check_regular(file)
@@ -270,7 +256,7 @@ class RunFolder:
         return tensors
 
     def load_metadata(self, name: str) -> dict[str, str]:
-        """The metadata that ``save_tensors`` was given."""
+        """The metadata that were given to ``save_tensors``."""
         file = self._tensor_file(name)
         try:
             check_regular(file)
@@ -282,7 +268,7 @@ class RunFolder:
         return found
 
     def digest_of(self, name: str) -> str:
-        """The SHA-256 of ``<name>.safetensors`` as it lies there, as 64 hexadecimal digits."""
+        """The SHA-256 of the file ``<name>.safetensors``, as 64 hexadecimal digits."""
         file = self._tensor_file(name)
         try:
             with file.open("rb") as opened:
@@ -291,7 +277,7 @@ class RunFolder:
             raise _unreadable(file, error) from None
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n"
         replace_file(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _read_json(self, name: str) -> dict[str, Any]:
@@ -308,7 +294,7 @@ class RunFolder:
         return self.path / f"{name}.safetensors"
 
     def _entries(self, *, overwrite: bool, resume: bool | None) -> list[str]:
-        """The names in the folder, once it is clear that a run may go there."""
+        """Names of the folder's entries, after a check that a run may use the folder."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output_dir {self.path} is a file; give another --output_dir")
         names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
@@ -327,29 +313,6 @@ class RunFolder:
                 f"output_dir {self.path} holds another run; give --overwrite true to replace it,{go_on} or another --output_dir"
             )
         return names
-
-    def _drop_half_line(self) -> None:
-        """Cut off what a killed run left of its last record, so that the next one starts on a line of its own."""
-        if (self.path / LOG).exists():
-            self._rewrite_log(lambda content: content[: content.rfind(b"\n") + 1])
-
-    def _rewrite_log(self, change: Callable[[bytes], bytes]) -> None:
-        """Put a new file in the log's place: one that has a second name, as in a copy by hard links, stays as it is there."""
-        file = self.path / LOG
-        try:
-            content, names = read_regular(file, most=MAX_BYTES), file.stat().st_nlink
-        except OSError as error:
-            raise unwritable(file, error) from None
-        if (kept := change(content)) != content or names > 1:
-            replace_file(file, lambda temporary: temporary.write_bytes(kept))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:

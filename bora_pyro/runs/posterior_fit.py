@@ -1,4 +1,4 @@
-"""One posterior fit around a finished MAP fit, from run folder to run folder: what ``scripts/posterior_fit.py`` does.
+"""One posterior fit around a finished MAP fit, from run folder to run folder.
 
 >>> from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 >>> config = PosteriorFitConfig(run="runs/demo", guide="normal", output_dir="runs/demo-posterior")
@@ -19,49 +19,62 @@ from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.errors import InputError
 from bora_pyro.files.slugs import adapter_folders
 from bora_pyro.guides import GUIDES, make_parameters
+from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.options import FitOptions
+from bora_pyro.options.field import part_of
 from bora_pyro.predict.mixture import predictive
 from bora_pyro.predict.posterior import Posterior
 from bora_pyro.runs.checks import stored_result
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
-from bora_pyro.runs.fitting import FIT_OPTIONS, fit_into, resumes, start_tracking
+from bora_pyro.runs.fitting import fit_into, start_tracking
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG, FIT, SPLIT
-from bora_pyro.runs.results import metrics_of, write_adapters, write_posterior
-from bora_pyro.runs.resume import Standing, fitted_options, resume, say_nothing_is_left
+from bora_pyro.runs.results import metrics_of
+from bora_pyro.runs.resume import (
+    Standing,
+    as_written,
+    changed_option,
+    fitted_options,
+    resolve_folder,
+    resume,
+    say_nothing_is_left,
+)
+from bora_pyro.runs.run import Run
 from bora_pyro.runs.saved import SavedRun, load_run, sampled_tau
-from bora_pyro.runs.trackers import Tracking, check_packages
+from bora_pyro.runs.trackers import Tracking
 
-#: In the record of a posterior's source: the digest of the MAP's sites.
+#: Name in ``source.json``: the digest of the MAP fit's posterior.safetensors.
 POSTERIOR = "posterior_sha256"
 
 
 def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dict[str, Any]:
-    """Read the MAP fit, fit a guide around it, predict the test documents, and leave a run folder.
+    """Read the MAP fit, fit a guide around it, predict the test documents, and write a run folder.
 
-    The folder is that of a fit, with the adapters at the posterior's mean; ``config.yaml`` holds the options of the posterior,
-    ``fit.yaml`` those of the MAP fit, so that ``load_run`` needs nothing else. The run that it began from is left alone.
+    The adapters in the folder are at the posterior's mean. ``config.yaml`` has the options of the posterior, ``fit.yaml`` those
+    of the MAP fit, so that ``load_run`` needs nothing else. The folder of the MAP fit is not changed.
 
     Args:
         config: the checked configuration.
         quiet: show no progress and no notes.
 
     Returns:
-        What ``metrics.json`` holds: that of a fit, at the posterior's mean, and ``mixture``, with the calibration of both.
+        The content of ``metrics.json``: the numbers of a fit at the posterior's mean, and ``mixture``, with the calibration of
+        both.
 
     Raises:
-        InputError: something in the configuration, the run or its data cannot be used; nothing is written then.
+        InputError: something in the configuration, the run or its data cannot be used, in which case nothing is written; or a
+            result cannot be written.
+        RunStopped: the process got Ctrl-C or SIGTERM; the state of the fit is saved.
     """
     if Path(config.output_dir).resolve() == Path(config.run).resolve():
         raise InputError(f"output_dir {config.output_dir} is the run itself; give another folder for the posterior")
-    config = dataclasses.replace(config, resume=resumes(config.output_dir, config.resume))
-    RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume))
-    check_packages(config.trackers)
+    config, folder = resolve_folder(config)
     standing = Standing()
     if config.resume:
-        _check_same_posterior(config, RunFolder.open(config.output_dir))
-        config, standing = resume(config)
+        _check_same_posterior(config, folder)
+        config, standing = resume(config, folder)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
@@ -72,84 +85,80 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
         )
     source = run.folder.digest_of("posterior")
     if standing.checkpoint is not None:
-        _check_same_source(config, run, source, standing)
-        own = dataclasses.replace(config, token_budget=_token_budget(config, run))
-        standing.check(run.data, run.fitted.model.backbone, own)
+        _check_same_source(folder, run, source, standing)
+    options = _options(config, run, standing)
+    checkpoints = standing.continuation(folder, run.data, run.fitted.model.backbone, options)
     if not standing.steps_left:
         if not quiet:
             say_nothing_is_left(standing)
-        stored = stored_result(RunFolder(Path(config.output_dir)), run.data)
+        stored = stored_result(folder, run.data)
         if stored is not None and standing.split is not None:
             return stored
-        config = dataclasses.replace(config, epochs=standing.epochs)
-    guide = _guide(config, run)
-    with RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=bool(config.resume)) as folder:
+    guide, written = _guide(config, run), as_written(config)
+    folder.take(overwrite=config.overwrite, resume=bool(config.resume))
+    with folder:
         folder.remove_metrics()
         if standing.steps_left:
-            folder.write_config(dataclasses.asdict(config) | {"overwrite": False, "resume": False})
+            folder.write_config(written)
         if standing.checkpoint is None:
             folder.write_fit(run.folder.read_config())
             folder.write_source({POSTERIOR: source})
         if standing.checkpoint is None or standing.split is None:
             folder.write_split(run.folder.read_split())
-        with start_tracking(config, folder, quiet=quiet) as tracking:
-            fitted = _fit(config, run, guide, folder, tracking, quiet=quiet)
-            metrics = _finish(config, run, fitted, folder, quiet=quiet)
-            tracking.conclude(metrics, fitted.history)
-        folder.write_metrics(metrics)
-    return metrics
+        with start_tracking(config.trackers, folder, written, resume=bool(config.resume), quiet=quiet) as tracking:
+            fitted = _fit(run, guide, folder, options, checkpoints, tracking, quiet=quiet)
+            _note_where_nothing_was_better(config, run, fitted, quiet=quiet)
+            own = Run(folder, run.config.base_model, guide=config.guide, quiet=quiet)
+            return own.save(fitted, run.data, lambda: _metrics(config, run, fitted), tracking=tracking)
 
 
-def _finish(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, folder: RunFolder, *, quiet: bool) -> dict[str, Any]:
-    """Write the adapters and the posterior; returns what ``metrics.json`` will hold."""
-    if fitted.history and fitted.best_epoch == 0:
-        run.data.notes.append(
-            "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted; "
-            f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g}) or --scale"
-        )
-        if not quiet:
-            print(f"note: {run.data.notes[-1]}", file=sys.stderr)
-    write_adapters(folder, fitted, run.config.base_model)
-    write_posterior(folder, fitted, run.data, config.guide)
-    return _metrics(config, run, fitted)
+def _options(config: PosteriorFitConfig, run: SavedRun, standing: Standing) -> FitOptions:
+    """Options of the fit. The token budget is the run's unless it is given; a finished fit gets no further epoch."""
+    options = part_of(config, FitOptions)
+    epochs = options.epochs if standing.steps_left else standing.epochs
+    budget = run.config.token_budget if options.token_budget is None else options.token_budget
+    return dataclasses.replace(options, epochs=epochs, token_budget=budget)
+
+
+def _note_where_nothing_was_better(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, *, quiet: bool) -> None:
+    if not fitted.history or fitted.best_epoch:
+        return
+    run.data.notes.append(
+        "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted; "
+        f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g}) or --scale"
+    )
+    if not quiet:
+        print(f"note: {run.data.notes[-1]}", file=sys.stderr)
 
 
 def _check_same_posterior(config: PosteriorFitConfig, folder: RunFolder) -> None:
-    """Refuse to go on with another posterior; how it is optimised may change."""
+    """Check that the posterior is the one to resume. Options of the optimisation may differ."""
     stored = folder.read_config()
     if not (folder.path / FIT).is_file():
         raise InputError(f"the run in {folder.path} is no posterior fit; give the folder of one to resume, or another output_dir")
     for name in ("run", "guide", "scale", "temperature", "tau", "seed"):
         if getattr(config, name) != stored.get(name):
-            raise InputError(
-                f"{name} is {getattr(config, name)!r}, but the run in {folder.path} has {stored.get(name)!r}; resume it with "
-                f"--config {folder.path}/config.yaml --resume true, or give another --output_dir"
-            )
+            raise changed_option(config, folder, name, stored)
 
 
-def _check_same_source(config: PosteriorFitConfig, run: SavedRun, source: str, standing: Standing) -> None:
-    """Refuse to go on around another MAP fit, which has taken the place of the one that the posterior began from."""
-    folder = RunFolder(Path(config.output_dir))
+def _check_same_source(folder: RunFolder, run: SavedRun, source: str, standing: Standing) -> None:
+    """Check that the MAP fit is still the one that the posterior began from: it may have been fitted again."""
     then, now = folder.read_config(FIT), run.folder.read_config()
     same = {
         CONFIG: all(then.get(name) == now.get(name) for name in fitted_options(MapFitConfig)),
         SPLIT: standing.split in (None, run.folder.read_split()),
-        # older posteriors do not say which one it was
+        # older posteriors do not store it
         "posterior.safetensors": folder.read_source().get(POSTERIOR, source) == source,
     }
     if other := [name for name, is_same in same.items() if not is_same]:
         raise InputError(
-            f"{run.folder.path / other[0]} is not what the posterior in {config.output_dir} began from, for the run was fitted "
+            f"{run.folder.path / other[0]} is not what the posterior in {folder.path} began from, for the run was fitted "
             "again; give another --output_dir, or start afresh with --overwrite true"
         )
 
 
-def _token_budget(config: PosteriorFitConfig, run: SavedRun) -> int:
-    return run.config.token_budget if config.token_budget is None else config.token_budget
-
-
 def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
-    """The guide at the MAP, with its tensors made."""
+    """The guide at the MAP estimate, with its tensors created."""
     model, sites = run.fitted.model, run.fitted.sites()
     if not isinstance(run.fitted.guide, AutoDelta):
         raise InputError(f"the run in {run.folder.path} is a posterior already; give the MAP fit that it began from")
@@ -162,29 +171,42 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
 
 
 def _usual_scale(tau: float) -> float:
-    """0.5 of the prior's standard deviation τ^-1/2, and no more than 0.045 in the unit of the weights.
+    """0.5 of the prior's standard deviation τ^-1/2, and at most 0.045 in the unit of the weights.
 
-    Draws that are wider drown what LoRA's entries of some hundredths say, and the mean is fitted to noise; a short fit learns a
-    small τ. At τ = 0 and ∞ there is no such deviation.
+    The entries of LoRA are some hundredths. With wider draws the mean would be fitted to noise. A short fit learns a small τ, so
+    the limit matters there. At τ = 0 and τ = ∞ there is no deviation to scale.
     """
     return min(0.5, 0.045 * tau**0.5) if 0 < tau < float("inf") else 0.5
 
 
 def _fit(
-    config: PosteriorFitConfig, run: SavedRun, guide: AutoGuide, folder: RunFolder, tracking: Tracking, *, quiet: bool
+    run: SavedRun,
+    guide: AutoGuide,
+    folder: RunFolder,
+    options: FitOptions,
+    checkpoints: Continuation,
+    tracking: Tracking,
+    *,
+    quiet: bool,
 ) -> Fitted:
     if not [*guide.parameters()]:
         of_run = run.fitted.validation_perplexity
         return Fitted(run.fitted.model, guide, run.data.tasks, validation_perplexity=of_run, chat_template=run.data.chat_template)
-    options = {name: getattr(config, name) for name in FIT_OPTIONS} | {"token_budget": _token_budget(config, run)}
-    options |= {"learning_rate": config.learning_rate, "temperature": config.temperature, "guide": guide}
-    options["callbacks"] = []  # τ stays what the run has learned
-    return fit_into(folder, run.fitted.model, run.data, quiet=quiet, tracking=tracking, **options)
+    return fit_into(
+        folder,
+        run.fitted.model,
+        run.data,
+        options,
+        checkpoints=checkpoints,
+        quiet=quiet,
+        tracking=tracking,
+        guide=guide,
+        callbacks=[],  # τ stays what the run has learned
+    )
 
 
 def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted) -> dict[str, Any]:
-    of_fit = dataclasses.replace(run.config, learning_rate=config.learning_rate)
-    metrics = metrics_of(of_fit, fitted, run.data)
+    metrics = metrics_of(fitted, run.data, tau=run.config.tau, learning_rate=config.learning_rate, seed=run.config.seed)
     metrics |= {
         "guide": config.guide,
         "temperature": config.temperature,

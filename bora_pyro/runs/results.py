@@ -1,4 +1,4 @@
-"""What a fit leaves in its run folder: the adapters, the posterior, and what ``metrics.json`` says of them."""
+"""The results of a fit as files: adapters, the posterior, and the numbers of ``metrics.json``."""
 
 from __future__ import annotations
 
@@ -13,48 +13,69 @@ from bora_pyro.inference.continuation import digests
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.memory import peak_memory_bytes
 from bora_pyro.inference.processes import Processes
-from bora_pyro.runs.config.map_fit import LEARNED, MapFitConfig
+from bora_pyro.runs.config.groups import LEARNED
+from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.versions import versions
 
-#: Among the metadata of a posterior: Θ and τ are another fit's.
+#: Value of ``prior`` in the metadata of a posterior whose Θ and τ come from another fit.
 GIVEN = "given"
 
 
-def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> None:
-    """Write the adapters at the guide's centre in PEFT form: a folder a task, one for Θ, and the tasks' names beside them."""
-    slugs, mean = adapter_folders(fitted.tasks), None
-    fitted.model.backbone.model.config.name_or_path = base_model
+def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> float:
+    """Write the adapters at the guide's centre in PEFT form: one folder for each task, one for Θ, and the names of the tasks.
+
+    Returns:
+        The largest relative error of an adapter; 0 if the LoRA form is exact.
+
+    Raises:
+        InputError: the adapter has no LoRA form, in which case nothing is written; or a file cannot be written.
+    """
+    slugs, mean, errors = adapter_folders(fitted.tasks), None, []
     for d, theta, of_all in fitted.each_task():
-        save_peft(folder.adapters / slugs[fitted.tasks[d]], fitted.model, theta)
+        place = folder.adapters / slugs[fitted.tasks[d]]
+        errors.append(save_peft(place, fitted.model, theta, base_model=base_model, task=d))
         mean = mean or of_all
-    save_peft(folder.adapters / GLOBAL_MEAN, fitted.model, mean or {})
+    errors.append(save_peft(folder.adapters / GLOBAL_MEAN, fitted.model, mean or {}, base_model=base_model))
     write_task_names(folder.adapters, {slug: name for name, slug in slugs.items()})
+    return max(errors)
 
 
 def write_posterior(folder: RunFolder, fitted: Fitted, data: TaskData, guide: str, *, prior: str = "") -> None:
-    """Write ``posterior.safetensors``: the sites, and what adapter, prior and guide keep beside them.
+    """Write ``posterior.safetensors``: the values of the sites and the tensors of adapter, prior and guide.
 
     Args:
-        folder: of the run.
-        fitted: what was fitted.
-        data: to which documents.
-        guide: its name among ``GUIDES``.
-        prior: ``given`` where Θ and τ are another fit's; the configuration says which prior it is otherwise.
+        folder: the run folder.
+        fitted: the fit.
+        data: the documents of the fit.
+        guide: the guide's name in ``GUIDES``.
+        prior: ``given`` if Θ and τ come from another fit; otherwise empty, and the configuration names the prior.
     """
     model = fitted.model
     tensors = fitted.sites() | {f"fixed.{name}": value for name, value in model.fixed.items()}
     tensors |= {name: value for name, value in model.prior.state().items() if name.startswith("tau.")}
-    if guide != "map":  # a point is where its sites are
+    if guide != "map":  # a point estimate is given by its sites
         tensors |= {f"guide.{name}": value for name, value in fitted.guide.state_dict().items()}
     metadata = {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)}
+    metadata |= {"description": json.dumps(describe(model))}
     metadata |= {"prior": prior, "penalty": model.prior.penalty} if prior else {}
     metadata |= digests(data, model.backbone)
     folder.save_tensors("posterior", tensors, metadata)
 
 
-def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData, *, processes: Processes | None = None) -> dict[str, Any]:
-    """What ``metrics.json`` holds of a fit, at the guide's centre."""
+def metrics_of(
+    fitted: Fitted, data: TaskData, *, tau: float | str, learning_rate: float, seed: int, processes: Processes | None = None
+) -> dict[str, Any]:
+    """Compute the content of ``metrics.json`` at the guide's centre.
+
+    Args:
+        fitted: the fit.
+        data: the documents of the fit.
+        tau: the option ``tau`` of the fit: ``learned`` or a number.
+        learning_rate: the option of the fit.
+        seed: the option of the fit.
+        processes: the processes that share the work.
+    """
     slugs = adapter_folders(fitted.tasks)
     scores = fitted.evaluate(data.test, processes=processes)
     norms, documents = fitted.deviation_norms(), data.train.documents_per_task
@@ -64,10 +85,10 @@ def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData, *, processe
     }
     return scores | {
         "validation_perplexity": fitted.validation_perplexity,
-        # JSON has no infinity: the limit is written as the command line takes it
-        "tau": tau if (tau := fitted.tau() if config.tau == LEARNED else float(config.tau)) < float("inf") else "inf",
-        **({"tau_by_group": fitted.tau_by_group()} if config.tau == LEARNED else {}),
-        "learning_rate": config.learning_rate,
+        # JSON has no infinity; the command line takes "inf"
+        "tau": number if (number := fitted.tau() if tau == LEARNED else float(tau)) < float("inf") else "inf",
+        **({"tau_by_group": fitted.tau_by_group()} if tau == LEARNED else {}),
+        "learning_rate": learning_rate,
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
         "fit_seconds": round(fitted.seconds, 2),
@@ -75,7 +96,7 @@ def metrics_of(config: MapFitConfig, fitted: Fitted, data: TaskData, *, processe
         "peak_memory_bytes": peak_memory_bytes(fitted.model.backbone.device),
         "train_documents": data.train.num_documents,
         "test_documents": data.test.num_documents,
-        "seed": config.seed,
+        "seed": seed,
         "notes": data.notes,
         "versions": versions(),
         "tasks": tasks,

@@ -1,4 +1,4 @@
-"""Going on with a run: that it is the same one, and whether there is something left to do.
+"""Resuming a run: where it stands, and whether anything is left to fit.
 
 >>> import tempfile
 >>> from bora_pyro.runs.config.map_fit import MapFitConfig
@@ -15,35 +15,38 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.data.tasks import TaskData
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
-from bora_pyro.inference.continuation import check_packing, check_same, is_over
-from bora_pyro.inference.state import as_before
+from bora_pyro.inference.continuation import Continuation, is_over
+from bora_pyro.inference.options import RUN, FitOptions
 from bora_pyro.options.command_line import parse_config
-from bora_pyro.runs.config.map_fit import RUN, MapFitConfig
+from bora_pyro.runs.config.groups import AUTO
+from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG
+from bora_pyro.runs.trackers import check_packages
 
 C = TypeVar("C", MapFitConfig, PosteriorFitConfig)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands, which may have begun or not.
+    """Where a run stands. The default is a run that has not begun.
 
         >>> Standing().steps_left
         True
 
     Attributes:
-        checkpoint: the newest that is whole; None before the first.
-        split: which documents are where; None where nothing has said it yet.
-        steps_left: whether there is something left to fit.
+        checkpoint: the newest checkpoint that is not damaged; None if there is none yet.
+        split: content of ``split.json``; None if it was not written yet.
+        steps_left: whether anything is left to fit.
     """
 
     checkpoint: Checkpoint | None = None
@@ -52,16 +55,20 @@ class Standing:
 
     @classmethod
     def of(cls, folder: RunFolder, config: Any) -> Standing:
-        """That of the run in a folder under a configuration with ``epochs`` and ``patience``.
+        """Find out where the run in a folder stands.
+
+        Args:
+            folder: the run folder.
+            config: a configuration with ``epochs`` and ``patience``.
 
         Raises:
-            InputError: there are checkpoints, and all are damaged; what the newest was fitted to cannot be told.
+            InputError: all checkpoints are damaged, or nothing says which documents the newest one was fitted to.
         """
         checkpoint = Checkpoints(folder.checkpoints).newest()
         try:
             split = folder.read_split()
         except InputError as error:
-            # documents that are split anew are known by the checkpoint's digest
+            # without split.json, the digest in the checkpoint tells whether a new split gives the same documents
             if checkpoint is not None and "data" not in checkpoint.progress:
                 raise InputError(f"{str(error).partition('; ')[0]}; start afresh with --overwrite true") from None
             split = None
@@ -73,37 +80,61 @@ class Standing:
 
     @property
     def epochs(self) -> int:
-        """Those that are done."""
+        """Number of epochs that are done."""
         return 0 if self.checkpoint is None else self.checkpoint.progress["epoch"]
 
-    def check(self, data: TaskData, backbone: Backbone, config: Any, *, processes: int = 1) -> None:
-        """Refuse to go on with other documents or another base, within an epoch of other steps, or with tasks drawn otherwise.
+    def continuation(
+        self, folder: RunFolder, data: TaskData, backbone: Backbone, options: FitOptions, *, processes: int = 1
+    ) -> Continuation:
+        """Check the checkpoint that the fit continues from. ``fit`` takes the result and checks nothing again.
 
         Args:
+            folder: the run folder.
             data: the documents as they are now.
-            backbone: the base as it is now.
-            config: with ``token_budget``, ``accumulate``, ``seed`` and ``task_subsampling``.
-            processes: that go on with it.
+            backbone: the base model as it is now.
+            options: options of the fit that continues.
+            processes: number of processes that continue it.
 
         Raises:
-            InputError: as for `check_same`, `check_packing` and `as_before`.
+            InputError: as for `Continuation.find`.
         """
-        if self.checkpoint is not None:
-            packing = {name: getattr(config, name) for name in ("token_budget", "accumulate", "seed")} | {"processes": processes}
-            as_before(self.checkpoint, config.task_subsampling, processes=processes)
-            check_same(self.checkpoint.progress, data, backbone, what=f"checkpoint {str(self.checkpoint.path)!r}")
-            check_packing(self.checkpoint, packing)
+        if self.checkpoint is None:  # the fit begins; checkpoints of a run that is overwritten do not count
+            return Continuation(Checkpoints(folder.checkpoints, keep=options.keep_checkpoints))
+        return Continuation.find(folder.checkpoints, data, backbone, options, processes=processes)
 
 
-def resume(config: C) -> tuple[C, Standing]:
-    """Where the run in ``config.output_dir`` stands, and the configuration to go on with.
+def resolve_folder(config: C) -> tuple[C, RunFolder]:
+    """Resolve ``resume: auto``, and check that the run may use its folder. Nothing is written.
 
-    Where nothing is left to fit, it is the run's own, but for where and how it is run: nothing that is given now was fitted so.
+    Args:
+        config: the configuration.
+
+    Returns:
+        The configuration with ``resume`` true or false, and the run folder, which is not taken yet.
+
+    Raises:
+        InputError: the folder cannot be used, or a tracker's package is not installed.
+    """
+    folder = RunFolder(config.output_dir)
+    resumes = RunFolder.holds_run(config.output_dir) if config.resume == AUTO else bool(config.resume)
+    folder.check_free(overwrite=config.overwrite, resume=resumes)
+    check_packages(config.trackers)
+    return dataclasses.replace(config, resume=resumes), folder
+
+
+def resume(config: C, folder: RunFolder) -> tuple[C, Standing]:
+    """Find out where a run stands, and with which configuration it continues.
+
+    If nothing is left to fit, the stored configuration replaces the given one, except for options that only say where and how
+    the run is computed. The fit was made with the stored options.
+
+    Args:
+        config: the configuration that was given.
+        folder: the run folder.
 
     Raises:
         InputError: as for `Standing.of`, or the run's configuration cannot be read.
     """
-    folder = RunFolder.open(config.output_dir)
     standing = Standing.of(folder, config)
     if standing.steps_left:
         return config, standing
@@ -116,15 +147,34 @@ def resume(config: C) -> tuple[C, Standing]:
 
 
 def fitted_options(kind: type) -> list[str]:
-    """The options of a configuration that say what is fitted, and not where and how it is run."""
+    """Names of the options that say what is fitted, without those that say where and how it is computed."""
     fields = dataclasses.fields(kind)
     return [field.name for field in fields if field.metadata["group"] != RUN or field.name == "precision"]
 
 
 def say_nothing_is_left(standing: Standing) -> None:
-    """Tell the user that options given now change nothing."""
+    """Tell the user that the given options change nothing."""
     done = "1 epoch is" if standing.epochs == 1 else f"{standing.epochs} epochs are"
     print(
         f"note: nothing is left to fit: {done} done; what was fitted stays as it is, with the options of its config.yaml",
         file=sys.stderr,
+    )
+
+
+def as_written(config: C) -> dict[str, Any]:
+    """The content of ``config.yaml``.
+
+    ``overwrite`` and ``resume`` are false in it, so that a command that reads the file neither deletes nor resumes a run.
+    """
+    return dataclasses.asdict(config) | {"overwrite": False, "resume": False}
+
+
+def changed_option(
+    config: MapFitConfig | PosteriorFitConfig, folder: RunFolder, name: str, stored: Mapping[str, Any]
+) -> InputError:
+    """The error if the run to resume has another value of an option."""
+    given, there = (shown(value, characters=300) for value in (getattr(config, name), stored.get(name)))
+    return InputError(
+        f"{name} is {given}, but the run in {folder.path} has {there}; resume it with "
+        f"--config {folder.path}/config.yaml --resume true, or give another --output_dir"
     )

@@ -1,4 +1,4 @@
-"""A finished run, read back: the fitted model with its guide, and the data as the run split them.
+"""Read a finished run back: the fitted model with its guide, and the data with the split of the run.
 
     >>> import tempfile
     >>> from bora_pyro.runs.map_fit import run_map_fit
@@ -9,15 +9,14 @@
     >>> abs(run.fitted.evaluate(run.data.test)["test_perplexity"] / metrics["test_perplexity"] - 1) < 1e-6
     True
 
-Everything comes from the run folder but two things that a run does not copy: the base model and the documents, which are read
-from where ``config.yaml`` says they are.
+The base model and the documents are not in the run folder. They are read from the places that ``config.yaml`` names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from bora_pyro.data import TaskData
+from bora_pyro.data import ByRecord, TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.files.tensors import not_a_number
 from bora_pyro.guides import GUIDES, make_parameters
@@ -40,31 +39,32 @@ from bora_pyro.priors import Given, RandomPrecision, with_shared
 from bora_pyro.priors.given import MEAN
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
-from bora_pyro.runs.config.adapt import NEW_DOCUMENTS, AdaptConfig
+from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
+from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG, FIT
 from bora_pyro.runs.results import GIVEN
 
-# What stands in posterior.safetensors beside the sample sites: an adapter's fixed tensors, what a prior has learned, and the
-# tensors of a guide that is more than a point.
+# Prefixes of the tensors in posterior.safetensors that are no sample sites: an adapter's fixed tensors, what a prior has learned,
+# and the tensors of a guide with a spread.
 _FIXED, _LEARNED, _GUIDE = "fixed.", "tau.", "guide."
 
 
 @dataclass
 class SavedRun:
-    """What a fit left, as the objects that it had.
+    """A finished run.
 
     Attributes:
         folder: the run folder.
-        config: the configuration of the fit, with the device on which the run was opened.
+        config: the configuration of the fit, with the device on which the run was opened. For a posterior fit it is the
+            configuration of the MAP fit, for an adaptation that of the fit that it began from.
         fitted: the model and its guide at the stored state.
         data: the documents, split as in ``split.json``.
-        metrics: what ``metrics.json`` holds.
-        posterior_config: the options of the posterior fit, None for a MAP fit; ``config`` is then that of the MAP fit around
-            which it was made.
-        adapted: its tasks were adapted from another fit, of which ``config`` is; Θ and τ are that one's.
+        metrics: content of ``metrics.json``.
+        posterior_config: the configuration of a posterior fit; None for other runs.
+        adapted: whether the tasks were adapted from another fit, whose Θ and τ are the prior.
     """
 
     folder: RunFolder
@@ -76,7 +76,10 @@ class SavedRun:
     adapted: bool = False
 
     def posterior(self, *, seed: int = 0) -> Posterior:
-        """The run's posterior, to draw and to predict from.
+        """The posterior of the run.
+
+        Args:
+            seed: seed of its draws.
 
         Raises:
             InputError: the run is a point estimate.
@@ -92,12 +95,12 @@ class SavedRun:
 
     @property
     def is_point(self) -> bool:
-        """Whether the run is a point estimate, MAP, and no posterior."""
+        """Whether the run is a point estimate."""
         return isinstance(self.fitted.guide, AutoDelta)
 
     @property
     def scores(self) -> list[dict[str, Any]]:
-        """What ``metrics.json`` holds of each task, in the order of the tasks."""
+        """The numbers of each task in ``metrics.json``, in the order of the tasks."""
         return list(self.metrics["tasks"].values())
 
 
@@ -106,20 +109,20 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
 
     Args:
         path: the run folder, a fit's ``output_dir``.
-        device: where the model goes; the fit may have been on another one.
-        trust_remote_code: let a base model that brings code of its own run it; that the fit was allowed to says nothing here,
-            for a run folder may come from anybody.
+        device: the device of the model, which may differ from that of the fit.
+        trust_remote_code: let a base model run code of its own. The configuration of the run does not decide this, because a run
+            folder may come from anybody.
 
     Raises:
-        InputError: no run, an unfinished one, or a damaged one; a base model or documents that are gone or have changed, or a
-            base model with code that is not to run.
+        InputError: there is no run, or it is not finished or damaged; the base model or the documents are missing or have
+            changed; or the base model has code that may not run.
     """
     folder = RunFolder.open(path)
     metrics = read_metrics(folder)
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
     given = metadata.get("prior") == GIVEN
     config, posterior = _read_config(folder) if not given else (_read_adaptation(folder), None)
-    # a device that is named holds all of the model
+    # a named device gets the whole model
     device_map = config.device_map if device == "auto" else None
     config = dataclasses.replace(config, device=device, device_map=device_map, threads=None, trust_remote_code=trust_remote_code)
     if metadata.get("guide") not in GUIDES:
@@ -128,7 +131,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
             f"{nearest(str(metadata.get('guide')), GUIDES)}"
         )
     prior = _given(tensors, metadata.get("penalty", "normal")) if given else None
-    model, data = build_run(config, quiet=True, split_record=folder.read_split(), prior=prior)
+    model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), prior=prior)
     if posterior is not None and posterior.tau != FIXED:
         sampled_tau(model, posterior.tau)
     check_data(folder, data, metrics, metadata)
@@ -150,7 +153,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
 
 
 def _read_config(folder: RunFolder) -> tuple[MapFitConfig, PosteriorFitConfig | None]:
-    """The configuration of the MAP fit, and that of the posterior around it; younger keys than the run have their defaults."""
+    """Configurations of the MAP fit and of the posterior around it. Options that are newer than the run have their defaults."""
     fit = folder.path / FIT
     try:
         if not fit.is_file():
@@ -162,13 +165,12 @@ def _read_config(folder: RunFolder) -> tuple[MapFitConfig, PosteriorFitConfig | 
 
 
 def _read_adaptation(folder: RunFolder) -> MapFitConfig:
-    """The configuration of the fit that tasks were adapted from, with the documents of the new tasks."""
+    """Configuration of the fit that the tasks were adapted from, with the documents of the new tasks."""
     try:
         config = parse_config(MapFitConfig, ["--config", str(folder.path / FIT)])
         new = parse_config(AdaptConfig, ["--config", str(folder.path / CONFIG)])
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
-    data: dict[str, Any] = {name: getattr(new, name) for name in ("data", *NEW_DOCUMENTS)}
     limits: dict[str, Any] = {
         "token_budget": new.token_budget,
         "num_tasks": None,
@@ -176,26 +178,30 @@ def _read_adaptation(folder: RunFolder) -> MapFitConfig:
         "streaming": False,
         "task_weights": None,
     }
-    return dataclasses.replace(config, **data, **limits)
+    return dataclasses.replace(config, data=new.data, **new.documents, **limits)
 
 
 def _given(tensors: dict[str, Tensor], penalty: str) -> Given:
-    """The prior of new tasks, as their run folder has it."""
+    """The prior of new tasks, from their run folder."""
     means = {name.removeprefix(MEAN): value for name, value in tensors.items() if name.startswith(MEAN)}
     precisions = {name: tensors[f"{_LEARNED}{name}"] for name in means if f"{_LEARNED}{name}" in tensors}
     return Given(means, precisions, penalty=penalty)
 
 
 def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> dict[str, Tensor]:
-    """Give a model a prior whose τ is a random variable, and the sites of a fit under it: θ and Θ as they were, τ begun there.
+    """Replace the prior of a model by one whose τ is a random variable.
 
     Args:
-        model: the BoRA model, whose prior is replaced; what an adapter shares stays shared.
-        hyperprior: as for :class:`~bora_pyro.priors.RandomPrecision`.
-        fitted: the fit under the former prior; its τ, by latent (by layer where it varies so), is where the new one begins.
+        model: the BoRA model. Latents that its adapter shares between tasks stay shared.
+        hyperprior: see :class:`~bora_pyro.priors.RandomPrecision`.
+        fitted: a fit under the former prior.
+
+    Returns:
+        The sites of the fit under the new prior: θ and Θ are unchanged, and the new τ of each latent starts at the geometric mean
+        of the old one. Empty without a fit.
 
     Raises:
-        InputError: the fit has independent tasks, or one adapter for all: there is no τ to be unsure of.
+        InputError: τ of the fit is 0 or infinite.
     """
     precisions: dict[str, Tensor] = {}
     theta, mean = ({}, {}) if fitted is None else fitted.weights()
@@ -216,13 +222,13 @@ def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> d
 
 
 def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: str) -> AutoGuide:
-    """The guide at the stored values of the sample sites; the adapter's and the prior's own tensors are put back as well."""
+    """The guide at the stored values of the sites. Also restores the tensors of the adapter and the prior."""
     fixed, learned, state, sites = (
         {name: value.to(model.backbone.device) for name, value in tensors.items() if _group(name) == group}
         for group in (_FIXED, _LEARNED, _GUIDE, "")
     )
     with torch.no_grad(), poutine.seed(rng_seed=0):
-        # a prior that learns makes its tensors when it is first sampled
+        # a prior that learns creates its tensors when it is sampled for the first time
         trace = prune_subsample_sites(poutine.trace(model.weights).get_trace())
         own = {name: value for name, value in model.prior.state().items() if _group(name) == _LEARNED}
         _check_shapes(folder, {f"{_FIXED}{name}": value for name, value in model.fixed.items()}, fixed)
@@ -240,7 +246,7 @@ def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: 
 
 
 def _finite_where_shared(learned: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a given prior has, as finite as what is learned: the τ of latents that tasks share is infinite, and rightly so."""
+    """The tensors of a given prior without infinite τ, which is allowed for latents that tasks share."""
     return {
         name: value if name.startswith(MEAN) or not value.is_floating_point() else value.masked_fill(value == math.inf, 1.0)
         for name, value in learned.items()
@@ -248,7 +254,7 @@ def _finite_where_shared(learned: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _group(name: str) -> str:
-    """The beginning of a tensor's name that says whose it is; empty for a sample site."""
+    """The prefix of a tensor's name; empty for a sample site."""
     return next((group for group in (_FIXED, _LEARNED, _GUIDE) if name.startswith(group)), "")
 
 
@@ -271,13 +277,13 @@ def _check_shapes(folder: RunFolder, expected: dict[str, Tensor], found: dict[st
 
 
 def _check_values(folder: RunFolder, model: BoRA, trace: poutine.Trace, found: dict[str, Tensor]) -> None:
-    """Refuse a τ that is no precision, and a site outside the support of its distribution."""
+    """Check that τ is a precision, and that each site is in the support of its distribution."""
     for name, value in found.items():
         if name in trace.nodes:
             valid = trace.nodes[name]["fn"].support.check(value)
         elif name.startswith(MEAN):
             continue
-        else:  # τ: what is learned is never 0, what is given may be
+        else:  # a learned τ is never 0, a given τ may be
             valid = value >= 0 if isinstance(model.prior, Given) else value > 0
         if not bool(valid.all()):
             raise InputError(
@@ -287,16 +293,17 @@ def _check_values(folder: RunFolder, model: BoRA, trace: poutine.Trace, found: d
 
 
 def _check_model(folder: RunFolder, model: BoRA, metadata: dict[str, str]) -> None:
-    """Refuse a posterior of another model than its configuration asks for, where the shapes are the same."""
-    asked = _without_learned(repr(model))
-    found = _without_learned(metadata.get("model", asked))  # older runs may not say it
-    if found != asked:
+    """Check that the posterior is of the model in its configuration: the shapes of two different models may be the same."""
+    found = metadata.get("model", "another model")
+    if "description" in metadata:
+        try:
+            same = json.loads(metadata["description"]) == describe(model)
+        except (ValueError, RecursionError):
+            same = False
+    else:  # older runs store repr(model), which includes what was learned; only its adapter can be compared
+        same = "model" not in metadata or f", {model.adapter}, " in found
+    if not same:
         raise InputError(
-            f"the posterior in {folder.path} is of {found[:200]}, its config.yaml asks for {asked}; "
+            f"the posterior in {folder.path} is of {found[:200]}, its config.yaml asks for {model}; "
             "restore its config.yaml, or run the fit again"
         )
-
-
-def _without_learned(model: str) -> str:
-    """A model as it prints itself, but for what a fit finds out or begins from: it may be rounded otherwise elsewhere."""
-    return re.sub(r"(LearnedPrecision\(per='\w+'|Given\(\d+ latents), [^)]*\)", r"\1)", model)

@@ -99,7 +99,7 @@ def finished_rows(asked: MapFitConfig, *, tau: str, learning_rate: str) -> pd.Da
         rows = rows_of_run(folder, tau=tau, learning_rate=learning_rate)
     except InputError:  # no run, an unfinished or a damaged one
         if not can_resume(asked):
-            RunFolder.check(folder, overwrite=True)
+            RunFolder(folder).check_free(overwrite=True)
         return None
     if differs := difference(asked):
         raise InputError(f"{folder} is a finished run with {differs}; give another --output or --runs_dir, or move it away")
@@ -117,7 +117,7 @@ def difference(asked: MapFitConfig) -> str | None:
     """
     stored = RunFolder.open(asked.output_dir).read_config()
     for field in dataclasses.fields(asked):
-        value, found = getattr(asked, field.name), stored.get(field.name, getattr(MapFitConfig(), field.name))
+        value, found = getattr(asked, field.name), stored.get(field.name, field.default)
         same = value == found or (field.name == "data" and Path(value).resolve() == Path(str(found)).resolve())
         same = same or (field.name == "chat_template" and same_chat_template(value, found))
         if field.name not in _NO_EFFECT and not same:

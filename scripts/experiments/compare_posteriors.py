@@ -38,6 +38,7 @@ from posteriors_table import markdown
 from pyro.infer.autoguide import AutoDelta
 from scipy import stats
 
+from bora_pyro.data import ByRecord
 from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.guides import GUIDES
@@ -278,7 +279,7 @@ class Comparison:
         for number in range(1, MEMBERS):
             config = replace(run.config, seed=1000 * number + seed)
             # use the documents of the run: with another seed, a limit on their number would select different ones
-            model, _ = build_run(config, quiet=True, split_record=run.folder.read_split())
+            model, _ = build_run(config, quiet=True, split=ByRecord(run.folder.read_split()))
             fitted = fit(
                 model, run.data, epochs=config.epochs, learning_rate=config.learning_rate, token_budget=config.token_budget,
                 patience=config.patience, seed=config.seed,

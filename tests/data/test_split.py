@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from bora_pyro.data.split import apply_split, record_of_column, split_by_group
+from bora_pyro.data.splitters import AllTrain, ByColumn
 from bora_pyro.data.tables import read_table
 from bora_pyro.data.tasks import load_tasks
 from bora_pyro.errors import InputError
@@ -110,11 +111,11 @@ def test_task_with_few_groups_trains_first(groups, sides, notes):
 def test_few_groups_are_said_of_a_split_that_was_made():
     rows = [{"task": task, "text": f"{task} {n}", "side": side} for task in "ab" for n, side in enumerate(["train", "test"])]
     line = "2 tasks have no validation documents: 'a', 'b'"
-    for new_tasks in (False, True):
-        data = load_tasks(datasets.Dataset.from_list(rows), word_tokenizer(), split_column="side", new_tasks=new_tasks)
+    for split in (ByColumn(), ByColumn(new_tasks=True)):
+        data = load_tasks(datasets.Dataset.from_list(rows), word_tokenizer(), split_column="side", split=split)
         assert data.notes == [line]
     # new tasks of which no split was asked for
-    assert load_tasks(datasets.Dataset.from_list(rows), word_tokenizer(), new_tasks=True).notes == []
+    assert load_tasks(datasets.Dataset.from_list(rows), word_tokenizer(), split=AllTrain()).notes == []
 
 
 def test_small_tasks():

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from bora_pyro.data import load_tasks, table
+from bora_pyro.data import ByRecord, load_tasks, table
 from bora_pyro.data.streaming import TokenFile
 from bora_pyro.errors import InputError
 from tests.data_fixtures import CHAT, CHAT_TEMPLATE, WORDS, word_tokenizer
@@ -93,7 +93,7 @@ def test_the_documents_are_those_of_the_other_reading(folder, options, long_docu
     same(streamed, plain)
     # and again by the record, as a run is read back
     record = json.loads(json.dumps(plain.split_record))
-    same(load_tasks(folder, word_tokenizer(), streaming=True, split_record=record, **options), plain)
+    same(load_tasks(folder, word_tokenizer(), streaming=True, split=ByRecord(record), **options), plain)
 
 
 def test_a_ready_split(tmp_path):

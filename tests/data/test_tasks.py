@@ -7,7 +7,7 @@ import warnings
 import datasets
 import pytest
 
-from bora_pyro.data import load_tasks, table
+from bora_pyro.data import ByRecord, load_tasks, table
 from bora_pyro.data.tokenise import tokenise
 from bora_pyro.errors import InputError
 from tests.data_fixtures import END, START, UNKNOWN, WORDS, SlowWords, table_rows, word_tokenizer
@@ -123,8 +123,8 @@ def test_small_tasks_are_dropped_before_the_first_are_taken():
     [
         ({"num_tasks": 4}, "num_tasks is 4; the data has 3 tasks, give 2 to 3"),
         ({"num_tasks": 1}, "num_tasks is 1; the data has 3 tasks, give 2 to 3"),
-        ({"max_train_documents": 0}, "max_train_documents is 0; give 1 or more"),
-        ({"max_eval_documents": -1}, "max_eval_documents is -1; give 1 or more"),
+        ({"max_train_documents": 0}, "max_train_documents is 0; give a whole number from 1 up"),
+        ({"max_eval_documents": -1}, "max_eval_documents is -1; give a whole number from 1 up"),
         ({"text_column": "txt"}, "no column 'txt'"),
     ],
 )
@@ -164,17 +164,17 @@ def test_evaluation_documents_are_limited():
 def test_split_record_reproduces():
     rows = distinct_rows(12)
     first = load(rows, seed=1)
-    again = load(rows, seed=2, split_record=json.loads(json.dumps(first.split_record)))
+    again = load(rows, seed=2, split=ByRecord(json.loads(json.dumps(first.split_record))))
     assert again.split_record == first.split_record
     assert all(documents(getattr(again, name)) == documents(getattr(first, name)) for name in ("train", "validation", "test"))
-    fewer = load(rows + table_rows("c"), split_record=first.split_record)
+    fewer = load(rows + table_rows("c"), split=ByRecord(first.split_record))
     assert fewer.tasks == ["a", "b"]
     assert fewer.notes == ["1 task that the split record does not have was left out"]
 
 
 def test_record_of_fewer_tasks():
     first = load(table_rows("abc"))
-    assert load(table_rows("abc"), split_record=first.split_record, num_tasks=2).tasks == ["a", "b"]
+    assert load(table_rows("abc"), split=ByRecord(first.split_record), num_tasks=2).tasks == ["a", "b"]
 
 
 def test_ready_split():

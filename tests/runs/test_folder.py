@@ -178,7 +178,7 @@ def test_foreign_files_are_never_touched(tmp_path, files, options):
     with pytest.raises(InputError, match=match):
         RunFolder.create(tmp_path, **options)
     with pytest.raises(InputError, match=match):
-        RunFolder.check(tmp_path, **options)
+        RunFolder(tmp_path).check_free(**options)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
 
 
@@ -202,7 +202,7 @@ def test_overwrite_refuses_what_no_run_wrote_wherever_it_stands(run, name):
         (run.path / file).parent.mkdir(parents=True, exist_ok=True)
         (run.path / file).write_text("years of work")
     with pytest.raises(InputError, match="which no run wrote"):
-        RunFolder.check(run.path, overwrite=True)
+        RunFolder(run.path).check_free(overwrite=True)
     with pytest.raises(InputError, match="which no run wrote"):
         RunFolder.create(run.path, overwrite=True)
     assert (run.path / name).read_text() == "years of work"
@@ -234,19 +234,19 @@ def test_paths_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="is a file; give another --output_dir"):
         RunFolder.create(file, overwrite=True)
     for path in (file / "run", tmp_path / ("x" * 300), tmp_path / "nul\0l"):
-        for take in (RunFolder.check, RunFolder.create):
+        for take in (lambda path: RunFolder(path).check_free(), RunFolder.create):
             with pytest.raises(InputError, match="give another --output_dir"):
                 take(path)
 
 
 def test_check_leaves_the_disk_alone(tmp_path, run):
-    RunFolder.check(tmp_path / "new" / "run")
+    RunFolder(tmp_path / "new" / "run").check_free()
     assert not (tmp_path / "new").exists()
-    RunFolder.check(run.path, overwrite=True)
-    RunFolder.check(run.path, resume=True)
+    RunFolder(run.path).check_free(overwrite=True)
+    RunFolder(run.path).check_free(resume=True)
     assert run.read_config()["seed"] == 3
     with pytest.raises(InputError, match="another run"):
-        RunFolder.check(run.path)
+        RunFolder(run.path).check_free()
 
 
 def test_open_says_what_is_missing(tmp_path, run):

@@ -345,6 +345,21 @@ def test_a_learned_tau_that_is_none(inputs, tmp_path, tau, least):
 
 
 def test_a_run_that_is_older_than_its_digests_is_read(run):
-    change_metadata(model=None)(run)
+    change_metadata(model=None, description=None)(run)
     assert DIGEST not in RunFolder(run).load_metadata("posterior")
     assert load_run(run).metrics == RunFolder(run).read_metrics()
+
+
+def test_a_run_that_is_older_than_its_description_tells_its_adapter(run):
+    change_metadata(description=None)(run)
+    assert load_run(run).metrics == RunFolder(run).read_metrics()
+    change_config(run, alpha=99.0)
+    with pytest.raises(InputError, match=r"is of BoRA\(3 tasks, LoRA\(rank=2, alpha=2.0\), .* asks for .*alpha=99.0"):
+        load_run(run)
+
+
+@pytest.mark.parametrize("description", ["{", "[" * 10**5, "{}", "null"])
+def test_a_description_that_is_none_is_refused(run, description):
+    change_metadata(description=description)(run)
+    with pytest.raises(InputError, match=r"restore its config\.yaml, or run the fit again"):
+        load_run(run)

@@ -1,0 +1,211 @@
+"""Groups of options that several configurations share. Each group checks itself.
+
+>>> RunOptions(threads=0).validate()
+Traceback (most recent call last):
+bora_pyro.errors.InputError: threads is 0; give a whole number from 1 up
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from bora_pyro.backbone.loading import DEVICE_MAPS, QUANTIZATIONS
+from bora_pyro.data.options import DATA
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.inference.options import OPTIMISATION, RUN
+from bora_pyro.options.field import check_fields, option
+from bora_pyro.priors.learned import BOUNDS, PER
+from bora_pyro.runs.trackers import TRACKERS, check_trackers
+
+#: The headings of ``--help``.
+MODEL, PRIOR = "base model and adapter", "prior and likelihood"
+HEADINGS = (DATA, MODEL, PRIOR, OPTIMISATION, RUN)
+#: The value of ``--tau`` if the fit learns it.
+LEARNED = "learned"
+#: The value of ``--resume`` that resumes a run if the output folder contains one.
+AUTO = "auto"
+# A limit, because the memory for a larger rank would be requested at once.
+_LARGEST_RANK = 2**16
+# Between these values, both τ and its standard deviation are float32 numbers.
+_TAU = (1e-30, 1e30)
+
+
+@dataclass(kw_only=True)
+class SourceOptions:
+    """Where the documents come from."""
+
+    data: str = option(
+        "builtin:documentation",
+        "the documents: a .csv, .csv.gz, .jsonl or .parquet file, a saved datasets folder, a hub id, or builtin:documentation",
+        group=DATA,
+        filled=True,
+    )
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: one line with the value and what is allowed.
+        """
+        check_fields(self)
+
+
+@dataclass(kw_only=True)
+class BaseOptions:
+    """The frozen language model, its device and precision, and the adapter."""
+
+    base_model: str = option(
+        "builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano", group=MODEL, filled=True
+    )
+    trust_remote_code: bool = option(
+        False,
+        "let a base model that brings code of its own run it on this machine; a file cannot say so",
+        group=MODEL,
+        line_only=True,
+    )
+    quantization: str | None = option(
+        None,
+        "store the base's linear layers in 4 or 8 bits; needs bitsandbytes (default: in --precision)",
+        group=MODEL,
+        choices=QUANTIZATIONS,
+    )
+    adapter: str = option("lora", "how a linear layer is changed", group=MODEL, filled=True)
+    rank: int = option(8, "rank r of the adapter", group=MODEL, least=1, most=_LARGEST_RANK)
+    alpha: float | None = option(
+        None, "scale of the adapter: W + (alpha/r) B A (default: the rank, so that alpha/r = 1)", group=MODEL, positive=True
+    )
+    targets: list[str] | None = option(
+        None, "layers that get an adapter, by the last part of their names (default: the architecture's usual ones)", group=MODEL
+    )
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
+    device_map: str | None = option(
+        None,
+        "spread the base's layers over the devices as transformers' device_map does (default: all on --device)",
+        group=RUN,
+        choices=DEVICE_MAPS,
+    )
+    shard_base: bool = option(
+        False, "with several processes: each holds a part of the base's layers, where one cannot hold all", group=RUN
+    )
+    precision: str = option(
+        "float32", "arithmetic of the frozen model; the adapter stays float32", group=RUN, choices=("float32", "bfloat16")
+    )
+    gradient_checkpointing: bool = option(False, "less memory, more time", group=RUN)
+
+    def validate(self) -> None:
+        """Check every value that needs no model to be checked.
+
+        Raises:
+            InputError: one line with the value and what is allowed.
+        """
+        check_fields(self)
+        check_device(self.device)
+        for name, value in (("quantization", self.quantization), ("device_map", self.device_map)):
+            if self.shard_base and value is not None:
+                raise InputError(f"shard_base and {name} are both given; leave one of them out")
+
+
+@dataclass(kw_only=True)
+class PriorOptions:
+    """The prior and the likelihood."""
+
+    prior_form: str = option(
+        "noncentered",
+        "theta_d = Theta + deviation_d (noncentered), or theta_d itself (centered, as the paper writes it); the MAP is the same",
+        group=PRIOR,
+        choices=("noncentered", "centered"),
+    )
+    tau: float | str = option(
+        LEARNED,
+        "precision of the prior theta_d ~ Normal(Theta, I/tau): learned, a number, 0 (independent tasks) or inf (one shared "
+        "adapter)",
+        group=PRIOR,
+        expects="learned, a number, 0 (independent tasks) or inf (one shared adapter)",
+        words=(LEARNED,),
+    )
+    tau_per: str = option(
+        "site", "what has a tau of its own where tau is learned: a site is a kind of layer and a factor", group=PRIOR, choices=PER
+    )
+    tau_start: float = option(100.0, "where a learned tau starts", group=PRIOR)
+    penalty: str = option(
+        "normal",
+        "what tau weighs: half the squared deviation (normal, the paper), or the sum over matrices of its unsquared norms "
+        "(norm, the released code; there tau has another unit)",
+        group=PRIOR,
+        choices=("normal", "norm"),
+    )
+    likelihood_unit: str = option(
+        "tokens",
+        "what counts as one observation: each token (the paper), or each document's mean (the released code)",
+        group=PRIOR,
+        choices=("tokens", "documents"),
+    )
+    task_weights: str | None = option(
+        None,
+        "a .csv, .yaml or .json file with a weight a task, the factor of its log-likelihood (default: 1 for all)",
+        group=PRIOR,
+        filled=True,
+    )
+
+    def validate(self) -> None:
+        """Check every value that needs no data to be checked.
+
+        Raises:
+            InputError: one line with the value and what is allowed.
+        """
+        check_fields(self)
+        if self.tau != LEARNED and not (isinstance(self.tau, float | int) and self.tau >= 0):
+            raise InputError(
+                f"tau is {self.tau}; give learned, a number above 0, or 0 (independent tasks), or inf (one shared adapter)"
+                f"{nearest(str(self.tau), (LEARNED,))}"
+            )
+        if isinstance(self.tau, float | int) and 0 < self.tau < math.inf and not _TAU[0] <= self.tau <= _TAU[1]:
+            raise InputError(
+                f"tau is {self.tau:g}; give a number between {_TAU[0]:g} and {_TAU[1]:g}, or 0, or inf, which it is nearly"
+            )
+        if not BOUNDS[0] <= self.tau_start <= BOUNDS[1]:
+            raise InputError(f"tau_start is {self.tau_start}; a learned tau stays between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
+        if self.tau == LEARNED and (self.prior_form, self.penalty) != ("noncentered", "normal"):
+            raise InputError(
+                f"tau is learned for prior_form noncentered and penalty normal; here they are {self.prior_form} and "
+                f"{self.penalty}: leave them out, or give a number for tau"
+            )
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """The run folder, the trackers and the threads of a run."""
+
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN, least=1)
+    trackers: list[str] | None = option(
+        None, f"where else the numbers go while the fit runs: {', '.join(TRACKERS)} (default: nowhere)", group=RUN
+    )
+    output_dir: str = option("runs/map_fit", "the run's folder", group=RUN, filled=True)
+    overwrite: bool = option(False, "replace the run that output_dir holds", group=RUN)
+    resume: bool | str = option(
+        False,
+        "go on with the run that output_dir holds, from its newest checkpoint; auto: where it holds one, else start one",
+        group=RUN,
+        expects="true, false or auto",
+        words=(AUTO,),
+    )
+
+    def validate(self) -> None:
+        """Check every value; the disk is not looked at.
+
+        Raises:
+            InputError: one line with the value and what is allowed.
+        """
+        check_fields(self)
+        check_trackers(self.trackers)
+        if self.overwrite and self.resume:
+            raise InputError("overwrite and resume are both true; overwrite starts anew, resume goes on: give one of them")
+
+
+def check_device(name: str) -> None:
+    """Raise ``InputError`` if no device can have that name."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise InputError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:N, mps, xpu")
