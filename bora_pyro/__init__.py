@@ -1,4 +1,4 @@
-"""Bayesian hierarchical low-rank adaption (BoRA) of language models for many related tasks, as a Pyro model.
+"""Bayesian hierarchical low-rank adaption (BoRA) of language models for many related text tasks, as a Pyro model.
 
 >>> import bora_pyro as bp
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
@@ -10,24 +10,30 @@
 ['base_test_bits_per_character', 'base_test_perplexity']
 """
 
-from bora_pyro.adapters import Adapter, FrozenALoRA, LoRA
-from bora_pyro.backbone.backbone import Backbone
-from bora_pyro.data import TaskData, load_tasks, table, talk_of_norway
-from bora_pyro.errors import InputError
-from bora_pyro.exchange.load import load_peft, read_peft
-from bora_pyro.exchange.pooling.pool import pool
-from bora_pyro.exchange.save import save_peft
-from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_guide
-from bora_pyro.inference.adapt import adapt
-from bora_pyro.inference.evaluate import Scores, evaluate
-from bora_pyro.inference.fit import fit
-from bora_pyro.inference.fitted import Fitted
-from bora_pyro.likelihoods.next_tokens import CausalLM
-from bora_pyro.model import BoRA
-from bora_pyro.predict.generate import generate_side_by_side
-from bora_pyro.predict.infer_task import infer_task
-from bora_pyro.predict.posterior import Posterior
-from bora_pyro.priors import Given, HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bora_pyro.adapters import Adapter, FrozenALoRA, LoRA
+    from bora_pyro.backbone.backbone import Backbone
+    from bora_pyro.data import TaskData, load_tasks, table, talk_of_norway
+    from bora_pyro.errors import InputError
+    from bora_pyro.exchange.load import load_peft, read_peft
+    from bora_pyro.exchange.pooling.pool import pool
+    from bora_pyro.exchange.save import save_peft
+    from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_guide
+    from bora_pyro.inference.adapt import adapt
+    from bora_pyro.inference.evaluate import Scores, evaluate
+    from bora_pyro.inference.fit import fit
+    from bora_pyro.inference.fitted import Fitted
+    from bora_pyro.likelihoods.next_tokens import CausalLM
+    from bora_pyro.model import BoRA
+    from bora_pyro.predict.generate import generate_side_by_side
+    from bora_pyro.predict.infer_task import infer_task
+    from bora_pyro.predict.posterior import Posterior
+    from bora_pyro.priors import Given, HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,3 +42,46 @@ __all__ = [
     "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide",
     "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "table", "talk_of_norway",
 ]  # fmt: skip
+
+#: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
+#: torch takes seconds to import, and ``bora --help`` needs none of it.
+_MODULES = {
+    "adapters": ("Adapter", "FrozenALoRA", "LoRA"),
+    "backbone.backbone": ("Backbone",),
+    "data": ("TaskData", "load_tasks", "table", "talk_of_norway"),
+    "errors": ("InputError",),
+    "exchange.load": ("load_peft", "read_peft"),
+    "exchange.pooling.pool": ("pool",),
+    "exchange.save": ("save_peft",),
+    "guides": ("laplace_guide", "low_rank_guide", "map_guide", "normal_guide"),
+    "inference.adapt": ("adapt",),
+    "inference.evaluate": ("Scores", "evaluate"),
+    "inference.fit": ("fit",),
+    "inference.fitted": ("Fitted",),
+    "likelihoods.next_tokens": ("CausalLM",),
+    "model": ("BoRA",),
+    "predict.generate": ("generate_side_by_side",),
+    "predict.infer_task": ("infer_task",),
+    "predict.posterior": ("Posterior",),
+    "priors": (
+        "Given", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled", "RandomPrecision", "prior_from_tau",
+    ),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that __getattr__ knows
+
+    def __getattr__(name: str) -> object:
+        """A public name, or a room such as ``bp.data``, imported when it is first asked for."""
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+            value = importlib.import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

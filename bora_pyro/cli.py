@@ -1,14 +1,93 @@
-"""The command line: which commands there are, and which configuration each one reads."""
+"""The console command ``bora``: which commands there are, and where each one lies.
+
+    bora map-fit --data speeches.csv --base_model facebook/opt-350m --output_dir runs/speeches
+
+``bora --help`` lists the commands, ``bora map-fit --help`` the options of one. ``scripts/map_fit.py`` is ``bora map-fit``, and
+each of the others has its script too.
+"""
 
 from __future__ import annotations
 
-from bora_pyro.runs.config.adapt import AdaptConfig
-from bora_pyro.runs.config.map_fit import MapFitConfig
-from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
-#: Configurations that files are written of, by the script that reads them: a file given to another script is told by its options.
-CONFIGURATIONS: dict[str, type] = {
-    "map_fit.py": MapFitConfig,
-    "posterior_fit.py": PosteriorFitConfig,
-    "adapt.py": AdaptConfig,
+from bora_pyro.errors import nearest, shown
+from bora_pyro.options.command_line import run_script
+
+if TYPE_CHECKING:
+    from bora_pyro.runs.command import Command
+
+#: Name -> (where the command lies, what it does in a line). The place is text, because importing it imports torch, which takes
+#: seconds: a command's module is imported when the command is called, and ``bora --help`` starts at once.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "map-fit": ("bora_pyro.runs.fit_commands:MAP_FIT", "fit BoRA by MAP: an adapter for each task, all under one prior"),
+    "posterior-fit": ("bora_pyro.runs.fit_commands:POSTERIOR_FIT", "fit a posterior around a finished MAP fit"),
+    "adapt": ("bora_pyro.runs.fit_commands:ADAPT", "adapt a finished fit to new tasks with few documents each"),
+    "tau-sweep": ("bora_pyro.runs.tau_sweep:COMMAND", "fit a range of tau; the validation split chooses one"),
+    "diagnose": ("bora_pyro.runs.diagnose:COMMAND", "draw the shrinkage of a finished run, and compare it with other runs"),
+    "calibrate": ("bora_pyro.runs.calibrate:COMMAND", "check a run's probabilities and its uncertainty on its test documents"),
+    "report": ("bora_pyro.report.make_page:COMMAND", "make the HTML page of a run, of a sweep, or of a folder of runs"),
+    "generate": ("bora_pyro.runs.generate:COMMAND", "continue a prompt by several tasks' adapters, side by side"),
+    "infer-task": ("bora_pyro.runs.infer_task:COMMAND", "say which task of a finished run a text is of"),
+    "export-adapters": ("bora_pyro.report.export:COMMAND", "export a run's adapters as PEFT folders with model cards"),
+    "pool-adapters": ("bora_pyro.runs.pool:COMMAND", "pool LoRA adapters that were trained independently"),
 }
+
+
+def main() -> NoReturn:
+    """Run the command that the command line names, and end the program with its exit code."""
+    run_script(run)
+
+
+def run(argv: list[str]) -> int:
+    """Run the command that the first argument names, with the others; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    name, *arguments = argv
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS) or "; bora --help lists them all"
+        print(f"error: unknown command {shown(name)}{hint}", file=sys.stderr)
+        return 2
+    return command(name).main(arguments, prog=f"bora {name}", others=CONFIGURATIONS)
+
+
+def script_main(name: str) -> Callable[[list[str]], int]:
+    """``main`` of the script of a command."""
+    return lambda argv: command(name).main(argv, others=CONFIGURATIONS)
+
+
+def command(name: str) -> Command[Any, Any]:
+    """A command by its name."""
+    place, _ = COMMANDS[name]
+    return pkgutil.resolve_name(place)
+
+
+def help_text() -> str:
+    """What ``bora --help`` prints: each command in a line."""
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items())
+    return "\n".join(["usage: bora COMMAND [options]", "", "commands:", *lines, "", "The options: bora COMMAND --help"])
+
+
+class _Configurations(Mapping[str, type]):
+    """The configuration of each command by its script, imported when it is looked up."""
+
+    def __getitem__(self, script: str) -> type:
+        return command(script.removesuffix(".py").replace("_", "-")).configuration
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{name.replace('-', '_')}.py" for name in COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+#: Configurations by the script that reads them: a file that is given to another command is recognised by its options.
+CONFIGURATIONS: Mapping[str, type] = _Configurations()
+
+
+if __name__ == "__main__":
+    main()

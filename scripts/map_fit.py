@@ -7,43 +7,10 @@
 Every option: ``python scripts/map_fit.py --help``.
 """
 
-from __future__ import annotations
-
-import sys
-
-import transformers
-
-from bora_pyro.cli import CONFIGURATIONS
-from bora_pyro.errors import InputError
-from bora_pyro.inference.processes import is_first
+from bora_pyro.cli import script_main
 from bora_pyro.options.command_line import run_script
-from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
-from bora_pyro.runs.fitting import RunStopped
-from bora_pyro.runs.map_fit import run_map_fit
-from bora_pyro.runs.progress import print_table
 
-
-def main(argv: list[str]) -> int:
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = parse_config(MapFitConfig, argv, prog="map_fit.py", others=CONFIGURATIONS)
-        metrics = run_map_fit(config)
-    except InputError as error:
-        if is_first():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunStopped as stopped:
-        if is_first():
-            print(stopped, file=sys.stderr)
-        return stopped.exit_code
-    if not is_first():
-        return 0
-    print_table(metrics)
-    if "tau_by_group" in metrics:
-        print(f"learned τ: {float(format(metrics['tau'], '.3g')):g} (geometric mean; by group in metrics.json)")
-    print(f"run folder: {config.output_dir}")
-    return 0
-
+main = script_main("map-fit")
 
 if __name__ == "__main__":
     run_script(main)

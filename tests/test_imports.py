@@ -17,8 +17,13 @@ import bora_pyro
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bora_pyro"
 HEAVY = ("matplotlib", "peft", "arviz")  # ArviZ imports matplotlib
-OF_A_FIT = ("bora_pyro", "bora_pyro.inference.fit", "bora_pyro.runs.map_fit")
-DRAWING = ("bora_pyro.diagnostics.plots", "bora_pyro.report")
+OF_A_FIT = ("bora_pyro", "bora_pyro.inference.fit", "bora_pyro.runs.map_fit", "bora_pyro.runs.fit_commands")
+DRAWING = (
+    "bora_pyro.diagnostics.plots", "bora_pyro.report",
+    # the commands that draw: bora diagnose, bora calibrate and bora tau-sweep
+    "bora_pyro.runs.diagnose", "bora_pyro.runs.calibrate", "bora_pyro.runs.calibration_files",
+    "bora_pyro.runs.tau_sweep", "bora_pyro.runs.warm_sweep", "bora_pyro.runs.sweep_files",
+)  # fmt: skip
 
 PROBE = """
 import importlib, json, sys

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bora_pyro
+from bora_pyro.cli import command
 from bora_pyro.data import tables
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
@@ -58,6 +59,8 @@ COMMANDS = [*commands()]
 
 def script(words):
     """The script of a command and its arguments; None where it is none of ours."""
+    if words[0] == ".venv/bin/bora":
+        return f"scripts/{command(words[1]).script}", words[2:]
     place = next((n for n, word in enumerate(words) if word.startswith("scripts/")), None)
     return None if place is None else (words[place], words[place + 1 :])
 

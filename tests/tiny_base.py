@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from bora_pyro import Backbone, BoRA, LoRA, TaskData
+from bora_pyro import Backbone, BoRA, LoRA, TaskData, cli
 from bora_pyro.data import TokenSplit
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.folder import RunFolder
@@ -96,6 +96,11 @@ def script(name):
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
     spec.loader.exec_module(module)
     return module
+
+
+def command_main(name="map-fit"):
+    """``main`` of a command of ``bora``, as its script calls it."""
+    return cli.script_main(name)
 
 
 def script_main(name="map_fit"):

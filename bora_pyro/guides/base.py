@@ -28,10 +28,6 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Flat
 
-# Each guide holds its own parameters. With Pyro's global parameter store, a second guide in the same process would silently
-# use the parameters of the first one. The setting must be made before any guide is built.
-pyro.settings.set(module_local_params=True)
-
 #: The initial standard deviation at a site with a flat prior is ``scale`` times this number. The entries of LoRA's matrices are
 #: some hundredths, and Θ is the best known site, because the documents of all tasks inform it.
 FLAT_UNIT = 0.01

@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
-from typing import NamedTuple
 
 import datasets
 import pandas as pd
@@ -30,32 +29,13 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.results_table import rows_of_run
 
-SEARCHES = ("climb", "grid")
+#: Arguments with which Python runs a MAP fit. -P: a file in the current folder must not shadow a module.
+MAP_FIT = ("-P", "-m", "bora_pyro.cli", "map-fit")
 # Options that do not change the result of a fit.
 _NO_EFFECT = {
     "output_dir", "overwrite", "resume", "threads", "device", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "gradient_checkpointing", "trackers",
 }  # fmt: skip
-
-
-class Run(NamedTuple):
-    """One fit of a sweep.
-
-    >>> str(Run("100", "0.01", 0))
-    'tau 100, learning rate 0.01, seed 0'
-    """
-
-    tau: str
-    rate: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"tau {self.tau}, learning rate {self.rate}, seed {self.seed}"
-
-    @property
-    def folder(self) -> str:
-        """The name of the run's folder."""
-        return f"tau{self.tau}-lr{self.rate}-seed{self.seed}"
 
 
 def next_rates(rates: Sequence[str], scores: Mapping[str, float], search: str) -> list[str]:
@@ -135,15 +115,15 @@ def can_resume(asked: MapFitConfig) -> bool:
 
 
 class Fits:
-    """Fits that run as processes of a script, a limited number at a time.
+    """Fits that run as processes of a program, a limited number at a time.
 
     Args:
-        script: the script that each process runs.
+        program: Python's arguments in each process: a script, or options such as ``MAP_FIT``.
         jobs: how many processes may run at the same time, each with one thread.
     """
 
-    def __init__(self, script: Path, jobs: int) -> None:
-        self.script, self.pool, self.lock = script, ThreadPoolExecutor(jobs), Lock()
+    def __init__(self, program: Sequence[str], jobs: int) -> None:
+        self.program, self.pool, self.lock = program, ThreadPoolExecutor(jobs), Lock()
         self.children: set[subprocess.Popen[str]] = set()
         self.stopped = False
 
@@ -151,9 +131,9 @@ class Fits:
         """Queue a fit. Its result is None, or one line that says why the fit failed.
 
         Args:
-            arguments: the script's command-line arguments.
+            arguments: the program's command-line arguments.
         """
-        return self.pool.submit(self._run, [sys.executable, str(self.script), *arguments])
+        return self.pool.submit(self._run, [sys.executable, *self.program, *arguments])
 
     def _run(self, command: list[str]) -> str | None:
         # the processes share this process's cache of tokenised documents

@@ -38,7 +38,7 @@ from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.sweep import Fits
+from bora_pyro.runs.sweep import MAP_FIT, Fits
 
 COLUMNS = [
     "variant", "tau", "learning_rate", "seed", "validation_perplexity", "test_perplexity", "base_test_perplexity", "fit_seconds",
@@ -168,7 +168,7 @@ class Comparison:
             InputError: the very first fit has failed, so that the others would probably fail, too.
         """
         done = set(zip(self.table.variant, self.table.tau, self.table.learning_rate, self.table.seed, strict=True))
-        fits = Fits(Path(__file__).parents[1] / "map_fit.py", self.config.jobs)
+        fits = Fits(MAP_FIT, self.config.jobs)
         try:
             waiting = {fits.start(self.arguments(run)): run for run in dict.fromkeys(runs) if run not in done}
             for future in as_completed(waiting):

@@ -18,7 +18,7 @@ from bora_pyro.priors import HierarchicalNorm, with_shared
 from bora_pyro.runs.fitting import _newest_tau
 from bora_pyro.runs.saved import load_run
 from tests.tiny import TASKS, loaded_peft, of_task, random_ids, random_weights, tiny_batch, tiny_bora, tiny_data, tiny_model
-from tests.tiny_base import line, quick_fit, script_main
+from tests.tiny_base import command_main, line, quick_fit
 
 SLOT = Slot("q_proj", ("a.q_proj",), 16, 24)
 PRIORS = [HierarchicalNormal(tau=10), HierarchicalNorm(tau=10, form="centered"), Independent(), Pooled()]
@@ -112,11 +112,11 @@ def test_tau_is_that_of_what_tasks_have_of_their_own():
 
 def test_a_learned_tau_and_a_posterior_around_it_by_the_commands(tmp_path, capsys):
     options = quick_fit(tmp_path) | {"adapter": "lora_shared_plus_task", "epochs": 1, "output_dir": tmp_path / "run"}
-    assert script_main()(line(options)) == 0
+    assert command_main()(line(options)) == 0
     tau = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["tau"]
     assert f"learned τ: {float(format(tau, '.3g')):g} (geometric mean" in capsys.readouterr().out
     words = [str(tmp_path / "run"), *line({"epochs": 1, "draws": 2, "output_dir": tmp_path / "posterior"})]
-    assert script_main("posterior_fit")(words) == 0
+    assert command_main("posterior-fit")(words) == 0
     assert load_run(tmp_path / "posterior").fitted.tau() == pytest.approx(tau, rel=1e-5)
 
 

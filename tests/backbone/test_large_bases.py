@@ -15,7 +15,7 @@ from bora_pyro.backbone.slots import find_slots
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.saved import load_run
 from tests.tiny import hooks_left, loaded_peft, of_task, random_ids, random_weights, tiny_data, tiny_model
-from tests.tiny_base import line, quick_fit, save_base, script_main
+from tests.tiny_base import command_main, line, quick_fit, save_base
 
 BITS = pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -144,7 +144,7 @@ def test_peft_reads_the_adapter_on_the_quantised_base(bases, tmp_path, architect
 
 @needs_bitsandbytes
 def test_a_run_keeps_its_quantisation(tmp_path, capsys):
-    main, options = script_main(), quick_fit(tmp_path) | {"tau": 100, "output_dir": tmp_path / "run", "epochs": 1}
+    main, options = command_main(), quick_fit(tmp_path) | {"tau": 100, "output_dir": tmp_path / "run", "epochs": 1}
     assert main(line(options | {"quantization": "4bit"})) == 0
     run = load_run(tmp_path / "run", device="cpu")
     assert run.config.quantization == "4bit"

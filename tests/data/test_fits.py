@@ -14,7 +14,7 @@ from bora_pyro import infer_task
 from bora_pyro.predict.mixture_text import generate
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import WORDS, line, quick_fit, save_base, script_main
+from tests.tiny_base import WORDS, command_main, line, quick_fit, save_base
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -48,7 +48,7 @@ def write_lines(path, rows):
 
 
 def fitted(options, folder, **more):
-    assert script_main()(line({**options, "output_dir": folder, **more})) == 0
+    assert command_main()(line({**options, "output_dir": folder, **more})) == 0
     return RunFolder.open(folder)
 
 
@@ -115,7 +115,7 @@ def check_generated(path, fitted, tokenizer, capsys):
     capsys.readouterr()
     theta, _ = fitted.weights()
     for raw, begun in ((["--json"], "user: one two</s>\nassistant:"), (["--json", "--raw"], "</s>one two")):
-        assert script_main("generate")([str(path), *PROMPT, *raw]) == 0
+        assert command_main("generate")([str(path), *PROMPT, *raw]) == 0
         ids = tokenizer(begun, add_special_tokens=False)["input_ids"]
         expected = generate(fitted.model, ids, draws=lambda: [theta], task_index=0, max_new_tokens=6)
         record = json.loads(capsys.readouterr().out)
@@ -148,15 +148,15 @@ def test_chats_from_end_to_end(inputs, tmp_path, monkeypatch, capsys):
 
     # the run has the template itself: it goes on from the file, and is read where the file is another
     assert run.read_config()["chat_template"] == TEMPLATE
-    assert script_main()(line({**options, "output_dir": run.path, "resume": "true"})) == 0
+    assert command_main()(line({**options, "output_dir": run.path, "resume": "true"})) == 0
     template.write_text("{{ 'red' if add_generation_prompt else 'blue' }}")
-    assert script_main()(line({**options, "output_dir": run.path, "resume": "true"})) == 2
+    assert command_main()(line({**options, "output_dir": run.path, "resume": "true"})) == 2
     assert "chat_template is \"{{ 'red'" in capsys.readouterr().err
     again = load_run(run.path)
     assert [again.data.test.document(n).tolist() for n in range(6)] == [ids for ids, _ in documents]
     new = write_lines(folder / "new_chats.jsonl", [{**row, "task": "Dora"} for row in rows[:4]])
     words = line({"data": new, "output_dir": tmp_path / "new", "steps": 1, "messages_column": "talk"})
-    assert script_main("adapt")([str(run.path), *words]) == 0
+    assert command_main("adapt")([str(run.path), *words]) == 0
     adapted = load_run(tmp_path / "new")
     assert adapted.fitted.chat_template == TEMPLATE
     splits = (again.data.train, again.data.validation, again.data.test)
@@ -164,7 +164,7 @@ def test_chats_from_end_to_end(inputs, tmp_path, monkeypatch, capsys):
 
     check_generated(run.path, again.fitted, tokenizer, capsys)
     monkeypatch.setenv("COLUMNS", "60")
-    assert script_main("generate")([str(run.path), *PROMPT]) == 0
+    assert command_main("generate")([str(run.path), *PROMPT]) == 0
     assert [row.strip() for row in capsys.readouterr().out.splitlines()].count("one two") == 1  # a line of its own
 
 
@@ -180,7 +180,7 @@ def test_all_of_it_together_and_a_posterior_around_it(inputs, tmp_path):
         "long_documents": "split", "task_weights": weights, "tau": "learned", "task_subsampling": "true",
     }  # fmt: skip
     words = [*line({**options, **more, "output_dir": tmp_path / "run"}), "--task_column", "country", "task"]
-    assert script_main()(words) == 0
+    assert command_main()(words) == 0
     run = load_run(tmp_path / "run")
     assert run.data.tasks == ["NO / Ada", "NO / Børge B.", "NO / Cleo"]
     assert run.fitted.model.likelihood.task_weights.tolist() == [2.0, 1.0, 1.0]
@@ -191,7 +191,7 @@ def test_all_of_it_together_and_a_posterior_around_it(inputs, tmp_path):
     assert chosen.tokens.tolist() == run.data.test.predicted.tolist()
     own = chosen.log_likelihood.gather(1, run.data.test.task[:, None]).sum()
     assert math.exp(-float(own) / run.data.test.num_tokens) == pytest.approx(run.metrics["test_perplexity"], rel=1e-5)
-    posterior = script_main("posterior_fit")
+    posterior = command_main("posterior-fit")
     words = [str(tmp_path / "run"), *line({"output_dir": tmp_path / "posterior", "epochs": 1, "draws": 2})]
     assert posterior(words) == 0
     metrics = load_run(tmp_path / "posterior").metrics
@@ -208,7 +208,7 @@ def test_a_new_task_has_documents_of_the_same_form(inputs, tmp_path):
     fitted({**options, **columns, "data": data, "long_documents": "split", "task_weights": weights}, tmp_path / "run")
     new = write_lines(folder / "new.jsonl", [row | {"task": "Dora", "answer": row["answer"] * 6} for row in rows[:4]])
     words = line({"data": new, "output_dir": tmp_path / "new", "steps": 4, "max_tokens": 20, **columns})
-    assert script_main("adapt")([str(tmp_path / "run"), *words]) == 0
+    assert command_main("adapt")([str(tmp_path / "run"), *words]) == 0
     run = load_run(tmp_path / "new")
     assert run.data.tasks == ["Dora"]
     assert run.metrics["train_documents"] == len(run.data.train) > 4  # in pieces

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from rich.console import Console
 from bora_pyro.errors import InputError, escaped
 from bora_pyro.files.text import NAME_LENGTH, name_line, replaced
 from bora_pyro.predict.generate import Continuation
+from bora_pyro.runs import generate
 from bora_pyro.runs.progress import print_table
-from tests.tiny_base import script_main
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J \u202egnp.exe \x9b31m"
 SHOWN = r"\x1b]0;owned\x07\x1b[2J \u202egnp.exe \x9b31m"
@@ -56,8 +55,6 @@ def test_no_name_in_the_table_of_a_fit_speaks_to_the_terminal(kind, monkeypatch)
 
 
 def test_texts_side_by_side_do_not_speak_to_the_terminal(monkeypatch):
-    script_main("generate")
-    generate = sys.modules["generate"]
     written = [Continuation("a\n" + HOSTILE, task, 0, HOSTILE, torch.tensor([0]), torch.zeros(1)) for task in (HOSTILE, "b")]
     for width in (300, 40):  # columns, and rows below each other
         console = Console(file=io.StringIO(), width=width, color_system=None)

@@ -22,7 +22,7 @@ from bora_pyro.runs.signals import StopSignals
 from tests import killed_fit
 from tests.forked import Forked, run_script
 from tests.tiny import tiny_bora, tiny_data
-from tests.tiny_base import line, quick_fit, script_main, without_times
+from tests.tiny_base import command_main, line, quick_fit, without_times
 
 KILLS = 36
 
@@ -170,7 +170,7 @@ def test_a_signal_saves_and_ends_with_the_code_of_a_shell(tmp_path, number, code
 
 
 def test_resume_auto_begins_goes_on_and_ends_as_one_run(tmp_path, monkeypatch):
-    main, inputs = script_main(), quick_fit(tmp_path) | {"epochs": 4, "device": "cpu"}
+    main, inputs = command_main(), quick_fit(tmp_path) | {"epochs": 4, "device": "cpu"}
     assert main(line(inputs | {"output_dir": tmp_path / "straight"})) == 0
     chosen = line(inputs | {"output_dir": tmp_path / "run", "resume": "auto"})
     asked = []
@@ -195,7 +195,7 @@ def test_resume_auto_begins_goes_on_and_ends_as_one_run(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     inputs = quick_fit(tmp_path) | {"output_dir": tmp_path / "file" / "run", "resume": "auto"}
-    assert script_main()(line(inputs)) == 2
+    assert command_main()(line(inputs)) == 2
     [error] = capsys.readouterr().err.splitlines()
     assert error.startswith("error: output_dir ")
     assert Path(tmp_path / "file").read_text() == ""
@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, ca
 def test_told_to_stop_in_the_last_validation(tmp_path, monkeypatch):
     """All steps are taken, but what is left to do is not done: it is done on resuming, to the same result."""
     options = quick_fit(tmp_path)
-    assert script_main()(line({**options, "output_dir": tmp_path / "straight"})) == 0
+    assert command_main()(line({**options, "output_dir": tmp_path / "straight"})) == 0
 
     def told(*args, **more):
         fitted = fit(*args, **more)
@@ -212,9 +212,9 @@ def test_told_to_stop_in_the_last_validation(tmp_path, monkeypatch):
         return fitted
 
     monkeypatch.setattr("bora_pyro.runs.fitting.fit", told)
-    assert script_main()(line({**options, "output_dir": tmp_path / "run"})) == 143
+    assert command_main()(line({**options, "output_dir": tmp_path / "run"})) == 143
     assert not (tmp_path / "run" / "metrics.json").exists()
     monkeypatch.undo()
-    assert script_main()(line({**options, "output_dir": tmp_path / "run", "resume": True})) == 0
+    assert command_main()(line({**options, "output_dir": tmp_path / "run", "resume": True})) == 0
     for name in ("posterior.safetensors", "split.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

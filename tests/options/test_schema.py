@@ -10,6 +10,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from bora_pyro.cli import CONFIGURATIONS
 from bora_pyro.options.command_line import parse_config, to_yaml
 from bora_pyro.options.field import option
 from bora_pyro.options.schema import DRAFT, json_schema
@@ -18,8 +19,9 @@ from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from tests.tiny_base import SCRIPTS, script
 
 
-def scripts_configs():
-    """The configuration of each script that has one of its own."""
+def all_configs():
+    """The configuration of each command, and of each script that is none."""
+    yield from CONFIGURATIONS.values()
     for file in sorted(SCRIPTS.rglob("*.py")):
         if "option(" in file.read_text(encoding="utf-8"):
             module = script(file.stem)
@@ -53,9 +55,9 @@ def test_the_schema_of_a_fit(cls):
     check(cls)
 
 
-def test_the_schemas_of_all_scripts():
-    found = list(scripts_configs())
-    assert len(found) > 10
+def test_the_schemas_of_all_commands_and_scripts():
+    found = list(all_configs())
+    assert len(found) > len(CONFIGURATIONS) + 10
     for cls in found:
         check(cls)
 

@@ -13,8 +13,9 @@ from bora_pyro import Backbone, BoRA, InputError, LoRA, fit, generate_side_by_si
 from bora_pyro.files.slugs import GLOBAL_MEAN
 from bora_pyro.predict.authors import BASE
 from bora_pyro.predict.mixture_text import end_tokens, generate, prompt_tokens
+from bora_pyro.runs.generate import COMMAND
 from tests.tiny import hooks_left
-from tests.tiny_base import documents, map_run, quick_fit, save_base, script_main
+from tests.tiny_base import documents, map_run, quick_fit, save_base
 
 PROMPTS = ["3 red green", "one"]
 
@@ -154,7 +155,7 @@ def test_bad_input(fitted, prompts, tasks, options, words):
 def test_the_command(tmp_path, capsys, monkeypatch):
     options = quick_fit(tmp_path) | {"output_dir": tmp_path / "run", "epochs": 1}
     map_run(options)
-    main, run = script_main("generate"), str(tmp_path / "run")
+    main, run = COMMAND.main, str(tmp_path / "run")
     chosen = [run, "--prompt", "one, two", "--task", "Ada", "--task", "Børge B.", "--max_new_tokens", "4"]
     monkeypatch.setenv("COLUMNS", "100")
     assert main(chosen) == 0

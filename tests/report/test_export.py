@@ -1,4 +1,4 @@
-"""The script: which adapters it writes, their cards, and what it sends to the hub."""
+"""The command: which adapters it writes, their cards, and what it sends to the hub."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bora_pyro.backbone.slots import linear_modules
 from bora_pyro.exchange.load import load_peft, read_peft
+from bora_pyro.report.export import COMMAND
 from bora_pyro.runs.adapt import run_adapt
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
@@ -22,9 +23,9 @@ from bora_pyro.runs.saved import load_run
 from tests.hub_stand_in import TOKEN, hub_stand_in
 from tests.server_rules import vllm_problems, vllm_resolves
 from tests.tiny import loaded_peft, peft_warnings
-from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
+from tests.tiny_base import documents, map_run, quick_fit, write_table
 
-main = script_main("export_adapters")
+main = COMMAND.main
 TASKS = {"ada": "Ada", "borge-b": "Børge B.", "cleo": "Cleo"}
 
 

@@ -12,6 +12,7 @@ from bora_pyro.diagnostics.sweep_table import at_best_rates, read_sweep, runs, s
 from bora_pyro.predict.generate import generate_side_by_side
 from bora_pyro.report import RunOptions, render, run_page
 from bora_pyro.report.blocks import number_text, short_number
+from bora_pyro.report.make_page import COMMAND
 from bora_pyro.runs.adapt import run_adapt
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
@@ -20,7 +21,7 @@ from bora_pyro.runs.layout import LOCK
 from bora_pyro.runs.posterior_fit import run_posterior_fit
 from bora_pyro.runs.saved import load_run
 from tests.page_parser import PageParser, check
-from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
+from tests.tiny_base import documents, map_run, quick_fit, write_table
 
 HOSTILE = "<script>alert(1)</script>"
 NAMES = (HOSTILE, 'a "quoted" & $x^{$ name\' onclick=steal()', "東京 " * 11 + "東京", "Børge B.")
@@ -49,7 +50,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def main():
-    return script_main("report")
+    return COMMAND.main
 
 
 @pytest.fixture(scope="module")

@@ -21,4 +21,4 @@ def map_run(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def main():
-    return tiny_base.script_main()
+    return tiny_base.command_main()

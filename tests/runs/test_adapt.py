@@ -18,7 +18,7 @@ from bora_pyro.adapters import ADAPTERS
 from bora_pyro.runs.adapt import run_adapt
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import documents, line, map_run, quick_fit, script_main, write_table
+from tests.tiny_base import command_main, documents, line, map_run, quick_fit, write_table
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_from_run_folder_to_run_folder(finished, tmp_path, capsys, guide):
     rows = documents(("Cleo",), number=8, seed=5).assign(task="Dora", split=["train"] * 5 + ["test"] * 3)
     data = write_table(tmp_path / "new.csv", rows)
     chosen = line({"data": data, "split_column": "split", "guide": guide, "steps": 5, "output_dir": tmp_path / "new"})
-    assert script_main("adapt")([str(run), *chosen]) == 0
+    assert command_main("adapt")([str(run), *chosen]) == 0
     assert "Dora" in capsys.readouterr().out
     shutil.rmtree(run)  # the new run stands alone
     found = load_run(tmp_path / "new")
@@ -146,7 +146,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(finished, tmp_path, capsys, ch
     data = write_table(tmp_path / "new.csv", documents(("Cleo",), number=3))
     options = {"data": data, "output_dir": tmp_path / "new"} | change
     options = {key: str(finished) if value == "RUN" else value for key, value in options.items()}
-    assert script_main("adapt")([str(finished), *line(options)]) == 2
+    assert command_main("adapt")([str(finished), *line(options)]) == 2
     [error] = capsys.readouterr().err.splitlines()
     assert re.search(words, error), error
     assert not (tmp_path / "new").exists()
@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(finished, tmp_path, capsys, ch
 def test_a_group_of_a_new_task_stands_on_one_side(finished, tmp_path, capsys):
     rows = documents(("Cleo",), number=4).assign(doc_id=["a", "a", "b", "b"], split=["train", "test", "train", "train"])
     words = line({"data": write_table(tmp_path / "new.csv", rows), "split_column": "split", "output_dir": tmp_path / "new"})
-    assert script_main("adapt")([str(finished), *words]) == 2
+    assert command_main("adapt")([str(finished), *words]) == 2
     assert "group 'a' of task 'Cleo' is in train and in test; put the whole group on one side" in capsys.readouterr().err
 
 
@@ -163,5 +163,5 @@ def test_a_table_of_one_new_task_and_a_limit_of_documents(finished, tmp_path):
     rows = pd.concat([documents(("Cleo",), number=6), documents(("Ada",), number=2)])
     data = write_table(tmp_path / "new.csv", rows)
     chosen = line({"data": data, "max_train_documents": 3, "steps": 2, "output_dir": tmp_path / "new"})
-    assert script_main("adapt")([str(finished), *chosen]) == 0
+    assert command_main("adapt")([str(finished), *chosen]) == 0
     assert load_run(tmp_path / "new").fitted.documents == [2, 3]

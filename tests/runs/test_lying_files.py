@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from bora_pyro.errors import InputError
 from bora_pyro.inference.checkpoint import load_checkpoint, save_checkpoint
 from bora_pyro.inference.fit import fit
+from bora_pyro.report.make_page import COMMAND
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.record import NUMBERS, NUMBERS_OF_RECORD, NUMBERS_OF_TASK
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import map_run, quick_fit, script_main, toy_data, toy_model
+from tests.tiny_base import map_run, quick_fit, toy_data, toy_model
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report():
     """``main`` of the script that makes pages."""
-    return script_main("report")
+    return COMMAND.main
 
 
 SITE = "prior_mean.fc2.lora_A"

@@ -24,7 +24,7 @@ from bora_pyro.inference.memory import peak_memory_bytes
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.map_fit import run_map_fit
-from tests.tiny_base import SCRIPTS, finished_run, line, quick_fit, script_main, without_times
+from tests.tiny_base import SCRIPTS, command_main, finished_run, line, quick_fit, without_times
 
 SLUGS = {"Ada": "ada", "Børge B.": "borge-b", "Cleo": "cleo"}
 CONTRACT = {
@@ -45,7 +45,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def main():
-    return script_main()
+    return command_main()
 
 
 def data_of(options):

@@ -22,14 +22,14 @@ from bora_pyro.runs.posterior_fit import _guide, _usual_scale
 from bora_pyro.runs.saved import load_run
 from tests import tiny_base
 from tests.runs.posterior import posterior_fit
-from tests.tiny_base import line, script_main
+from tests.tiny_base import command_main, line
 
 SPREAD = [name for name in GUIDES if name != "map"]
 
 
 @pytest.fixture(scope="module")
 def main():
-    return script_main("posterior_fit")
+    return command_main("posterior-fit")
 
 
 @pytest.mark.parametrize("guide", SPREAD)

@@ -17,7 +17,7 @@ from bora_pyro.inference.checkpoint import Checkpoints, load_checkpoint, save_ch
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.saved import load_run
 from bora_pyro.runs.signals import StopSignals
-from tests.tiny_base import documents, finished_run, line, quick_fit, script_main, without_times, write_table
+from tests.tiny_base import command_main, documents, finished_run, line, quick_fit, without_times, write_table
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def main():
-    return script_main()
+    return command_main()
 
 
 class Killed(BaseException):

@@ -22,7 +22,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.saved import load_run
 from tests.forked import Forked
-from tests.tiny_base import documents, line, map_run, quick_fit, save_base, script_main, write_table
+from tests.tiny_base import command_main, documents, line, map_run, quick_fit, save_base, script_main, write_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,8 +120,8 @@ def fit_without_pickle(options, folder):
 
     sys.addaudithook(hook)
     torch.load = torch.save = torch.serialization.load = torch.serialization.save = refuse
-    assert script_main()([*options, "--epochs", "1"]) == 0
-    assert script_main()([*options, "--epochs", "2", "--resume", "true"]) == 0
+    assert command_main()([*options, "--epochs", "1"]) == 0
+    assert command_main()([*options, "--epochs", "2", "--resume", "true"]) == 0
     print(load_run(folder).metrics["epochs"])
 
 
@@ -218,7 +218,7 @@ def test_code_of_a_model_does_not_run_unasked(own_code, inputs, tmp_path, capsys
     with pytest.raises(InputError, match=r"brings code of its own, which is not run: .* --trust_remote_code true") as caught:
         Backbone.from_pretrained(base)
     assert "\n" not in str(caught.value)
-    assert script_main()(line({**inputs, "base_model": base, "output_dir": tmp_path / "run"})) == 2
+    assert command_main()(line({**inputs, "base_model": base, "output_dir": tmp_path / "run"})) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith(f"error: base model {str(base)!r} brings code of its own")
@@ -277,7 +277,7 @@ def test_code_of_a_model_runs_where_it_is_asked_for(own_code):
 
 
 def test_the_config_of_a_run_repeats_it_bit_by_bit(finished, inputs, tmp_path):
-    main = script_main()
+    main = command_main()
     assert main(["--config", str(finished / "config.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
     for name in ("posterior.safetensors", "split.json", "adapters/ada/adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()

@@ -8,8 +8,9 @@ import pytest
 
 from bora_pyro import InputError
 from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.tau_sweep import Run
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.sweep import Run, can_resume, difference, finished_rows
+from bora_pyro.runs.sweep import can_resume, difference, finished_rows
 
 
 def asked(folder, **options):

@@ -17,7 +17,7 @@ from bora_pyro.runs.layout import LOCK
 from bora_pyro.runs.saved import load_run
 from bora_pyro.runs.trackers import TRACKERS, Tracking, check_packages, check_trackers, track
 from bora_pyro.runs.trackers.tracking import POINTS
-from tests.tiny_base import SCRIPTS, line, quick_fit, script_main
+from tests.tiny_base import SCRIPTS, command_main, line, quick_fit, script_main
 
 EventAccumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
 
@@ -46,7 +46,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def main():
-    return script_main()
+    return command_main()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_resumed_fit_goes_on_in_its_event_files(main, inputs, tmp_path, monkey
 
 
 def test_a_posterior_is_tracked_too(tracked, tmp_path):
-    posterior = script_main("posterior_fit")
+    posterior = command_main("posterior-fit")
     words = ["--epochs", "1", "--draws", "1", "--threads", "1", "--trackers", "tensorboard"]
     assert posterior([str(tracked.path), *words, "--output_dir", str(tmp_path / "posterior")]) == 0
     folder = RunFolder.open(tmp_path / "posterior")

@@ -1,13 +1,11 @@
-"""A sweep whose fits are a stand-in: the script's `main` in a folder of its own."""
+"""A sweep whose fits are a stand-in: the command's `main` in a folder of its own."""
 
 from __future__ import annotations
 
 import json
 
 from bora_pyro.diagnostics.sweep_table import read_sweep
-from tests.tiny_base import script
-
-tau_sweep = script("tau_sweep")
+from bora_pyro.runs import tau_sweep
 
 # What map_fit.py does, without a fit: a run folder whose perplexities follow from τ, rate and seed. It notes each call in
 # calls.txt, and fails or waits where the file `how.json` says so.

@@ -1,9 +1,8 @@
-"""The script: what it writes of a posterior and of a MAP fit, against the library, and what it refuses."""
+"""The command: what it writes of a posterior and of a MAP fit, against the library, and what it refuses."""
 
 from __future__ import annotations
 
 import json
-import sys
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -13,10 +12,12 @@ from PIL import Image
 
 from bora_pyro.diagnostics.calibration import Calibration, area_under_risk_coverage, calibration, foreign_auroc
 from bora_pyro.predict.mixture import predictive
+from bora_pyro.runs import calibration_files
+from bora_pyro.runs.calibrate import COMMAND
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.posterior_fit import run_posterior_fit
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import WORDS, documents, map_run, quick_fit, script_main, write_table
+from tests.tiny_base import WORDS, documents, map_run, quick_fit, write_table
 
 MEASURES = [name for name in Calibration.__dataclass_fields__ if name != "tokens"]
 ALWAYS = ["calibration.csv", "reliability.png", "risk_coverage.csv", "risk_coverage.png"]
@@ -26,7 +27,7 @@ QUESTIONS = ["questions.csv", "questions_calibration.csv"]
 
 @pytest.fixture(scope="module")
 def main():
-    return script_main("calibrate")
+    return COMMAND.main
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +153,10 @@ def test_documents_of_the_run_are_not_foreign(runs, tmp_path, main, capsys):
 
 
 def test_an_error_on_the_way_leaves_nothing(runs, tmp_path, main, monkeypatch):
-    script = sys.modules["calibrate"]
-
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "risk_coverage_table", fail)  # calibration.csv and a picture are written before it
+    monkeypatch.setattr(calibration_files, "risk_coverage_table", fail)  # calibration.csv and a picture are written before it
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "calibration.csv").write_text("of before")

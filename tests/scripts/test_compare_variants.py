@@ -13,7 +13,8 @@ import yaml
 from bora_pyro import InputError
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import SCRIPTS, line, quick_fit, script, script_main
+from bora_pyro.runs.sweep import MAP_FIT
+from tests.tiny_base import command_main, line, quick_fit, script
 
 variants, forms = script("compare_variants"), script("compare_forms")
 
@@ -30,10 +31,10 @@ class InProcess:
     """Fits that run in this process, and the words that asked for them."""
 
     words: ClassVar[list[list[str]]] = []
-    main = staticmethod(script_main("map_fit"))
+    main = staticmethod(command_main())
 
-    def __init__(self, script, jobs):
-        assert script == SCRIPTS / "map_fit.py"
+    def __init__(self, program, jobs):
+        assert program == MAP_FIT
 
     def start(self, words):
         future = Future()
@@ -264,7 +265,7 @@ def test_an_arm_is_the_run_of_map_fit_with_the_same_options(form, tau, rate, mor
     arm = table[(table.form == form) & (table.tau == tau) & (table.learning_rate == rate)].set_index("epoch")
     folder = tmp_path / "run"
     options = {"config": fit_config, "tau": tau, "prior_form": form, "learning_rate": rate, "output_dir": folder} | more
-    assert script_main("map_fit")(line(options)) == 0
+    assert command_main()(line(options)) == 0
     run = RunFolder.open(folder)
     for entry in run.read_log():
         row = arm.loc[entry["epoch"]]

@@ -1,4 +1,4 @@
-"""The script: what it writes for each prior, what it compares, and what it refuses."""
+"""The command: what it writes for each prior, what it compares, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from bora_pyro.runs import diagnose
 from bora_pyro.runs.adapt import run_adapt
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
@@ -19,7 +20,7 @@ from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.map_fit import run_map_fit
 from bora_pyro.runs.posterior_fit import run_posterior_fit
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import documents, map_run, quick_fit, script, write_table
+from tests.tiny_base import documents, map_run, quick_fit, write_table
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
@@ -27,9 +28,6 @@ with warnings.catch_warnings():
 
 PICTURES = ["dendrogram", "documents", "forest", "heatmap", "pca", "pooling", "ridge"]
 TAUS = ("0", "100", "inf")
-
-
-diagnose = script("diagnose")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def test_one_task_stands_near_no_other(runs, tmp_path):
     data = write_table(tmp_path / "new.csv", documents(("Dora",), number=3))
     config = AdaptConfig(run=str(runs["100"]), data=data, steps=2, learning_rate=0.1, output_dir=str(tmp_path / "new"))
     run_adapt(config, quiet=True)
-    assert diagnose.main([str(tmp_path / "new"), "--output", str(tmp_path / "out")]) == 0
+    assert diagnose.COMMAND.main([str(tmp_path / "new"), "--output", str(tmp_path / "out")]) == 0
     of_one = [name for name in PICTURES if name not in ("dendrogram", "pca", "pooling")]
     assert names(tmp_path / "out") == expected(of_one)
 
@@ -65,10 +63,10 @@ def test_adapted_tasks_have_draws_where_their_guide_has(runs, tmp_path, capsys):
     options = {"data": data, "steps": 2, "learning_rate": 0.1, "run": str(runs["100"])}
     for guide in ("map", "normal"):
         run_adapt(AdaptConfig(**options, guide=guide, output_dir=str(tmp_path / guide)), quiet=True)
-    assert diagnose.main([str(tmp_path / "normal"), "--draws", "3", "--output", str(tmp_path / "out")]) == 0
+    assert diagnose.COMMAND.main([str(tmp_path / "normal"), "--draws", "3", "--output", str(tmp_path / "out")]) == 0
     assert arviz.from_netcdf(tmp_path / "out" / "shrinkage.nc")["posterior"].sizes["draw"] == 3
     capsys.readouterr()
-    assert diagnose.main([str(tmp_path / "map"), "--draws", "3", "--output", str(tmp_path / "none")]) == 2
+    assert diagnose.COMMAND.main([str(tmp_path / "map"), "--draws", "3", "--output", str(tmp_path / "none")]) == 2
     assert "leave --draws out, or adapt with --guide normal" in capsys.readouterr().err
 
 
@@ -82,7 +80,7 @@ def expected(pictures=PICTURES, *more):
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_what_is_written(runs, tmp_path, capsys, tau):
-    assert diagnose.main([str(runs[tau]), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert diagnose.COMMAND.main([str(runs[tau]), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
     pictures = [] if tau == "inf" else PICTURES  # pooled tasks have no deviations to draw
     assert names(tmp_path / "out") == expected(pictures)
     out, err = capsys.readouterr()
@@ -113,7 +111,7 @@ def test_what_is_written(runs, tmp_path, capsys, tau):
 
 def test_runs_are_compared(runs, tmp_path, capsys):
     argv = [str(runs["100"]), "--compare", str(runs["0"]), str(runs["inf"]), "--output", str(tmp_path / "out")]
-    assert diagnose.main(argv) == 0
+    assert diagnose.COMMAND.main(argv) == 0
     assert names(tmp_path / "out") == expected(PICTURES, "compare.csv", "compare.png")
     table = pd.read_csv(tmp_path / "out" / "compare.csv", index_col="run", dtype={"run": str})
     assert sorted(table.index) == sorted(TAUS)
@@ -125,7 +123,7 @@ def test_runs_are_compared(runs, tmp_path, capsys):
 
 def test_a_posterior_has_draws(runs, posterior, tmp_path):
     words = ["--draws", "4", "--compare", str(runs["100"]), "--output", str(tmp_path / "out")]
-    assert diagnose.main([str(posterior), *words]) == 0
+    assert diagnose.COMMAND.main([str(posterior), *words]) == 0
     assert names(tmp_path / "out") == expected(PICTURES, "compare.csv", "compare.png")
     container = arviz.from_netcdf(tmp_path / "out" / "shrinkage.nc")
     assert container["posterior"].sizes["draw"] == 4
@@ -146,7 +144,7 @@ def test_a_posterior_has_draws(runs, posterior, tmp_path):
 
 def test_a_posterior_that_a_map_fit_is_compared_with_has_draws(runs, posterior, tmp_path):
     words = ["--compare", str(posterior), "--draws", "3", "--output", str(tmp_path / "out")]
-    assert diagnose.main([str(runs["100"]), *words]) == 0
+    assert diagnose.COMMAND.main([str(runs["100"]), *words]) == 0
     assert arviz.from_netcdf(tmp_path / "out" / "shrinkage.nc")["posterior"].sizes["draw"] == 1
     table = pd.read_csv(tmp_path / "out" / "compare.csv", index_col="run", dtype={"run": str})
     run = load_run(posterior)
@@ -157,7 +155,7 @@ def test_a_posterior_that_a_map_fit_is_compared_with_has_draws(runs, posterior, 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(runs, tmp_path):
     twin = shutil.copytree(runs["100"], tmp_path / "elsewhere" / "100")
-    assert diagnose.main([str(runs["100"]), "--compare", str(twin), "--output", str(tmp_path / "out")]) == 0
+    assert diagnose.COMMAND.main([str(runs["100"]), "--compare", str(twin), "--output", str(tmp_path / "out")]) == 0
     table = pd.read_csv(tmp_path / "out" / "compare.csv", index_col="run")
     assert sorted(table.index) == sorted([str(runs["100"]), str(twin)])
     assert table["elpd_diff"].tolist() == [0, 0]
@@ -165,7 +163,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(runs, tmp_path):
 
 def test_by_default_the_results_go_into_the_run_which_can_then_be_replaced(runs, tmp_path):
     run = shutil.copytree(runs["100"], tmp_path / "run")
-    assert diagnose.main([str(run)]) == 0
+    assert diagnose.COMMAND.main([str(run)]) == 0
     assert names(run / "diagnostics") == expected()
     assert load_run(run).metrics == load_run(runs["100"]).metrics
     with RunFolder.create(run, overwrite=True):
@@ -181,7 +179,7 @@ def test_a_task_without_test_documents(runs, tmp_path):
     config = yaml.safe_load((runs["100"] / "config.yaml").read_text())
     config |= {"data": write_table(tmp_path / "split.csv", split), "split_column": "split", "output_dir": str(tmp_path / "run")}
     run_map_fit(MapFitConfig(**config), quiet=True)
-    assert diagnose.main([str(tmp_path / "run")]) == 0
+    assert diagnose.COMMAND.main([str(tmp_path / "run")]) == 0
     rows = pd.read_csv(tmp_path / "run" / "diagnostics" / "shrinkage.csv").set_index("task")
     assert rows["test_documents"].tolist() == [1, 1, 1, 0]
     assert rows["test_perplexity"].isna().tolist() == [False, False, False, True]
@@ -215,7 +213,7 @@ def test_bad_lines(runs, tmp_path, capsys, argv, message):
         argv = [word.replace(f"{{{tau}}}", str(folder)) for word in argv]
         message = message.replace(f"{{{tau}}}", str(folder))
     before = names(runs["100"])
-    assert diagnose.main(argv) == 2
+    assert diagnose.COMMAND.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message.rstrip('*')}")
     assert error.count("\n") == 1
@@ -225,6 +223,6 @@ def test_bad_lines(runs, tmp_path, capsys, argv, message):
 def test_runs_on_different_documents_are_refused_before_the_work(runs, tmp_path, capsys):
     config = yaml.safe_load((runs["100"] / "config.yaml").read_text())
     run_map_fit(MapFitConfig(**config | {"seed": 5, "output_dir": str(tmp_path / "other")}), quiet=True)
-    assert diagnose.main([str(runs["100"]), "--compare", str(tmp_path / "other"), "--output", str(tmp_path / "out")]) == 2
+    assert diagnose.COMMAND.main([str(runs["100"]), "--compare", str(tmp_path / "other"), "--output", str(tmp_path / "out")]) == 2
     assert "error: 'other' and '100' have different test documents" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -7,10 +7,11 @@ import re
 import pytest
 
 from bora_pyro.predict.infer_task import infer_task as infer
+from bora_pyro.runs.infer_task import COMMAND
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
+from tests.tiny_base import documents, map_run, quick_fit, write_table
 
-main = script_main("infer_task")
+main = COMMAND.main
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_another_tau_joins_the_table(shop):
     shop.calls()
     line = shop.line("--seeds", "1")
     line[line.index("inf") : line.index("--output")] = ["0", "1000"]
-    assert tau_sweep.main(line) == 0
+    assert tau_sweep.COMMAND.main(line) == 0
     assert shop.names() == ["tau1000-lr0.01-seed0", "tau1000-lr0.03-seed0"]
     assert runs(shop.table()).tau.unique().tolist() == ["0", "100", "1000", "inf"]
 

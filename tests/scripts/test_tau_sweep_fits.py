@@ -34,14 +34,14 @@ def test_a_sweep_of_real_fits_tokenises_once(tiny, tmp_path, capsys, monkeypatch
         "--fit_config", str(tiny), "--taus", "0", "inf", "--learning_rates", "0.03", "--seeds", "1",
         "--runs_dir", str(tmp_path / "runs"), "--output", str(tmp_path / "tiny.png"),
     ]  # fmt: skip
-    assert tau_sweep.main(line) == 0
+    assert tau_sweep.COMMAND.main(line) == 0
     assert made == [tokens()]  # the fits have neither written nor added any
     assert len(made[0]) >= 3
     table = read_sweep(tmp_path / "tiny.csv")
     assert table.task.tolist() == ["Ada", "Børge B.", "Cleo"] * 2
     assert table.deviation_norm[3:].tolist() == [0.0] * 3
     assert "validation chooses tau = " in capsys.readouterr().out
-    assert tau_sweep.main(line) == 0  # what a real run wrote is taken over
+    assert tau_sweep.COMMAND.main(line) == 0  # what a real run wrote is taken over
     assert "2 finished runs are taken over" in capsys.readouterr().out
     assert len(made) == 1
 
@@ -52,7 +52,7 @@ def test_data_without_validation_documents_is_refused_before_a_fit(tiny, tmp_pat
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(options))
     line = ["--fit_config", str(tmp_path / "fit.yaml"), "--runs_dir", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
     for path in ("cold", "warm"):
-        assert tau_sweep.main([*line, "--path", path]) == 2
+        assert tau_sweep.COMMAND.main([*line, "--path", path]) == 2
         assert "error: there is no validation document" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
 
@@ -62,7 +62,7 @@ def test_the_warm_path_leaves_a_table_and_a_figure_beside_the_cold_one(tiny, tmp
         "--fit_config", str(tiny), "--taus", "inf", "0", "100", "learned", "--seeds", "2", "--learning_rates", "0.03",
         "--path", "warm", "--warm_epochs", "1", "--output", str(tmp_path / "tiny"), "--runs_dir", str(tmp_path / "runs"),
     ]  # fmt: skip
-    assert tau_sweep.main(line) == 0
+    assert tau_sweep.COMMAND.main(line) == 0
     table = pd.read_csv(tmp_path / "tiny_warm.csv", dtype={"tau": str})
     assert [*table.columns] == ["tau", "seed", "validation_perplexity", "test_perplexity", "fit_seconds", "seconds_so_far"]
     assert table.tau.tolist() == ["inf", "100", "0"] * 2

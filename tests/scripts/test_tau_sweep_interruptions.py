@@ -121,7 +121,7 @@ def test_bad_options_end_with_one_line(arguments, words, tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "documentation.yaml").write_text("epochs: 1\n")
-    assert tau_sweep.main(arguments) == 2
+    assert tau_sweep.COMMAND.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The script: what it writes from a run's own adapters, and what it refuses."""
+"""The command `pool-adapters`: what it writes from a run's own adapters, and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from bora_pyro.exchange.pooling.folder import adapter_names, read_adapters, read
 from bora_pyro.exchange.pooling.held_out import read_held_out
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.pool import COMMAND
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import documents, map_run, quick_fit, script_main, write_table
+from tests.tiny_base import documents, map_run, quick_fit, write_table
 
-main = script_main("pool_adapters")
+main = COMMAND.main
 
 
 @pytest.fixture(scope="module")

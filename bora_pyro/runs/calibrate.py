@@ -1,0 +1,215 @@
+"""Calibrate a finished run: are its probabilities right as often as they say, and does its doubt tell where it is wrong?
+
+    bora calibrate runs/demo-posterior --draws 8 --foreign other.csv --questions questions.jsonl
+
+It predicts the run's test documents at the centre of the posterior (``mean``) and under the mixture of draws (``mixture``); of a
+MAP fit there is one prediction, ``map``. It writes, into the run's folder ``diagnostics`` or where ``--output`` says:
+
+- ``calibration.csv``: a row a task and one of all, with likelihood, Brier score and calibration error of each prediction;
+- ``reliability.png``: accuracy against confidence;
+- ``risk_coverage.csv``, ``.png``: what refusing the most uncertain tokens buys, by each measure of uncertainty; ``area`` is that
+  under the whole curve;
+- with ``--foreign``, texts of no task: ``foreign.csv`` (a row a text, foreign ones and test documents, each read by the task that
+  knows it best), ``foreign_auroc.csv`` and ``foreign.png``: how well each measure tells the two kinds apart;
+- with ``--questions``, a .jsonl file with prompt, options, correct (a position from 0) and task: ``questions.csv`` (a row a
+  question) and ``questions_calibration.csv``.
+
+Files appear when all of them are finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from bora_pyro.data import TokenSplit, read_table
+from bora_pyro.data.files import read_file
+from bora_pyro.data.tokenise import tokenise
+from bora_pyro.diagnostics import plots
+from bora_pyro.diagnostics.unknown_texts import sample_texts, text_scores
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.options.field import option
+from bora_pyro.predict.mixture import Draws, TokenPredictions, predictive
+from bora_pyro.predict.multiple_choice import ChoicePredictions, Question, choose
+from bora_pyro.runs.calibration_files import write_calibration, write_foreign, write_questions
+from bora_pyro.runs.command import Command
+from bora_pyro.runs.layout import DIAGNOSTICS
+from bora_pyro.runs.saved import SavedRun, load_run
+
+DRAWS = 8  # of a posterior
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig:
+    """Calibrate a finished run on its test documents: probabilities, uncertainty, foreign texts, questions with a choice."""
+
+    run: str = option("", "folder of the run, a fit's output_dir", positional=True)
+    draws: int | None = option(None, f"draws of the mixture (default: {DRAWS}; a MAP fit is a point and has none)")
+    foreign: str | None = option(None, "texts that belong to no task: a table, a saved folder, a hub id or builtin:documentation")
+    foreign_text_column: str = option("text", "column of the foreign texts; no other is read")
+    foreign_documents: int = option(200, "at most so many foreign texts, and as many test documents, drawn by the seed")
+    questions: str | None = option(None, "a .jsonl file of questions with a choice among answers")
+    output: str | None = option(None, "where the results go (default: the folder diagnostics of the run)")
+    token_budget: int = option(4096, "tokens of a batch; probabilities take token_budget x vocabulary numbers")
+    seed: int = option(0, "of the draws, and of the texts that are compared with foreign ones")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)")
+
+    def validate(self) -> None:
+        """Check the values."""
+        if not self.run.strip():
+            raise InputError("no run is given; name its folder, as in calibrate.py runs/posterior_fit")
+        least = {"draws": 2, "foreign_documents": 1, "token_budget": 1, "seed": 0, "threads": 1}
+        for name, lowest in least.items():
+            if (value := getattr(self, name)) is not None and value < lowest:
+                raise InputError(f"{name} is {value}; give a whole number from {lowest} up")
+
+
+class Predictor:
+    """What a run predicts by: its centre, and the draws of its posterior where it has one."""
+
+    def __init__(self, run: SavedRun, config: CalibrateConfig) -> None:
+        self.model, self.centre, self.token_budget = run.fitted.model, run.fitted.weights()[0], config.token_budget
+        self.ways: dict[str, Draws] = {"map": lambda: [self.centre]}
+        if run.posterior_config is not None:
+            posterior, number = run.posterior(seed=config.seed), config.draws or DRAWS
+            self.ways = {"mean": lambda: [self.centre], "mixture": lambda: posterior.draws(number)}
+        elif config.draws is not None:
+            raise InputError(
+                f"draws is {config.draws}, but the run in {run.folder.path} is a MAP fit, a point, and has none; leave --draws "
+                f"out, or fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
+            )
+
+    @property
+    def draws(self) -> Draws:
+        """The draws of the mixture; of a point, the point."""
+        return [*self.ways.values()][-1]
+
+    def tokens(self, split: TokenSplit) -> dict[str, TokenPredictions]:
+        """What each way of prediction says of every token, the mixture last."""
+        return {name: predictive(self.model, split, draws, token_budget=self.token_budget) for name, draws in self.ways.items()}
+
+    def answers(self, questions: list[Question], tasks: list[str]) -> dict[str, ChoicePredictions]:
+        """The same for questions with a choice among answers."""
+        budget = self.token_budget
+        return {name: choose(self.model, questions, draws, tasks, token_budget=budget) for name, draws in self.ways.items()}
+
+    def texts(self, split: TokenSplit) -> pd.DataFrame:
+        """How foreign each text is; a point estimate has no epistemic uncertainty."""
+        scores = text_scores(self.model, split, self.centre, self.draws, token_budget=self.token_budget)
+        return scores if len(self.ways) > 1 else scores.drop(columns="epistemic")
+
+
+def calibrate(config: CalibrateConfig) -> Path:
+    """Write everything; returns the folder.
+
+    Raises:
+        InputError: a run, a table or questions that cannot be read, a run without test documents, a folder that cannot be
+            written.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    predictor, tasks = Predictor(run, config), run.data.tasks
+    if not len(run.data.test):
+        raise InputError(f"the run in {run.folder.path} has no test documents; split the data so that some tasks have some")
+    foreign = read_foreign(config, run) if config.foreign is not None else None
+    questions = read_questions(Path(config.questions)) if config.questions is not None else None
+    folder = Path(config.output) if config.output is not None else run.folder.path / DIAGNOSTICS
+    with _all_or_none(folder) as place, plots.style():
+        if questions is not None:  # the first, for they may yet turn out to be of no task
+            write_questions(place, questions, predictor.answers(questions, tasks), tasks)
+        write_calibration(place, predictor.tokens(run.data.test), tasks)
+        if foreign is not None:
+            own = sample_texts(run.data.test, config.foreign_documents, seed=config.seed)
+            write_foreign(place, predictor.texts(own), predictor.texts(foreign), tasks)
+    return folder
+
+
+def read_foreign(config: CalibrateConfig, run: SavedRun) -> TokenSplit:
+    """The foreign texts, cut as the run's documents are; those that are documents of the run are left out."""
+    backbone, column = run.fitted.model.backbone, config.foreign_text_column
+    try:  # no task is asked for: the column of texts stands for it
+        table, _ = read_table(str(config.foreign), task_column=column, text_column=column)
+    except InputError as error:
+        raise InputError(str(error).replace("(task_column)", "(foreign_text_column)")) from None
+    tasks = {name: d for d, name in enumerate(run.data.tasks)}
+    table = table.remove_columns("task").add_column("task", [run.data.tasks[0]] * len(table))  # any: the best will read it
+    max_tokens = min(run.config.max_tokens, backbone.context or run.config.max_tokens)
+    split = tokenise(table, backbone.tokenizer, task_index=tasks, max_tokens=max_tokens).split
+    known = {_key(each, n) for each in (run.data.train, run.data.validation, run.data.test) for n in range(len(each))}
+    kept = [n for n in range(len(split)) if _key(split, n) not in known]
+    if not kept:
+        raise InputError(f"every text of {config.foreign} is a document of the run; give texts that belong to none of its tasks")
+    if left_out := len(split) - len(kept):
+        print(f"note: {left_out} of the foreign texts are documents of the run and were left out", file=sys.stderr)
+    return sample_texts(split.subset(torch.tensor(kept)), config.foreign_documents, seed=config.seed)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a .jsonl file.
+
+    Raises:
+        InputError: no such file, another kind of file, or a line that is no question.
+    """
+    if not path.is_file() or path.suffix != ".jsonl":
+        raise InputError(
+            f"questions {path} is no .jsonl file; give one with a JSON object a line: prompt, options, correct, task"
+        )
+    questions, names = [], ("prompt", "options", "correct", "task")
+    for number, row in enumerate(read_file(path).to_dict("records"), start=1):
+        where = f"questions {path}, question {number}"
+        for name in names:
+            if name not in row:
+                raise InputError(
+                    f"questions {path} has no {name!r}; a question has {', '.join(names)}{nearest(name, map(str, row))}"
+                )
+        if not isinstance(row["options"], list):
+            raise InputError(f"{where}: options is {row['options']!r:.40}; give a list of two texts or more")
+        try:
+            questions.append(Question(**{name: row[name] for name in names}))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    if not questions:
+        raise InputError(f"questions {path} is empty; give a JSON object a line: prompt, options, correct, task")
+    return questions
+
+
+def _key(split: TokenSplit, n: int) -> bytes:
+    return split.document(n).numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _all_or_none(folder: Path) -> Iterator[Path]:
+    """A place to write in; what is there at the end goes into the folder, and nothing where it ends with an error."""
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"output {folder} cannot be written ({reason}); give another --output") from None
+    try:
+        with place as name:
+            yield Path(name)
+            for file in sorted(Path(name).iterdir()):
+                os.replace(file, folder / file.name)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+COMMAND = Command("calibrate", CalibrateConfig, calibrate, lambda config, folder: print(f"calibration: {folder}"))

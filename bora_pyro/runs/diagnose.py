@@ -1,0 +1,201 @@
+"""Diagnose the shrinkage of a finished fit, and compare it with others on the same held-out documents.
+
+    bora diagnose runs/speeches --compare runs/speeches-independent runs/speeches-pooled
+
+It writes, into the run's folder ``diagnostics`` or where ``--output`` says, ``shrinkage.nc`` (the ArviZ container),
+``shrinkage.csv`` (a row a task), and one picture a question; with ``--compare`` also ``compare.csv`` and its picture. Nothing is
+fitted again. Of a posterior (a run of ``scripts/posterior_fit.py``) the container has ``--draws`` draws, the table also the
+quantiles of their distances, and the pictures of distances show intervals; trees and components are of its centre.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from bora_pyro.diagnostics import plots
+from bora_pyro.diagnostics.deviations import task_gram
+from bora_pyro.diagnostics.shrinkage import compare_priors, held_out, shrinkage
+from bora_pyro.errors import InputError
+from bora_pyro.files.text import name_line
+from bora_pyro.options.field import option
+from bora_pyro.runs.command import Command
+from bora_pyro.runs.layout import DIAGNOSTICS, FIT
+from bora_pyro.runs.saved import SavedRun, load_run
+
+DRAWS = 50  # of a posterior
+QUANTILES = (0.05, 0.95)  # of the draws
+
+
+@dataclass(kw_only=True)
+class DiagnoseConfig:
+    """Diagnose the shrinkage of a finished fit, and compare it with others on the same held-out documents."""
+
+    run: str = option("", "folder of the run, a fit's output_dir", positional=True)
+    compare: list[str] | None = option(None, "folders of runs to compare it with, fitted and tested on the same documents")
+    draws: int | None = option(None, f"draws of each posterior (default: {DRAWS}; a MAP fit is a point and has none)")
+    output: str | None = option(None, "where the results go (default: the folder diagnostics of the run)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    trust_remote_code: bool = option(
+        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+    )
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)")
+
+    def validate(self) -> None:
+        """Check the values."""
+        if not self.run.strip():
+            raise InputError("no run is given; name its folder, as in diagnose.py runs/map_fit")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads is {self.threads}; give a whole number from 1 up")
+        if self.draws is not None and self.draws < 2:
+            raise InputError(f"draws is {self.draws}; give a whole number from 2 up")
+        paths = [Path(path).resolve() for path in (self.run, *(self.compare or ()))]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise InputError(f"run {twice[0]} is given twice; give each run once")
+
+
+def diagnose(config: DiagnoseConfig) -> Path:
+    """Write everything; returns the folder.
+
+    Raises:
+        InputError: a run that cannot be read, runs on different documents, a folder that cannot be written.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    _check_draws(run, config)
+    # first, so that runs which cannot be compared are found before the long work, and before anything is written
+    compared = _compared(run, config) if config.compare else {}
+    folder = _writable(Path(config.output) if config.output is not None else run.folder.path / DIAGNOSTICS)
+    container = shrinkage(run.fitted, run.data, draws=_draws(run, config))
+    container.to_netcdf(folder / "shrinkage.nc")
+    rows = shrinkage_table(run, container)
+    rows.to_csv(folder / "shrinkage.csv", index=False, float_format="%.6g")
+    gram = task_gram(run.fitted).numpy()
+    if gram.any():
+        with plots.style():
+            for name, figure in _pictures(run.data.tasks, container, gram):
+                figure.savefig(folder / f"{name}.png")
+    else:
+        print("note: one ΔW serves all tasks, so there are no deviations to draw", file=sys.stderr)
+    print(rows.assign(task=rows["task"].map(name_line)).to_string(index=False, float_format="{:.2f}".format, na_rep="–"))
+    if compared:
+        table = compare_priors(compared | {next(iter(compared)): container})
+        table.to_csv(folder / "compare.csv", index_label="run", float_format="%.8g")
+        with plots.style():
+            _picture(plots.compare_forest, table, height=1.5 + 0.4 * len(table)).savefig(folder / "compare.png")
+        print("\nheld-out documents, best first:")
+        print(table.drop(columns=["rank", "scale"]).rename(index=name_line).to_string(float_format="{:.2f}".format))
+    return folder
+
+
+def shrinkage_table(run: SavedRun, container: Any) -> pd.DataFrame:
+    """A row a task: documents, distance from Θ, effective parameters, test perplexity without and with the adapter.
+
+    All are of the posterior's centre; where there are draws, ``displacement_q05`` and its like are quantiles over them: of the
+    distance in the direction of the centre, and of the whole distance.
+    """
+    posterior, constant = container["posterior"], container["constant_data"]
+    many = posterior.sizes["draw"] > 1
+    quantiles = {
+        f"{name}_q{round(100 * q):02}": posterior[name].quantile(q, ("chain", "draw")).values
+        for name in ("displacement", "distance")
+        for q in QUANTILES
+        if many
+    }
+    effective = constant["effective_parameters"] if many else posterior["effective_parameters"]
+    return pd.DataFrame(
+        {
+            "task": run.data.tasks,
+            "train_documents": constant["train_documents"].values,
+            "test_documents": constant["test_documents"].values,
+            "distance": run.fitted.deviation_norms().cpu().double().numpy(),
+            **quantiles,
+            "effective_parameters": effective.values.reshape(-1),
+            **{
+                name: np.array([row[name] for row in run.scores], dtype=float)  # None, of an untested task, is NaN
+                for name in ("base_test_perplexity", "test_perplexity")
+            },
+        }
+    )
+
+
+def _pictures(tasks: list[str], container: Any, gram: np.ndarray) -> Iterator[tuple[str, Figure]]:
+    """The pictures of one run, each with its name; gram: (D, D), of ΔW_d − ΔW_Θ."""
+    by_task = 1.5 + 0.22 * len(tasks)  # inches
+    yield "forest", _picture(plots.shrinkage_forest, container, height=by_task)
+    yield "ridge", _picture(plots.shrinkage_ridge, container, height=by_task)
+    yield "documents", _picture(plots.deviation_by_documents, container)
+    yield "heatmap", _picture(plots.deviation_heatmap, container, width=3 + by_task)
+    if len(tasks) < 2:  # one task shares with no other, and is at no distance from any
+        return
+    yield "pooling", _picture(plots.pooling_factors, container)
+    yield "pca", _picture(plots.task_pca, gram, tasks, height=5.5)
+    dendrogram = _picture(plots.task_dendrogram, gram, tasks, height=by_task)
+    dendrogram.axes[0].set_xlabel("distance between tasks, ‖Δ$W_d$ − Δ$W_e$‖ (average linkage)")
+    yield "dendrogram", dendrogram
+
+
+def _picture(draw: Callable[..., Any], *arguments: Any, width: float = 7.0, height: float = 4.5) -> Figure:
+    """One picture by a function of :mod:`bora_pyro.diagnostics.plots`, which takes an axis last; sizes in inches."""
+    figure = Figure(figsize=(width, height))
+    draw(*arguments, figure.subplots())
+    return figure
+
+
+def _check_draws(run: SavedRun, config: DiagnoseConfig) -> None:
+    """Refuse draws where every run is a point."""
+    posterior = not run.is_point or any((Path(path) / FIT).is_file() for path in config.compare or ())
+    if config.draws is not None and not posterior:
+        how = f"fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
+        raise InputError(
+            f"draws is {config.draws}, but the run in {run.folder.path} is a MAP fit, a point, and has none; leave --draws out, "
+            f"or {'adapt with --guide normal' if run.adapted else how}"
+        )
+
+
+def _draws(run: SavedRun, config: DiagnoseConfig) -> int | None:
+    return None if run.is_point else config.draws or DRAWS
+
+
+def _compared(run: SavedRun, config: DiagnoseConfig) -> dict[str, Any]:
+    """The containers to compare: the run's at its centre, and the others', of which one at a time is in memory.
+
+    Their names are the folders', or the paths as given where two folders are of one name.
+    """
+    paths = [config.run, *(config.compare or ())]
+    names = [Path(path).resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = paths
+    containers = {names[0]: held_out(run.fitted, run.data)}
+    for name, path in zip(names[1:], paths[1:], strict=True):
+        other = load_run(path, device=config.device, trust_remote_code=config.trust_remote_code)
+        centre, draws = held_out(other.fitted, other.data), _draws(other, config)
+        compare_priors({names[0]: containers[names[0]], name: centre})
+        containers[name] = centre if draws is None else held_out(other.fitted, other.data, draws=draws)
+    return containers
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # finds out before the long work whether files can be written
+            pass
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"output {folder} cannot be written ({getattr(error, 'strerror', None) or error}); give another --output"
+        ) from None
+    return folder
+
+
+COMMAND = Command("diagnose", DiagnoseConfig, diagnose, lambda config, folder: print(f"diagnostics: {folder}"))

@@ -1,0 +1,46 @@
+"""The commands that fit: ``bora map-fit``, ``bora posterior-fit`` and ``bora adapt``, and what they print at their end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bora_pyro.runs.adapt import run_adapt
+from bora_pyro.runs.command import Command
+from bora_pyro.runs.config.adapt import AdaptConfig
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
+from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.posterior_fit import run_posterior_fit
+from bora_pyro.runs.progress import print_table
+
+
+def show_map_fit(config: MapFitConfig, metrics: Mapping[str, Any]) -> None:
+    """Print the table of the tasks, the learned τ where there is one, and the run folder."""
+    print_table(metrics)
+    if "tau_by_group" in metrics:
+        print(f"learned τ: {float(format(metrics['tau'], '.3g')):g} (geometric mean; by group in metrics.json)")
+    print(f"run folder: {config.output_dir}")
+
+
+def show_posterior_fit(config: PosteriorFitConfig, metrics: Mapping[str, Any]) -> None:
+    """Print the table of the tasks, the posterior's mean and mixture beside the MAP estimate, and the run folder."""
+    print_table(metrics)
+    if "mixture" in metrics:
+        print(
+            f"test perplexity: MAP {metrics['map_test_perplexity']:.2f}, posterior mean {metrics['test_perplexity']:.2f}, "
+            f"mixture of {config.draws} draws {metrics['mixture_test_perplexity']:.2f}"
+        )
+        print(f"calibration error (ECE): posterior mean {metrics['mean']['ece']:.3f}, mixture {metrics['mixture']['ece']:.3f}")
+    print(f"run folder: {config.output_dir}")
+
+
+def show_adapt(config: AdaptConfig, metrics: Mapping[str, Any]) -> None:
+    """Print the table of the new tasks and the run folder."""
+    print_table(metrics)
+    print(f"run folder: {config.output_dir}")
+
+
+MAP_FIT = Command("map-fit", MapFitConfig, run_map_fit, show_map_fit)
+POSTERIOR_FIT = Command("posterior-fit", PosteriorFitConfig, run_posterior_fit, show_posterior_fit)
+ADAPT = Command("adapt", AdaptConfig, run_adapt, show_adapt)

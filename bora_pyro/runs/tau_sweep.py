@@ -1,0 +1,166 @@
+"""How strong should the prior be? Perplexity against τ, each τ at its own best learning rate; the validation split chooses.
+
+    bora tau-sweep --taus 0 1 10 100 1000 10000 inf learned --output results/documentation
+
+Every fit is a run of ``bora map-fit`` with the options of ``--fit_config``, in a process of its own. With the first seed
+each τ is fitted at several learning rates; the lowest validation perplexity chooses the rate, and the other seeds (other
+splits, other starts) are fitted at it. Table and figure are written again after every fit. A finished run is not repeated,
+and one that was interrupted goes on: give the same command again. ``--path warm`` relaxes τ within one fit instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+
+from matplotlib.figure import Figure
+
+from bora_pyro.diagnostics.plots import style, tau_curve
+from bora_pyro.diagnostics.plots.warm_path import warm_summary
+from bora_pyro.diagnostics.sweep_table import LEARNED, best_rates, best_tau, runs, summary, with_run, write_sweep
+from bora_pyro.errors import InputError
+from bora_pyro.runs.build import build_run
+from bora_pyro.runs.command import Command
+from bora_pyro.runs.config.tau_sweep import Run, SweepConfig
+from bora_pyro.runs.fitting import RunStopped
+from bora_pyro.runs.results_table import rows_of_run
+from bora_pyro.runs.sweep import MAP_FIT, Fits, can_resume, finished_rows, interrupts, next_rates
+from bora_pyro.runs.sweep_files import check_validation, save_figure, stored_table
+from bora_pyro.runs.warm_sweep import run_warm
+
+
+class Sweep:
+    """The runs of one sweep, and the table that they fill."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self.config, self.failed = config, dict[Run, str]()
+        self.started: set[Run] = set()
+        self.table = stored_table(config)
+
+    def run(self) -> None:
+        """Take over what is finished, and fit the rest.
+
+        Raises:
+            InputError: no fit can begin, or there is nothing to choose by. What is finished is in the table.
+            KeyboardInterrupt: the fits have been ended; what was finished is in the table.
+        """
+        self.take_over()
+        if not any(self.next_runs(tau) for tau in self.config.taus):
+            return
+        self.tokenise()
+        fits, waiting = Fits(MAP_FIT, self.config.jobs), dict[Future[str | None], Run]()
+
+        def begin(tau: str) -> None:
+            for run in self.next_runs(tau):
+                self.started.add(run)
+                resume, overwrite = ("true", "false") if can_resume(self.config.fit(run)) else ("false", "true")
+                line = [*self.config.arguments(run), "--resume", resume, "--overwrite", overwrite]
+                waiting[fits.start(line)] = run
+
+        with interrupts() as asked:
+            try:
+                for tau in self.config.taus:
+                    begin(tau)
+                while waiting:
+                    done = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done
+                    if asked.is_set():
+                        raise KeyboardInterrupt
+                    for future in done:
+                        run = waiting.pop(future)
+                        self.finish(run, future.result())
+                        begin(run.tau)
+            finally:
+                fits.stop()
+
+    def take_over(self) -> None:
+        """Put the runs whose folders are finished into the table.
+
+        Raises:
+            InputError: a folder holds something that no run wrote, or a finished run with other options.
+        """
+        config, problems = self.config, []
+        for run in (
+            Run(tau, rate, seed) for tau in config.taus for rate in config.learning_rates for seed in range(config.seeds)
+        ):
+            try:
+                rows = finished_rows(config.fit(run), tau=run.tau, learning_rate=run.rate)
+            except InputError as error:
+                problems.append(str(error))
+            else:
+                self.table = self.table if rows is None else with_run(self.table, rows)
+        if self.table is not None:
+            print(f"{len(runs(self.table))} finished runs are taken over", flush=True)
+            self.write()
+        if problems:
+            raise InputError(problems[0] + (f" (so it is with {len(problems)} folders)" if len(problems) > 1 else ""))
+
+    def next_runs(self, tau: str) -> list[Run]:
+        """What to fit next of a τ: the first seed at other learning rates, in the end the other seeds at the best one."""
+        scores = dict.fromkeys(self.failed, float("inf"))
+        for row in [] if self.table is None else runs(self.table).to_dict("records"):
+            scores[Run(row["tau"], row["learning_rate"], row["seed"])] = row["validation_perplexity"]
+        rates = self.config.learning_rates
+        tried = {rate: scores[Run(tau, rate, 0)] for rate in rates if Run(tau, rate, 0) in scores}
+        wanted = [Run(tau, rate, 0) for rate in next_rates(rates, tried, self.config.search)]
+        if not wanted and self.table is not None and (best := best_rates(self.table).get(tau)):
+            wanted = [Run(tau, best, seed) for seed in range(1, self.config.seeds)]
+        return [run for run in wanted if run not in scores and run not in self.started]
+
+    def tokenise(self) -> None:
+        """Read and tokenise each seed's split, before the fits begin: they find the tokens in the cache."""
+        for seed in range(self.config.seeds):
+            run = self.config.fit(Run(self.config.taus[0], self.config.learning_rates[0], seed))
+            check_validation(build_run(dataclasses.replace(run, device="cpu"), quiet=seed > 0)[1])
+
+    def finish(self, run: Run, reason: str | None) -> None:
+        """Put a run that has ended into the table, or say why it failed."""
+        try:
+            if reason:
+                raise InputError(reason)
+            rows = rows_of_run(self.config.fit(run).output_dir, tau=run.tau, learning_rate=run.rate)
+        except InputError as error:
+            self.failed[run] = str(error)
+            print(f"error: the fit with {run} failed: {error}", file=sys.stderr, flush=True)
+            return
+        self.table, row = with_run(self.table, rows), rows.iloc[0]
+        scores = f"validation perplexity {row.validation_perplexity:.2f}, test {row.test_perplexity:.2f}"
+        print(f"tau {run.tau:>7}  rate {run.rate:>6}  seed {run.seed}: {scores}  ({row.fit_seconds:.0f} s)", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write the table and its figure."""
+        assert self.table is not None
+        write_sweep(self.table, self.config.stem)
+        best_rates(self.table)  # an error where no run can be chosen by
+        if self.table.test_perplexity.notna().any():
+            with style():
+                figure = Figure(figsize=(5.5, 4.0))
+                tau_curve(self.table, figure.subplots())
+                save_figure(figure, self.config.stem)
+
+
+def run_sweep(config: SweepConfig) -> None:
+    """Run the sweep, print its table and what validation chooses.
+
+    Raises:
+        InputError: a fit has failed, or none can begin.
+        RunStopped: interrupted; the same command goes on from there.
+    """
+    try:
+        if config.path == "warm":
+            print(warm_summary(run_warm(config)))
+            return
+        sweep = Sweep(config)
+        sweep.run()
+    except KeyboardInterrupt:
+        raise RunStopped("error: interrupted; the same command goes on from here", 130) from None
+    if sweep.table is not None:
+        print(summary(sweep.table))
+        if len(set(sweep.table.tau) - {LEARNED}) > 1:
+            print(f"validation chooses tau = {best_tau(sweep.table)}")
+    if sweep.failed:
+        raise InputError(f"{len(sweep.failed)} fits failed; the table has the others, and the same command tries them again")
+
+
+COMMAND = Command("tau-sweep", SweepConfig, run_sweep)
