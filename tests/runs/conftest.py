@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bora_pyro.runs import tau_sweep
 from tests import tiny_base
+from tests.runs.sweep_workshop import Workshop
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,11 @@ def map_run(inputs, tmp_path_factory):
 @pytest.fixture(scope="session")
 def main():
     return tiny_base.command_main()
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch, capsys):
+    """A workshop for sweeps."""
+    monkeypatch.setattr(tau_sweep, "MAP_FIT", [str(tmp_path / "map_fit.py")])
+    monkeypatch.setattr(tau_sweep.Sweep, "tokenise", lambda _: None)
+    return Workshop(tmp_path, capsys)

@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 
 from bora_pyro.diagnostics.sweep_table import runs
-from tests.scripts.sweep_workshop import CLIMBED, tau_sweep
+from tests.runs.sweep_workshop import CLIMBED, tau_sweep
 
 
 def test_a_foreign_folder_is_named_before_anything_runs(shop):
