@@ -25,10 +25,6 @@ from bora_pyro.priors import HierarchicalNormal, Prior
 from bora_pyro.priors.task_plate import TaskPlate
 from bora_pyro.routers import ByTask, Router
 
-# Each guide keeps its parameters to itself: with Pyro's global parameter store a second guide in the same process would
-# silently take over the first one's. The setting must stand before any guide is built, and every guide is built of a model.
-pyro.settings.set(module_local_params=True)
-
 #: Adapter tensors by ``<slot>.<latent>``: (D, layers, *shape) for all tasks, (layers, *shape) for one.
 Weights = dict[str, Tensor]
 

@@ -19,6 +19,10 @@ from torch.distributions import kl_divergence, register_kl
 
 from bora_pyro.errors import InputError
 
+# Each guide keeps its parameters to itself: with Pyro's global parameter store a second guide in the same process would
+# silently take over the first one's. The setting must stand before any guide is built, and every guide is built of a model.
+pyro.settings.set(module_local_params=True)
+
 
 class Prior(ABC):
     """A joint distribution of the latents of all tasks.
