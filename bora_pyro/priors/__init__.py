@@ -19,8 +19,38 @@ from bora_pyro.priors.limits import Independent, Pooled
 from bora_pyro.priors.norm import HierarchicalNorm, SphericalLaplace
 from bora_pyro.priors.random_precision import HYPERPRIORS, RANDOM_PER, GammaPrecision, HalfCauchyPrecision, RandomPrecision
 
+#: Priors by the name that a configuration gives them.
+PRIORS: dict[str, type[Prior]] = {
+    "hierarchical_normal": HierarchicalNormal,
+    "learned_precision": LearnedPrecision,
+    "random_precision": RandomPrecision,
+    "hierarchical_norm": HierarchicalNorm,
+    "independent": Independent,
+    "pooled": Pooled,
+}
+
 __all__ = [
-    "FORMS", "HYPERPRIORS", "PENALTIES", "RANDOM_PER", "ByLatent", "Flat", "GammaPrecision", "Given", "HalfCauchyPrecision",
-    "HierarchicalNorm", "HierarchicalNormal", "Independent", "LearnedPrecision", "PerLatent", "Pooled", "Prior",
-    "RandomPrecision", "SphericalLaplace", "StandardNormal", "event", "prior_from_tau", "with_shared",
+    "FORMS",
+    "HYPERPRIORS",
+    "PENALTIES",
+    "PRIORS",
+    "RANDOM_PER",
+    "ByLatent",
+    "Flat",
+    "GammaPrecision",
+    "Given",
+    "HalfCauchyPrecision",
+    "HierarchicalNorm",
+    "HierarchicalNormal",
+    "Independent",
+    "LearnedPrecision",
+    "PerLatent",
+    "Pooled",
+    "Prior",
+    "RandomPrecision",
+    "SphericalLaplace",
+    "StandardNormal",
+    "event",
+    "prior_from_tau",
+    "with_shared",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from bora_pyro.adapters import ADAPTERS, Adapter
+from bora_pyro.adapters import ADAPTERS
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.sharding import shard_base
 from bora_pyro.data import ByRecord, DataOptions, TaskData, load_tasks
@@ -15,11 +15,12 @@ from bora_pyro.data.tables import check_source
 from bora_pyro.errors import InputError
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.processes import Processes
-from bora_pyro.likelihoods.next_tokens import CausalLM
+from bora_pyro.likelihoods import LIKELIHOODS
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import part_of
 from bora_pyro.options.members import build_member
-from bora_pyro.priors import LearnedPrecision, Prior, prior_from_tau, with_shared
+from bora_pyro.priors import PRIORS, LearnedPrecision, Prior, prior_from_tau, with_shared
+from bora_pyro.routers import ROUTERS
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.device import find_device
 from bora_pyro.runs.plan import Plan
@@ -53,6 +54,7 @@ def build_run(
     team: Processes | None = None,
     prior: Prior | None = None,
     device: torch.device | None = None,
+    seed: int | None = None,
 ) -> tuple[BoRA, TaskData]:
     """Build the model before the fit, and the tokenised data.
 
@@ -64,6 +66,8 @@ def build_run(
             this process loads the whole base model.
         prior: replaces the prior of the configuration.
         device: the device, if it is known already; default: that of the configuration.
+        seed: seed of the adapter's start; default: that of the configuration. New tasks have the adapter of the fit that they
+            were adapted from.
 
     Raises:
         InputError: something in the configuration or the data cannot be used.
@@ -73,23 +77,27 @@ def build_run(
     check_source(config.data)  # before a base model is downloaded for documents that do not exist
     backbone = _load_backbone(config, device, team)
     data = _load_data(config, backbone, split, quiet=quiet)
-    adapter = _adapter(config)
+    adapter = build_member(
+        "adapter", ADAPTERS, config.adapter, config.adapter_option or (), usual={"rank": config.rank, "alpha": config.alpha}
+    )
+    router = build_member("router", ROUTERS, config.router, config.router_option or (), usual={"tasks": len(data.tasks)})
+    unit = {"unit": config.likelihood_unit}
+    likelihood = build_member("likelihood", LIKELIHOODS, config.likelihood, config.likelihood_option or (), usual=unit)
     model = BoRA(
         backbone,
         len(data.tasks),
         adapter=adapter,
-        prior=prior or with_shared(_prior(config), adapter.shared),
-        likelihood=CausalLM(config.likelihood_unit, task_weights=data.task_weights),
-        seed=config.seed,
+        prior=prior or with_shared(_prior(config), (*adapter.shared, *router.shared)),
+        likelihood=likelihood.with_task_weights(data.task_weights),
+        router=router,
+        seed=config.seed if seed is None else seed,
     )
     return model, data
 
 
-def _adapter(config: MapFitConfig) -> Adapter:
-    return build_member("adapter", ADAPTERS, config.adapter, usual={"rank": config.rank, "alpha": config.alpha})
-
-
 def _prior(config: MapFitConfig) -> Prior:
+    if config.prior is not None:
+        return build_member("prior", PRIORS, config.prior, config.prior_option or ())
     if isinstance(config.tau, str):
         return LearnedPrecision(config.tau_per, config.tau_start)
     return prior_from_tau(config.tau, config.prior_form, penalty=config.penalty)

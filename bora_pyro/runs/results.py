@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
+from torch import Tensor
+
 from bora_pyro.data import TaskData
+from bora_pyro.errors import InputError
 from bora_pyro.exchange.names import write_task_names
 from bora_pyro.exchange.save import save_peft
 from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
@@ -18,6 +22,8 @@ from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.versions import versions
 
+#: Before the names of samples of the adapter's fixed tensors, which are built again when a run is read.
+SAMPLE = "fixed_sample."
 #: Value of ``prior`` in the metadata of a posterior whose Θ and τ come from another fit.
 GIVEN = "given"
 
@@ -52,7 +58,8 @@ def write_posterior(folder: RunFolder, fitted: Fitted, data: TaskData, guide: st
         prior: ``given`` if Θ and τ come from another fit; otherwise empty, and the configuration names the prior.
     """
     model = fitted.model
-    tensors = fitted.sites() | {f"fixed.{name}": value for name, value in model.fixed.items()}
+    tensors = fitted.sites() | model.tensors.state()
+    tensors |= {f"{SAMPLE}{name}": sample_of(value) for name, value in model.fixed.items()}
     tensors |= {name: value for name, value in model.prior.state().items() if name.startswith("tau.")}
     if guide != "map":  # a point estimate is given by its sites
         tensors |= {f"guide.{name}": value for name, value in fitted.guide.state_dict().items()}
@@ -61,6 +68,17 @@ def write_posterior(folder: RunFolder, fitted: Fitted, data: TaskData, guide: st
     metadata |= {"prior": prior, "penalty": model.prior.penalty} if prior else {}
     metadata |= digests(data, model.backbone)
     folder.save_tensors("posterior", tensors, metadata)
+
+
+def sample_of(value: Tensor, *, numbers: int = 64) -> Tensor:
+    """Some numbers of a fixed tensor, spread over it: enough to know it again.
+
+    >>> import torch
+    >>> sample_of(torch.arange(1000.0).view(10, 100), numbers=4)
+    tensor([  0., 250., 500., 750.])
+    """
+    flat = value.detach().flatten()
+    return flat[:: max(1, len(flat) // numbers)][:numbers].contiguous()
 
 
 def metrics_of(
@@ -85,9 +103,7 @@ def metrics_of(
     }
     return scores | {
         "validation_perplexity": fitted.validation_perplexity,
-        # JSON has no infinity; the command line takes "inf"
-        "tau": number if (number := fitted.tau() if tau == LEARNED else float(tau)) < float("inf") else "inf",
-        **({"tau_by_group": fitted.tau_by_group()} if tau == LEARNED else {}),
+        **_tau(fitted, tau),
         "learning_rate": learning_rate,
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
@@ -101,6 +117,17 @@ def metrics_of(
         "versions": versions(),
         "tasks": tasks,
     }
+
+
+def _tau(fitted: Fitted, tau: float | str) -> dict[str, Any]:
+    """τ and its groups; None under a prior that has no τ."""
+    try:
+        number = fitted.tau() if tau == LEARNED else float(tau)
+    except InputError:
+        return {"tau": None}
+    # JSON has no infinity; the command line takes "inf"
+    found: dict[str, Any] = {"tau": number if number < math.inf else "inf"}
+    return found | ({"tau_by_group": fitted.tau_by_group()} if tau == LEARNED else {})
 
 
 def _mean_speed(fitted: Fitted) -> float:

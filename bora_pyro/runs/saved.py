@@ -45,11 +45,16 @@ from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG, FIT
-from bora_pyro.runs.results import GIVEN
+from bora_pyro.runs.results import GIVEN, SAMPLE, sample_of
 
 # Prefixes of the tensors in posterior.safetensors that are no sample sites: an adapter's fixed tensors, what a prior has learned,
 # and the tensors of a guide with a spread.
 _FIXED, _LEARNED, _GUIDE = "fixed.", "tau.", "guide."
+# Prefixes of the model's own state: buffers and masks.
+_STATE = ("buffers/", "masks/")
+# How far a fixed tensor that is built again may be from the one of the fit, relative to its largest number: a decomposition of a
+# weight is rounded otherwise on another machine.
+_TOLERANCE = 1e-3
 
 
 @dataclass
@@ -131,7 +136,9 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
             f"{nearest(str(metadata.get('guide')), GUIDES)}"
         )
     prior = _given(tensors, metadata.get("penalty", "normal")) if given else None
-    model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), prior=prior)
+    # new tasks have the adapter of the fit that they were adapted from
+    seed = folder.read_config(FIT).get("seed") if given else None
+    model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), prior=prior, seed=seed)
     if posterior is not None and posterior.tau != FIXED:
         sampled_tau(model, posterior.tau)
     check_data(folder, data, metrics, metadata)
@@ -204,16 +211,17 @@ def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> d
         InputError: τ of the fit is 0 or infinite.
     """
     precisions: dict[str, Tensor] = {}
+    shared = (*model.adapter.shared, *model.router.shared)
     theta, mean = ({}, {}) if fitted is None else fitted.weights()
     for name, start in model.starts.items() if fitted is not None else ():
         tau = model.prior.precision(name, start, fitted.sites() if fitted else None)
-        if name.rpartition(".")[-1] not in model.adapter.shared:
+        if name.rpartition(".")[-1] not in shared:
             if not bool(((tau > 0) & tau.isfinite()).all()):
                 raise InputError(
                     f"tau of the fit is {tau.flatten()[0].item():g}, a limit: there is none to be unsure of; use --tau fixed"
                 )
             precisions[name] = tau.log().mean().exp()
-    model.prior = with_shared(RandomPrecision(hyperprior), model.adapter.shared)
+    model.prior = with_shared(RandomPrecision(hyperprior), shared)
     sites = model.sites_given(theta, mean) if fitted is not None else {}
     for name, tau in precisions.items():
         sites[f"precision.{name}"] = tau
@@ -223,15 +231,21 @@ def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> d
 
 def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: str) -> AutoGuide:
     """The guide at the stored values of the sites. Also restores the tensors of the adapter and the prior."""
-    fixed, learned, state, sites = (
+    fixed, samples, learned, state, sites = (
         {name: value.to(model.backbone.device) for name, value in tensors.items() if _group(name) == group}
-        for group in (_FIXED, _LEARNED, _GUIDE, "")
+        for group in (_FIXED, SAMPLE, _LEARNED, _GUIDE, "")
     )
+    changed = {name: value for name, value in tensors.items() if name.startswith(_STATE)}
+    _check_shapes(folder, model.tensors.state(), changed)
+    model.load_state(changed)
     with torch.no_grad(), poutine.seed(rng_seed=0):
         # a prior that learns creates its tensors when it is sampled for the first time
         trace = prune_subsample_sites(poutine.trace(model.weights).get_trace())
         own = {name: value for name, value in model.prior.state().items() if _group(name) == _LEARNED}
-        _check_shapes(folder, {f"{_FIXED}{name}": value for name, value in model.fixed.items()}, fixed)
+        if not fixed:
+            _check_fixed(folder, model, samples)
+        else:  # older runs store the tensors themselves
+            _check_shapes(folder, {f"{_FIXED}{name}": value for name, value in model.fixed.items()}, fixed)
         _check_shapes(folder, own, _finite_where_shared(learned) if isinstance(model.prior, Given) else learned)
         _check_shapes(folder, {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}, sites)
         _check_values(folder, model, trace, learned | sites)
@@ -245,6 +259,19 @@ def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: 
     return guide
 
 
+def _check_fixed(folder: RunFolder, model: BoRA, samples: dict[str, Tensor]) -> None:
+    """Check that the adapter's fixed tensors, which were built again, are those of the fit."""
+    own = {f"{SAMPLE}{name}": sample_of(value) for name, value in model.fixed.items()}
+    _check_shapes(folder, own, samples)
+    for name, value in own.items():
+        limit = _TOLERANCE * float(samples[name].abs().max())
+        if not bool((value - samples[name]).abs().le(limit).all()):
+            raise InputError(
+                f"the fixed tensor {name.removeprefix(SAMPLE)!r} of {model.adapter} is not that of the run in {folder.path}: its "
+                "seed or its base is another; restore them, or run the fit again"
+            )
+
+
 def _finite_where_shared(learned: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a given prior without infinite τ, which is allowed for latents that tasks share."""
     return {
@@ -255,7 +282,7 @@ def _finite_where_shared(learned: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _group(name: str) -> str:
     """The prefix of a tensor's name; empty for a sample site."""
-    return next((group for group in (_FIXED, _LEARNED, _GUIDE) if name.startswith(group)), "")
+    return next((group for group in (_FIXED, SAMPLE, _LEARNED, _GUIDE, *_STATE) if name.startswith(group)), "")
 
 
 def _check_shapes(folder: RunFolder, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
@@ -300,8 +327,9 @@ def _check_model(folder: RunFolder, model: BoRA, metadata: dict[str, str]) -> No
             same = json.loads(metadata["description"]) == describe(model)
         except (ValueError, RecursionError):
             same = False
-    else:  # older runs store repr(model), which includes what was learned; only its adapter can be compared
-        same = "model" not in metadata or f", {model.adapter}, " in found
+    else:  # older runs store repr(model): where it includes what was learned, only its adapter can be compared
+        learned = "LearnedPrecision(" in found or "Given(" in found
+        same = "model" not in metadata or (f", {model.adapter}, " in found if learned else found == repr(model))
     if not same:
         raise InputError(
             f"the posterior in {folder.path} is of {found[:200]}, its config.yaml asks for {model}; "

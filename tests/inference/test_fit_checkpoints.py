@@ -34,8 +34,9 @@ class Poisoned(CausalLM):
 
     poison = False
 
-    def __call__(self, logits, batch):
-        super().__call__(logits() * math.nan if self.poison else logits, batch)
+    def __call__(self, model, weights, batch):
+        poisoned = {name: value * math.nan for name, value in weights.items()}
+        super().__call__(model, poisoned if self.poison else weights, batch)
 
 
 class Killed(BaseException):

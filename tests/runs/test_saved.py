@@ -84,22 +84,35 @@ def test_a_run_gives_its_numbers_again(inputs, tmp_path, more):
     for name, value in learned.items():
         assert torch.equal(value, tensors[name])
         assert (value != 100).any()
-    sites = {name: value for name, value in tensors.items() if not name.startswith(("fixed.", "tau."))}
+    sites = {name: value for name, value in tensors.items() if not name.startswith(("fixed_sample.", "tau."))}
     for name, value in loaded.fitted.sites().items():
         assert torch.equal(value, sites.pop(name))
     assert not sites
 
 
-def test_fixed_tensors_are_the_stored_ones(inputs, tmp_path):
+def test_fixed_tensors_are_built_again_and_known_by_a_sample(inputs, tmp_path):
     folder = fit(inputs, tmp_path / "run", **FITS["frozen A"])
     file = folder / "posterior.safetensors"
-    with_metadata = metadata(file)
-    tensors = {name: 2 * value if name.startswith("fixed.") else value for name, value in load_file(file).items()}
-    save_file(tensors, file, with_metadata)
+    with_metadata, tensors = metadata(file), load_file(file)
     model = load_run(folder).fitted.model
-    assert {f"fixed.{name}" for name in model.fixed} == {name for name in tensors if name.startswith("fixed.")}
+    assert {f"fixed_sample.{name}" for name in model.fixed} == {name for name in tensors if name.startswith("fixed")}
+    assert all(value.numel() <= 64 for name, value in tensors.items() if name.startswith("fixed"))
+    name = next(name for name in tensors if name.startswith("fixed"))
+    save_file(tensors | {name: 1.01 * tensors[name]}, file, with_metadata)
+    with pytest.raises(InputError, match=r"the fixed tensor '\w+\.lora_A' of FrozenALoRA.* is not that of the run"):
+        load_run(folder)
+
+
+def test_an_older_run_brings_its_fixed_tensors(inputs, tmp_path):
+    folder = fit(inputs, tmp_path / "run", **FITS["frozen A"])
+    file = folder / "posterior.safetensors"
+    with_metadata, tensors = metadata(file), load_file(file)
+    fixed = {f"fixed.{name}": 2 * value for name, value in load_run(folder).fitted.model.fixed.items()}
+    save_file({name: value for name, value in tensors.items() if not name.startswith("fixed")} | fixed, file, with_metadata)
+    model = load_run(folder).fitted.model
+    assert {f"fixed.{name}" for name in model.fixed} == fixed.keys()
     for name, value in model.fixed.items():
-        assert torch.equal(value, tensors[f"fixed.{name}"])
+        assert torch.equal(value, fixed[f"fixed.{name}"])
 
 
 def test_loading_draws_no_random_numbers_and_sets_no_threads(run):

@@ -11,12 +11,16 @@ import math
 import re
 from dataclasses import dataclass
 
+from bora_pyro.adapters import ADAPTERS
 from bora_pyro.backbone.loading import DEVICE_MAPS, QUANTIZATIONS
 from bora_pyro.data.options import DATA
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.inference.options import OPTIMISATION, RUN
+from bora_pyro.likelihoods import LIKELIHOODS
 from bora_pyro.options.field import check_fields, option
+from bora_pyro.priors import PRIORS
 from bora_pyro.priors.learned import BOUNDS, PER
+from bora_pyro.routers import ROUTERS
 from bora_pyro.runs.trackers import TRACKERS, check_trackers
 
 #: The headings of ``--help``.
@@ -71,10 +75,17 @@ class BaseOptions:
         group=MODEL,
         choices=QUANTIZATIONS,
     )
-    adapter: str = option("lora", "how a linear layer is changed", group=MODEL, filled=True)
+    adapter: str = option("lora", f"how a linear layer is changed: {', '.join(ADAPTERS)}", group=MODEL, filled=True)
+    adapter_option: list[str] | None = option(
+        None, "further arguments of the adapter, as key=value; may be repeated (default: none)", group=MODEL, whole=True
+    )
     rank: int = option(8, "rank r of the adapter", group=MODEL, least=1, most=_LARGEST_RANK)
     alpha: float | None = option(
         None, "scale of the adapter: W + (alpha/r) B A (default: the rank, so that alpha/r = 1)", group=MODEL, positive=True
+    )
+    router: str = option("by_task", f"which adapter reads a token: {', '.join(ROUTERS)}", group=MODEL, filled=True)
+    router_option: list[str] | None = option(
+        None, "arguments of the router, as key=value; may be repeated (default: none)", group=MODEL, whole=True
     )
     targets: list[str] | None = option(
         None, "layers that get an adapter, by the last part of their names (default: the architecture's usual ones)", group=MODEL
@@ -112,6 +123,12 @@ class BaseOptions:
 class PriorOptions:
     """The prior and the likelihood."""
 
+    prior: str | None = option(
+        None, f"how tasks share: {', '.join(PRIORS)} (default: as tau, penalty and prior_form say)", group=PRIOR, filled=True
+    )
+    prior_option: list[str] | None = option(
+        None, "arguments of the prior, as key=value; may be repeated (default: none)", group=PRIOR, whole=True
+    )
     prior_form: str = option(
         "noncentered",
         "theta_d = Theta + deviation_d (noncentered), or theta_d itself (centered, as the paper writes it); the MAP is the same",
@@ -143,6 +160,10 @@ class PriorOptions:
         group=PRIOR,
         choices=("tokens", "documents"),
     )
+    likelihood: str = option("causal_lm", f"what is observed: {', '.join(LIKELIHOODS)}", group=PRIOR, filled=True)
+    likelihood_option: list[str] | None = option(
+        None, "further arguments of the likelihood, as key=value; may be repeated (default: none)", group=PRIOR, whole=True
+    )
     task_weights: str | None = option(
         None,
         "a .csv, .yaml or .json file with a weight a task, the factor of its log-likelihood (default: 1 for all)",
@@ -157,6 +178,11 @@ class PriorOptions:
             InputError: one line with the value and what is allowed.
         """
         check_fields(self)
+        if self.prior is None and self.prior_option is not None:
+            raise InputError(f"prior_option is {shown(self.prior_option)}, but there is no prior; name the prior too")
+        for name, usual in (("tau", LEARNED), ("tau_per", "site"), ("tau_start", 100.0), ("penalty", "normal")):
+            if self.prior is not None and getattr(self, name) != usual:
+                raise InputError(f"prior and {name} are both given; leave {name} out, or give it as prior_option")
         if self.tau != LEARNED and not (isinstance(self.tau, float | int) and self.tau >= 0):
             raise InputError(
                 f"tau is {self.tau}; give learned, a number above 0, or 0 (independent tasks), or inf (one shared adapter)"
