@@ -19,8 +19,9 @@ from torch.distributions import kl_divergence, register_kl
 
 from bora_pyro.errors import InputError
 
-# Each guide keeps its parameters to itself: with Pyro's global parameter store a second guide in the same process would
-# silently take over the first one's. The setting must stand before any guide is built, and every guide is built of a model.
+# Each guide holds its own parameters. With Pyro's global parameter store, a second guide in the same process would silently
+# use the parameters of the first one. The setting must be made before any guide is built. Every guide needs a model, and every
+# model imports this module.
 pyro.settings.set(module_local_params=True)
 
 
