@@ -269,7 +269,7 @@ DAMAGES = {
     ),
     "another adapter": (
         config(adapter="lora_frozen_a"),
-        "the posterior in {run} has no 'fixed.fc2.lora_A', which its config.yaml asks for; *",
+        "the posterior in {run} has no 'fixed_sample.fc2.lora_A', which its config.yaml asks for; *",
     ),
     "another scale": (
         config(alpha=99.0),
