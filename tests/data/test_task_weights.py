@@ -30,7 +30,7 @@ def repeated(split):
 
 
 def log_likelihood(model, batch, weights):
-    trace = poutine.trace(model.likelihood).get_trace(model.logits(batch, weights), batch)
+    trace = poutine.trace(model.likelihood).get_trace(model, weights, batch)
     trace.compute_log_prob()
     return trace.nodes["tokens"]["log_prob_sum"]
 
