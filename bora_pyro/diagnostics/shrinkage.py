@@ -342,8 +342,7 @@ def _check_same_documents(containers: Mapping[str, Any]) -> int:
 def _log_predictive(container: Any) -> np.ndarray:
     """The logarithm of each document's mean density over the draws: (documents,)."""
     values = container["log_likelihood"]["documents"].transpose("chain", "draw", "document").values
-    draws = values.reshape(-1, values.shape[-1])
-    return np.logaddexp.reduce(draws, axis=0) - np.log(len(draws))
+    return np.logaddexp.reduce(draws := values.reshape(-1, values.shape[-1]), axis=0) - np.log(len(draws))
 
 
 def _standard_error(values: np.ndarray) -> float:

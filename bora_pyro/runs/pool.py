@@ -105,7 +105,6 @@ def pool_adapters(config: PoolConfig) -> Pooled:
     documents = None if config.documents is None else read_documents(config.documents, list(adapters), names)
     targets = next(iter(adapters.values())).targets
     backbone = Backbone.from_pretrained(config.base_model, targets=targets, trust_remote_code=config.trust_remote_code)
-    backbone.model.config.name_or_path = config.base_model
     options = asdict(config)
     estimator: Estimator
     if documents is not None:
@@ -120,7 +119,10 @@ def pool_adapters(config: PoolConfig) -> Pooled:
         estimator = FixedShrinkage(config.shrinkage or 0.0)
     pooled = pool(adapters, backbone, estimator, space=config.space, rank=config.rank, same_base=config.same_base)
     options["estimator"] = repr(estimator)
-    write_pooled(config.output_dir, pooled, options=options, documents=documents, names=names, overwrite=config.overwrite)
+    write_pooled(
+        config.output_dir, pooled, options=options, documents=documents, names=names, base_model=config.base_model,
+        overwrite=config.overwrite,
+    )  # fmt: skip
     _report(pooled, documents)
     return pooled
 

@@ -14,15 +14,14 @@ from bora_pyro.diagnostics.plots.warm_path import warm_curve
 from bora_pyro.diagnostics.sweep_table import number_text
 from bora_pyro.errors import InputError
 from bora_pyro.files.atomic import replace_file
+from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.warm_path import WarmPoint, warm_path
+from bora_pyro.options.field import part_of
 from bora_pyro.priors import Prior, prior_from_tau, with_shared
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.tau_sweep import Run, SweepConfig
 from bora_pyro.runs.sweep_files import check_validation, save_figure, stored_table
-
-# What a warm path hands to every fit.
-_FIT_OPTIONS = ("learning_rate", "warmup", "token_budget", "accumulate", "gradient_clip", "patience", "seed")
 
 
 def run_warm(config: SweepConfig) -> pd.DataFrame:
@@ -62,7 +61,7 @@ def run_warm(config: SweepConfig) -> pd.DataFrame:
             first_epochs=run.epochs,
             make_prior=partial(_prior, run, model.adapter.shared),
             on_point=record,
-            **{name: getattr(run, name) for name in _FIT_OPTIONS},
+            **{name: value for name, value in vars(part_of(run, FitOptions)).items() if name != "epochs"},
         )
     return pd.DataFrame(rows).astype({"test_perplexity": float})
 
