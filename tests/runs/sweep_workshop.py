@@ -68,7 +68,7 @@ class Workshop:
 
     def main(self, *more):
         """The exit code, and what was printed."""
-        code = tau_sweep.main(self.line(*more))
+        code = tau_sweep.COMMAND.main(self.line(*more))
         return code, self.capsys.readouterr()
 
     def calls(self):

@@ -8,9 +8,10 @@ import pytest
 
 from bora_pyro.diagnostics.sweep_table import read_sweep, runs
 from bora_pyro.inference.checkpoint import Checkpoints
+from bora_pyro.runs import tau_sweep
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.sweep import next_rates
-from tests.runs.sweep_workshop import CLIMBED, tau_sweep
+from tests.runs.sweep_workshop import CLIMBED
 
 
 def tried(rates, perplexity, search):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from bora_pyro.diagnostics.sweep_table import read_sweep
-from tests.runs.sweep_workshop import tau_sweep
+from bora_pyro.runs import tau_sweep
 from tests.tiny_base import documents, quick_fit, write_table
 
 

@@ -10,7 +10,8 @@ from threading import Thread
 import pytest
 
 from bora_pyro.diagnostics.sweep_table import runs
-from tests.runs.sweep_workshop import CLIMBED, tau_sweep
+from bora_pyro.runs import tau_sweep
+from tests.runs.sweep_workshop import CLIMBED
 
 
 def test_a_foreign_folder_is_named_before_anything_runs(shop):
