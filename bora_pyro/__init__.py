@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bora_pyro.adapters import Adapter, FrozenALoRA, LoRA
     from bora_pyro.backbone.backbone import Backbone
-    from bora_pyro.data import TaskData, load_tasks, table, talk_of_norway
+    from bora_pyro.data import DataOptions, TaskData, load_tasks, table, talk_of_norway
     from bora_pyro.errors import InputError
     from bora_pyro.exchange.load import load_peft, read_peft
     from bora_pyro.exchange.pooling.pool import pool
     from bora_pyro.exchange.save import save_peft
     from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_guide
     from bora_pyro.inference.adapt import adapt
+    from bora_pyro.inference.callbacks import Callback
     from bora_pyro.inference.evaluate import Scores, evaluate
     from bora_pyro.inference.fit import fit
     from bora_pyro.inference.fitted import Fitted
+    from bora_pyro.inference.options import FitOptions
     from bora_pyro.likelihoods.next_tokens import CausalLM
     from bora_pyro.model import BoRA
     from bora_pyro.predict.generate import generate_side_by_side
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapter", "Backbone", "BoRA", "CausalLM", "Fitted", "FrozenALoRA", "Given", "HierarchicalNormal", "Independent",
-    "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt",
+    "Adapter", "Backbone", "BoRA", "Callback", "CausalLM", "DataOptions", "FitOptions", "Fitted", "FrozenALoRA", "Given",
+    "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt",
     "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide",
     "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "table", "talk_of_norway",
 ]  # fmt: skip
@@ -48,16 +50,18 @@ __all__ = [
 _MODULES = {
     "adapters": ("Adapter", "FrozenALoRA", "LoRA"),
     "backbone.backbone": ("Backbone",),
-    "data": ("TaskData", "load_tasks", "table", "talk_of_norway"),
+    "data": ("DataOptions", "TaskData", "load_tasks", "table", "talk_of_norway"),
     "errors": ("InputError",),
     "exchange.load": ("load_peft", "read_peft"),
     "exchange.pooling.pool": ("pool",),
     "exchange.save": ("save_peft",),
     "guides": ("laplace_guide", "low_rank_guide", "map_guide", "normal_guide"),
     "inference.adapt": ("adapt",),
+    "inference.callbacks": ("Callback",),
     "inference.evaluate": ("Scores", "evaluate"),
     "inference.fit": ("fit",),
     "inference.fitted": ("Fitted",),
+    "inference.options": ("FitOptions",),
     "likelihoods.next_tokens": ("CausalLM",),
     "model": ("BoRA",),
     "predict.generate": ("generate_side_by_side",),
