@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Backbone", "BoRA", "Callback", "CausalLM", "DataOptions", "FitOptions", "Fitted", "FrozenALoRA", "Given",
-    "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt",
-    "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide",
-    "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "table", "talk_of_norway",
+    "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision",
+    "Scores", "TaskData", "adapt", "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft",
+    "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "table",
+    "talk_of_norway",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:

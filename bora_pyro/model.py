@@ -103,7 +103,7 @@ class BoRA:
 
     def change(self, weights: Weights, row: Tensor, task: Tensor | None = None) -> Change:
         """How the adapters in the rows ``row`` (rows,) of the weights, of the tasks ``task``, change the layers' outputs."""
-        return self.router.change(self, weights, row, row if task is None else task)
+        return self.router.route(self, weights, row, row if task is None else task)
 
     def weights_given(self, sites: Mapping[str, Tensor], tasks: TaskDraw | None = None) -> tuple[Weights, Weights]:
         """θ of all tasks or of some, (D, layers, *shape), and Θ, (layers, *shape), for given values of the sample sites."""

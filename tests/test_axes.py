@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from pyro import poutine
 from safetensors import safe_open
 
-from bora_pyro import BoRA, HierarchicalNormal, InputError, LoRA, fit, map_guide, normal_guide, save_peft
+from bora_pyro import BoRA, HierarchicalNormal, InputError, LoRA, adapt, fit, map_guide, normal_guide, save_peft
 from bora_pyro.exchange.factors import lora_form
 from bora_pyro.guides import low_rank_guide
+from bora_pyro.guides.curvature import document_gradients
 from bora_pyro.inference.fit import FitStopped
 from tests.tiny import TASKS, loaded_peft, random_ids, random_weights, tiny_backbone, tiny_batch, tiny_data, tiny_model
 from tests.toy_members import model_with
@@ -80,7 +82,9 @@ def test_a_guide_learns_no_scale_of_an_inactive_entry():
         low_rank_guide(model)
 
 
-def test_tasks_with_ranks_of_their_own(tmp_path):
+def model_by_rank():
+    """LoRA whose tasks have 1, 2 and 3 ranks."""
+
     class ByRank(LoRA):
         """LoRA with 1, 2 and 3 ranks for the three tasks."""
 
@@ -90,7 +94,11 @@ def test_tasks_with_ranks_of_their_own(tmp_path):
             start.masks.update({"lora_A": active[:, :, None], "lora_B": active[:, None, :]})
             return start
 
-    model = BoRA(tiny_backbone("llama"), TASKS, adapter=ByRank(rank=3), prior=HierarchicalNormal(10))
+    return BoRA(tiny_backbone("llama"), TASKS, adapter=ByRank(rank=3), prior=HierarchicalNormal(10))
+
+
+def test_tasks_with_ranks_of_their_own(tmp_path):
+    model = model_by_rank()
     weights = random_weights(model)
     cut = {name: value.clone() for name, value in weights.items()}
     for name, value in cut.items():
@@ -145,3 +153,44 @@ def test_a_router_counts_in_its_buffer():
     if fitted.best_epoch:
         for counts in model.tensors.buffers.values():
             assert counts.sum(-1).min() > 0.5 * tokens * fitted.best_epoch
+
+
+def test_new_tasks_keep_the_masks_of_the_fit():
+    fitted = fit(model_with("adapter"), tiny_data(), **OPTIONS)
+    before = fitted.model.state()
+    data = tiny_data((2, 1))
+    adapted = adapt(fitted, replace(data, validation=data.train.subset(torch.arange(0))), steps=3)
+    after = fitted.model.state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    theta, mean = adapted.weights()
+    for name, mask in adapted.model.tensors.masks.items():
+        inactive = ~mask.expand_as(theta[name][0])
+        assert not theta[name][:, inactive].any()
+        assert not torch.equal(theta[name][0], mean[name])
+
+
+def test_a_new_task_has_the_largest_rank_of_the_others():
+    fitted = fit(model_by_rank(), tiny_data(), **OPTIONS)
+    adapted = adapt(fitted, tiny_data((2, 1)), steps=2)
+    assert all(mask.all() and mask.dim() == 3 for mask in adapted.model.tensors.masks.values())
+    assert fitted.model.tensors.masks["q_proj.lora_A"].shape[:2] == (TASKS, 2)
+
+
+def test_what_asks_for_single_tasks_refuses_a_router_that_reads_all():
+    fitted = fit(model_with("router"), tiny_data(), **OPTIONS)
+    with pytest.raises(InputError, match=r"TokenMixture\(3\) reads a token by the adapters of the fit's own tasks"):
+        adapt(fitted, tiny_data((2, 1)), steps=2)
+    theta, _ = fitted.weights()
+    with pytest.raises(InputError, match="by the adapters of all 3 tasks, and those of 1 are given"):
+        fitted.model.change({name: value[:1] for name, value in theta.items()}, torch.tensor([0]))
+    with pytest.raises(InputError, match="give a router by task"):
+        document_gradients(fitted.model, theta, tiny_batch())
+
+
+def test_a_checkpoint_of_a_model_with_other_buffers_is_refused(tmp_path):
+    fit(model_with("adapter"), tiny_data(), checkpoints=tmp_path, **OPTIONS)
+    other = model_with("adapter")
+    other.tensors.masks.popitem()
+    with pytest.raises(InputError, match="is of another model"):
+        fit(other, tiny_data(), checkpoints=tmp_path, callbacks=[], **OPTIONS)

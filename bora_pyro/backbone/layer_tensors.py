@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -154,6 +154,11 @@ class LayerTensors:
         if mask is None or mask.dim() <= self.latents[name].dim():
             return mask
         return mask.any(0) if task is None else mask[task.to(mask.device)]
+
+    def for_new_tasks(self) -> LayerTensors:
+        """The same tensors for tasks that were not fitted: an entry is active for them if it is active in any fitted task."""
+        masks = {name: self.mask(name) for name in self.masks}
+        return replace(self, masks={name: mask for name, mask in masks.items() if mask is not None})
 
     def at_layer(self, slot: Slot, layer: int, latents: Mapping[str, Tensor], task: Tensor | None = None) -> Tensors:
         """The tensors of one layer, by name: latents with their masks applied, fixed tensors and buffers.

@@ -142,6 +142,7 @@ def fit_deviations(
             raise InputError(f"adapt has no option {name!r}: {why}{nearest(name, OPTIONS)}")
     options = {"patience": 0, "accumulate": 1} | options | {"learning_rate": learning_rate, "token_budget": token_budget}
     options |= {"seed": seed, "task_subsampling": False}
+    # no callbacks: τ, masks and buffers stay as the fit has left them
     # a task without documents keeps these initial values: Θ, with the prior's standard deviation
     joint_guide = GUIDES[guide](model, scale=1.0)
     make_parameters(joint_guide, model)
@@ -150,10 +151,10 @@ def fit_deviations(
         group_model, group_data = of_group(model, data, group)
         batches = len(group_data.train.batches(token_budget=token_budget, seed=seed))
         options["epochs"] = -(-steps // -(-batches // options["accumulate"]))
-        group_fit = fit(group_model, group_data, **options)
+        group_fit = fit(group_model, group_data, callbacks=[], **options)
         if guide != "map":
             around = GUIDES[guide](group_model, group_fit.sites(), scale=scale)
-            group_fit = fit(group_model, group_data, guide=around, **options)
+            group_fit = fit(group_model, group_data, guide=around, callbacks=[], **options)
         _copy_rows(joint_guide, group, group_fit.guide)
         fits.append(group_fit)
         sizes.append((group_data.train.num_tokens, group_data.validation.num_tokens))
@@ -184,9 +185,14 @@ def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
     All task weights are 1.
 
     Raises:
-        InputError: τ of the fit is infinite, so that new tasks have no deviations.
+        InputError: τ of the fit is infinite, so that new tasks have no deviations; or its router reads the adapters of its own
+            tasks, which new tasks are not.
     """
     model = fitted.model
+    if model.router.reads_all_tasks:
+        raise InputError(
+            f"{model.router} reads a token by the adapters of the fit's own tasks; new tasks need the router by_task"
+        )
     _, mean = fitted.weights_of()(torch.tensor([0]))
     sites = fitted.sites()
     precisions = {name: _new_task_tau(model.prior.precision(name, start, sites), start) for name, start in model.starts.items()}
@@ -199,6 +205,7 @@ def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
     prior = Given(mean, precisions, penalty=model.prior.penalty)
     new = copy.copy(model)
     new.num_tasks, new.prior, new.likelihood = num_tasks, prior, likelihood
+    new.tensors = model.tensors.for_new_tasks()
     return new
 
 

@@ -310,7 +310,10 @@ def _check(checkpoint: Checkpoint, expected: list[dict[str, torch.Size]], found:
 
 def _check_model_state(checkpoint: Checkpoint, model: BoRA, *states: dict[str, Tensor]) -> None:
     own = {name: value.shape for name, value in model.state().items()}
+    tensors = {name for name in own if not name.startswith("prior/")}
     for state in states:
+        if {name for name in state if name.startswith(MODEL) and not name.startswith("prior/")} != tensors:
+            raise _other_model(checkpoint)
         for name, value in state.items():
             # sums that the prior has not computed yet have no shape to compare with
             absent = None if name.startswith("prior/tau.") else value.shape

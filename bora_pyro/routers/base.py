@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from bora_pyro.backbone.backbone import Change
 from bora_pyro.backbone.layer_tensors import LayerTensors, Start
 from bora_pyro.backbone.slots import Slot
+from bora_pyro.errors import InputError
 
 
 class AdaptedModel(Protocol):
@@ -21,9 +22,11 @@ class AdaptedModel(Protocol):
 
     Attributes:
         tensors: the tensors of all layers, including the router's own buffers; ``tensors.at_layer`` returns those of one layer.
+        num_tasks: D.
     """
 
     tensors: LayerTensors
+    num_tasks: int
 
     def output(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """What the adapter adds to the output of a layer, (rows, tokens, out_features)."""
@@ -53,6 +56,20 @@ class Router(ABC):
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
         """The router's own tensors of one layer at the start of a fit, as for an adapter; none by default."""
         return Start()
+
+    def route(self, model: AdaptedModel, weights: Mapping[str, Tensor], row: Tensor, task: Tensor) -> Change:
+        """As :meth:`change`, once it is clear that the weights are there which this router reads.
+
+        Raises:
+            InputError: the router reads the adapters of all tasks, and the weights are of some.
+        """
+        given = len(next(iter(weights.values())))
+        if self.reads_all_tasks and given != model.num_tasks:
+            raise InputError(
+                f"{self} reads a token by the adapters of all {model.num_tasks} tasks, and those of {given} are given; "
+                "what asks for single tasks needs the router by_task"
+            )
+        return self.change(model, weights, row, task)
 
     @abstractmethod
     def change(self, model: AdaptedModel, weights: Mapping[str, Tensor], row: Tensor, task: Tensor) -> Change:
