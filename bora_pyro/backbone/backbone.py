@@ -28,7 +28,7 @@ from bora_pyro.backbone.allocator import give_back_freed_memory
 from bora_pyro.backbone.attention import use_short_attention
 from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.head import LazyLogits
-from bora_pyro.backbone.loading import check_no_adapter, keep_differentiable, placement_arguments
+from bora_pyro.backbone.loading import check_exact_products, check_no_adapter, keep_differentiable, placement_arguments
 from bora_pyro.backbone.slots import Slot, find_slots, linear_modules, linear_shape, linear_weight
 from bora_pyro.errors import InputError, nearest
 
@@ -116,7 +116,8 @@ class Backbone:
 
         Raises:
             InputError: the model, quantisation or device map does not exist, or a package for it is missing; the model needs
-                code of its own and ``trust_remote_code`` is False; its weights are not safetensors; it is an adapter.
+                code of its own and ``trust_remote_code`` is False; its weights are not safetensors; it is an adapter; its 8-bit
+                layers lie on a CPU that multiplies them wrongly.
         """
         placement = placement_arguments(quantization, device_map, precision, device)
         source = BUILTIN_BASES.get(str(name), name)
@@ -142,6 +143,8 @@ class Backbone:
                 f"base model {str(name)!r} cannot be loaded: give builtin:nano, a folder saved with save_pretrained, "
                 f"or the hub id of a causal language model ({reason})"
             ) from error
+        if quantization == "8bit":
+            check_exact_products(model)
         model = keep_differentiable(model) if placement else model.to(device)
         return cls(model, tokenizer, targets=targets, gradient_checkpointing=gradient_checkpointing)
 

@@ -126,6 +126,19 @@ def test_checkpointing_changes_nothing(bases, quantization):
 
 
 @needs_bitsandbytes
+def test_a_processor_that_multiplies_8_bits_wrongly_is_refused(bases, monkeypatch):
+    """The sums of two products cut at 16 bits, as AVX-512 without VNNI has them."""
+
+    def cut(inputs, weight):
+        pairs = (inputs.float()[:, None] * weight.float()[None]).unflatten(2, (-1, 2)).sum(3)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(2).int()
+
+    monkeypatch.setattr(torch.ops.bitsandbytes, "int8_linear_matmul", cut)
+    with pytest.raises(InputError, match="8bit.*wrong products on this processor.*4bit"):
+        quantised(bases["opt"], "8bit")
+
+
+@needs_bitsandbytes
 @BITS
 def test_a_short_fit_lowers_the_loss_and_leaves_the_base_alone(bases, quantization):
     backbone = quantised(bases["llama"], quantization)
