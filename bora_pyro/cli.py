@@ -1,9 +1,9 @@
-"""The console command ``bora``: which commands there are, and where each one lies.
+"""The console command ``bora``: a dictionary of its commands.
 
     bora map-fit --data speeches.csv --base_model facebook/opt-350m --output_dir runs/speeches
 
-``bora --help`` lists the commands, ``bora map-fit --help`` the options of one. ``scripts/map_fit.py`` is ``bora map-fit``, and
-each of the others has its script too.
+``bora --help`` lists the commands, and ``bora map-fit --help`` lists the options of one command. Each command has a script that
+does the same: ``scripts/map_fit.py`` is ``bora map-fit``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bora_pyro.options.command_line import run_script
 if TYPE_CHECKING:
     from bora_pyro.runs.command import Command
 
-#: Name -> (where the command lies, what it does in a line). The place is text, because importing it imports torch, which takes
-#: seconds: a command's module is imported when the command is called, and ``bora --help`` starts at once.
+#: Name -> (place of the command, one line about it). The place is a text, so that a command's module is imported only when the
+#: command is called. The modules import torch, which takes seconds; ``bora --help`` does not need them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "map-fit": ("bora_pyro.runs.fit_commands:MAP_FIT", "fit BoRA by MAP: an adapter for each task, all under one prior"),
     "posterior-fit": ("bora_pyro.runs.fit_commands:POSTERIOR_FIT", "fit a posterior around a finished MAP fit"),
@@ -42,7 +42,7 @@ def main() -> NoReturn:
 
 
 def run(argv: list[str]) -> int:
-    """Run the command that the first argument names, with the others; returns the exit code."""
+    """Run the command that the first argument names, with the other arguments; return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
         return 0
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
 
 
 def script_main(name: str) -> Callable[[list[str]], int]:
-    """``main`` of the script of a command."""
+    """The function ``main`` of the script of a command."""
     return lambda argv: command(name).main(argv, others=CONFIGURATIONS)
 
 
@@ -66,14 +66,14 @@ def command(name: str) -> Command[Any, Any]:
 
 
 def help_text() -> str:
-    """What ``bora --help`` prints: each command in a line."""
+    """The text of ``bora --help``, with one line for each command."""
     width = max(map(len, COMMANDS))
     lines = (f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items())
     return "\n".join(["usage: bora COMMAND [options]", "", "commands:", *lines, "", "The options: bora COMMAND --help"])
 
 
 class _Configurations(Mapping[str, type]):
-    """The configuration of each command by its script, imported when it is looked up."""
+    """The configuration of each command by the name of its script, imported when it is looked up."""
 
     def __getitem__(self, script: str) -> type:
         return command(script.removesuffix(".py").replace("_", "-")).configuration
@@ -85,7 +85,7 @@ class _Configurations(Mapping[str, type]):
         return len(COMMANDS)
 
 
-#: Configurations by the script that reads them: a file that is given to another command is recognised by its options.
+#: Configurations by the name of the script. With them, a command recognises a configuration file of another command.
 CONFIGURATIONS: Mapping[str, type] = _Configurations()
 
 

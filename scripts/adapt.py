@@ -1,4 +1,4 @@
-"""Adapt a finished fit to new tasks with few documents each, in seconds: deviations from Θ under the learned prior.
+"""Adapt a finished fit to new tasks with few documents each: Θ and τ stay fixed, only the new deviations are inferred.
 
     python scripts/adapt.py runs/demo --data new.csv --output_dir runs/new
 

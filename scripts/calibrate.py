@@ -1,4 +1,4 @@
-"""Calibrate a finished run: are its probabilities right as often as they say, and does its doubt tell where it is wrong?
+"""Check the calibration of a finished run: are its probabilities right, and is it uncertain where it is wrong?
 
     python scripts/calibrate.py runs/demo-posterior --draws 8 --foreign other.csv --questions questions.jsonl
 

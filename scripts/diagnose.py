@@ -1,4 +1,4 @@
-"""Diagnose the shrinkage of a finished fit, and compare it with others on the same held-out documents.
+"""Diagnose the shrinkage of a finished fit, and compare it with other fits on the same held-out documents.
 
     python scripts/diagnose.py runs/speeches --compare runs/speeches-independent runs/speeches-pooled
 

@@ -1,4 +1,4 @@
-"""Continue a prompt by several tasks' adapters, side by side.
+"""Continue a prompt with the adapters of several tasks, and show the texts side by side.
 
     python scripts/generate.py runs/demo --prompt "Returns the" --task drawing --task utils --task base
 

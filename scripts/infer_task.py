@@ -1,4 +1,4 @@
-"""Which task of a finished run is a text of?
+"""Infer the task of a text: which task of a finished run does it belong to?
 
     python scripts/infer_task.py runs/demo --text "Returns the shortest path between two nodes." --unknown 0.1
 

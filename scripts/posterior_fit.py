@@ -1,4 +1,4 @@
-"""Fit a posterior around a finished MAP fit: how sure is each task's adapter, and what do they predict together?
+"""Fit a posterior around a finished MAP fit: how certain is each task's adapter?
 
     python scripts/posterior_fit.py runs/demo --guide normal --output_dir runs/demo-posterior
 

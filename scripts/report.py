@@ -1,4 +1,4 @@
-"""Make the page of a finished run, of a sweep over τ, or of a folder of runs: one HTML file that needs nothing but itself.
+"""Make the page of a finished run, of a sweep over τ, or of a folder of runs: one self-contained HTML file.
 
     python scripts/report.py runs/demo
     python scripts/report.py results/documentation.csv

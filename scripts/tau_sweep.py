@@ -1,4 +1,4 @@
-"""How strong should the prior be? Perplexity against τ, each τ at its own best learning rate; the validation split chooses.
+"""Sweep over τ: how strong should the prior be? Each τ is fitted at its own best learning rate; validation perplexity decides.
 
     python scripts/tau_sweep.py --taus 0 1 10 100 1000 10000 inf learned --output results/documentation
 

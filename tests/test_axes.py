@@ -140,7 +140,7 @@ def test_a_change_without_a_lora_form_is_exported_cut_to_a_rank(member, tmp_path
 
 def test_a_routed_model_says_that_it_cannot_be_exported(tmp_path):
     model = model_with("router")
-    with pytest.raises(InputError, match=r"adapters cannot be exported from TokenMixture\(3\): the token decides"):
+    with pytest.raises(InputError, match=r"adapters cannot be exported from TokenMixture\(3\): which of them is used depends"):
         lora_form(model, model.starts)
     with pytest.raises(InputError, match="reads a token by all tasks; use one process"):
         fit(model, tiny_data(), task_subsampling=True)

@@ -1,4 +1,4 @@
-"""The change of a model's layers as LoRA matrices: exactly, or cut to a rank by the singular value decomposition.
+"""The change of each layer as LoRA matrices: exact, or the best approximation of a given rank.
 
 >>> import bora_pyro as bp
 >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
@@ -22,18 +22,18 @@ from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA
 from bora_pyro.routers import ByTask
 
-#: The rank to which a change is cut that has no LoRA form: servers take adapters of this rank without being told to.
+#: The rank of the approximation if a change has no exact LoRA form. Servers accept this rank in their default settings.
 EXPORT_RANK = 16
 
 
 @dataclass(frozen=True)
 class LoraForm:
-    """The change of every adapted layer as LoRA matrices of one rank and one scale.
+    """The change of every adapted layer as LoRA matrices. All layers have the same rank and scale.
 
     Attributes:
         factors: ``lora_A`` (r, in) and ``lora_B`` (out, r) by the path of the layer.
         alpha: α; a layer changes by (α/r) B A.
-        relative_error: ‖ΔW − (α/r) B A‖ / ‖ΔW‖ over all layers; 0 where the form is exact.
+        relative_error: ‖ΔW − (α/r) B A‖ / ‖ΔW‖ over all layers; 0 if the form is exact.
     """
 
     factors: dict[str, dict[str, Tensor]]
@@ -42,21 +42,21 @@ class LoraForm:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank r."""
         return next(iter(self.factors.values()))["lora_A"].shape[-2]
 
 
 def lora_form(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = None, rank: int = EXPORT_RANK) -> LoraForm:
-    """One task's adapter, or Θ, as LoRA matrices.
+    """The adapter of one task, or Θ, as LoRA matrices.
 
     Args:
         model: the model that the weights belong to.
         weights: latents by name, (layers, *shape) each.
-        task: whose they are, where tasks have masks of their own; None: Θ.
-        rank: the largest rank of a change that has no exact LoRA form; it is cut to this rank.
+        task: index of the task, needed if tasks have masks of their own; None: Θ.
+        rank: rank of the approximation of a change that has no exact LoRA form.
 
     Raises:
-        InputError: the adapter gives no ΔW, or which adapter reads a token depends on the token.
+        InputError: the adapter gives no ΔW, or the router is not :class:`ByTask`.
     """
     exact, deltas = _changes(model, weights, task)
     if not deltas:
@@ -65,7 +65,7 @@ def lora_form(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = 
             factors = {path: {"lora_A": f.lora_A, "lora_B": f.lora_B} for path, f in exact.items()}
             return LoraForm(factors, next(iter(exact.values())).alpha)
     parts, lost, total = {}, 0.0, 0.0
-    for path, of_layer in exact.items():  # of other ranks and scales: the scale goes into B
+    for path, of_layer in exact.items():  # ranks or scales differ: put the scale into B
         parts[path] = (of_layer.lora_A, of_layer.scaling * of_layer.lora_B)
         total += float(of_layer.delta().double().square().sum())
     for path, delta in deltas.items():
@@ -74,7 +74,7 @@ def lora_form(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = 
         lost += float((delta.double() - b.double() @ a.double()).square().sum())
         total += float(delta.double().square().sum())
     r = max(len(a) for a, _ in parts.values())
-    # rows and columns of zeros change nothing: all layers have one rank
+    # pad with zeros, which change nothing, so that all layers have the same rank
     padded = {
         path: {"lora_A": F.pad(a, (0, 0, 0, r - len(a))), "lora_B": F.pad(b, (0, r - len(a)))} for path, (a, b) in parts.items()
     }
@@ -92,7 +92,9 @@ def layer_deltas(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None
 
 
 def cut(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) with B A the best approximation of ΔW of rank r (Eckart and Young): its largest singular values.
+    """A (r, in) and B (out, r) such that B A is the best approximation of ΔW of rank r.
+
+    It keeps the r largest singular values (Eckart and Young).
 
     >>> a, b = cut(torch.diag(torch.tensor([4.0, 1.0])), 1)
     >>> (b @ a).abs().tolist()
@@ -108,7 +110,7 @@ def _changes(model: BoRA, weights: Mapping[str, Tensor], task: int | None) -> tu
     """The exact factors by path, and ΔW of the layers that have none."""
     if not isinstance(model.router, ByTask):
         raise InputError(
-            f"adapters cannot be exported from {model.router}: the token decides which of them reads it; use the run itself"
+            f"adapters cannot be exported from {model.router}: which of them is used depends on the token; use the run itself"
         )
     exact: dict[str, Factors] = {}
     deltas: dict[str, Tensor] = {}
@@ -124,6 +126,6 @@ def _changes(model: BoRA, weights: Mapping[str, Tensor], task: int | None) -> tu
                 deltas[path] = delta
             else:
                 raise InputError(
-                    f"{model.adapter} cannot be written as LoRA matrices: it gives no ΔW of a layer; use the run itself"
+                    f"{model.adapter} cannot be written as LoRA matrices, because it gives no ΔW; use the run itself"
                 )
     return exact, deltas

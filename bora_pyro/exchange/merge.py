@@ -1,4 +1,4 @@
-"""A base with one adapter merged into its weights, W + ΔW: for a change that no low rank holds, or a server without adapters.
+"""Merge one adapter into the weights of its base, W + ΔW: for a ΔW of high rank, or a server without adapters.
 
 >>> import tempfile
 >>> import bora_pyro as bp
@@ -22,29 +22,29 @@ from bora_pyro.exchange.factors import layer_deltas
 from bora_pyro.files.atomic import whole_folder, write_record
 from bora_pyro.model import BoRA
 
-#: The file of a merged base that says how it was made.
+#: The file in the folder of a merged base that records how it was made.
 MERGED = "merged.json"
 
 
 def save_merged(
     folder: str | Path, model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = None, overwrite: bool = False
 ) -> None:
-    """Write the base with one adapter merged into it, as ``save_pretrained`` does; the folder appears when all is written.
+    """Write the base with one adapter merged into it, as ``save_pretrained`` does. The folder appears once it is complete.
 
     Args:
         folder: the folder to make.
-        model: the model that the weights belong to; its base is left as it is.
+        model: the model that the weights belong to; its base does not change.
         weights: one task's (or Θ's) latents by name, (layers, *shape) each.
-        task: index of the task, where tasks have masks of their own; None: Θ.
+        task: index of the task, needed if tasks have masks of their own; None: Θ.
         overwrite: replace an earlier merged base.
 
     Raises:
-        InputError: the change depends on the tokens; the base is quantised, so that its weights cannot take a change; or the
-            folder is taken or cannot be written.
+        InputError: the adapter gives no ΔW; the router is not :class:`ByTask`; the base is quantised; or the folder is taken or
+            cannot be written.
     """
     base = model.backbone.model
     if getattr(base, "is_quantized", False):
-        raise InputError("a quantised base takes no change of its weights; load it without --quantization to merge an adapter")
+        raise InputError("an adapter cannot be merged into a quantised base; load the base without --quantization")
     deltas = layer_deltas(model, weights, task=task)
     state = dict(base.state_dict())
     for slot in model.backbone.slots:

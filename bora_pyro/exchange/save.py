@@ -1,11 +1,11 @@
-"""Adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Write adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What is written here loads with ``peft.PeftModel.from_pretrained(base, folder)`` and gives the same logits::
+``peft.PeftModel.from_pretrained(base, folder)`` loads such a folder, and the loaded model gives the same logits::
 
     base = AutoModelForCausalLM.from_pretrained("facebook/opt-350m")
     model = PeftModel.from_pretrained(base, "runs/speeches/adapters/abraham-lincoln")
 
-Only keys that every PEFT version knows are written, so that servers with an older one read them too.
+Only keys that every PEFT version knows are written, so that servers with an older version can read the folders.
 :mod:`bora_pyro.exchange.load` reads such folders back.
 """
 
@@ -30,7 +30,7 @@ from bora_pyro.model import BoRA, Weights
 LayerFactors = dict[str, dict[str, Tensor]]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-#: What stands before a layer's path in the names of the tensors.
+#: The prefix of the path of a layer in the names of the tensors.
 PREFIX = "base_model.model."
 
 
@@ -43,7 +43,7 @@ def save_peft(
     task: int | None = None,
     rank: int = EXPORT_RANK,
 ) -> float:
-    """Write one adapter, exactly where it has a LoRA form, else cut to a rank.
+    """Write one adapter: exactly if it has a LoRA form, else the best approximation of a given rank.
 
         >>> import tempfile, bora_pyro as bp
         >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
@@ -53,19 +53,20 @@ def save_peft(
         (0.0, ['adapter_config.json', 'adapter_model.safetensors'])
 
     Args:
-        folder: made if need be.
+        folder: the folder; it is made if it does not exist.
         model: the model that the weights belong to.
         weights: one task's (or Θ's) latents by name, (layers, *shape) each.
-        base_model: what the folder calls the base; default: the name that it was loaded by.
-        task: index of the task, where tasks have masks of their own; None: Θ.
+        base_model: name of the base in the folder; default: the name by which the base was loaded.
+        task: index of the task, needed if tasks have masks of their own; None: Θ.
         rank: the largest rank of a change that has no exact LoRA form.
 
     Returns:
-        The relative error of what was written, ‖ΔW − (α/r) B A‖ / ‖ΔW‖ over all layers: 0 where the form is exact. Where it is
-        not 0 it stands in the metadata of the tensors' file too.
+        The relative error of the written adapter, ‖ΔW − (α/r) B A‖ / ‖ΔW‖ over all layers; 0 if the form is exact. An error
+        above 0 is also written to the metadata of the tensors' file.
 
     Raises:
-        InputError: the change depends on the tokens and has no such form, or the folder cannot be written.
+        InputError: the adapter gives no ΔW; the router is not :class:`ByTask`; some targets are ``Conv1D`` and others
+            ``Linear``; or the folder cannot be written.
     """
     check_exportable(model.backbone)
     form = lora_form(model, weights, task=task, rank=rank)
@@ -75,7 +76,7 @@ def save_peft(
 
 
 def check_exportable(backbone: Backbone) -> None:
-    """Raise ``InputError`` where the adapted layers cannot stand in one PEFT folder."""
+    """Raise ``InputError`` if one PEFT folder cannot describe the adapted layers."""
     if len({slot.fan_in_fan_out for slot in backbone.slots}) > 1:
         raise InputError("a PEFT folder cannot mix Conv1D and Linear targets; fit them as two models")
 
@@ -92,9 +93,9 @@ def write_peft(
     """Write the LoRA matrices of one adapter.
 
     Args:
-        folder: made if need be.
-        backbone: the base; its slots are the layers that are adapted.
-        factors: the matrices of each of those layers, all of one rank r.
+        folder: the folder; it is made if it does not exist.
+        backbone: the base; its slots are the adapted layers.
+        factors: the matrices of each of these layers, all of the same rank r.
         alpha: α; a layer changes by (α/r) B A.
         base_model: as for :func:`save_peft`.
         metadata: further texts for the metadata of the tensors' file.
@@ -119,7 +120,7 @@ def write_peft(
 
 
 def rank_of(factors: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """r of the matrices, which all have one."""
+    """The rank r, which is the same for all matrices."""
     return next(iter(factors.values()))["lora_A"].shape[-2]
 
 
@@ -141,7 +142,7 @@ def _config(backbone: Backbone, rank: int, alpha: float, base_model: str | None)
 
 
 def _target_modules(backbone: Backbone) -> list[str]:
-    """Last names of the targets where those names mean nothing else in the model, else their whole paths."""
+    """The last parts of the targets' paths if no other module has such a name; else the whole paths."""
     paths = {path for slot in backbone.slots for path in slot.paths}
     ends = {path.rsplit(".", 1)[-1] for path in paths}
     named = {path for path, _ in backbone.model.named_modules() if path.rsplit(".", 1)[-1] in ends}

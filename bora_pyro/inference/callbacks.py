@@ -1,4 +1,4 @@
-"""What acts between the steps of a fit: learning τ, growing ranks, masks that change, averaging.
+"""Callbacks run between the steps of a fit. They can learn τ, let ranks grow, change masks or average weights.
 
 >>> class Counter(Callback):
 ...     '''Counts the steps of a fit.'''
@@ -34,12 +34,12 @@ class FitLoop(Protocol):
     """What a callback sees of the loop.
 
     Attributes:
-        model, data: what is fitted, to which documents.
+        model, data: the model, and the documents that it is fitted to.
         state: the guide's parameters and the optimiser.
         processes: the processes that share the fit.
-        report: what there is to report of the epoch so far; a callback may add to it.
+        report: the metrics of the epoch so far; a callback may add to them.
         step_number: number of the step that was just taken, from 0, over all epochs.
-        epoch: number of epochs that are done.
+        epoch: number of finished epochs.
         total_steps: number of steps of the whole fit.
     """
 
@@ -53,7 +53,7 @@ class FitLoop(Protocol):
     total_steps: int
 
     def validation_batches(self) -> list[Batches]:
-        """Batches of half the token budget of the validation documents, for each part of the tasks that this process works at."""
+        """Batches of the validation documents with half the token budget: a ``Batches`` for each part of this process's tasks."""
 
     @property
     def draws_tasks(self) -> bool:
@@ -61,15 +61,15 @@ class FitLoop(Protocol):
 
 
 class Callback:
-    """Something that acts between the steps of a fit; a subclass overrides what it needs.
+    """Base class of callbacks. A subclass overrides the methods that it needs.
 
-    A callback runs in every process of a fit. It draws random numbers from torch's generator, which is seeded for each step, so
-    that a fit that is resumed draws what it would have drawn. What it changes must be in the model's state (buffers, the
-    prior) or in its own ``state``: both are part of checkpoints.
+    A callback runs in every process of a fit. It draws random numbers from torch's generator, which is seeded for each step. A
+    resumed fit therefore draws the same numbers as an uninterrupted one. Everything that a callback changes must be in the state
+    of the model (buffers, the prior) or in its own ``state``: both are part of checkpoints.
 
     Attributes:
         name: names the callback's tensors in a checkpoint.
-        needs_sums: it asks ``loop.state`` for averages over all tasks (``totals``), also where a step draws some of them.
+        needs_sums: whether it needs averages over all tasks (``loop.state.totals``), even if a step draws only some tasks.
     """
 
     name: str = "callback"
@@ -89,18 +89,18 @@ class Callback:
         """Called after the last step of each epoch, before the validation perplexity is measured."""
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint needs to go on."""
+        """The tensors that a checkpoint stores for this callback."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what ``state`` gave."""
+        """Restore the tensors that ``state`` returned."""
 
 
 def checked_callbacks(callbacks: Sequence[Callback], model: BoRA, data: TaskData) -> list[Callback]:
-    """The callbacks, once each of them has begun.
+    """Check the callbacks, call ``begin`` of each, and return them.
 
     Raises:
-        InputError: two have one name, and so would share their tensors in a checkpoint; or one cannot begin.
+        InputError: two callbacks with tensors have the same name, under which a checkpoint stores them; or one cannot begin.
     """
     names = [callback.name for callback in callbacks if callback.state()]
     for name in names:

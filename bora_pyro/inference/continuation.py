@@ -1,6 +1,6 @@
-"""Whether a fit may go on from a checkpoint: the same documents, the same base, the same steps, and something left to do.
+"""Check whether a checkpoint can be resumed: the documents, the base and the steps of the fit must be the same.
 
-All such checks are here, and they are made once, before a fit touches anything:
+The checks are made once, before the fit changes anything:
 
 >>> import tempfile
 >>> import bora_pyro as bp
@@ -30,11 +30,11 @@ from bora_pyro.inference.state import as_before
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where a fit keeps its checkpoints, and the one that it goes on from.
+    """The checkpoints of a fit, and the one from which it is resumed.
 
     Attributes:
         store: the folder of the checkpoints.
-        checkpoint: the newest one that is whole; None: the fit begins.
+        checkpoint: the newest undamaged checkpoint; None: the fit starts from the beginning.
     """
 
     store: Checkpoints
@@ -42,18 +42,17 @@ class Continuation:
 
     @classmethod
     def find(cls, folder: Path, data: TaskData, backbone: Backbone, options: FitOptions, *, processes: int = 1) -> Continuation:
-        """Look into the folder, and check that a fit with these options may go on from what is there.
+        """Find the newest checkpoint in the folder, and check that a fit with these options can resume it.
 
         Args:
-            folder: of the checkpoints; it may be missing.
+            folder: folder of the checkpoints; it may be missing.
             data: the documents as they are now.
             backbone: the base as it is now.
-            options: those of the fit that goes on.
-            processes: number of processes that go on with it.
+            options: options of the resumed fit.
+            processes: number of processes of the resumed fit.
 
         Raises:
-            InputError: there are checkpoints and all are damaged; the newest is of other documents or of another base, stands
-                within an epoch of other steps, or is of a fit that draws tasks otherwise.
+            InputError: all checkpoints are damaged; or the newest one cannot be resumed, see :func:`check_continues`.
         """
         store = Checkpoints(folder, keep=options.keep_checkpoints)
         checkpoint = store.newest()
@@ -65,14 +64,14 @@ class Continuation:
 def check_continues(
     checkpoint: Checkpoint, data: TaskData, backbone: Backbone, options: FitOptions, *, processes: int = 1
 ) -> None:
-    """Refuse to go on with other documents or another base, within an epoch of other steps, or with tasks drawn otherwise.
+    """Refuse to resume a checkpoint with other documents, another base, other steps in the current epoch, or other task drawing.
 
     Args:
-        checkpoint: where the fit stands.
+        checkpoint: the checkpoint to resume.
         data: the documents as they are now.
         backbone: the base as it is now.
-        options: those of the fit that goes on.
-        processes: number of processes that go on with it.
+        options: options of the resumed fit.
+        processes: number of processes of the resumed fit.
 
     Raises:
         InputError: as for `check_same`, `check_packing` and `as_before`.
@@ -92,17 +91,17 @@ def check_same(
     what: str,
     remedy: str = "start afresh with --overwrite true",
 ) -> None:
-    """Refuse other documents, and a base with other weights, than those whose digests a fit has stored.
+    """Refuse documents or base weights whose digests differ from the stored digests of a fit.
 
     Args:
-        progress: of a checkpoint, or the metadata of a posterior; those of older versions lack the digests.
+        progress: progress of a checkpoint, or metadata of a posterior. Older versions stored no digests; then nothing is refused.
         data: the documents as they are now.
         backbone: the base as it is now.
-        what: names what was stored, in the error message.
-        remedy: what to do, beside giving the right ones.
+        what: name of the checkpoint or posterior in the error message.
+        remedy: what the error message suggests besides giving the right documents or base.
 
     Raises:
-        InputError: they differ.
+        InputError: a digest differs.
     """
     if progress.get("data", data.digest) != data.digest:
         raise InputError(
@@ -122,24 +121,24 @@ def digests(data: TaskData, backbone: Backbone) -> dict[str, str]:
 
 
 def check_packing(checkpoint: Checkpoint, packing: Mapping[str, int]) -> None:
-    """Refuse to go on within an epoch whose documents were packed into other steps: some would be skipped, others repeated.
+    """Refuse to resume within an epoch if the documents would be packed into other steps: some would be skipped, others repeated.
 
     Args:
-        checkpoint: written at the end of an epoch, where any packing goes, or within one.
-        packing: the settings that the steps of an epoch depend on, by the name of the option.
+        checkpoint: the checkpoint to resume. At the end of an epoch, any packing is allowed.
+        packing: values of the options that fix the steps of an epoch, by name.
 
     Raises:
-        InputError: one of them differs; checkpoints of older versions lack them.
+        InputError: a value differs. Options that an older version did not store are not checked.
     """
     within = checkpoint.progress["within"]
     for name, value in packing.items():
         if (stored := within.get(name, value)) != value:
             raise InputError(
-                f"{name} is {value}, but checkpoint {str(checkpoint.path)!r} stands within an epoch of {name} {shown(stored)}; "
-                "give that until the epoch's end, or start afresh with --overwrite true"
+                f"{name} is {value}, but checkpoint {str(checkpoint.path)!r} is within an epoch with {name} {shown(stored)}; "
+                "give that value until the epoch ends, or start afresh with --overwrite true"
             )
 
 
 def is_over(epoch: int, best_epoch: int, *, epochs: int, patience: int) -> bool:
-    """Whether a fit has nothing left to do: all epochs are done, or none has been better for too long."""
+    """Whether a fit is finished: all epochs are done, or the last ``patience`` epochs were no better than an earlier one."""
     return epoch >= epochs or bool(patience and epoch - best_epoch >= patience)

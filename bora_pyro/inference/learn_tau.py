@@ -1,6 +1,6 @@
-"""τ is learned here: every few steps of a fit some validation documents say whether tasks should deviate more or less.
+"""Learn τ during a fit: every few steps, some validation documents show whether tasks should deviate more or less.
 
-:class:`~bora_pyro.priors.LearnedPrecision` has the mathematics; this callback shows it the documents.
+:class:`~bora_pyro.priors.LearnedPrecision` has the mathematics. The callback here gives it the documents.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bora_pyro.model import BoRA, Weights
 
 
 class LearnTau(Callback):
-    """Shows the prior the validation documents whose turn it is, every ``prior.every`` steps, and keeps the path of τ.
+    """Shows the prior the next batch of validation documents every ``prior.every`` steps, and records the path of τ.
 
-    The gradient of each document with respect to its own task's weights, and how that task deviates from the tasks' average,
-    are all that the prior is told (:meth:`~bora_pyro.priors.Prior.learn`). A fit has this callback by itself where its prior has
-    something to learn (:func:`~bora_pyro.inference.loop.usual_callbacks`). What is learned is the prior's state, which
-    checkpoints hold.
+    The prior gets two things for each document (:meth:`~bora_pyro.priors.Prior.learn`): the gradient with respect to the weights
+    of its task, and the deviation of these weights from the average of all tasks. A fit adds this callback by itself if its prior
+    has something to learn (:func:`~bora_pyro.inference.loop.usual_callbacks`). The learned values are part of the prior's state,
+    which checkpoints store.
     """
 
     name = "learn_tau"
@@ -45,18 +45,18 @@ class LearnTau(Callback):
     def after_step(self, loop: FitLoop) -> None:
         every, step = loop.model.prior.every, loop.step_number + 1
         if every and step % every == 0:
-            self.look(loop, step // every - 1)
+            self.show_batch(loop, step // every - 1)
             loop.report.setdefault("tau_path", []).append({"step": step, "tau": tau_of_path(loop)})
 
-    def look(self, loop: FitLoop, number: int) -> None:
+    def show_batch(self, loop: FitLoop, number: int) -> None:
         """Show the prior the ``number``-th batch of validation documents; after the last one the first comes again."""
         model, device = loop.model, loop.model.backbone.device
-        # empty at first, for a process without validation documents takes part too
+        # empty tensors first: a process without validation documents takes part too
         nothing = {name: start.new_zeros((0, *start.shape)) for name, start in model.starts.items()}
         deviations, gradients, tasks = [nothing], [nothing], [torch.zeros(0, dtype=torch.int64, device=device)]
         totals = loop.state.totals(loop.processes)
-        looks = [batches[number % len(batches)] for batches in loop.validation_batches() if len(batches)]
-        for batch in loop.processes.lockstep(looks):
+        shown = [batches[number % len(batches)] for batches in loop.validation_batches() if len(batches)]
+        for batch in loop.processes.lockstep(shown):
             if batch is None:
                 model.backbone.dummy_pass(backward=True)
                 continue
@@ -71,9 +71,9 @@ class LearnTau(Callback):
 
 
 def tau_of_path(loop: FitLoop) -> dict[str, Any]:
-    """τ by latent as its path is kept: where more than a few tasks have one each, the geometric mean.
+    """τ of each latent, as the path records it. If many tasks have a τ each, it is their geometric mean.
 
-    Latents that all tasks share have an infinite τ, and no path.
+    Latents that all tasks share have an infinite τ and are left out.
     """
     tau = tau_by_group(loop.model, loop.state.sites())
     tau = {name: value for name, value in tau.items() if value != math.inf}

@@ -1,4 +1,4 @@
-"""How a model is fitted: the options of ``fit``, which every configuration of a fit inherits.
+"""The options of ``fit``. The configurations of MAP and posterior fits inherit them.
 
 >>> FitOptions(epochs=3).learning_rate
 0.01
@@ -15,7 +15,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.options.seed import Seeded
 
-#: The groups of ``--help``: how the objective is optimised, and what concerns the run alone and leaves its result as it is.
+#: Groups of options in ``--help``: how the objective is optimised, and how the run is carried out.
 OPTIMISATION, RUN = "optimisation", "run"
 
 
@@ -23,39 +23,41 @@ OPTIMISATION, RUN = "optimisation", "run"
 class FitOptions(Seeded):
     """Options of :func:`~bora_pyro.inference.fit.fit`.
 
-    The help of each field is its documentation, here and on the command line. Epochs are passes over the training documents; the
-    learning rate is the peak of a schedule that rises over ``warmup`` of the steps and falls to 0 as a cosine. In the
-    non-centred form deviations are in units of their prior's scale, so that one learning rate suits every τ.
+    The help of each field is its documentation, here and on the command line. The learning rate rises over the fraction
+    ``warmup`` of the steps to its largest value, ``learning_rate``, and then falls to 0 as a cosine. In the non-centred form,
+    deviations are in units of their prior's scale, so that one learning rate suits every τ.
     """
 
-    epochs: int = option(6, "passes over the training documents, at most", group=OPTIMISATION, least=1)
+    epochs: int = option(6, "largest number of passes over the training documents", group=OPTIMISATION, least=1)
     learning_rate: float = option(1e-2, "AdamW's largest learning rate", group=OPTIMISATION, positive=True)
     warmup: float = option(0.1, "fraction of all steps in which the learning rate rises from 0", group=OPTIMISATION)
     token_budget: int = option(4096, "tokens of a batch, padding included", group=OPTIMISATION, least=2)
-    accumulate: int = option(1, "batches whose gradients make one step", group=OPTIMISATION, least=1)
-    gradient_clip: float = option(1.0, "largest norm of the whole gradient; inf does not clip", group=OPTIMISATION)
+    accumulate: int = option(1, "number of batches that contribute to one step", group=OPTIMISATION, least=1)
+    gradient_clip: float = option(1.0, "largest norm of the whole gradient; inf: no clipping", group=OPTIMISATION)
     temperature: float = option(
         1.0,
-        "weight of the KL divergence: 1 is the ELBO, and MAP for a point; below 1 the prior counts less",
+        "weight of the KL divergence: 1 gives the ELBO (MAP for a point estimate); below 1 the prior counts less",
         group=OPTIMISATION,
         positive=True,
     )
     task_subsampling: bool | None = option(
         None,
-        "move only the adapters of the tasks that a step's documents are of, so that its cost does not depend on the number of "
+        "update only the adapters of the tasks of a step's documents, so that a step's cost does not depend on the number of "
         "tasks (default: with more than 64 tasks, or several processes)",
         group=OPTIMISATION,
     )
     patience: int = option(
-        3, "stop after so many epochs without a better validation perplexity; 0 never stops early", group=OPTIMISATION, least=0
+        3, "stop after this many epochs without a better validation perplexity; 0 never stops early", group=OPTIMISATION, least=0
     )
 
     task_memory: float = option(
-        4.0, "GiB for what belongs to tasks where they are drawn; beyond it they lie in memory-mapped files", group=RUN
+        4.0,
+        "GiB of memory for the tensors of the tasks under task_subsampling; larger ones are kept in memory-mapped files",
+        group=RUN,
     )
     checkpoint_every: int = option(1, "epochs between checkpoints", group=RUN, least=1)
     checkpoint_minutes: float = option(
-        10.0, "minutes after which a checkpoint is written within an epoch too; inf: at its end alone", group=RUN
+        10.0, "also write a checkpoint within an epoch after this many minutes; inf: only at the end of an epoch", group=RUN
     )
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", group=RUN, least=1)
 

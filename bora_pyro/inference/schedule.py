@@ -10,12 +10,12 @@ import math
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up over ``warmup`` of the steps, then a cosine to 0: a factor of the largest rate.
+    """The learning rate of a step, as a fraction of the largest one: a linear warm-up, then a cosine to 0.
 
     Args:
         step: number of the step, from 0.
         total: number of steps of the fit.
-        warmup: fraction of the steps, from 0 to 1.
+        warmup: fraction of the steps in the warm-up, from 0 to 1.
     """
     rise = max(1, round(warmup * total))
     if step < rise:
@@ -25,7 +25,7 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 def epoch_seed(seed: int, epoch: int) -> int:
     """The seed of the order of documents in one epoch."""
-    return (seed * 100_003 + epoch) % 2**32  # NumPy, which Pyro seeds too, takes no larger one
+    return (seed * 100_003 + epoch) % 2**32  # Pyro also seeds NumPy, which takes no larger seed
 
 
 def step_seed(seed: int, epoch: int, number: int) -> int:

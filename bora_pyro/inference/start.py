@@ -1,4 +1,4 @@
-"""How a fit begins: which tasks each process works at, and the parameters that its steps move."""
+"""How a fit begins: the tasks of each process, and the parameters that the steps update."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from bora_pyro.model import BoRA
 
 
 def partition_of(model: BoRA, data: TaskData, processes: Processes, *, task_subsampling: bool | None) -> Sequence[Tensor] | None:
-    """The tasks of each process where a step draws tasks; None where every step moves all tasks.
+    """The tasks of each process if steps draw tasks; None if every step updates all tasks.
 
     Args:
         model: the BoRA model.
-        data: the documents; tasks are dealt out by their training tokens.
-        processes: those that share the fit.
+        data: the documents; each process gets about the same number of training tokens.
+        processes: the processes that share the fit.
         task_subsampling: whether a step draws tasks; None: with more than 64 tasks, or several processes.
 
     Raises:
-        InputError: several processes, and a step is to move all tasks; or a step is to draw tasks, and the router reads all.
+        InputError: ``task_subsampling`` is False with several processes; or the router uses all tasks, and there are several
+            processes or ``task_subsampling`` is True.
     """
     size, tasks = processes.size, len(data.tasks)
     if model.router.reads_all_tasks:
@@ -57,16 +58,16 @@ def first_state(
     folder: Path | None = None,
     keep_sums: bool = False,
 ) -> FitState:
-    """Run the guide for the first time, and take hold of its parameters.
+    """Run the guide for the first time, and return the state that updates its parameters.
 
     Args:
         model: the BoRA model.
-        guide: as it was built.
-        document: a short batch, which the guide is first run on.
-        options: those of the fit.
-        own: the tasks of this process, in parts, where a step draws tasks; None: every step moves all.
-        folder: where files hold what has no place in memory; default: where temporary files go.
-        keep_sums: follow the sums over all tasks, which callbacks may ask for.
+        guide: the guide, which has not run yet.
+        document: a short batch for the first run of the guide.
+        options: options of the fit.
+        own: the tasks of this process, in parts, if steps draw tasks; None: every step updates all tasks.
+        folder: folder for files of tensors that do not fit in memory; default: the folder of temporary files.
+        keep_sums: keep sums over all tasks up to date, for callbacks that need them.
     """
     with torch.no_grad(), poutine.seed(rng_seed=options.seed):
         if own is None:

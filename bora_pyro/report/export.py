@@ -159,14 +159,16 @@ class ExportConfig:
     output_dir: str = option("", "the folder to make")
     overwrite: bool = option(False, "replace an earlier export")
     tasks: list[str] | None = option(None, "names of tasks, or of their folders (default: all)")
-    draws: int = option(0, "draws of a posterior, each a folder a task")
-    seed: int = option(0, "of the draws")
-    base_name: str | None = option(None, "what the adapters call their base, as the server does (default: the run's base_model)")
-    license: str | None = option(None, "of the adapters, as the hub abbreviates it (default: the card names none)")
-    push_to_hub: str | None = option(None, "send the folder to this repository of the hub, USER/NAME (default: do not)")
-    private: bool = option(False, "a repository that is made is private")
+    draws: int = option(0, "number of posterior draws; each draw adds a folder for every task")
+    seed: int = option(0, "seed of the draws")
+    base_name: str | None = option(
+        None, "name of the base model in the adapters' files, as the server knows it (default: the run's base_model)"
+    )
+    license: str | None = option(None, "license of the adapters, as an identifier of the hub (default: none is stated)")
+    push_to_hub: str | None = option(None, "upload the folder to this repository of the hub, USER/NAME (default: no upload)")
+    private: bool = option(False, "make the repository private if it is a new one")
     trust_remote_code: bool = option(
-        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
@@ -188,10 +190,10 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> Path:
-    """Export the adapters of a run, and send them to the hub where that is asked for; returns the folder.
+    """Export the adapters of a run, and upload them to the hub if ``push_to_hub`` is given; return the folder.
 
     Raises:
-        InputError: a run that cannot be read, a folder that is taken, or a hub that refuses.
+        InputError: the run cannot be read, the folder is taken, or the hub refuses the upload.
     """
     check_place(config.output_dir, record=EXPORT, overwrite=config.overwrite)
     if config.threads is not None:

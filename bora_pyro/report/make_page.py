@@ -1,12 +1,14 @@
-"""Make the page of a finished run, of a sweep over τ, or of a folder of runs: one HTML file that needs nothing but itself.
+"""Make the page of a finished run, of a sweep over τ, or of a folder of runs: one self-contained HTML file.
 
     bora report runs/demo
     bora report results/documentation.csv
     bora report runs --output runs.html
 
-A run's page has its headline numbers, a table by task that can be sorted, pictures of the shrinkage, the path of τ, the learning
-curves, texts that some tasks' adapters write from one beginning, and the configuration. Nothing is fitted again. It is written
-to ``report.html`` in the folder, beside the sweep's table, or where ``--output`` says.
+The page of a run has its main numbers, a table of the tasks that can be sorted, pictures of the shrinkage, the path of τ, the
+learning curves, continuations of one prompt by several tasks' adapters, and the configuration. Nothing is fitted again.
+
+The page of a folder is ``report.html`` in that folder. The page of a sweep is an HTML file beside its table. ``--output`` gives
+another file.
 """
 
 from __future__ import annotations
@@ -39,26 +41,30 @@ class ReportConfig:
     """Make the page of a finished run, of a sweep over tau, or of a folder of runs."""
 
     run: str = option("", "folder of a run, table of a sweep (.csv or .parquet), or folder of runs", positional=True)
-    output: str | None = option(None, "the page (default: report.html in the folder; beside a sweep's table, with its name)")
-    prompt: str | None = option(None, "what the samples continue (default: the beginning of a test document)", group=SAMPLES)
-    samples: int = option(_DEFAULTS.samples, "tasks whose adapters continue the prompt; 0 leaves the samples out", group=SAMPLES)
-    max_new_tokens: int = option(_DEFAULTS.max_new_tokens, "tokens of a sample, at most", group=SAMPLES)
+    output: str | None = option(
+        None, "file of the page (default: report.html in the folder; for a sweep, the name of the table with .html)"
+    )
+    prompt: str | None = option(None, "text that the samples continue (default: the beginning of a test document)", group=SAMPLES)
+    samples: int = option(
+        _DEFAULTS.samples, "number of tasks whose adapters continue the prompt; 0 leaves the samples out", group=SAMPLES
+    )
+    max_new_tokens: int = option(_DEFAULTS.max_new_tokens, "largest number of tokens of a sample", group=SAMPLES)
     temperature: float = option(
         _DEFAULTS.temperature, "0 takes the most probable token each time; above 0 tokens are drawn", group=SAMPLES
     )
     adapters: bool = option(
         True,
-        "read the adapters, the base model and the documents; false leaves out the pictures of the shrinkage, effective "
-        "parameters and samples",
+        "read the adapters, the base model and the documents; false leaves out the pictures of the shrinkage, the effective "
+        "parameters and the samples",
         group=PICTURES,
     )
-    draws: int = option(_DEFAULTS.draws, "draws of a posterior, for the pictures", group=PICTURES)
+    draws: int = option(_DEFAULTS.draws, "number of posterior draws for the pictures", group=PICTURES)
     fit_config: str | None = option(
         None,
-        "YAML of the options that a sweep's fits share, as tau_sweep.py had it (default: the one of its table's name, beside it)",
+        "the YAML file that tau_sweep.py got as --fit_config (default: the file beside the table with its name and .yaml)",
     )
     trust_remote_code: bool = option(
-        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
@@ -80,22 +86,22 @@ class ReportConfig:
 
     @property
     def source(self) -> Path:
-        """What the page is of."""
+        """The folder or table that the page shows."""
         return Path(self.run)
 
     @property
     def file(self) -> Path:
-        """Where the page goes."""
+        """The file of the page."""
         if self.output is not None:
             return Path(self.output)
         return self.source / REPORT if self.source.is_dir() else self.source.with_suffix(".html")
 
 
 def make_page(config: ReportConfig) -> Page:
-    """The page of whatever is given.
+    """Make the page of the run, the sweep or the folder of runs.
 
     Raises:
-        InputError: nothing that a page can be made of, or something damaged.
+        InputError: the path is none of these, or something in it is damaged.
     """
     path = config.source
     if not path.exists():
@@ -120,7 +126,7 @@ def make_page(config: ReportConfig) -> Page:
 
 
 def _shared_options(config: ReportConfig) -> dict[str, Any] | None:
-    """What the fits of a sweep share, where there is a file that says so."""
+    """The options that the fits of a sweep share; None if no file with them is given or found."""
     file = Path(config.fit_config) if config.fit_config is not None else config.source.with_suffix(".yaml")
     if config.fit_config is None and not file.is_file():
         return None
@@ -132,14 +138,14 @@ def _shared_options(config: ReportConfig) -> dict[str, Any] | None:
 
 
 def write_report(config: ReportConfig) -> Path:
-    """Make the page and write it; returns its file.
+    """Make the page and write it; return its file.
 
     Raises:
-        InputError: nothing that a page can be made of, or a file that cannot be written.
+        InputError: no page can be made of the path, or the file cannot be written.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.source.exists():  # else the error is about that
+    if config.source.exists():  # if it does not exist, make_page raises the error
         check_output(config.file)
     write_page(make_page(config), config.file)
     return config.file

@@ -1,20 +1,22 @@
-"""Calibrate a finished run: are its probabilities right as often as they say, and does its doubt tell where it is wrong?
+"""Check the calibration of a finished run: are its probabilities right, and is it uncertain where it is wrong?
 
     bora calibrate runs/demo-posterior --draws 8 --foreign other.csv --questions questions.jsonl
 
-It predicts the run's test documents at the centre of the posterior (``mean``) and under the mixture of draws (``mixture``); of a
-MAP fit there is one prediction, ``map``. It writes, into the run's folder ``diagnostics`` or where ``--output`` says:
+It predicts the run's test documents at the centre of the posterior (``mean``) and with a mixture of draws (``mixture``). A MAP
+fit has one prediction, ``map``. It writes these files into the folder ``diagnostics`` of the run, or into ``--output``:
 
-- ``calibration.csv``: a row a task and one of all, with likelihood, Brier score and calibration error of each prediction;
+- ``calibration.csv``: one row for each task and one for all tasks, with the likelihood, Brier score and calibration error of each
+  prediction;
 - ``reliability.png``: accuracy against confidence;
-- ``risk_coverage.csv``, ``.png``: what refusing the most uncertain tokens buys, by each measure of uncertainty; ``area`` is that
-  under the whole curve;
-- with ``--foreign``, texts of no task: ``foreign.csv`` (a row a text, foreign ones and test documents, each read by the task that
-  knows it best), ``foreign_auroc.csv`` and ``foreign.png``: how well each measure tells the two kinds apart;
-- with ``--questions``, a .jsonl file with prompt, options, correct (a position from 0) and task: ``questions.csv`` (a row a
-  question) and ``questions_calibration.csv``.
+- ``risk_coverage.csv``, ``.png``: the risk of the tokens that remain when the most uncertain ones are left out, for each measure
+  of uncertainty; ``area`` is the area under the whole curve;
+- with ``--foreign`` (texts that belong to no task): ``foreign.csv``, ``foreign_auroc.csv`` and ``foreign.png``, which show how
+  well each measure separates foreign texts from test documents. ``foreign.csv`` has one row for each text. Each text is read with
+  the adapter that gives it the highest likelihood;
+- with ``--questions`` (a .jsonl file with prompt, options, correct and task, where correct is a position from 0):
+  ``questions.csv`` (one row for each question) and ``questions_calibration.csv``.
 
-Files appear when all of them are finished.
+The files appear together, when all of them are complete.
 """
 
 from __future__ import annotations
@@ -44,25 +46,27 @@ from bora_pyro.runs.command import Command
 from bora_pyro.runs.layout import DIAGNOSTICS
 from bora_pyro.runs.saved import SavedRun, load_run
 
-DRAWS = 8  # of a posterior
+DRAWS = 8  # draws of a posterior, unless --draws is given
 
 
 @dataclass(kw_only=True)
 class CalibrateConfig:
-    """Calibrate a finished run on its test documents: probabilities, uncertainty, foreign texts, questions with a choice."""
+    """Check the calibration of a finished run on its test documents, on foreign texts and on multiple-choice questions."""
 
     run: str = option("", "folder of the run, a fit's output_dir", positional=True)
     draws: int | None = option(None, f"draws of the mixture (default: {DRAWS}; a MAP fit is a point and has none)")
     foreign: str | None = option(None, "texts that belong to no task: a table, a saved folder, a hub id or builtin:documentation")
-    foreign_text_column: str = option("text", "column of the foreign texts; no other is read")
-    foreign_documents: int = option(200, "at most so many foreign texts, and as many test documents, drawn by the seed")
-    questions: str | None = option(None, "a .jsonl file of questions with a choice among answers")
-    output: str | None = option(None, "where the results go (default: the folder diagnostics of the run)")
-    token_budget: int = option(4096, "tokens of a batch; probabilities take token_budget x vocabulary numbers")
-    seed: int = option(0, "of the draws, and of the texts that are compared with foreign ones")
+    foreign_text_column: str = option("text", "column of the foreign texts; no other column is read")
+    foreign_documents: int = option(
+        200, "largest number of foreign texts, and of test documents to compare them with; both are drawn at random"
+    )
+    questions: str | None = option(None, "a .jsonl file of multiple-choice questions")
+    output: str | None = option(None, "folder for the results (default: the folder diagnostics of the run)")
+    token_budget: int = option(4096, "tokens of a batch; the probabilities of a batch are token_budget x vocabulary numbers")
+    seed: int = option(0, "seed of the draws of the posterior, and of the choice of texts")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     trust_remote_code: bool = option(
-        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
 
@@ -77,14 +81,14 @@ class CalibrateConfig:
 
 
 class Predictor:
-    """What a run predicts by: its centre, and the draws of its posterior where it has one."""
+    """Predicts with the centre of a run, and with draws of its posterior if it has one."""
 
     def __init__(self, run: SavedRun, config: CalibrateConfig) -> None:
         self.model, self.centre, self.token_budget = run.fitted.model, run.fitted.weights()[0], config.token_budget
-        self.ways: dict[str, Draws] = {"map": lambda: [self.centre]}
+        self.draws_by_name: dict[str, Draws] = {"map": lambda: [self.centre]}
         if run.posterior_config is not None:
             posterior, number = run.posterior(seed=config.seed), config.draws or DRAWS
-            self.ways = {"mean": lambda: [self.centre], "mixture": lambda: posterior.draws(number)}
+            self.draws_by_name = {"mean": lambda: [self.centre], "mixture": lambda: posterior.draws(number)}
         elif config.draws is not None:
             raise InputError(
                 f"draws is {config.draws}, but the run in {run.folder.path} is a MAP fit, a point, and has none; leave --draws "
@@ -93,30 +97,33 @@ class Predictor:
 
     @property
     def draws(self) -> Draws:
-        """The draws of the mixture; of a point, the point."""
-        return [*self.ways.values()][-1]
+        """The draws of the mixture. A point estimate is its own only draw."""
+        return [*self.draws_by_name.values()][-1]
 
     def tokens(self, split: TokenSplit) -> dict[str, TokenPredictions]:
-        """What each way of prediction says of every token, the mixture last."""
-        return {name: predictive(self.model, split, draws, token_budget=self.token_budget) for name, draws in self.ways.items()}
+        """The predictions of every token, by name; the mixture is last."""
+        budget = self.token_budget
+        return {name: predictive(self.model, split, draws, token_budget=budget) for name, draws in self.draws_by_name.items()}
 
     def answers(self, questions: list[Question], tasks: list[str]) -> dict[str, ChoicePredictions]:
-        """The same for questions with a choice among answers."""
-        budget = self.token_budget
-        return {name: choose(self.model, questions, draws, tasks, token_budget=budget) for name, draws in self.ways.items()}
+        """The predictions of every multiple-choice question, by name; the mixture is last."""
+        return {
+            name: choose(self.model, questions, draws, tasks, token_budget=self.token_budget)
+            for name, draws in self.draws_by_name.items()
+        }
 
     def texts(self, split: TokenSplit) -> pd.DataFrame:
-        """How foreign each text is; a point estimate has no epistemic uncertainty."""
+        """Score how foreign each text is. A point estimate has no epistemic uncertainty."""
         scores = text_scores(self.model, split, self.centre, self.draws, token_budget=self.token_budget)
-        return scores if len(self.ways) > 1 else scores.drop(columns="epistemic")
+        return scores if len(self.draws_by_name) > 1 else scores.drop(columns="epistemic")
 
 
 def calibrate(config: CalibrateConfig) -> Path:
-    """Write everything; returns the folder.
+    """Write all tables and pictures; return their folder.
 
     Raises:
-        InputError: a run, a table or questions that cannot be read, a run without test documents, a folder that cannot be
-            written.
+        InputError: the run, the foreign texts or the questions cannot be read; the run has no test documents; or the folder
+            cannot be written.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -127,8 +134,8 @@ def calibrate(config: CalibrateConfig) -> Path:
     foreign = read_foreign(config, run) if config.foreign is not None else None
     questions = read_questions(Path(config.questions)) if config.questions is not None else None
     folder = Path(config.output) if config.output is not None else run.folder.path / DIAGNOSTICS
-    with _all_or_none(folder) as place, plots.style():
-        if questions is not None:  # the first, for they may yet turn out to be of no task
+    with _all_or_nothing(folder) as place, plots.style():
+        if questions is not None:  # first, because a question may still name an unknown task
             write_questions(place, questions, predictor.answers(questions, tasks), tasks)
         write_calibration(place, predictor.tokens(run.data.test), tasks)
         if foreign is not None:
@@ -138,20 +145,20 @@ def calibrate(config: CalibrateConfig) -> Path:
 
 
 def read_foreign(config: CalibrateConfig, run: SavedRun) -> TokenSplit:
-    """The foreign texts, cut as the run's documents are; those that are documents of the run are left out."""
+    """Read the foreign texts and cut them as the documents of the run are cut. Leave out documents of the run."""
     backbone, column = run.fitted.model.backbone, config.foreign_text_column
-    try:  # no task is asked for: the column of texts stands for it
+    try:  # foreign texts have no task: the text column is also given as the task column
         table, _ = read_table(str(config.foreign), task_column=column, text_column=column)
     except InputError as error:
         raise InputError(str(error).replace("(task_column)", "(foreign_text_column)")) from None
     tasks = {name: d for d, name in enumerate(run.data.tasks)}
-    table = table.remove_columns("task").add_column("task", [run.data.tasks[0]] * len(table))  # any: the best will read it
+    table = table.remove_columns("task").add_column("task", [run.data.tasks[0]] * len(table))  # any task: text_scores ignores it
     max_tokens = min(run.config.max_tokens, backbone.context or run.config.max_tokens)
     split = tokenise(table, backbone.tokenizer, task_index=tasks, max_tokens=max_tokens).split
     known = {_key(each, n) for each in (run.data.train, run.data.validation, run.data.test) for n in range(len(each))}
     kept = [n for n in range(len(split)) if _key(split, n) not in known]
     if not kept:
-        raise InputError(f"every text of {config.foreign} is a document of the run; give texts that belong to none of its tasks")
+        raise InputError(f"every text of {config.foreign} is a document of the run; give texts that belong to no task")
     if left_out := len(split) - len(kept):
         print(f"note: {left_out} of the foreign texts are documents of the run and were left out", file=sys.stderr)
     return sample_texts(split.subset(torch.tensor(kept)), config.foreign_documents, seed=config.seed)
@@ -161,11 +168,11 @@ def read_questions(path: Path) -> list[Question]:
     """The questions of a .jsonl file.
 
     Raises:
-        InputError: no such file, another kind of file, or a line that is no question.
+        InputError: the file does not exist or is not a .jsonl file, or a line is not a question.
     """
     if not path.is_file() or path.suffix != ".jsonl":
         raise InputError(
-            f"questions {path} is no .jsonl file; give one with a JSON object a line: prompt, options, correct, task"
+            f"questions {path} is no .jsonl file; give one with a JSON object per line: prompt, options, correct, task"
         )
     questions, names = [], ("prompt", "options", "correct", "task")
     for number, row in enumerate(read_file(path).to_dict("records"), start=1):
@@ -182,7 +189,7 @@ def read_questions(path: Path) -> list[Question]:
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
     if not questions:
-        raise InputError(f"questions {path} is empty; give a JSON object a line: prompt, options, correct, task")
+        raise InputError(f"questions {path} is empty; give a JSON object per line: prompt, options, correct, task")
     return questions
 
 
@@ -191,8 +198,8 @@ def _key(split: TokenSplit, n: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _all_or_none(folder: Path) -> Iterator[Path]:
-    """A place to write in; what is there at the end goes into the folder, and nothing where it ends with an error."""
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder. Its files are moved into ``folder`` at the end; after an error none are."""
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

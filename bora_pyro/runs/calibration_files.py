@@ -1,4 +1,4 @@
-"""The tables and pictures of ``bora calibrate``, written to a folder and summed up on the terminal."""
+"""Write the tables and pictures of ``bora calibrate`` to a folder, and print a summary."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from bora_pyro.diagnostics.unknown_texts import SCORES, auroc_by_score
 from bora_pyro.predict.mixture import TokenPredictions
 from bora_pyro.predict.multiple_choice import ChoicePredictions, Question
 
-POINTS = 200  # of a risk-coverage curve
+POINTS = 200  # points of a risk-coverage curve
 LOSSES = {"nll": "mean negative log-likelihood\nof the tokens kept (nats)", "wrong": "share of wrong tokens\namong those kept"}
 
 
 def calibration_table(predictions: Mapping[str, Predictions], tasks: list[str], *, unit: str = "tokens") -> pd.DataFrame:
-    """A row a task and one of all: how many predictions, and ``<prediction>_<measure>`` of each of some predictions."""
+    """One row per task and one for all tasks: the number of predictions, and the columns ``<prediction>_<measure>``."""
     parts: list[pd.DataFrame] = []
     for name, each in predictions.items():
         whole = pd.DataFrame([asdict(calibration(each))], index=pd.Index(["all"], name="task"))
@@ -41,7 +41,7 @@ def calibration_table(predictions: Mapping[str, Predictions], tasks: list[str], 
 
 
 def write_calibration(folder: Path, predictions: dict[str, TokenPredictions], tasks: list[str]) -> None:
-    """Calibration of the tokens, and what refusing the most uncertain ones buys."""
+    """Write the calibration of the tokens, and the risk that remains when the most uncertain tokens are left out."""
     table = calibration_table(predictions, tasks)
     table.to_csv(folder / "calibration.csv", float_format="%.6g")
     tables = {name: reliability(each.confidence, each.correct) for name, each in predictions.items()}
@@ -61,18 +61,21 @@ def write_calibration(folder: Path, predictions: dict[str, TokenPredictions], ta
 
 
 def risk_coverage_table(predictions: TokenPredictions) -> pd.DataFrame:
-    """Curves for each loss and uncertainty: loss, uncertainty, coverage, risk, threshold, and the area under the whole curve."""
-    doubts = {
+    """The risk-coverage curve of each loss and each measure of uncertainty, as one table.
+
+    Its columns: loss, uncertainty, coverage, risk, threshold, and area (the area under the whole curve).
+    """
+    measures = {
         "total": predictions.total, "aleatoric": predictions.aleatoric, "epistemic": predictions.epistemic,
         "1 − confidence": 1 - predictions.confidence,
     }  # fmt: skip
-    if len(predictions.log_likelihood) == 1:  # a point has no epistemic uncertainty, and its total is aleatoric
-        doubts = {name: doubts[name] for name in ("total", "1 − confidence")}
+    if len(predictions.log_likelihood) == 1:  # a point has no epistemic uncertainty: total and aleatoric are equal
+        measures = {name: measures[name] for name in ("total", "1 − confidence")}
     losses = {"nll": -predictions.log_prob, "wrong": (~predictions.correct).double()}
     tables = []
     for loss, cost in losses.items():
-        for uncertainty, doubt in doubts.items():
-            curve, area = risk_coverage(doubt, cost), area_under_risk_coverage(doubt, cost)
+        for uncertainty, values in measures.items():
+            curve, area = risk_coverage(values, cost), area_under_risk_coverage(values, cost)
             places = np.searchsorted(curve["coverage"], np.linspace(1 / POINTS, 1, POINTS) - 1e-12)
             curve = curve.iloc[np.unique(places)]
             tables.append(curve.assign(loss=loss, uncertainty=uncertainty, area=area))
@@ -80,7 +83,7 @@ def risk_coverage_table(predictions: TokenPredictions) -> pd.DataFrame:
 
 
 def write_foreign(folder: Path, own: pd.DataFrame, foreign: pd.DataFrame, tasks: list[str]) -> None:
-    """The scores of own and foreign texts, and how well each tells the two apart."""
+    """Write the scores of own and foreign texts, and how well each score separates the two."""
     table = pd.concat({"own": own, "foreign": foreign}, names=["origin", None]).reset_index(level=0)
     table.assign(task=[tasks[d] for d in table["task"]]).to_csv(folder / "foreign.csv", index=False, float_format="%.6g")
     auroc = auroc_by_score(own, foreign)
@@ -100,7 +103,7 @@ def write_foreign(folder: Path, own: pd.DataFrame, foreign: pd.DataFrame, tasks:
 
 
 def write_questions(folder: Path, questions: list[Question], answers: dict[str, ChoicePredictions], tasks: list[str]) -> None:
-    """A row a question with what the mixture answers, and the calibration of the answers."""
+    """Write one row for each question with the answer of the mixture, and the calibration of the answers."""
     last = [*answers.values()][-1]
     columns: dict[str, Any] = {
         "prompt": [question.prompt for question in questions],
@@ -121,7 +124,7 @@ def write_questions(folder: Path, questions: list[Question], answers: dict[str, 
 
 
 def _by_prediction(table: pd.DataFrame, names: Mapping[str, Any]) -> pd.DataFrame:
-    """The last row of a calibration table, of all tasks, as a row a prediction."""
+    """The last row of a calibration table (all tasks), as one row for each prediction."""
     measures = [name for name in Calibration.__dataclass_fields__ if name != "tokens"]
     return pd.DataFrame({name: {measure: table[f"{name}_{measure}"].iloc[-1] for measure in measures} for name in names}).T
 

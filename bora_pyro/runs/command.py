@@ -1,4 +1,4 @@
-"""A console command: the configuration that it reads, what it does, what it prints, and the exit code that it ends with.
+"""A console command: its configuration, the function that it runs, what it prints, and its exit code.
 
 >>> from dataclasses import dataclass
 >>> from bora_pyro.options.field import option
@@ -36,10 +36,10 @@ class Command(Generic[ConfigT, ResultT]):
     """A command of ``bora``.
 
     Args:
-        name: its name, as in ``bora map-fit``; its script is then ``map_fit.py``.
-        configuration: the dataclass of its options.
-        run: does the work; returns what there is to show.
-        show: prints the result, in the first process only. Without it ``run`` prints.
+        name: name of the command, as in ``bora map-fit``. The script of this command is then ``map_fit.py``.
+        configuration: the dataclass of the options.
+        run: runs the command and returns the result.
+        show: prints the result, in the first process only. None: ``run`` prints it.
     """
 
     name: str
@@ -49,19 +49,19 @@ class Command(Generic[ConfigT, ResultT]):
 
     @property
     def script(self) -> str:
-        """The name of the script that is this command."""
+        """The name of the script that runs this command."""
         return f"{self.name.replace('-', '_')}.py"
 
     def main(self, argv: Sequence[str], *, prog: str | None = None, others: Mapping[str, type] | None = None) -> int:
-        """Run the command; bad input is one line on stderr.
+        """Run the command. An input error is printed as one line on stderr.
 
         Args:
             argv: the arguments, without the name of the command.
-            prog: the program's name in ``--help``; default: the script's.
-            others: configurations of all commands by their scripts: a file of another command is recognised.
+            prog: the program's name in ``--help``; default: the name of the script.
+            others: configurations of all commands by the name of the script, to recognise a file of another command.
 
         Returns:
-            The exit code: 0, 2 after bad input, 128 + the signal's number where a signal stopped the run.
+            The exit code: 0, 2 after bad input, 128 + the signal's number if a signal stopped the run.
         """
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -77,7 +77,7 @@ class Command(Generic[ConfigT, ResultT]):
 
 
 def _end(message: str, exit_code: int) -> int:
-    """Say why the command ends, once for all processes."""
+    """Print why the command ends, in the first process only."""
     if is_first():
         print(message, file=sys.stderr)
     return exit_code

@@ -1,11 +1,14 @@
-"""Diagnose the shrinkage of a finished fit, and compare it with others on the same held-out documents.
+"""Diagnose the shrinkage of a finished fit, and compare it with other fits on the same held-out documents.
 
     bora diagnose runs/speeches --compare runs/speeches-independent runs/speeches-pooled
 
-It writes, into the run's folder ``diagnostics`` or where ``--output`` says, ``shrinkage.nc`` (the ArviZ container),
-``shrinkage.csv`` (a row a task), and one picture a question; with ``--compare`` also ``compare.csv`` and its picture. Nothing is
-fitted again. Of a posterior (a run of ``scripts/posterior_fit.py``) the container has ``--draws`` draws, the table also the
-quantiles of their distances, and the pictures of distances show intervals; trees and components are of its centre.
+It writes into the folder ``diagnostics`` of the run, or into ``--output``: ``shrinkage.nc`` (the ArviZ container),
+``shrinkage.csv`` (one row for each task), and several pictures. With ``--compare`` it also writes ``compare.csv`` and
+``compare.png``. Nothing is fitted again.
+
+For a posterior (a run of ``bora posterior-fit``) the container has ``--draws`` draws. The table then has quantiles of the
+distances over the draws, and the pictures of distances show intervals. The dendrogram and the principal components use the centre
+of the posterior.
 """
 
 from __future__ import annotations
@@ -32,21 +35,21 @@ from bora_pyro.runs.command import Command
 from bora_pyro.runs.layout import DIAGNOSTICS, FIT
 from bora_pyro.runs.saved import SavedRun, load_run
 
-DRAWS = 50  # of a posterior
-QUANTILES = (0.05, 0.95)  # of the draws
+DRAWS = 50  # draws of a posterior, unless --draws is given
+QUANTILES = (0.05, 0.95)  # quantiles over the draws
 
 
 @dataclass(kw_only=True)
 class DiagnoseConfig:
-    """Diagnose the shrinkage of a finished fit, and compare it with others on the same held-out documents."""
+    """Diagnose the shrinkage of a finished fit, and compare it with other fits on the same held-out documents."""
 
     run: str = option("", "folder of the run, a fit's output_dir", positional=True)
-    compare: list[str] | None = option(None, "folders of runs to compare it with, fitted and tested on the same documents")
+    compare: list[str] | None = option(None, "folders of other runs to compare with, fitted and tested on the same documents")
     draws: int | None = option(None, f"draws of each posterior (default: {DRAWS}; a MAP fit is a point and has none)")
-    output: str | None = option(None, "where the results go (default: the folder diagnostics of the run)")
+    output: str | None = option(None, "folder for the results (default: the folder diagnostics of the run)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     trust_remote_code: bool = option(
-        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
 
@@ -64,16 +67,16 @@ class DiagnoseConfig:
 
 
 def diagnose(config: DiagnoseConfig) -> Path:
-    """Write everything; returns the folder.
+    """Write all tables and pictures; return their folder.
 
     Raises:
-        InputError: a run that cannot be read, runs on different documents, a folder that cannot be written.
+        InputError: a run cannot be read, the runs have different documents, or the folder cannot be written.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
     _check_draws(run, config)
-    # first, so that runs which cannot be compared are found before the long work, and before anything is written
+    # first, so that runs that cannot be compared are refused before the long computation and before anything is written
     compared = _compared(run, config) if config.compare else {}
     folder = _writable(Path(config.output) if config.output is not None else run.folder.path / DIAGNOSTICS)
     container = shrinkage(run.fitted, run.data, draws=_draws(run, config))
@@ -86,7 +89,7 @@ def diagnose(config: DiagnoseConfig) -> Path:
             for name, figure in _pictures(run.data.tasks, container, gram):
                 figure.savefig(folder / f"{name}.png")
     else:
-        print("note: one ΔW serves all tasks, so there are no deviations to draw", file=sys.stderr)
+        print("note: all tasks have the same ΔW, so there are no deviations to draw", file=sys.stderr)
     print(rows.assign(task=rows["task"].map(name_line)).to_string(index=False, float_format="{:.2f}".format, na_rep="–"))
     if compared:
         table = compare_priors(compared | {next(iter(compared)): container})
@@ -99,10 +102,10 @@ def diagnose(config: DiagnoseConfig) -> Path:
 
 
 def shrinkage_table(run: SavedRun, container: Any) -> pd.DataFrame:
-    """A row a task: documents, distance from Θ, effective parameters, test perplexity without and with the adapter.
+    """One row for each task: documents, distance from Θ, effective parameters, test perplexity without and with the adapter.
 
-    All are of the posterior's centre; where there are draws, ``displacement_q05`` and its like are quantiles over them: of the
-    distance in the direction of the centre, and of the whole distance.
+    All values are those of the posterior's centre, except the quantiles over draws (``displacement_q05`` and the like). The
+    displacement is the distance from Θ in the direction of the centre.
     """
     posterior, constant = container["posterior"], container["constant_data"]
     many = posterior.sizes["draw"] > 1
@@ -122,7 +125,9 @@ def shrinkage_table(run: SavedRun, container: Any) -> pd.DataFrame:
             **quantiles,
             "effective_parameters": effective.values.reshape(-1),
             **{
-                name: np.array([row[name] for row in run.scores], dtype=float)  # None, of an untested task, is NaN
+                name: np.array(
+                    [row[name] for row in run.scores], dtype=float
+                )  # a task without test documents has None, which becomes NaN
                 for name in ("base_test_perplexity", "test_perplexity")
             },
         }
@@ -136,7 +141,7 @@ def _pictures(tasks: list[str], container: Any, gram: np.ndarray) -> Iterator[tu
     yield "ridge", _picture(plots.shrinkage_ridge, container, height=by_task)
     yield "documents", _picture(plots.deviation_by_documents, container)
     yield "heatmap", _picture(plots.deviation_heatmap, container, width=3 + by_task)
-    if len(tasks) < 2:  # one task shares with no other, and is at no distance from any
+    if len(tasks) < 2:  # with one task there is no sharing and no distance between tasks
         return
     yield "pooling", _picture(plots.pooling_factors, container)
     yield "pca", _picture(plots.task_pca, gram, tasks, height=5.5)
@@ -146,14 +151,14 @@ def _pictures(tasks: list[str], container: Any, gram: np.ndarray) -> Iterator[tu
 
 
 def _picture(draw: Callable[..., Any], *arguments: Any, width: float = 7.0, height: float = 4.5) -> Figure:
-    """One picture by a function of :mod:`bora_pyro.diagnostics.plots`, which takes an axis last; sizes in inches."""
+    """Make a figure of one axis with a function of :mod:`bora_pyro.diagnostics.plots`; width and height are in inches."""
     figure = Figure(figsize=(width, height))
     draw(*arguments, figure.subplots())
     return figure
 
 
 def _check_draws(run: SavedRun, config: DiagnoseConfig) -> None:
-    """Refuse draws where every run is a point."""
+    """Refuse ``--draws`` if every run is a point estimate."""
     posterior = not run.is_point or any((Path(path) / FIT).is_file() for path in config.compare or ())
     if config.draws is not None and not posterior:
         how = f"fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
@@ -168,9 +173,10 @@ def _draws(run: SavedRun, config: DiagnoseConfig) -> int | None:
 
 
 def _compared(run: SavedRun, config: DiagnoseConfig) -> dict[str, Any]:
-    """The containers to compare: the run's at its centre, and the others', of which one at a time is in memory.
+    """The containers to compare, by name: that of the run at its centre, and those of the other runs.
 
-    Their names are the folders', or the paths as given where two folders are of one name.
+    Only one of the other runs is in memory at a time. A container has the name of the run's folder. If two folders have the same
+    name, the paths are used as they were given.
     """
     paths = [config.run, *(config.compare or ())]
     names = [Path(path).resolve().name for path in paths]
@@ -186,10 +192,10 @@ def _compared(run: SavedRun, config: DiagnoseConfig) -> dict[str, Any]:
 
 
 def _writable(folder: Path) -> Path:
-    """The folder, made where it is missing."""
+    """Make the folder if it is missing, and check that files can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # finds out before the long work whether files can be written
+        with tempfile.TemporaryFile(dir=folder):  # fails now, before the long computation
             pass
     except (OSError, ValueError) as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The commands that fit: ``bora map-fit``, ``bora posterior-fit`` and ``bora adapt``, and what they print at their end."""
+"""The commands that fit: ``bora map-fit``, ``bora posterior-fit`` and ``bora adapt``, and what they print at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bora_pyro.runs.progress import print_table
 
 
 def show_map_fit(config: MapFitConfig, metrics: Mapping[str, Any]) -> None:
-    """Print the table of the tasks, the learned τ where there is one, and the run folder."""
+    """Print the table of the tasks, the learned τ if there is one, and the run folder."""
     print_table(metrics)
     if "tau_by_group" in metrics:
         print(f"learned τ: {float(format(metrics['tau'], '.3g')):g} (geometric mean; by group in metrics.json)")
@@ -24,7 +24,7 @@ def show_map_fit(config: MapFitConfig, metrics: Mapping[str, Any]) -> None:
 
 
 def show_posterior_fit(config: PosteriorFitConfig, metrics: Mapping[str, Any]) -> None:
-    """Print the table of the tasks, the posterior's mean and mixture beside the MAP estimate, and the run folder."""
+    """Print the table of the tasks, the scores of the posterior mean and mixture, and the run folder."""
     print_table(metrics)
     if "mixture" in metrics:
         print(

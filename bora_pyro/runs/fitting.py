@@ -1,4 +1,4 @@
-"""A fit that writes into a run folder: progress, metrics.jsonl, checkpoints, and how it is stopped."""
+"""Run a fit in a run folder, with a progress bar, ``metrics.jsonl``, checkpoints and stop signals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def fit_into(
     """Fit with a progress bar, checkpoints, and one line of ``metrics.jsonl`` for each epoch.
 
     Args:
-        folder: the run folder, which is taken.
+        folder: the run folder; this process must have taken it.
         model: the model.
         data: the documents.
         options: options of the fit.
@@ -109,8 +109,8 @@ def fit_into(
             )
         except FitStopped as stopped:
             raise RunStopped(f"{stopped}; go on with --resume true", stop.exit_code) from None
-        if stop() and (processes is None or processes.size == 1):  # with several processes, the others do not know of the signal
-            raise RunStopped("stopped after the last step; --resume true evaluates what was fitted", stop.exit_code)
+        if stop() and (processes is None or processes.size == 1):  # with several processes, the others did not get the signal
+            raise RunStopped("stopped after the last step; --resume true evaluates the fit", stop.exit_code)
         return fitted
 
 

@@ -1,4 +1,4 @@
-"""Continue a prompt by several tasks' adapters, side by side.
+"""Continue a prompt with the adapters of several tasks, and show the texts side by side.
 
 bora generate runs/demo --prompt "Returns the" --task drawing --task utils --task base
 """
@@ -24,38 +24,41 @@ from bora_pyro.predict.generate import Continuation, generate_side_by_side
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.saved import load_run
 
-#: A column narrower than this is no pleasure to read: tasks then stand below each other.
+#: The smallest readable width of a column. If a column would be narrower, the tasks are shown below each other.
 LEAST_WIDTH = 28
 
 
 @dataclass(kw_only=True)
 class GenerateConfig:
-    """Continue prompts by several tasks of a finished run, in one batch."""
+    """Continue prompts with the adapters of several tasks of a finished run, in one batch."""
 
     run: str = option("", "folder of a finished fit, its output_dir", positional=True)
     prompt: list[str] = option(
-        [], "beginning of a text, or what a user says to a fit of chats; may be repeated (no default: one is needed)", whole=True
+        [],
+        "beginning of a text; if the run was fitted to chats, the message of a user; may be repeated (at least one is needed)",
+        whole=True,
     )
     task: list[str] = option(
         [],
-        f"who continues it; may be repeated: names of tasks or of their folders, {BASE} (no adapter), {GLOBAL_MEAN} (Θ); where a "
-        f"task is called so, 'plain {BASE}', 'plain {GLOBAL_MEAN}' (default: these two and the first two tasks)",
+        f"task whose adapter continues the prompt: its name or the name of its folder, {BASE} (no adapter) or {GLOBAL_MEAN} (Θ); "
+        f"may be repeated; if a task is named {BASE} or {GLOBAL_MEAN}, 'plain {BASE}' or 'plain {GLOBAL_MEAN}' means no adapter "
+        f"or Θ (default: the first two tasks, {GLOBAL_MEAN} and {BASE})",
         whole=True,
     )
     samples: int = option(1, "continuations of each prompt by each task")
     max_new_tokens: int = option(40, "tokens of a continuation, at most")
     temperature: float = option(0.0, "0 takes the most probable token; above 0 tokens are drawn")
-    top_p: float = option(1.0, "draw among the most probable tokens that have so much probability together")
+    top_p: float = option(1.0, "draw from the most probable tokens whose total probability is this")
     seed: int = option(0, "seed of the draws")
     trust_remote_code: bool = option(
-        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
-    raw: bool = option(False, "take prompts as beginnings of texts, also where the fit was one of chats")
+    raw: bool = option(False, "take prompts as beginnings of texts, even if the run was fitted to chats")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-    json: bool = option(False, "print a line of JSON a text instead of a table")
+    json: bool = option(False, "print one line of JSON for each text instead of a table")
 
     def validate(self) -> None:
-        """Raise ``InputError`` where a run or a prompt is missing."""
+        """Raise ``InputError`` if the run or the prompt is missing."""
         if not self.run.strip():
             raise InputError("no run is given; name the folder of a fit, as in generate.py runs/map_fit --prompt 'It was'")
         if not self.prompt:
@@ -63,7 +66,13 @@ class GenerateConfig:
 
 
 def side_by_side(written: list[Continuation], width: int, *, between: str = "") -> Table:
-    """A column a task where they fit, else a row a task; a block of rows a prompt, and ``between`` it and its continuation."""
+    """A table with one column for each task, or one row for each task if the terminal is too narrow.
+
+    Args:
+        written: the texts.
+        width: width of the terminal, in characters.
+        between: text between a prompt and its continuation.
+    """
     tasks = list(dict.fromkeys(text.task for text in written))
     if width // max(len(tasks), 1) >= LEAST_WIDTH:
         table = Table(box=box.SIMPLE_HEAD, expand=True)
@@ -94,16 +103,16 @@ def _shown(text: Continuation, between: str) -> Text:
 
 
 def _json_line(record: dict[str, Any]) -> str:
-    """A record as JSON, in which what would speak to a terminal has its number."""
+    """A record as one line of JSON. Characters that a terminal could interpret are escaped."""
     text = json.dumps(record, ensure_ascii=False)
     return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
 
 
 def generate(config: GenerateConfig) -> tuple[list[Continuation], bool]:
-    """Continue the prompts by the tasks; returns the texts, and whether they answer a chat's user.
+    """Continue the prompts with the adapters of the tasks; return the texts, and whether they are answers in a chat.
 
     Raises:
-        InputError: a run that cannot be read, or a task that it has not.
+        InputError: the run cannot be read, or it does not have one of the tasks.
     """
     fitted = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code).fitted
     authors = Authors(fitted.tasks)
@@ -116,7 +125,7 @@ def generate(config: GenerateConfig) -> tuple[list[Continuation], bool]:
 
 
 def show_generated(config: GenerateConfig, result: tuple[list[Continuation], bool]) -> None:
-    """Print the texts side by side, or as a line of JSON each."""
+    """Print the texts side by side, or each as one line of JSON."""
     written, chat = result
     if not config.json:
         console = Console()

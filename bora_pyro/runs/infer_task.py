@@ -1,4 +1,4 @@
-"""Which task of a finished run is a text of?
+"""Infer the task of a text: which task of a finished run does it belong to?
 
 bora infer-task runs/demo --text "Returns the shortest path between two nodes." --unknown 0.1
 """
@@ -18,37 +18,40 @@ from bora_pyro.predict.infer_task import PRIORS, TaskCalibration, infer_task
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.saved import SavedRun, load_run
 
-#: Documents to calibrate by: each is read for every task.
+#: Largest number of validation documents to calibrate with. Each is read once for every task.
 MOST = 512
 
 
 @dataclass(kw_only=True)
 class InferTaskConfig:
-    """Say which tasks of a finished run some texts are of, and how sure that is."""
+    """Infer which tasks of a finished run some texts belong to, with probabilities."""
 
     run: str = option("", "folder of a finished fit, its output_dir", positional=True)
     text: list[str] = option([], "a text; may be repeated (default: the lines of --file)", whole=True)
-    file: str | None = option(None, "a file with a text a line")
-    prior: str = option("documents", "p(d) beforehand: in proportion to the training documents, or flat", choices=PRIORS)
-    unknown: float = option(0.0, "probability beforehand that a text is of none of the tasks")
-    calibrate: bool = option(False, f"be as sure as it is right on validation documents of the run, {MOST} of them at most")
+    file: str | None = option(None, "a file with one text per line")
+    prior: str = option("documents", "prior p(d): proportional to the training documents, or flat", choices=PRIORS)
+    unknown: float = option(0.0, "prior probability that a text belongs to none of the tasks")
+    calibrate: bool = option(False, f"calibrate the probabilities on at most {MOST} validation documents of the run")
     temperature: float | None = option(
-        None, "likelihoods count as their 1/T-th power: above 1 it is less sure (default: 1, or as calibrate finds)"
+        None,
+        "likelihoods are raised to the power 1/temperature: above 1, it is less sure (default: 1, or as --calibrate finds)",
     )
-    most: int = option(3, "how many tasks to print of each text")
+    most: int = option(3, "how many tasks to print for each text")
     trust_remote_code: bool = option(
-        False, "let a base model that brings code of its own run it on this machine; a file cannot say so", line_only=True
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
 
     def validate(self) -> None:
-        """Raise ``InputError`` where a run or a text is missing."""
+        """Raise ``InputError`` if the run or the texts are missing."""
         if not self.run.strip():
             raise InputError("no run is given; name the folder of a fit, as in infer_task.py runs/map_fit --text 'It was'")
         if bool(self.text) == (self.file is not None):
-            raise InputError("give texts by --text, or a file with a text a line by --file")
+            raise InputError("give texts with --text, or a file with one text per line with --file")
         if self.calibrate and self.temperature is not None:
-            raise InputError(f"calibrate finds the temperature; leave out temperature (now {self.temperature:g}), or calibrate")
+            raise InputError(
+                f"calibrate finds the temperature; leave out --temperature {self.temperature:g}, or leave out --calibrate"
+            )
         if self.most < 1:
             raise InputError(f"most is {self.most}; give a whole number from 1 up")
 
@@ -68,17 +71,17 @@ def _calibration(config: InferTaskConfig, run: SavedRun) -> TaskCalibration:
         return TaskCalibration(1.0 if config.temperature is None else config.temperature)
     validation = run.data.validation
     if not len(validation):
-        raise InputError(f"the run in {config.run} has no validation documents to calibrate by; give --temperature instead")
+        raise InputError(f"the run in {config.run} has no validation documents to calibrate with; give --temperature instead")
     some = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:MOST].sort().values
     validation = validation.subset(some)
     return infer_task(run.fitted, validation, prior=config.prior).calibrate(validation.task)
 
 
 def infer_tasks(config: InferTaskConfig) -> pd.DataFrame:
-    """A row a text with its most probable tasks, for a terminal.
+    """One row for each text with its most probable tasks, to be printed.
 
     Raises:
-        InputError: a file or a run that cannot be read, or a run without documents to calibrate by.
+        InputError: the file or the run cannot be read, or the run has no documents to calibrate with.
     """
     texts = _texts(config)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)

@@ -35,7 +35,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises:
         InputError: something in the configuration or the data cannot be used. Nothing is written before the data, the base model
-            and the options are checked together.
+            and the options have been checked together.
         RunStopped: the process got Ctrl-C or SIGTERM; the state of the fit is saved.
     """
     with prepare(config, quiet=quiet) as plan:

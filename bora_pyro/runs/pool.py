@@ -2,11 +2,16 @@
 
     bora pool-adapters adapters --base_model facebook/opt-350m --held_out later.csv --output_dir pooled
 
-``adapters`` holds a PEFT folder a task. How far each is shrunk is found by held-out texts (``--held_out``), estimated from
-numbers of documents (``--documents``, a table with the columns task and documents) or from a known noise (``--noise``), or given
-(``--shrinkage``). The adapters need not have had a common start: they are brought into one frame first, which changes no layer.
-It writes ``<task>/``, ``global-mean/`` (Θ), ``groups.csv`` (τ by kind of layer), ``tasks.csv`` (shrinkage, distances, what the
-cut to a low rank has lost) and ``pooling.json``.
+The folder ``adapters`` has one PEFT folder for each task. One of four options sets how far each adapter is shrunk:
+
+- ``--held_out``: the shrinkage that predicts held-out texts best;
+- ``--documents``: estimated from the number of documents of each task, a table with the columns task and documents;
+- ``--noise``: estimated from a known noise;
+- ``--shrinkage``: the given value.
+
+The adapters may have been trained from different starts. They are first brought into a common frame, which changes no ΔW.
+The command writes ``<task>/``, ``global-mean/`` (Θ), ``groups.csv`` (τ by kind of layer), ``tasks.csv`` (shrinkage, distances,
+and the error of the cut to a low rank) and ``pooling.json``.
 """
 
 from __future__ import annotations
@@ -46,25 +51,31 @@ class PoolConfig:
     folder: str = option("", "folder with a PEFT folder for each task", positional=True)
     base_model: str = option("builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano")
     trust_remote_code: bool = option(
-        False, "let a hub model run its own code on this machine; a file cannot say so", line_only=True
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
-    same_base: bool = option(True, "refuse adapters that name another base than base_model")
-    tasks: list[str] | None = option(None, "names of folders or of the tasks in them (default: all but global-mean and draws)")
-    documents: str | None = option(None, "table with the columns task and documents: estimate tau and the noise by them")
+    same_base: bool = option(True, "refuse adapters that name a base model other than base_model")
+    tasks: list[str] | None = option(None, "names of tasks or of their folders (default: all but global-mean and draws)")
+    documents: str | None = option(
+        None, "table with the columns task and documents: estimate tau and the noise from these numbers"
+    )
     held_out: str | None = option(
-        None, "texts of the tasks that no adapter was trained on, a table: take the share at which they are predicted best"
+        None, "table of texts that no adapter was trained on: take the shrinkage that predicts them best"
     )
-    task_column: str = option("task", "column of held_out with the name of the task, or of its folder")
+    task_column: str = option("task", "column of held_out with the name of the task or of its folder")
     text_column: str = option("text", "column of held_out with the text")
     max_tokens: int = option(256, "tokens of a held-out text that are read")
-    noise: float | None = option(None, "standard deviation of the noise in an entry: shrink by James and Stein's estimate")
-    shrinkage: float | None = option(None, "the share of the way to Theta, 0 to 1, for every task")
+    noise: float | None = option(
+        None, "standard deviation of the noise in each entry: estimate the shrinkage as James and Stein do"
+    )
+    shrinkage: float | None = option(None, "shrinkage of every task: 0 leaves it as it is, 1 replaces it by Theta")
     space: str = option(
-        "delta_w", "shrink the change of a layer, in a common frame, or the weights A and B, of a common start", choices=SPACES
+        "delta_w",
+        "what is shrunk: the change of a layer, or the weights A and B (only for adapters with a common start)",
+        choices=SPACES,
     )
     rank: int | str | None = option(
         None,
-        "rank of the result, or full to cut nothing (default: the largest of the adapters)",
+        "rank of the result; full cuts nothing (default: the largest rank of the adapters)",
         expects="a whole number or full",
         words=(FULL,),
     )
@@ -83,8 +94,8 @@ class PoolConfig:
         check_choices(self)
         if sum(value is not None for value in (self.documents, self.held_out, self.noise, self.shrinkage)) != 1:
             raise InputError(
-                "give one of --held_out, --documents, --noise and --shrinkage: adapters alone do not tell noise from the tasks' "
-                "differences"
+                "give one of --held_out, --documents, --noise and --shrinkage: the adapters alone cannot show how much of their "
+                "differences is noise"
             )
         if isinstance(self.rank, int) and self.rank < 1:
             raise InputError(f"rank is {self.rank}; give a whole number from 1 up, or {FULL}")
@@ -96,7 +107,7 @@ def pool_adapters(config: PoolConfig) -> Pooled:
     """Read the adapters, pool them, write and print the result.
 
     Raises:
-        InputError: adapters, documents or a base that cannot be used, or a folder that is taken.
+        InputError: the adapters, the documents or the base model cannot be used, or the output folder is taken.
     """
     check_place(config.output_dir, record=POOLING, overwrite=config.overwrite)
     if config.threads is not None:
@@ -139,7 +150,7 @@ def _held_out(config: PoolConfig, adapters: dict[str, PeftAdapter], names: Adapt
         max_tokens=config.max_tokens,
     )
     found = held_out_shrinkage(adapters, backbone, documents, space=config.space, same_base=config.same_base)
-    print(f"perplexity of {len(documents)} held-out documents by share of the way to Θ:")
+    print(f"perplexity of {len(documents)} held-out documents by shrinkage (0: the adapters, 1: Θ):")
     for share, perplexity in found.perplexities.items():
         print(f"  {share:.1f}  {perplexity:.2f}{'  <- taken' if share == found.share else ''}")
     print()

@@ -1,4 +1,4 @@
-"""The runs of a sweep: which to fit next, which are finished, and the processes that fit them.
+"""The runs of a sweep: which to fit next, which are finished, and the processes in which they run.
 
 >>> next_rates(["0.003", "0.01", "0.03"], {}, "climb")
 ['0.01']

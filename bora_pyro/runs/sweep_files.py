@@ -1,4 +1,4 @@
-"""What a cold and a warm sweep share: the table that is there, the split that chooses, the picture beside the table."""
+"""Functions that cold and warm sweeps share: read the stored table, check the validation split, save the figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bora_pyro.runs.config.tau_sweep import SweepConfig
 
 
 def stored_table(config: SweepConfig) -> pd.DataFrame | None:
-    """The table that is there already."""
+    """The table of an earlier sweep with the same output; None if there is none."""
     file = config.stem.with_name(f"{config.stem.name}.csv")
     try:
         return read_sweep(file) if file.exists() else None
@@ -26,9 +26,9 @@ def stored_table(config: SweepConfig) -> pd.DataFrame | None:
 def check_validation(data: TaskData) -> None:
     """Refuse data without a validation document."""
     if not data.validation.num_tokens:
-        raise InputError("there is no validation document, and nothing else may choose tau; give data with a validation split")
+        raise InputError("there are no validation documents, which are needed to choose tau; give data with a validation split")
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
-    """Write ``<stem>.png``, whole or not at all."""
+    """Write ``<stem>.png`` atomically."""
     replace_file(stem.with_name(f"{stem.name}.png"), lambda file: figure.savefig(file, format="png"))

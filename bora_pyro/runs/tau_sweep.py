@@ -1,11 +1,13 @@
-"""How strong should the prior be? Perplexity against τ, each τ at its own best learning rate; the validation split chooses.
+"""Sweep over τ: how strong should the prior be? Each τ is fitted at its own best learning rate; validation perplexity decides.
 
     bora tau-sweep --taus 0 1 10 100 1000 10000 inf learned --output results/documentation
 
-Every fit is a run of ``bora map-fit`` with the options of ``--fit_config``, in a process of its own. With the first seed
-each τ is fitted at several learning rates; the lowest validation perplexity chooses the rate, and the other seeds (other
-splits, other starts) are fitted at it. Table and figure are written again after every fit. A finished run is not repeated,
-and one that was interrupted goes on: give the same command again. ``--path warm`` relaxes τ within one fit instead.
+Every fit is a run of ``bora map-fit`` with the options of ``--fit_config``, in a process of its own. With the first seed,
+each τ is fitted at several learning rates. The rate with the lowest validation perplexity is then used for the other seeds,
+which have other splits and other starts. The table and the figure are written again after every fit.
+
+If the sweep is interrupted, give the same command again: finished runs are not repeated, and interrupted runs are resumed.
+``--path warm`` lowers τ step by step within one fit instead.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ class Sweep:
         self.table = stored_table(config)
 
     def run(self) -> None:
-        """Take over what is finished, and fit the rest.
+        """Take the finished runs into the table, and fit the rest.
 
         Raises:
-            InputError: no fit can begin, or there is nothing to choose by. What is finished is in the table.
-            KeyboardInterrupt: the fits have been ended; what was finished is in the table.
+            InputError: no fit can begin, or no run has a validation perplexity. Finished runs are in the table.
+            KeyboardInterrupt: Ctrl-C or SIGTERM ended the fits. Finished runs are in the table.
         """
         self.take_over()
         if not any(self.next_runs(tau) for tau in self.config.taus):
@@ -58,13 +60,13 @@ class Sweep:
                 line = [*self.config.arguments(run), "--resume", resume, "--overwrite", overwrite]
                 waiting[fits.start(line)] = run
 
-        with interrupts() as asked:
+        with interrupts() as interrupted:
             try:
                 for tau in self.config.taus:
                     begin(tau)
                 while waiting:
                     done = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done
-                    if asked.is_set():
+                    if interrupted.is_set():
                         raise KeyboardInterrupt
                     for future in done:
                         run = waiting.pop(future)
@@ -77,7 +79,7 @@ class Sweep:
         """Put the runs whose folders are finished into the table.
 
         Raises:
-            InputError: a folder holds something that no run wrote, or a finished run with other options.
+            InputError: a folder contains something that no run wrote, or a finished run with other options.
         """
         config, problems = self.config, []
         for run in (
@@ -93,10 +95,10 @@ class Sweep:
             print(f"{len(runs(self.table))} finished runs are taken over", flush=True)
             self.write()
         if problems:
-            raise InputError(problems[0] + (f" (so it is with {len(problems)} folders)" if len(problems) > 1 else ""))
+            raise InputError(problems[0] + (f" ({len(problems)} folders have such a problem)" if len(problems) > 1 else ""))
 
     def next_runs(self, tau: str) -> list[Run]:
-        """What to fit next of a τ: the first seed at other learning rates, in the end the other seeds at the best one."""
+        """The runs of a τ to fit next: the first seed at further learning rates, and then the other seeds at the best rate."""
         scores = dict.fromkeys(self.failed, float("inf"))
         for row in [] if self.table is None else runs(self.table).to_dict("records"):
             scores[Run(row["tau"], row["learning_rate"], row["seed"])] = row["validation_perplexity"]
@@ -108,13 +110,13 @@ class Sweep:
         return [run for run in wanted if run not in scores and run not in self.started]
 
     def tokenise(self) -> None:
-        """Read and tokenise each seed's split, before the fits begin: they find the tokens in the cache."""
+        """Read and tokenise the split of each seed before the fits begin, so that the fits find the tokens in the cache."""
         for seed in range(self.config.seeds):
             run = self.config.fit(Run(self.config.taus[0], self.config.learning_rates[0], seed))
             check_validation(build_run(dataclasses.replace(run, device="cpu"), quiet=seed > 0)[1])
 
     def finish(self, run: Run, reason: str | None) -> None:
-        """Put a run that has ended into the table, or say why it failed."""
+        """Take a run that has ended into the table, or print why it failed."""
         try:
             if reason:
                 raise InputError(reason)
@@ -132,7 +134,7 @@ class Sweep:
         """Write the table and its figure."""
         assert self.table is not None
         write_sweep(self.table, self.config.stem)
-        best_rates(self.table)  # an error where no run can be chosen by
+        best_rates(self.table)  # raises an error if no run has a validation perplexity
         if self.table.test_perplexity.notna().any():
             with style():
                 figure = Figure(figsize=(5.5, 4.0))
@@ -141,11 +143,11 @@ class Sweep:
 
 
 def run_sweep(config: SweepConfig) -> None:
-    """Run the sweep, print its table and what validation chooses.
+    """Run the sweep, and print its table and the τ with the best validation perplexity.
 
     Raises:
         InputError: a fit has failed, or none can begin.
-        RunStopped: interrupted; the same command goes on from there.
+        RunStopped: the sweep was interrupted; the same command resumes it.
     """
     try:
         if config.path == "warm":
@@ -154,13 +156,15 @@ def run_sweep(config: SweepConfig) -> None:
         sweep = Sweep(config)
         sweep.run()
     except KeyboardInterrupt:
-        raise RunStopped("error: interrupted; the same command goes on from here", 130) from None
+        raise RunStopped("error: interrupted; the same command resumes the sweep", 130) from None
     if sweep.table is not None:
         print(summary(sweep.table))
         if len(set(sweep.table.tau) - {LEARNED}) > 1:
             print(f"validation chooses tau = {best_tau(sweep.table)}")
     if sweep.failed:
-        raise InputError(f"{len(sweep.failed)} fits failed; the table has the others, and the same command tries them again")
+        raise InputError(
+            f"{len(sweep.failed)} fits failed; the table has the others; the same command tries the failed ones again"
+        )
 
 
 COMMAND = Command("tau-sweep", SweepConfig, run_sweep)

@@ -1,4 +1,4 @@
-"""A sweep within one fit for each seed: τ is relaxed from the largest to the smallest, its perplexity taken at each."""
+"""A warm sweep: one fit for each seed that lowers τ from the largest value to the smallest and measures perplexity at each."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from bora_pyro.runs.sweep_files import check_validation, save_figure, stored_tab
 
 
 def run_warm(config: SweepConfig) -> pd.DataFrame:
-    """A path from the largest τ to the smallest for each seed; its table and figure are ``<output>_warm``."""
+    """Fit one path from the largest τ to the smallest for each seed; write the table and figure ``<output>_warm``."""
     rate, rows = config.learning_rates[(len(config.learning_rates) - 1) // 2], list[dict[str, Any]]()
     stem, cold = config.stem.with_name(f"{config.stem.name}_warm"), stored_table(config)
     for seed in range(config.seeds):
         run = config.fit(Run(config.numbers[-1], rate, seed))
         if run.scale_learning_rate_with_tau:
-            raise InputError("scale_learning_rate_with_tau belongs to a fit with one tau; leave it out for --path warm")
+            raise InputError("scale_learning_rate_with_tau needs a fit with one tau; leave it out for --path warm")
         model, data = build_run(run, quiet=seed > 0)
         check_validation(data)
 
@@ -46,7 +46,7 @@ def run_warm(config: SweepConfig) -> pd.DataFrame:
                     "seconds_so_far": point.seconds_so_far,
                 }
             )
-            table = pd.DataFrame(rows).astype({"test_perplexity": float})  # missing where there is no test document
+            table = pd.DataFrame(rows).astype({"test_perplexity": float})  # NaN if there are no test documents
             stem.parent.mkdir(parents=True, exist_ok=True)
             replace_file(stem.with_name(f"{stem.name}.csv"), lambda file: table.to_csv(file, index=False))
             _draw_warm(table, cold, stem)
@@ -71,7 +71,7 @@ def _prior(run: MapFitConfig, shared: tuple[str, ...], tau: float) -> Prior:
 
 
 def _draw_warm(table: pd.DataFrame, cold: pd.DataFrame | None, stem: Path) -> None:
-    """The path; where there is a cold sweep, its curve stands beside it."""
+    """Draw the warm path, beside the curve of the cold sweep if there is one."""
     with style():
         figure = Figure(figsize=(5.5 if cold is None else 9.0, 4.0))
         axes = figure.subplots(1, 1 if cold is None else 2, squeeze=False)[0]
@@ -79,6 +79,6 @@ def _draw_warm(table: pd.DataFrame, cold: pd.DataFrame | None, stem: Path) -> No
             tau_curve(cold, axes[0]).set_title("a fit for each τ")
         warm_curve(table, axes[-1]).set_title("one fit that relaxes τ, from right to left")
         limits = [ax.get_ylim() for ax in axes]
-        for ax in axes:  # one scale for both; a shared axis would keep the limits of the first
+        for ax in axes:  # one scale for both; sharey would keep the limits of the first axis
             ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         save_figure(figure, stem)

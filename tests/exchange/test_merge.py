@@ -31,6 +31,6 @@ def test_the_merged_base_is_the_adapted_model(architecture, tmp_path):
 
 def test_a_routed_model_is_not_merged(tmp_path):
     model = model_with("router")
-    with pytest.raises(InputError, match="the token decides which of them reads it"):
+    with pytest.raises(InputError, match="which of them is used depends on the token"):
         save_merged(tmp_path / "merged", model, model.starts)
     assert not list(tmp_path.iterdir())

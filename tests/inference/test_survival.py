@@ -69,9 +69,9 @@ def test_stopped_within_an_epoch_and_taken_up_again(tmp_path, prior, guide, draw
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["all tasks", "drawn tasks"])
 @pytest.mark.parametrize(("change", "message"), [
-    ({"token_budget": 24}, "token_budget is 24, but checkpoint .* stands within an epoch of token_budget 12; give that until"),
-    ({"accumulate": 2}, "accumulate is 2, but checkpoint .* stands within an epoch of accumulate 1; give that until"),
-    ({"seed": 3}, "seed is 3, but checkpoint .* stands within an epoch of seed 2; give that until"),
+    ({"token_budget": 24}, "token_budget is 24, but checkpoint .* is within an epoch with token_budget 12; give that value"),
+    ({"accumulate": 2}, "accumulate is 2, but checkpoint .* is within an epoch with accumulate 1; give that value"),
+    ({"seed": 3}, "seed is 3, but checkpoint .* is within an epoch with seed 2; give that value"),
 ])  # fmt: skip
 def test_the_steps_of_an_epoch_change_between_epochs_alone(tmp_path, change, message, drawn):
     def whole(**more):

@@ -112,7 +112,7 @@ def test_the_command_says_what_came_of_it(tmp_path, map_run, main, capsys):
 BAD = {
     "no run": ([], "no run is given; name the folder of a MAP fit*"),
     "foreign folder": (["{tmp}/none"], "run folder {tmp}/none does not exist*"),
-    "map": (["{run}", "--guide", "map"], "guide is 'map', the point estimate*"),
+    "map": (["{run}", "--guide", "map"], "guide is 'map', but the run is already that point estimate*"),
     "unknown guide": (["{run}", "--guide", "norml"], "guide is 'norml'; allowed: normal, *; did you mean 'normal'?"),
     "no draw": (["{run}", "--draws", "0"], "draws is 0; give a whole number from 1 up"),
     "scale": (["{run}", "--scale", "0"], "scale is 0*; give a finite number above 0"),
@@ -121,7 +121,7 @@ BAD = {
         ["{run}", "--tau", "half_cauch"],
         "tau is 'half_cauch'; allowed: fixed, half_cauchy, gamma; did you mean 'half_cauchy'?",
     ),
-    "tau of laplace": (["{run}", "--tau", "gamma", "--guide", "laplace"], "guide laplace holds tau where it is*"),
+    "tau of laplace": (["{run}", "--tau", "gamma", "--guide", "laplace"], "guide laplace needs a fixed tau*"),
     "onto itself": (["{run}", "--output_dir", "{run}"], "output_dir {run} is the run itself*"),
 }
 

@@ -131,8 +131,10 @@ def test_a_posterior_writes_nothing_of_its_source_again(tmp_path, begun):
 
 
 def test_batches_of_a_posterior_wait_for_the_next_epoch(begun):
-    refused(dataclasses.replace(begun, token_budget=128), r"token_budget is 128, but .* within an epoch of token_budget 64; give")
-    refused(dataclasses.replace(begun, accumulate=2), r"accumulate is 2, but .* within an epoch of accumulate 1; give")
+    refused(
+        dataclasses.replace(begun, token_budget=128), r"token_budget is 128, but .* within an epoch with token_budget 64; give"
+    )
+    refused(dataclasses.replace(begun, accumulate=2), r"accumulate is 2, but .* within an epoch with accumulate 1; give")
 
 
 def test_the_records_of_a_posterior_are_of_what_was_fitted(tmp_path, begun, capsys, monkeypatch):

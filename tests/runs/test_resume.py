@@ -248,7 +248,7 @@ def test_batches_of_another_size_wait_for_the_next_epoch(main, inputs, tmp_path,
         assert main(line(options)) == 130
     error = refused(main, options, capsys, token_budget=128)
     assert "token_budget is 128, but checkpoint " in error
-    assert "stands within an epoch of token_budget 64; give that until the epoch's end" in error
+    assert "is within an epoch with token_budget 64; give that value until the epoch ends" in error
     assert main(line({**options, "epochs": 1, "resume": "true"})) == 0
     assert main(line({**options, "token_budget": 128, "resume": "true"})) == 0
     steps = [entry["step"] for entry in RunFolder.open(tmp_path / "run").read_log()]

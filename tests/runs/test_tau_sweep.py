@@ -165,7 +165,7 @@ def test_a_finished_run_with_other_options_is_not_thrown_away(shop):
     code, printed = shop.main("--seeds", "1")
     assert (code, shop.calls()) == (2, [])
     assert "is a finished run with epochs 2 instead of 3; give another --output or --runs_dir" in printed.err
-    assert "(so it is with 7 folders)" in printed.err
+    assert "(7 folders have such a problem)" in printed.err
     assert len(list(shop.runs.glob("*/metrics.json"))) == 7
 
 

@@ -36,7 +36,7 @@ def test_a_fit_that_fails_is_named_and_the_others_go_on(shop):
     assert code == 2
     errors = sorted(printed.err.splitlines())
     assert errors == [
-        "error: 2 fits failed; the table has the others, and the same command tries them again",
+        "error: 2 fits failed; the table has the others; the same command tries the failed ones again",
         "error: the fit with tau 0, learning rate 0.01, seed 0 failed: the loss is not finite at step 3",
         "error: the fit with tau 100, learning rate 0.01, seed 0 failed: it was ended by signal 9",
     ]
@@ -87,7 +87,7 @@ def test_an_interrupted_sweep_ends_its_fits_and_leaves_a_good_table(shop, number
     watcher.start()
     code, printed = shop.main("--seeds", "1")
     watcher.join()
-    assert (code, printed.err) == (130, "error: interrupted; the same command goes on from here\n")
+    assert (code, printed.err) == (130, "error: interrupted; the same command resumes the sweep\n")
     assert time.monotonic() - begun < 30  # the fits wait for a minute
     for file in pids:
         with pytest.raises(ProcessLookupError):

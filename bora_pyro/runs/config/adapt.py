@@ -26,11 +26,11 @@ ADAPTATION = "adaptation"
 
 @dataclass(kw_only=True)
 class AdaptConfig:
-    """Adapt a finished fit to new tasks with few documents each: its Theta and tau stay, only the new deviations are inferred."""
+    """Adapt a finished fit to new tasks with few documents each: Theta and tau stay fixed, the new deviations are inferred."""
 
     run: str = option("", "folder of the fit, its output_dir", positional=True)
 
-    data: str = changed(SourceOptions, "data", "", "the new tasks' documents, as map_fit.py takes them")
+    data: str = changed(SourceOptions, "data", "", "the documents of the new tasks, in any form that map_fit.py reads")
     task_column: str | list[str] | None = changed(
         DataOptions, "task_column", None, "column that names a document's task, or several (default: as in the fit)"
     )
@@ -41,52 +41,58 @@ class AdaptConfig:
         "column that holds a document's text, or several (default: text, prompt and completion, or chat, as in the fit)",
     )
     prompt_column: str | None = changed(
-        DataOptions, "prompt_column", None, "column with a prompt, read and not predicted (default: see text_column)"
+        DataOptions, "prompt_column", None, "column with a prompt, which is read but not predicted (default: see text_column)"
     )
     completion_column: str | None = changed(
-        DataOptions, "completion_column", None, "column with the text behind the prompt (default: see text_column)"
+        DataOptions, "completion_column", None, "column with the text after the prompt (default: see text_column)"
     )
     messages_column: str | None = changed(DataOptions, "messages_column", None, "column with a chat (default: see text_column)")
     chat_template: str | None = changed(
-        DataOptions, "chat_template", None, "a .jinja file that writes chats, or its text (default: as in the fit)"
+        DataOptions,
+        "chat_template",
+        None,
+        "a .jinja file with the chat template, or the template itself (default: as in the fit)",
     )
     group_column: str | None = changed(
-        DataOptions, "group_column", None, "documents that agree here are one (default: doc_id where the table has it)"
+        DataOptions,
+        "group_column",
+        None,
+        "column that joins rows to one document: rows with the same value (default: doc_id if the table has it)",
     )
     split_column: str | None = changed(
         DataOptions,
         "split_column",
         None,
-        "column that says train, validation or test (default: all documents are learned from)",
+        "column that says train, validation or test (default: all documents are training documents)",
     )
     max_tokens: int | None = changed(
         DataOptions, "max_tokens", None, "tokens of a document that are read (default: as in the fit)"
     )
     max_train_documents: int | None = changed(
-        DataOptions, "max_train_documents", None, "at most so many documents of a task (default: all)"
+        DataOptions, "max_train_documents", None, "largest number of documents of a task (default: all)"
     )
 
-    guide: str = option("map", "map, a point, or how the posterior is approximated", group=ADAPTATION, choices=ALLOWED)
+    guide: str = option("map", "how the posterior is approximated; map is a point estimate", group=ADAPTATION, choices=ALLOWED)
     steps: int = option(
         60, "optimiser steps of each task, rounded up to whole passes over its documents", group=ADAPTATION, least=1
     )
     learning_rate: float = changed(FitOptions, "learning_rate", 1e-2, group=ADAPTATION)
     scale: float = option(
-        0.1, "first standard deviations in units of the prior's, for guides that learn them", group=ADAPTATION, positive=True
+        0.1, "initial standard deviations in units of the prior's, for guides that learn them", group=ADAPTATION, positive=True
     )
     token_budget: int | None = changed(
-        FitOptions, "token_budget", None, "tokens of a batch, padding included (default: the fit's)", group=ADAPTATION
+        FitOptions, "token_budget", None, "tokens of a batch, padding included (default: as in the fit)", group=ADAPTATION
     )
     seed: int = changed(FitOptions, "seed", 0, "seed of the order of the documents and of the guide's draws", group=ADAPTATION)
 
     trust_remote_code: bool = changed(BaseOptions, "trust_remote_code", False, group=RUN)
     device: str = changed(BaseOptions, "device", "auto")
     threads: int | None = changed(RunOptions, "threads", None)
-    output_dir: str = changed(RunOptions, "output_dir", "runs/adapted", "the new run's folder")
+    output_dir: str = changed(RunOptions, "output_dir", "runs/adapted", "folder of the new run")
     overwrite: bool = changed(RunOptions, "overwrite", False)
 
     def validate(self) -> None:
-        """Check every value that needs no run to be checked.
+        """Check every value that can be checked without the run.
 
             >>> AdaptConfig(run="runs/demo", data="new.csv", steps=0).validate()
             Traceback (most recent call last):
@@ -98,12 +104,12 @@ class AdaptConfig:
         if not self.run.strip():
             raise InputError("no run is given; name the folder of a fit, as in adapt.py runs/map_fit --data new.csv")
         if not self.data.strip():
-            raise InputError("no data is given; name the new tasks' documents, as in --data new.csv")
+            raise InputError("no data is given; name the documents of the new tasks, as in --data new.csv")
         check_fields(self)
         check_device(self.device)
 
     @property
     def documents(self) -> dict[str, Any]:
-        """The options of the documents, by their names in the configuration of a fit."""
+        """The options of the documents, by name, as in the configuration of a fit."""
         names = [field.name for field in dataclasses.fields(DataOptions)]
         return {name: getattr(self, name) for name in names if hasattr(self, name)}

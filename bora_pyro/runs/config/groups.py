@@ -65,13 +65,13 @@ class BaseOptions:
     )
     trust_remote_code: bool = option(
         False,
-        "let a base model that brings code of its own run it on this machine; a file cannot say so",
+        "let a base model run code of its own on this machine; allowed on the command line only",
         group=MODEL,
         line_only=True,
     )
     quantization: str | None = option(
         None,
-        "store the base's linear layers in 4 or 8 bits; needs bitsandbytes (default: in --precision)",
+        "store the linear layers of the base in 4 or 8 bits; needs bitsandbytes (default: store them in --precision)",
         group=MODEL,
         choices=QUANTIZATIONS,
     )
@@ -99,15 +99,15 @@ class BaseOptions:
         choices=DEVICE_MAPS,
     )
     shard_base: bool = option(
-        False, "with several processes: each holds a part of the base's layers, where one cannot hold all", group=RUN
+        False, "with several processes: each stores a part of the base's layers, for a base too large for one process", group=RUN
     )
     precision: str = option(
         "float32", "arithmetic of the frozen model; the adapter stays float32", group=RUN, choices=("float32", "bfloat16")
     )
-    gradient_checkpointing: bool = option(False, "less memory, more time", group=RUN)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time", group=RUN)
 
     def validate(self) -> None:
-        """Check every value that needs no model to be checked.
+        """Check every value that can be checked without the model.
 
         Raises:
             InputError: one line with the value and what is allowed.
@@ -144,13 +144,16 @@ class PriorOptions:
         words=(LEARNED,),
     )
     tau_per: str = option(
-        "site", "what has a tau of its own where tau is learned: a site is a kind of layer and a factor", group=PRIOR, choices=PER
+        "site",
+        "what gets a tau of its own when tau is learned; a site is one factor of one kind of layer",
+        group=PRIOR,
+        choices=PER,
     )
     tau_start: float = option(100.0, "where a learned tau starts", group=PRIOR)
     penalty: str = option(
         "normal",
-        "what tau weighs: half the squared deviation (normal, the paper), or the sum over matrices of its unsquared norms "
-        "(norm, the released code; there tau has another unit)",
+        "what tau multiplies: half the squared deviation (normal, as in the paper), or the sum of the norms of the deviation's "
+        "matrices, not squared (norm, as in the released code; tau then has another unit)",
         group=PRIOR,
         choices=("normal", "norm"),
     )
@@ -166,13 +169,13 @@ class PriorOptions:
     )
     task_weights: str | None = option(
         None,
-        "a .csv, .yaml or .json file with a weight a task, the factor of its log-likelihood (default: 1 for all)",
+        "a .csv, .yaml or .json file with a weight for each task, which multiplies its log-likelihood (default: 1 for all)",
         group=PRIOR,
         filled=True,
     )
 
     def validate(self) -> None:
-        """Check every value that needs no data to be checked.
+        """Check every value that can be checked without the data.
 
         Raises:
             InputError: one line with the value and what is allowed.
@@ -189,15 +192,13 @@ class PriorOptions:
                 f"{nearest(str(self.tau), (LEARNED,))}"
             )
         if isinstance(self.tau, float | int) and 0 < self.tau < math.inf and not _TAU[0] <= self.tau <= _TAU[1]:
-            raise InputError(
-                f"tau is {self.tau:g}; give a number between {_TAU[0]:g} and {_TAU[1]:g}, or 0, or inf, which it is nearly"
-            )
+            raise InputError(f"tau is {self.tau:g}; give a number between {_TAU[0]:g} and {_TAU[1]:g}, or 0, or inf")
         if not BOUNDS[0] <= self.tau_start <= BOUNDS[1]:
             raise InputError(f"tau_start is {self.tau_start}; a learned tau stays between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
         if self.tau == LEARNED and (self.prior_form, self.penalty) != ("noncentered", "normal"):
             raise InputError(
                 f"tau is learned for prior_form noncentered and penalty normal; here they are {self.prior_form} and "
-                f"{self.penalty}: leave them out, or give a number for tau"
+                f"{self.penalty}: leave both out, or give a number for tau"
             )
 
 
@@ -207,20 +208,20 @@ class RunOptions:
 
     threads: int | None = option(None, "CPU threads (default: torch's own choice)", group=RUN, least=1)
     trackers: list[str] | None = option(
-        None, f"where else the numbers go while the fit runs: {', '.join(TRACKERS)} (default: nowhere)", group=RUN
+        None, f"services that also get the metrics during the fit: {', '.join(TRACKERS)} (default: none)", group=RUN
     )
-    output_dir: str = option("runs/map_fit", "the run's folder", group=RUN, filled=True)
-    overwrite: bool = option(False, "replace the run that output_dir holds", group=RUN)
+    output_dir: str = option("runs/map_fit", "folder of the run", group=RUN, filled=True)
+    overwrite: bool = option(False, "replace the run in output_dir", group=RUN)
     resume: bool | str = option(
         False,
-        "go on with the run that output_dir holds, from its newest checkpoint; auto: where it holds one, else start one",
+        "resume the run in output_dir from its newest checkpoint; auto: resume it if there is one, else start a new run",
         group=RUN,
         expects="true, false or auto",
         words=(AUTO,),
     )
 
     def validate(self) -> None:
-        """Check every value; the disk is not looked at.
+        """Check every value, without reading the disk.
 
         Raises:
             InputError: one line with the value and what is allowed.
@@ -228,7 +229,9 @@ class RunOptions:
         check_fields(self)
         check_trackers(self.trackers)
         if self.overwrite and self.resume:
-            raise InputError("overwrite and resume are both true; overwrite starts anew, resume goes on: give one of them")
+            raise InputError(
+                "overwrite and resume are both true; overwrite starts a new run, resume continues the old one: give one of them"
+            )
 
 
 def check_device(name: str) -> None:

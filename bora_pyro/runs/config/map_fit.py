@@ -4,7 +4,7 @@
     >>> config.tau, config.rank, config.prior_form
     (1000.0, 4, 'noncentered')
 
-The fields' help is the documentation of the command line; ``validate`` checks the values where they enter.
+The help of each field is its documentation, here and on the command line.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
 @by_heading(*HEADINGS)
 @dataclass(kw_only=True)
 class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOptions, SourceOptions):
-    """Fit BoRA by MAP: one frozen language model, one adapter a task, all under one hierarchical Normal."""
+    """Fit BoRA by MAP: one frozen language model, one adapter for each task, all under one hierarchical Normal."""
 
     scale_learning_rate_with_tau: bool = option(
-        False, "the paper's rule, learning rate proportional to tau; for --prior_form centered only", group=OPTIMISATION
+        False, "the paper's rule: learning rate proportional to tau; for --prior_form centered only", group=OPTIMISATION
     )
 
     def validate(self) -> None:
-        """Check every value that needs no data and no model to be checked.
+        """Check every value that can be checked without the data and the model.
 
             >>> MapFitConfig(rank=0).validate()
             Traceback (most recent call last):
@@ -50,6 +50,6 @@ class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOption
             )
         if self.scale_learning_rate_with_tau and (self.prior_form != "centered" or self.tau in (0, math.inf, LEARNED)):
             raise InputError(
-                "scale_learning_rate_with_tau is a remedy for the centred prior at a tau above 0 and below inf; "
+                "scale_learning_rate_with_tau is only for the centred prior with a given tau above 0 and below inf; "
                 f"here prior_form is {self.prior_form!r} and tau {self.tau}: leave it out, or give --prior_form centered"
             )

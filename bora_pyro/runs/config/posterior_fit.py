@@ -21,7 +21,7 @@ __all__ = ["PosteriorFitConfig", "parse_config"]
 
 #: The value of ``--tau`` that keeps the τ of the run.
 FIXED = "fixed"
-# Guides with a spread; the posterior is fitted around the point estimate.
+# All guides but the point estimate: the posterior is fitted around it.
 _SPREAD = tuple(name for name in GUIDES if name != "map")
 POSTERIOR = "posterior"
 
@@ -29,14 +29,14 @@ POSTERIOR = "posterior"
 @by_heading("options", POSTERIOR, OPTIMISATION, RUN)
 @dataclass(kw_only=True)
 class PosteriorFitConfig(RunOptions, FitOptions):
-    """Fit a posterior around a finished MAP fit: the same model, data and split, a guide with a spread."""
+    """Fit a posterior around a finished MAP fit, with the same model, data and split."""
 
     run: str = option("", "folder of the MAP fit, its output_dir", positional=True)
     guide: str = option("normal", f"how the posterior is approximated: {', '.join(_SPREAD)}", group=POSTERIOR)
     scale: float | None = option(
         None,
-        "first standard deviations in units of the prior's, for guides that learn them (default: 0.5, or less where the prior is "
-        "so wide that they would exceed 0.045 in the unit of the weights)",
+        "initial standard deviations in units of the prior's, for guides that learn them (default: 0.5, or less if the prior is "
+        "so wide that they would exceed 0.045 in units of the weights)",
         group=POSTERIOR,
         positive=True,
     )
@@ -49,38 +49,40 @@ class PosteriorFitConfig(RunOptions, FitOptions):
     )
     tau: str = option(
         FIXED,
-        "fixed: the run's tau, learned or given; half_cauchy or gamma: a random variable with that hyperprior, begun there",
+        "fixed: the tau of the run; half_cauchy or gamma: a random variable with that hyperprior, which starts at the run's tau",
         group=POSTERIOR,
         choices=(FIXED, *HYPERPRIORS),
     )
     draws: int = option(8, "draws of the mixture that metrics.json reports", group=POSTERIOR, least=1)
 
     epochs: int = changed(
-        FitOptions, "epochs", 6, "passes over the training documents, at most; guides that are not fitted make none"
+        FitOptions, "epochs", 6, "largest number of passes over the training documents; guides that are not fitted make none"
     )
     learning_rate: float = changed(FitOptions, "learning_rate", 3e-3)
-    # None stands for the value of the run, which is not read yet
-    token_budget: int = changed(FitOptions, "token_budget", None, "tokens of a batch, padding included (default: the run's)")
+    # None: the value of the run, which is read later
+    token_budget: int = changed(FitOptions, "token_budget", None, "tokens of a batch, padding included (default: as in the run)")
     task_subsampling: bool | None = changed(
         FitOptions,
         "task_subsampling",
         None,
-        "move only the tasks that a step's documents are of (default: with more than 64 tasks)",
+        "update only the tasks of a step's documents (default: with more than 64 tasks)",
     )
     patience: int = changed(
         FitOptions,
         "patience",
         3,
-        "stop after so many epochs without a better validation perplexity of the mean; 0 never stops early",
+        "stop after this many epochs without a better validation perplexity of the mean; 0 never stops early",
     )
-    seed: int = changed(FitOptions, "seed", 0, "seed of the order of the documents and of the draws; the split is the run's")
+    seed: int = changed(
+        FitOptions, "seed", 0, "seed of the order of the documents and of the draws; the split is that of the run"
+    )
 
     device: str = changed(BaseOptions, "device", "auto")
     trust_remote_code: bool = changed(BaseOptions, "trust_remote_code", False, group=RUN)
-    output_dir: str = changed(RunOptions, "output_dir", "runs/posterior_fit", "the new run's folder")
+    output_dir: str = changed(RunOptions, "output_dir", "runs/posterior_fit", "folder of the new run")
 
     def validate(self) -> None:
-        """Check every value that needs no run to be checked.
+        """Check every value that can be checked without the run.
 
             >>> PosteriorFitConfig(run="runs/demo", guide="norml").validate()
             Traceback (most recent call last):
@@ -92,11 +94,11 @@ class PosteriorFitConfig(RunOptions, FitOptions):
         if not self.run.strip():
             raise InputError("no run is given; name the folder of a MAP fit, as in posterior_fit.py runs/map_fit")
         if self.guide == "map":
-            raise InputError(f"guide is 'map', the point estimate that the run is already; allowed: {', '.join(_SPREAD)}")
+            raise InputError(f"guide is 'map', but the run is already that point estimate; allowed: {', '.join(_SPREAD)}")
         if self.guide not in GUIDES:
             raise InputError(f"guide is {self.guide!r}; allowed: {', '.join(_SPREAD)}{nearest(self.guide, _SPREAD)}")
         for group in (FitOptions, RunOptions):
             group.validate(self)
         check_device(self.device)
         if self.tau != FIXED and self.guide.startswith("laplace"):
-            raise InputError(f"guide {self.guide} holds tau where it is; give --tau fixed, or --guide normal")
+            raise InputError(f"guide {self.guide} needs a fixed tau; give --tau fixed, or --guide normal")

@@ -1,4 +1,4 @@
-"""What a sweep over τ can be told, and the fits that it is made of.
+"""The configuration of a sweep over τ, and of its fits.
 
 >>> config = SweepConfig(fit_config="results/documentation.yaml", taus=["0", "1e2"])
 >>> config.arguments(Run("100", "0.01", 0))[2:6]
@@ -42,29 +42,32 @@ class Run(NamedTuple):
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """Fit a range of τ, each at its own best learning rate, and let the validation split choose."""
+    """Fit a range of τ, each at its own best learning rate, and choose the best τ on the validation split."""
 
-    fit_config: str = option("results/documentation.yaml", "YAML of the options that all fits share")
-    data: str | None = option(None, "the documents (default: what fit_config names)")
+    fit_config: str = option("results/documentation.yaml", "YAML file of the options that all fits share")
+    data: str | None = option(None, "the documents (default: as in fit_config)")
     taus: list[str] = option(
         ["0", "1", "10", "100", "1000", "10000", "inf", LEARNED],
         "precisions of the prior: numbers, inf or learned (default: 0 1 10 100 1000 10000 inf learned)",
     )
     learning_rates: list[str] = option(["0.003", "0.01", "0.03"], "the grid of learning rates (default: 0.003 0.01 0.03)")
     search: str = option("climb", "climb: from the grid's middle to the nearest minimum; grid: all rates", choices=SEARCHES)
-    seeds: int = option(3, "how many seeds, from 0")
+    seeds: int = option(3, "number of seeds; they count from 0")
     jobs: int = option(2, "fits that run at the same time, one thread each")
     path: str = option(
-        "cold", "cold: a fit for each tau; warm: one fit that relaxes tau, at the grid's middle rate", choices=("cold", "warm")
+        "cold",
+        "cold: a fit for each tau; warm: one fit that lowers tau step by step, at the middle rate of the grid",
+        choices=("cold", "warm"),
     )
-    warm_epochs: int = option(2, "epochs at each tau of a warm path but the first, which has those of fit_config")
-    runs_dir: str = option("runs/sweep", "where the run folders go, in a folder of the output's name")
+    warm_epochs: int = option(2, "epochs at each tau of a warm path; the first tau has the epochs of fit_config")
+    runs_dir: str = option("runs/sweep", "folder for the runs; they go into its subfolder with the name of the output")
     output: str = option(
-        "results/documentation", "table and figure: .csv, .parquet and .png; runs that the table has are not repeated"
+        "results/documentation",
+        "path of the table and figure; .csv, .parquet and .png are added; runs in the table are not repeated",
     )
 
     def validate(self) -> None:
-        """Check the values, put τ and rates in order, and see that map_fit.py takes them."""
+        """Check the values, sort the τ and the rates, and check the configuration of the fits."""
         check_choices(self)
         for name in ("seeds", "jobs", "warm_epochs"):
             if getattr(self, name) < 1:
@@ -85,24 +88,24 @@ class SweepConfig:
 
     @property
     def numbers(self) -> list[str]:
-        """The τ that are numbers."""
+        """The values of τ that are numbers."""
         return [tau for tau in self.taus if tau != LEARNED]
 
     @property
     def stem(self) -> Path:
-        """The output without its ending."""
+        """The path of the output without its suffix."""
         path = Path(self.output)
         return path.with_suffix("") if path.suffix in (".csv", ".parquet", ".png") else path
 
     def arguments(self, run: Run) -> list[str]:
-        """What map_fit.py is called with."""
+        """The command line of ``bora map-fit`` for a run."""
         folder = Path(self.runs_dir) / self.stem.name / run.folder
         own = {"tau": run.tau, "learning_rate": run.rate, "seed": run.seed, "threads": 1, "output_dir": folder}
         own |= {} if self.data is None else {"data": self.data}
         return ["--config", self.fit_config, *(word for name, value in own.items() for word in (f"--{name}", str(value)))]
 
     def fit(self, run: Run) -> MapFitConfig:
-        """The configuration that map_fit.py makes of it."""
+        """The configuration of the MAP fit of a run."""
         return parse_config(MapFitConfig, self.arguments(run))
 
 

@@ -221,7 +221,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"threads": 0}, "threads is 0; give a whole number from 1 up"),
         ({"epochs": 2**31}, "epochs is 2147483648; give a whole number of at most 2147483647"),
         ({"rank": 10**5}, "rank is 100000; give a whole number of at most 65536"),
-        ({"tau": 1e-40}, "tau is 1e-40; give a number between 1e-30 and 1e+30, or 0, or inf, which it is nearly"),
+        ({"tau": 1e-40}, "tau is 1e-40; give a number between 1e-30 and 1e+30, or 0, or inf"),
         ({"alpha": 0.0}, "alpha is 0.0; give a finite number above 0"),
         ({"alpha": math.nan}, "alpha is nan; give a finite number above 0"),
         ({"learning_rate": math.inf}, "learning_rate is inf; give a finite number above 0"),
