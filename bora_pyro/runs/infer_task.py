@@ -19,7 +19,7 @@ from bora_pyro.runs.command import Command
 from bora_pyro.runs.saved import SavedRun, load_run
 
 #: Largest number of validation documents to calibrate with. Each is read once for every task.
-MOST = 512
+CALIBRATION_DOCUMENTS = 512
 
 
 @dataclass(kw_only=True)
@@ -31,10 +31,12 @@ class InferTaskConfig:
     file: str | None = option(None, "a file with one text per line")
     prior: str = option("documents", "prior p(d): proportional to the training documents, or flat", choices=PRIORS)
     unknown: float = option(0.0, "prior probability that a text belongs to none of the tasks")
-    calibrate: bool = option(False, f"calibrate the probabilities on at most {MOST} validation documents of the run")
+    calibrate: bool = option(
+        False, f"calibrate the probabilities on at most {CALIBRATION_DOCUMENTS} validation documents of the run"
+    )
     temperature: float | None = option(
         None,
-        "likelihoods are raised to the power 1/temperature: above 1, it is less sure (default: 1, or as --calibrate finds)",
+        "likelihoods are raised to 1/temperature; above 1, tasks are less certain (default: 1, or as --calibrate finds)",
     )
     most: int = option(3, "how many tasks to print for each text")
     trust_remote_code: bool = option(
@@ -72,7 +74,7 @@ def _calibration(config: InferTaskConfig, run: SavedRun) -> TaskCalibration:
     validation = run.data.validation
     if not len(validation):
         raise InputError(f"the run in {config.run} has no validation documents to calibrate with; give --temperature instead")
-    some = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:MOST].sort().values
+    some = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:CALIBRATION_DOCUMENTS].sort().values
     validation = validation.subset(some)
     return infer_task(run.fitted, validation, prior=config.prior).calibrate(validation.task)
 

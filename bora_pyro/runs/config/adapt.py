@@ -57,7 +57,7 @@ class AdaptConfig:
         DataOptions,
         "group_column",
         None,
-        "column that joins rows to one document: rows with the same value (default: doc_id if the table has it)",
+        "rows with the same value in this column are one document (default: doc_id if the table has it)",
     )
     split_column: str | None = changed(
         DataOptions,
