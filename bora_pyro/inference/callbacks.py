@@ -1,19 +1,4 @@
-"""Callbacks run between the steps of a fit. They can learn τ, let ranks grow, change masks or average weights.
-
->>> class Counter(Callback):
-...     '''Counts the steps of a fit.'''
-...     steps = 0
-...
-...     def after_step(self, loop):
-...         self.steps += 1
->>> import bora_pyro as bp
->>> backbone = bp.Backbone.from_pretrained("builtin:nano")
->>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
->>> data, counter = bp.load_tasks(bp.table(table), backbone.tokenizer), Counter()
->>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1), prior=bp.Pooled()), data, callbacks=[counter], epochs=2)
->>> counter.steps
-2
-"""
+"""Callbacks run between the steps of a fit. They can learn τ, let ranks grow, change masks or average weights."""
 
 from __future__ import annotations
 
@@ -62,6 +47,20 @@ class FitLoop(Protocol):
 
 class Callback:
     """Base class of callbacks. A subclass overrides the methods that it needs.
+
+        >>> class Counter(Callback):
+        ...     '''Counts the steps of a fit.'''
+        ...     steps = 0
+        ...
+        ...     def after_step(self, loop):
+        ...         self.steps += 1
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> data, counter = bp.load_tasks(bp.table(table), backbone.tokenizer), Counter()
+        >>> fitted = bp.fit(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1), prior=bp.Pooled()), data, callbacks=[counter], epochs=2)
+        >>> counter.steps
+        2
 
     A callback runs in every process of a fit. It draws random numbers from torch's generator, which is seeded for each step. A
     resumed fit therefore draws the same numbers as an uninterrupted one. Everything that a callback changes must be in the state

@@ -1,11 +1,4 @@
-"""The options of ``fit``. The configurations of MAP and posterior fits inherit them.
-
->>> FitOptions(epochs=3).learning_rate
-0.01
->>> FitOptions(warmup=2.0).validate()
-Traceback (most recent call last):
-bora_pyro.errors.InputError: warmup is 2.0; give a fraction of the steps, from 0 to 1
-"""
+"""The options of ``fit``. The configurations of MAP and posterior fits inherit them."""
 
 from __future__ import annotations
 
@@ -22,6 +15,12 @@ OPTIMISATION, RUN = "optimisation", "run"
 @dataclass(kw_only=True)
 class FitOptions(Seeded):
     """Options of :func:`~bora_pyro.inference.fit.fit`.
+
+        >>> FitOptions(epochs=3).learning_rate
+        0.01
+        >>> FitOptions(warmup=2.0).validate()
+        Traceback (most recent call last):
+        bora_pyro.errors.InputError: warmup is 2.0; give a fraction of the steps, from 0 to 1
 
     The help of each field is its documentation, here and on the command line. The learning rate rises over the fraction
     ``warmup`` of the steps to its largest value, ``learning_rate``, and then falls to 0 as a cosine. In the non-centred form,

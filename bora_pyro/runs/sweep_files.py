@@ -26,7 +26,9 @@ def stored_table(config: SweepConfig) -> pd.DataFrame | None:
 def check_validation(data: TaskData) -> None:
     """Refuse data without a validation document."""
     if not data.validation.num_tokens:
-        raise InputError("there are no validation documents, which are needed to choose tau; give data with a validation split")
+        raise InputError(
+            "there is no validation document, but tau is chosen on validation documents; give data with a validation split"
+        )
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
