@@ -1,11 +1,4 @@
-"""The options of ``load_tasks``. The configuration of a fit inherits them.
-
->>> DataOptions(max_tokens=64).columns
-Columns(task=('task',), text=('text',), group=None, split=None, prompt=None, messages=None, text_option='text_column')
->>> DataOptions(max_tokens=1).validate()
-Traceback (most recent call last):
-bora_pyro.errors.InputError: max_tokens is 1; give a whole number from 2 up
-"""
+"""The options of ``load_tasks``. The configuration of a fit inherits them."""
 
 from __future__ import annotations
 
@@ -24,7 +17,14 @@ DATA = "data"
 
 @dataclass(kw_only=True)
 class DataOptions(Seeded):
-    """Options of :func:`~bora_pyro.data.tasks.load_tasks`; the help of each field is its documentation."""
+    """Options of :func:`~bora_pyro.data.tasks.load_tasks`; the help of each field is its documentation.
+
+    >>> DataOptions(max_tokens=64).columns
+    Columns(task=('task',), text=('text',), group=None, split=None, prompt=None, messages=None, text_option='text_column')
+    >>> DataOptions(max_tokens=1).validate()
+    Traceback (most recent call last):
+    bora_pyro.errors.InputError: max_tokens is 1; give a whole number from 2 up
+    """
 
     task_column: str | list[str] = option(
         "task", "column that names a document's task, or several, whose names are joined by ' / '", group=DATA, filled=True
