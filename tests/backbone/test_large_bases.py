@@ -127,11 +127,11 @@ def test_checkpointing_changes_nothing(bases, quantization):
 
 @needs_bitsandbytes
 def test_a_processor_that_multiplies_8_bits_wrongly_is_refused(bases, monkeypatch):
-    """The sums of two products cut at 16 bits, as AVX-512 without VNNI has them."""
+    """AVX-512 without VNNI adds 128 to the inputs and cuts the sums of two products at 16 bits."""
 
     def cut(inputs, weight):
-        pairs = (inputs.float()[:, None] * weight.float()[None]).unflatten(2, (-1, 2)).sum(3)
-        return pairs.clamp(-(2**15), 2**15 - 1).sum(2).int()
+        pairs = ((inputs.float() + 128)[:, None] * weight.float()).unflatten(2, (-1, 2)).sum(3)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(2).int() - 128 * weight.int().sum(1)
 
     monkeypatch.setattr(torch.ops.bitsandbytes, "int8_linear_matmul", cut)
     with pytest.raises(InputError, match="8bit.*wrong products on this processor.*4bit"):
