@@ -134,7 +134,7 @@ def test_a_processor_that_multiplies_8_bits_wrongly_is_refused(bases, monkeypatc
         return pairs.clamp(-(2**15), 2**15 - 1).sum(2).int() - 128 * weight.int().sum(1)
 
     monkeypatch.setattr(torch.ops.bitsandbytes, "int8_linear_matmul", cut)
-    with pytest.raises(InputError, match="8bit.*wrong products on this processor.*4bit"):
+    with pytest.raises(InputError, match=r"8bit.*wrong products on this processor.*4bit"):
         quantised(bases["opt"], "8bit")
 
 
