@@ -4,7 +4,7 @@
 >>> import bora_pyro as bp
 >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
 >>> with tempfile.TemporaryDirectory() as folder:
-...     save_merged(Path(folder) / "merged", model, model.starts)
+...     error = save_merged(Path(folder) / "merged", model, model.starts)
 ...     merged = bp.Backbone.from_pretrained(Path(folder) / "merged")
 >>> merged.digest == model.backbone.digest  # adapters change nothing at their start
 True
@@ -12,6 +12,7 @@ True
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ MERGED = "merged.json"
 
 def save_merged(
     folder: str | Path, model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = None, overwrite: bool = False
-) -> None:
+) -> float:
     """Write the base with one adapter merged into it, as ``save_pretrained`` does. The folder appears once it is complete.
 
     Args:
@@ -38,6 +39,9 @@ def save_merged(
         task: index of the task, needed if tasks have masks of their own; None: Θ.
         overwrite: replace an earlier merged base.
 
+    Returns:
+        The relative error of rounding to the precision of the base, ‖W' − (W + ΔW)‖ / ‖ΔW‖ over all adapted layers; 0 if ΔW is 0.
+
     Raises:
         InputError: the adapter gives no ΔW; the router is not :class:`ByTask`; the base is quantised; or the folder is taken or
             cannot be written.
@@ -46,14 +50,20 @@ def save_merged(
     if getattr(base, "is_quantized", False):
         raise InputError("an adapter cannot be merged into a quantised base; load the base without --quantization")
     deltas = layer_deltas(model, weights, task=task)
-    state = dict(base.state_dict())
+    state, lost, total = dict(base.state_dict()), 0.0, 0.0
     for slot in model.backbone.slots:
         for path in slot.paths:
             key, delta = f"{path}.weight", deltas[path]
-            change = delta.mT if slot.fan_in_fan_out else delta
-            state[key] = (state[key].float() + change.to(state[key].device)).to(state[key].dtype)
+            change = (delta.mT if slot.fan_in_fan_out else delta).to(state[key].device)
+            exact = state[key].float() + change
+            state[key] = exact.to(state[key].dtype)
+            lost += float((state[key].double() - exact.double()).square().sum())
+            total += float(change.double().square().sum())
+    relative_error = math.sqrt(lost / total) if total else 0.0
     with whole_folder(folder, record=MERGED, overwrite=overwrite) as aside:
         base.save_pretrained(aside, state_dict=state)
         if model.backbone.tokenizer is not None:
             model.backbone.tokenizer.save_pretrained(aside)
-        write_record(aside, MERGED, {"base_model": base.config.name_or_path, "model": repr(model)})
+        content = {"base_model": base.config.name_or_path, "model": repr(model), "relative_error": relative_error}
+        write_record(aside, MERGED, content)
+    return relative_error

@@ -19,6 +19,8 @@ task never has two dashes in a row, so it cannot be confused with the folder of 
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from matplotlib.figure import Figure
 
 from bora_pyro.diagnostics import plots
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.exchange.factors import EXPORT_RANK
+from bora_pyro.exchange.merge import MERGED, save_merged
 from bora_pyro.exchange.names import EXPORT
 from bora_pyro.exchange.save import save_peft
 from bora_pyro.files.atomic import check_place, whole_folder, write_record
@@ -41,11 +45,13 @@ from bora_pyro.report.model_card import PICTURE, CardFacts, adapter_card, export
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.saved import SavedRun, load_run
 
+DRAW = "draw {} of the posterior"
+
 
 @dataclass(frozen=True)
 class _Exported:
     folder: str
-    task: str | None  # None: Θ
+    d: int | None  # index of the task; None: Θ
     weights: Weights
     draw: int | None = None
 
@@ -60,6 +66,7 @@ def export_adapters(
     base_name: str | None = None,
     license: str | None = None,
     repo_id: str | None = None,
+    rank: int = EXPORT_RANK,
     overwrite: bool = False,
 ) -> Path:
     """Write the adapters of a run as PEFT folders in one folder. The folder appears once it is complete.
@@ -74,6 +81,7 @@ def export_adapters(
         base_name: the name of the base model in the adapters' files, as the server knows it; default: the run's name of it.
         license: the license of the adapters, as an identifier of the hub; default: none is stated.
         repo_id: ``USER/NAME`` of the repository that the code in the cards loads from; default: the exported folder.
+        rank: rank of the approximation of an adapter that has no exact LoRA form. Its error stands in the cards.
         overwrite: replace an earlier export.
 
     Returns:
@@ -95,17 +103,42 @@ def export_adapters(
     with whole_folder(output_dir, record=EXPORT, overwrite=overwrite) as aside:
         for one in _adapters(run, chosen, draws, seed):
             place = aside / one.folder
-            save_peft(place, run.fitted.model, one.weights, base_model=base_model)
-            what = kind if one.draw is None else f"draw {one.draw} of the posterior"
+            error = save_peft(place, run.fitted.model, one.weights, base_model=base_model, task=one.d, rank=rank)
+            task, what = None if one.d is None else run.fitted.tasks[one.d], kind if one.draw is None else DRAW.format(one.draw)
             of_task = scores.get(one.folder.partition("--")[0])
-            adapter_card(facts, one.task, one.folder, what, of_task).save(place / "README.md")
-            described[one.folder] = {"task": one.task, "what": what} | ({} if one.draw is None else {"draw": one.draw})
+            adapter_card(facts, task, one.folder, what, of_task, relative_error=error).save(place / "README.md")
+            described[one.folder] = {"task": task, "what": what} | ({} if one.draw is None else {"draw": one.draw})
+            described[one.folder] |= {"relative_error": error} if error else {}
         picture = _picture(run, aside / PICTURE)
         title = f"{len(chosen)} tasks over {Path(base_model).name}"
         export_card(facts, title, scores, list(described), picture=picture).save(aside / "README.md")
         content = {"base_model": base_model, "model": repr(run.fitted.model), "seed": seed if draws else None}
         write_record(aside, EXPORT, content | {"adapters": described})
     return Path(output_dir)
+
+
+def export_merged(run: SavedRun, output_dir: str | Path, task: str, *, overwrite: bool = False) -> tuple[Path, float]:
+    """Write the base with one adapter merged into it, as a folder that loads without PEFT.
+
+    Args:
+        run: the run, a MAP fit or a posterior.
+        output_dir: the folder to make.
+        task: the task, by its name or the name of its folder; ``global-mean``: Θ.
+        overwrite: replace an earlier merged base.
+
+    Returns:
+        The folder, and the relative error as :func:`~bora_pyro.exchange.merge.save_merged` returns it.
+
+    Raises:
+        InputError: the task is not in the run, or as for :func:`~bora_pyro.exchange.merge.save_merged`.
+    """
+    fitted = run.fitted
+    if task == GLOBAL_MEAN:
+        weights, d = next(of_all for _, _, of_all in fitted.each_task()), None
+    else:
+        d = fitted.tasks.index(next(iter(_chosen(run, [task]))))
+        weights = next(theta for index, theta, _ in fitted.each_task() if index == d)
+    return Path(output_dir), save_merged(output_dir, fitted.model, weights, task=d, overwrite=overwrite)
 
 
 def _chosen(run: SavedRun, tasks: Sequence[str] | None) -> dict[str, str]:
@@ -126,13 +159,13 @@ def _adapters(run: SavedRun, chosen: dict[str, str], draws: int, seed: int) -> I
     for d, theta, of_all in fitted.each_task():
         mean = mean or of_all
         if fitted.tasks[d] in chosen:
-            yield _Exported(chosen[fitted.tasks[d]], fitted.tasks[d], theta)
+            yield _Exported(chosen[fitted.tasks[d]], d, theta)
     yield _Exported(GLOBAL_MEAN, None, mean or {})
     for draw in range(draws):
         drawn, of_draw = fitted.model.weights_given(run.posterior(seed=seed).sites(draw))
         for name, folder in chosen.items():
             d = fitted.tasks.index(name)
-            yield _Exported(f"{folder}--draw-{draw}", name, {latent: value[d] for latent, value in drawn.items()}, draw)
+            yield _Exported(f"{folder}--draw-{draw}", d, {latent: value[d] for latent, value in drawn.items()}, draw)
         yield _Exported(f"{GLOBAL_MEAN}--draw-{draw}", None, of_draw, draw)
 
 
@@ -151,6 +184,10 @@ def _picture(run: SavedRun, file: Path) -> bool:
     return True
 
 
+#: Options that a merged base has no use for.
+ADAPTERS_ONLY = ("tasks", "draws", "seed", "rank", "base_name", "license", "push_to_hub", "private")
+
+
 @dataclass(kw_only=True)
 class ExportConfig:
     """Export the adapters of a finished run as PEFT folders in one folder."""
@@ -161,6 +198,10 @@ class ExportConfig:
     tasks: list[str] | None = option(None, "names of tasks, or of their folders (default: all)")
     draws: int = option(0, "number of posterior draws; each draw adds a folder for every task")
     seed: int = option(0, "seed of the draws")
+    rank: int = option(EXPORT_RANK, "rank of the approximation of adapters that have no exact LoRA form")
+    merged: str | None = option(
+        None, "write the base with the adapter of this task merged into it, or of global-mean (default: PEFT folders)"
+    )
     base_name: str | None = option(
         None, "name of the base model in the adapters' files, as the server knows it (default: the run's base_model)"
     )
@@ -181,12 +222,16 @@ class ExportConfig:
             )
         if not self.output_dir.strip():
             raise InputError("no output_dir is given; name the folder to make, as in --output_dir exports/map_fit")
-        for name, least in (("draws", 0), ("threads", 1)):
+        for name, least in (("draws", 0), ("rank", 1), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; give a whole number from {least} up")
         if self.push_to_hub is not None:
             check_repo_id(self.push_to_hub)
+        if self.merged is not None:
+            changed = [name for name in ADAPTERS_ONLY if getattr(self, name) != getattr(ExportConfig(), name)]
+            if changed:
+                raise InputError(f"{changed[0]} is of exported adapters; leave it out with --merged, which writes a whole base")
 
 
 def export(config: ExportConfig) -> Path:
@@ -195,11 +240,16 @@ def export(config: ExportConfig) -> Path:
     Raises:
         InputError: the run cannot be read, the folder is taken, or the hub refuses the upload.
     """
-    check_place(config.output_dir, record=EXPORT, overwrite=config.overwrite)
+    check_place(config.output_dir, record=EXPORT if config.merged is None else MERGED, overwrite=config.overwrite)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    if config.merged is not None:
+        folder, error = export_merged(run, config.output_dir, config.merged, overwrite=config.overwrite)
+        print(f"merged base: {folder} (relative error of the rounding {error:.2g})")
+        return folder
     folder = export_adapters(
-        load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code),
+        run,
         config.output_dir,
         tasks=config.tasks,
         draws=config.draws,
@@ -207,9 +257,15 @@ def export(config: ExportConfig) -> Path:
         base_name=config.base_name,
         license=config.license,
         repo_id=config.push_to_hub,
+        rank=config.rank,
         overwrite=config.overwrite,
     )
-    print(f"adapters: {folder}")
+    adapters = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["adapters"]
+    print(f"adapters: {folder} ({len(adapters)} folders)")
+    if error := max(of_one.get("relative_error", 0.0) for of_one in adapters.values()):
+        print(
+            f"note: they have no exact LoRA form; rank {config.rank} has a relative error of up to {error:.2g}", file=sys.stderr
+        )
     if config.push_to_hub is not None:
         print(f"on the hub: {push_folder(folder, config.push_to_hub, private=config.private)}")
     return folder

@@ -96,7 +96,15 @@ def export_card(
     return _card(facts, lines)
 
 
-def adapter_card(facts: CardFacts, task: str | None, folder: str, kind: str, score: Mapping[str, Any] | None = None) -> ModelCard:
+def adapter_card(
+    facts: CardFacts,
+    task: str | None,
+    folder: str,
+    kind: str,
+    score: Mapping[str, Any] | None = None,
+    *,
+    relative_error: float = 0.0,
+) -> ModelCard:
     """Make the card of one adapter.
 
     Args:
@@ -105,6 +113,7 @@ def adapter_card(facts: CardFacts, task: str | None, folder: str, kind: str, sco
         folder: the adapter's folder within the export.
         kind: what the adapter is: "the MAP estimate", "draw 3 of the posterior", ...
         score: the task's entry in ``metrics.json``; None: the card states no scores.
+        relative_error: ‖ΔW − (α/r) B A‖ / ‖ΔW‖ of an adapter that has no exact LoRA form.
     """
     name = "Θ, the global mean of all tasks" if task is None else plain(task)
     origin = "a hierarchical fit by `bora_pyro`"
@@ -113,6 +122,8 @@ def adapter_card(facts: CardFacts, task: str | None, folder: str, kind: str, sco
     elif facts.adapted:
         origin = f"an adaptation of {origin} to new tasks"
     lines = [f"# {name}", "", f"A LoRA adapter of `{facts.base_model}`: {kind} of {origin}.", ""]
+    if relative_error:
+        lines += [f"Its change of the weights has no exact LoRA form; this one has a relative error of {relative_error:.2g}.", ""]
     if score is not None:
         base, adapted = _number(score.get("base_test_perplexity")), _number(score.get("test_perplexity"))
         others = "drawn towards the other tasks" if facts.adapted else "on the documents of the other tasks"

@@ -12,7 +12,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+from bora_pyro.adapters import ADAPTERS
 from bora_pyro.backbone.slots import linear_modules
+from bora_pyro.exchange.factors import layer_deltas
 from bora_pyro.exchange.load import load_peft, read_peft
 from bora_pyro.report.export import COMMAND
 from bora_pyro.runs.adapt import run_adapt
@@ -24,6 +26,7 @@ from tests.hub_stand_in import TOKEN, hub_stand_in
 from tests.server_rules import vllm_problems, vllm_resolves
 from tests.tiny import loaded_peft, peft_warnings
 from tests.tiny_base import documents, map_run, quick_fit, write_table
+from tests.toy_members import Spectral
 
 main = COMMAND.main
 TASKS = {"ada": "Ada", "borge-b": "Børge B.", "cleo": "Cleo"}
@@ -63,7 +66,7 @@ def equal(one, other):
 
 def test_the_map_estimate(fitted, tmp_path, capsys):
     assert main([str(fitted / "run"), "--output_dir", str(tmp_path / "out"), "--threads", "1"]) == 0
-    assert capsys.readouterr().out == f"adapters: {tmp_path / 'out'}\n"
+    assert capsys.readouterr().out == f"adapters: {tmp_path / 'out'} (4 folders)\n"
     assert names(tmp_path / "out") == sorted([*TASKS, "global-mean", "README.md", "export.json", "shrinkage.png"])
     for folder in (*TASKS, "global-mean"):
         assert names(tmp_path / "out" / folder) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -146,6 +149,39 @@ def test_cards_and_their_snippets(fitted, tmp_path, monkeypatch, capsys):
     assert "Θ, the global mean" in (tmp_path / "out" / "global-mean" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("task", "d"), [("Børge B.", 1), ("cleo", 2), ("global-mean", None)])
+def test_a_base_with_one_adapter_merged_into_it(fitted, tmp_path, capsys, task, d):
+    assert main([str(fitted / "run"), "--output_dir", str(tmp_path / "out"), "--merged", task]) == 0
+    assert "merged base: " in capsys.readouterr().out
+    model, (theta, mean) = (fit := load_run(fitted / "run", device="cpu").fitted).model, fit.weights()
+    weights = {name: value[None] for name, value in (mean if d is None else of_task(theta, d)).items()}
+    input_ids = torch.randint(3, model.backbone.model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=input_ids).logits
+    torch.testing.assert_close(logits, model.backbone.logits(input_ids, model.change(weights, torch.tensor([0, 0]))))
+
+
+def test_adapters_without_a_lora_form(tmp_path, capsys, monkeypatch):
+    """The command, the cards and ``export.json`` say how far off they are."""
+    monkeypatch.setitem(ADAPTERS, "spectral", Spectral)
+    options = quick_fit(tmp_path) | {"adapter": "spectral", "adapter_option": "directions=3", "tau": 10, "learning_rate": 0.03}
+    map_run(options | {"output_dir": tmp_path / "run"})
+    assert main([str(tmp_path / "run"), "--output_dir", str(tmp_path / "out"), "--rank", "1"]) == 0
+    assert "no exact LoRA form; rank 1 has a relative error of up to 0." in capsys.readouterr().err
+    described = json.loads((tmp_path / "out" / "export.json").read_text())["adapters"]
+    run = load_run(tmp_path / "run", device="cpu")
+    for d, theta, _ in run.fitted.each_task():
+        folder = list(TASKS)[d]
+        expected = layer_deltas(run.fitted.model, theta, task=d)
+        written = read_peft(tmp_path / "out" / folder)
+        assert written.rank == 1
+        found = {path: of_layer["lora_B"] @ of_layer["lora_A"] for path, of_layer in written.factors.items()}
+        lost = sum((expected[path] - found[path]).square().sum() for path in expected)
+        error = described[folder]["relative_error"]
+        assert error == pytest.approx(float((lost / sum(value.square().sum() for value in expected.values())).sqrt()), rel=1e-3)
+        assert f"a relative error of {error:.2g}" in (tmp_path / "out" / folder / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def hub(monkeypatch):
     with hub_stand_in() as server:
@@ -194,6 +230,15 @@ def test_a_refused_export_is_kept(fitted, tmp_path, capsys, hub, monkeypatch):
         (
             ["{run}", "--output_dir", "{out}", "--tasks", "adaa"],
             "task 'adaa' is not in this run, which has 3; did you mean 'Ada'?",
+        ),
+        (["{run}", "--output_dir", "{out}", "--rank", "0"], "rank is 0; give a whole number from 1 up"),
+        (
+            ["{run}", "--output_dir", "{out}", "--merged", "adaa"],
+            "task 'adaa' is not in this run, which has 3; did you mean 'Ada'?",
+        ),
+        (
+            ["{run}", "--output_dir", "{out}", "--merged", "ada", "--draws", "2"],
+            "draws is of exported adapters; leave it out with --merged, which writes a whole base",
         ),
         (["{run}", "--output_dir", "{run}"], "which is not part of an earlier result; give another --output_dir"),
         (["{run}", "--output_dir", "{run}/config.yaml"], "is a file or a link; give another --output_dir"),
