@@ -20,8 +20,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def documentation_once() -> Iterator[None]:
     """``builtin:documentation`` is taken from networkx's sources once, not by each test that reads it."""
-    from bora_pyro.data import tables
+    from bora_pyro.data.builtin import BUILTIN
+    from bora_pyro.data.documentation import documentation_rows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "documentation_rows", functools.cache(tables.documentation_rows))
+        patch.setitem(BUILTIN, "builtin:documentation", functools.cache(documentation_rows))
         yield

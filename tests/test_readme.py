@@ -15,7 +15,8 @@ import torch
 
 import bora_pyro
 from bora_pyro.cli import command
-from bora_pyro.data import tables
+from bora_pyro.data.builtin import BUILTIN
+from bora_pyro.data.documentation import documentation_rows
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.map_fit import run_map_fit
@@ -83,10 +84,10 @@ def test_every_command_is_taken(page, words, monkeypatch, capsys):
 @pytest.fixture(scope="module", autouse=True)
 def short_documentation():
     """``builtin:documentation`` is some of its tasks, and the first words of their documents."""
-    rows = [row | {"text": row["text"][:120]} for row in tables.documentation_rows() if row["task"] in TASKS]
+    rows = [row | {"text": row["text"][:120]} for row in documentation_rows() if row["task"] in TASKS]
     assert {row["task"] for row in rows} == TASKS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "documentation_rows", lambda: rows)
+        patch.setitem(BUILTIN, "builtin:documentation", lambda: rows)
         yield
 
 

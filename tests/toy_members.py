@@ -11,6 +11,7 @@ import torch
 from bora_pyro import BoRA, HierarchicalNormal
 from bora_pyro.adapters import Adapter, LoRA
 from bora_pyro.backbone.layer_tensors import Start
+from bora_pyro.guides import SiteGuide
 from bora_pyro.inference.callbacks import Callback
 from bora_pyro.likelihoods import Likelihood
 from bora_pyro.priors import Prior, with_shared
@@ -150,6 +151,26 @@ class TokenMixture(Router):
 
     def __repr__(self):
         return f"TokenMixture({self.tasks})"
+
+
+class DoubleExponential(SiteGuide):
+    """A guide with Laplace's double exponential distribution at every site, which is sharper than a Normal."""
+
+    def begin(self, name, centre, deviation, event_dim):
+        self.put("loc", name, centre, event_dim)
+        self.put("log_scale", name, (deviation / 2**0.5).log().expand(centre.shape), event_dim)
+
+    def unconstrained(self, name, event_dim):
+        return dist.Laplace(self.get("loc", name), self.get("log_scale", name).exp()).to_event(event_dim)
+
+
+def double_exponential_guide(model, sites=None, *, data=None, scale=0.1, temperature=1.0):
+    return DoubleExponential(model, sites, scale=scale)
+
+
+def letters():
+    """A data source: two tasks whose texts are letters."""
+    return [{"task": task, "text": " ".join(task * 4) + f" {number}"} for task in "ab" for number in range(8)]
 
 
 class Certainty(Likelihood):

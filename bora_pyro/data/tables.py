@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import datasets
 import pandas as pd
 
-from bora_pyro.data.documentation import documentation_rows
+from bora_pyro.data.builtin import BUILTIN
 from bora_pyro.data.files import TABLE_ENDINGS, join_splits, one_line, read_file, read_folder, table_ending
 from bora_pyro.data.rows import Columns, RowReader
 from bora_pyro.errors import InputError, nearest
@@ -27,7 +27,6 @@ from bora_pyro.errors import InputError, nearest
 Source: TypeAlias = str | Path | pd.DataFrame | datasets.Dataset | datasets.DatasetDict
 _Table: TypeAlias = pd.DataFrame | datasets.Dataset
 
-BUILTIN = ("builtin:documentation",)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -50,7 +49,7 @@ def read_table(
             a path of a .csv, .tsv, .jsonl (each also .gz) or .parquet file;
             a folder that ``save_to_disk`` wrote (the splits of a ``DatasetDict`` are joined);
             a folder of data files, or a hub id (both are read by ``datasets.load_dataset``);
-            ``builtin:documentation``;
+            the name of a built-in source (``data/builtin.py``), such as ``builtin:documentation``;
             a ``pandas.DataFrame``, ``datasets.Dataset`` or ``datasets.DatasetDict`` in memory.
         task_column: column with the name of the task; numbers become texts. The names of several columns are joined by `` / ``,
             as in ``Norway / Ada``.
@@ -119,12 +118,12 @@ def _load(source: Source, hub_split: str | None) -> tuple[_Table, str]:
         return join_splits(source), "the Dataset"
     if not isinstance(source, str | Path):
         raise InputError(
-            f"data is a {type(source).__name__}; give a path, a hub id, {BUILTIN[0]}, a pandas.DataFrame or a datasets.Dataset "
-            "(table(rows) makes one of a list of dicts)"
+            f"data is a {type(source).__name__}; give a path, a hub id, {', '.join(BUILTIN)}, a pandas.DataFrame or a "
+            "datasets.Dataset (table(rows) makes one of a list of dicts)"
         )
     name = str(source)
     if name in BUILTIN:
-        return datasets.Dataset.from_list(documentation_rows()), f"data {name!r}"
+        return table(BUILTIN[name]()), f"data {name!r}"
     check_source(source)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -168,7 +167,7 @@ def _load_hub(name: str, split: str | None) -> datasets.Dataset:
             f"data {name!r} is not a file or folder here, and the Hugging Face hub gave no split {split!r} of it "
             f"({one_line(error)}); "
             f"give a path ({', '.join(TABLE_ENDINGS)}, a saved folder), a hub id that this machine can reach, "
-            f"or {BUILTIN[0]}{nearest(name, BUILTIN)}"
+            f"or {', '.join(BUILTIN)}{nearest(name, BUILTIN)}"
         ) from error
 
 

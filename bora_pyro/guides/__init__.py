@@ -25,8 +25,11 @@ GUIDES: dict[str, GuideBuilder] = {
     "auto_normal": auto_normal_guide,
 }
 
+#: Guides that are computed from the curvature at the MAP estimate. The others are fitted by an ELBO.
+CURVATURE = frozenset({"laplace", "laplace_kronecker"})
+
 __all__ = [
-    "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal", "NormalGuide",
-    "SiteGuide", "auto_normal_guide", "init_to_sites", "init_to_start", "laplace_guide", "laplace_kronecker_guide",
+    "CURVATURE", "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal",
+    "NormalGuide", "SiteGuide", "auto_normal_guide", "init_to_sites", "init_to_start", "laplace_guide", "laplace_kronecker_guide",
     "low_rank_guide", "make_parameters", "map_guide", "normal_guide",
 ]  # fmt: skip

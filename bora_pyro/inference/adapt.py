@@ -27,15 +27,15 @@ from bora_pyro.data.splitters import AllTrain, ByColumn
 from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
 from bora_pyro.errors import InputError, check_at_least, check_one_of, nearest, shown
-from bora_pyro.guides import GUIDES, make_parameters
+from bora_pyro.guides import CURVATURE, GUIDES, make_parameters
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.task_groups import joined_history, joined_perplexity, of_group, task_groups
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
 
-#: Guides of the new deviations.
-ALLOWED = ("map", "normal", "low_rank", "auto_normal")
+#: Guides of the new deviations: all that are fitted by an ELBO.
+ALLOWED = tuple(name for name in GUIDES if name not in CURVATURE)
 #: The options of ``fit`` that an adaptation accepts.
 OPTIONS = ("warmup", "accumulate", "gradient_clip", "temperature", "patience", "on_step", "on_epoch")
 # Options of ``fit`` that an adaptation does not accept, and the reason for the error message.

@@ -23,10 +23,13 @@ L = TypeVar("L", bound="Likelihood")
 
 
 class LanguageModel(Protocol):
-    """The part of the model that a likelihood uses: the logits of a batch under given adapters."""
+    """The part of the model that a likelihood uses: the logits of a batch under given adapters, or of the base without any."""
+
+    def logits(self, batch: Batch, weights: dict[str, Tensor] | None) -> Tensor:
+        """Logits (rows, tokens, vocabulary) as a tensor."""
 
     def lazy_logits(self, batch: Batch, weights: dict[str, Tensor] | None) -> Tensor | LazyLogits:
-        """Logits (rows, tokens, vocabulary), as a tensor or computed later; without weights, those of the base model."""
+        """Logits that are computed a chunk at a time when they are read, which saves memory; or a tensor, as ``logits``."""
 
 
 class Likelihood(ABC):

@@ -28,8 +28,8 @@ pyro.settings.set(module_local_params=True)
 class Prior(ABC):
     """A joint distribution of the latents of all tasks.
 
-    A subclass defines ``sample``, ``means``, ``sites`` and ``precision``. A prior that treats each latent separately is a
-    :class:`PerLatent`, which needs shorter methods.
+    A subclass defines ``sample``, ``means`` and ``sites``, and ``precision`` if the deviations have a τ: adaptation, diagnostics
+    and guides ask for it. A prior that treats each latent separately is a :class:`PerLatent`, which needs shorter methods.
 
     Attributes:
         least_tasks: the smallest number of tasks; the model rejects fewer.

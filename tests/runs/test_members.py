@@ -6,17 +6,30 @@ import pytest
 import torch
 
 from bora_pyro.adapters import ADAPTERS
+from bora_pyro.data.builtin import BUILTIN
 from bora_pyro.errors import InputError
+from bora_pyro.guides import GUIDES
 from bora_pyro.likelihoods import LIKELIHOODS
 from bora_pyro.priors import PRIORS
 from bora_pyro.routers import ROUTERS
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
+from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.fitting import RunStopped
 from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.posterior_fit import run_posterior_fit
 from bora_pyro.runs.saved import load_run
 from bora_pyro.runs.signals import StopSignals
 from tests.tiny_base import line, quick_fit
-from tests.toy_members import Certainty, OneFactor, Projected, Spectral, TokenMixture
+from tests.toy_members import (
+    Certainty,
+    DoubleExponential,
+    OneFactor,
+    Projected,
+    Spectral,
+    TokenMixture,
+    double_exponential_guide,
+    letters,
+)
 
 #: The options that choose a toy member, and what becomes of its adapters.
 MEMBERS = {
@@ -38,6 +51,8 @@ def registered(monkeypatch):
     monkeypatch.setitem(PRIORS, "one_factor", OneFactor)
     monkeypatch.setitem(ROUTERS, "token_mixture", TokenMixture)
     monkeypatch.setitem(LIKELIHOODS, "certainty", Certainty)
+    monkeypatch.setitem(GUIDES, "double_exponential", double_exponential_guide)
+    monkeypatch.setitem(BUILTIN, "builtin:letters", letters)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +93,25 @@ def test_a_run_of_a_toy_member_goes_on_where_it_was_stopped(member, inputs, tmp_
         assert torch.equal(value, other.sites()[name])
     for name, value in one.model.state().items():
         assert torch.equal(value, other.model.state()[name])
+
+
+def test_a_toy_guide_of_a_posterior_and_a_toy_source_of_data(inputs, tmp_path):
+    options = {name: value for name, value in inputs.items() if not name.endswith("column")}
+    folder = tmp_path / "run"
+    options |= {"data": "builtin:letters", "tau": 10, "output_dir": folder}
+    run_map_fit(parse_config(MapFitConfig, line(options)), quiet=True)
+    config = PosteriorFitConfig(run=str(folder), guide="double_exponential", output_dir=str(tmp_path / "posterior"), epochs=1)
+    metrics = run_posterior_fit(config, quiet=True)
+    run = load_run(tmp_path / "posterior")
+    assert list(run.fitted.tasks) == ["a", "b"]
+    assert isinstance(run.fitted.guide, DoubleExponential)
+    assert run.fitted.evaluate(run.data.test)["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-5)
+    means, name = run.fitted.sites(), "theta.v_proj.lora_A_decentered"
+    draws = torch.stack([run.posterior(seed=seed).sites(0)[name] for seed in range(300)])
+    scale = run.fitted.guide.get("log_scale", name).detach().exp()
+    around = ((draws - means[name]) / scale).flatten()
+    assert around.abs().mean() == pytest.approx(1, rel=0.05)  # E|x| of a double exponential with scale 1; 0.8 of its deviation
+    assert around.square().mean() == pytest.approx(2, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ class SourceOptions:
 
     data: str = option(
         "builtin:documentation",
-        "the documents: a .csv, .csv.gz, .jsonl or .parquet file, a saved datasets folder, a hub id, or builtin:documentation",
+        "the documents: a .csv, .tsv, .jsonl (each also .gz) or .parquet file, a saved datasets folder, a hub id, or "
+        "builtin:documentation",
         group=DATA,
         filled=True,
     )
