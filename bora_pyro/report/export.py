@@ -39,7 +39,7 @@ from bora_pyro.exchange.save import save_peft
 from bora_pyro.files.atomic import check_place, whole_folder, write_record
 from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
 from bora_pyro.model import Weights
-from bora_pyro.options.field import option
+from bora_pyro.options.field import check_fields, option
 from bora_pyro.report.hub import check_repo_id, push_folder
 from bora_pyro.report.model_card import PICTURE, CardFacts, adapter_card, export_card
 from bora_pyro.runs.command import Command
@@ -196,9 +196,9 @@ class ExportConfig:
     output_dir: str = option("", "the folder to make")
     overwrite: bool = option(False, "replace an earlier export")
     tasks: list[str] | None = option(None, "names of tasks, or of their folders (default: all)")
-    draws: int = option(0, "number of posterior draws; each draw adds a folder for every task")
+    draws: int = option(0, "number of posterior draws; each draw adds a folder for every task", least=0)
     seed: int = option(0, "seed of the draws")
-    rank: int = option(EXPORT_RANK, "rank of the approximation of adapters that have no exact LoRA form")
+    rank: int = option(EXPORT_RANK, "rank of the approximation of adapters that have no exact LoRA form", least=1)
     merged: str | None = option(
         None, "write the base with the adapter of this task merged into it, or of global-mean (default: PEFT folders)"
     )
@@ -212,7 +212,7 @@ class ExportConfig:
         False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-    threads: int | None = option(None, "CPU threads (default: torch's own choice)")
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)", least=1)
 
     def validate(self) -> None:
         """Check the values."""
@@ -222,10 +222,7 @@ class ExportConfig:
             )
         if not self.output_dir.strip():
             raise InputError("no output_dir is given; name the folder to make, as in --output_dir exports/map_fit")
-        for name, least in (("draws", 0), ("rank", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}; give a whole number from {least} up")
+        check_fields(self)
         if self.push_to_hub is not None:
             check_repo_id(self.push_to_hub)
         if self.merged is not None:

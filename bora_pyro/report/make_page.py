@@ -23,7 +23,7 @@ import torch
 from bora_pyro.diagnostics.sweep_table import read_sweep
 from bora_pyro.errors import InputError
 from bora_pyro.files.safe_yaml import YamlError, read_mapping
-from bora_pyro.options.field import option
+from bora_pyro.options.field import check_fields, option
 from bora_pyro.report.blocks import Page
 from bora_pyro.report.page import check_output, write_page
 from bora_pyro.report.run_page import RunOptions, run_page
@@ -46,9 +46,12 @@ class ReportConfig:
     )
     prompt: str | None = option(None, "text that the samples continue (default: the beginning of a test document)", group=SAMPLES)
     samples: int = option(
-        _DEFAULTS.samples, "number of tasks whose adapters continue the prompt; 0 leaves the samples out", group=SAMPLES
+        _DEFAULTS.samples,
+        "number of tasks whose adapters continue the prompt; 0 leaves the samples out",
+        group=SAMPLES,
+        least=0,
     )
-    max_new_tokens: int = option(_DEFAULTS.max_new_tokens, "largest number of tokens of a sample", group=SAMPLES)
+    max_new_tokens: int = option(_DEFAULTS.max_new_tokens, "largest number of tokens of a sample", group=SAMPLES, least=1)
     temperature: float = option(
         _DEFAULTS.temperature, "0 takes the most probable token each time; above 0 tokens are drawn", group=SAMPLES
     )
@@ -58,7 +61,7 @@ class ReportConfig:
         "parameters and the samples",
         group=PICTURES,
     )
-    draws: int = option(_DEFAULTS.draws, "number of posterior draws for the pictures", group=PICTURES)
+    draws: int = option(_DEFAULTS.draws, "number of posterior draws for the pictures", group=PICTURES, least=2)
     fit_config: str | None = option(
         None,
         "the YAML file that tau_sweep.py got as --fit_config (default: the file beside the table with its name and .yaml)",
@@ -67,7 +70,7 @@ class ReportConfig:
         False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-    threads: int | None = option(None, "CPU threads (default: torch's own choice)")
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)", least=1)
 
     def validate(self) -> None:
         """Check the values."""
@@ -75,10 +78,7 @@ class ReportConfig:
             raise InputError(
                 "nothing is given; name a run's folder, a sweep's table or a folder of runs, as in report.py runs/demo"
             )
-        for name, least in (("samples", 0), ("max_new_tokens", 1), ("draws", 2), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}; give a whole number from {least} up")
+        check_fields(self)
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature is {self.temperature}; give 0 for the most probable token, or a finite number above 0")
         if self.prompt is not None and not (self.adapters and self.samples):
