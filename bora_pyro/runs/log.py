@@ -62,12 +62,12 @@ class Log:
             InputError: the file is damaged.
         """
         try:
-            text = read_regular(self.file, most=MAX_BYTES).decode("utf-8", errors="replace") if self.file.exists() else ""
+            content = read_regular(self.file, most=MAX_BYTES) if self.file.exists() else b""
         except OSError as error:
             raise InputError(f"{self.file} cannot be read ({error}); fit again") from None
-        lines = text.split("\n")[:-1]  # the rest is empty or an incomplete line
+        lines = content.split(b"\n")[:-1]  # the rest is empty or an incomplete line
         try:
-            records = [json.loads(line) for line in lines]
+            records = [json.loads(line.decode("utf-8")) for line in lines]
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.file} is damaged ({error}); fit again") from None
         for number, record in enumerate(records, start=1):

@@ -142,6 +142,18 @@ def test_a_log_that_lies_is_named(finished, tmp_path, report, capsys, line):
     assert capsys.readouterr().err == f"error: {caught.value}\n"
 
 
+def test_a_log_with_bytes_that_are_no_text_is_damaged(finished, tmp_path):
+    """They are no damage in the last line, which a killed run can leave half written."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    whole, log = RunFolder(run).read_log(), run / "metrics.jsonl"
+    content = log.read_bytes()
+    log.write_bytes(content + b'{"note": "\xc3')
+    assert RunFolder(run).read_log() == whole
+    log.write_bytes(content + b'{"note": "\xc3"}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged \('utf-8' codec .*\); fit again"):
+        RunFolder(run).read_log()
+
+
 def test_what_is_not_known_is_no_lie(finished, tmp_path, report):
     """A page of a run in which every number that may be missing is, and of one with the largest and smallest there are."""
     run = shutil.copytree(finished, tmp_path / "run")
