@@ -81,4 +81,4 @@ class Arm:
         Returns:
             The number of predicted tokens, without padding.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # PeftTrainer has none: the Trainer runs a loop of its own

@@ -111,3 +111,16 @@ def lines_of(ax, gid):
 def points_of(ax, gid):
     (line,) = lines_of(ax, gid)
     return np.column_stack([np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)])
+
+
+def check_legible(figure, texts):
+    """Every text has at least 8 points, lies inside the figure, and overlaps no other one."""
+    assert min(text.get_fontsize() for text, _ in texts) >= 8
+    edge = figure.bbox
+    for text, box in texts:
+        assert edge.x0 - 1 <= box.x0 <= box.x1 <= edge.x1 + 1, text
+        assert edge.y0 - 1 <= box.y0 <= box.y1 <= edge.y1 + 1, text
+    for (one, box), (other, other_box) in itertools.combinations(texts, 2):
+        width = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
+        height = min(box.y1, other_box.y1) - max(box.y0, other_box.y0)
+        assert width <= 1 or height <= 1, f"{one} and {other} overlap"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from bora_pyro.diagnostics import plots
 from bora_pyro.diagnostics.plots.style import LINES, MARKERS, PALETTE
-from tests.diagnostics.plot_data import RECORDS, TASKS, compare_table, forms_table, gram, groups, sweep, texts_of
+from tests.diagnostics.plot_data import RECORDS, TASKS, check_legible, compare_table, forms_table, gram, groups, sweep, texts_of
 
 DRAWINGS = {
     "tau_curve": lambda ax: plots.tau_curve(sweep(), ax),
@@ -41,15 +39,7 @@ def test_the_axis_comes_back_named_and_legible(ax, name):
     assert ax.get_ylabel() or ax.get_yticklabels()
     texts = texts_of(ax.figure)
     assert len(texts) > 4
-    assert min(text.get_fontsize() for text, _ in texts) >= 8
-    edge = ax.figure.bbox
-    for text, box in texts:
-        assert edge.x0 - 1 <= box.x0 <= box.x1 <= edge.x1 + 1, text
-        assert edge.y0 - 1 <= box.y0 <= box.y1 <= edge.y1 + 1, text
-    for (one, box), (other, other_box) in itertools.combinations(texts, 2):
-        width = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
-        height = min(box.y1, other_box.y1) - max(box.y0, other_box.y0)
-        assert width <= 1 or height <= 1, f"{one} and {other} overlap"
+    check_legible(ax.figure, texts)
 
 
 @pytest.mark.parametrize("name", DRAWINGS)

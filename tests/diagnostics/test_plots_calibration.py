@@ -14,6 +14,7 @@ from bora_pyro.diagnostics import plots
 from bora_pyro.diagnostics.calibration import reliability, risk_coverage
 from bora_pyro.diagnostics.plots.calibration import _wrapped
 from bora_pyro.errors import InputError
+from tests.diagnostics.plot_data import check_legible
 
 
 def reliability_table(number=900, *, power=1.5, seed=0):
@@ -75,15 +76,7 @@ def test_the_axis_comes_back_and_no_text_is_small_cut_or_covered(ax, name):
     assert draw(ax) is ax
     texts = shown_texts(ax.figure)
     assert len(texts) > 8
-    assert min(text.get_fontsize() for text, _ in texts) >= 8
-    edge = ax.figure.bbox
-    for text, box in texts:
-        assert edge.x0 - 1 <= box.x0 <= box.x1 <= edge.x1 + 1, text
-        assert edge.y0 - 1 <= box.y0 <= box.y1 <= edge.y1 + 1, text
-    for (one, box), (other, other_box) in itertools.combinations(texts, 2):
-        width = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
-        height = min(box.y1, other_box.y1) - max(box.y0, other_box.y0)
-        assert width <= 1 or height <= 1, f"{one} and {other} overlap"
+    check_legible(ax.figure, texts)
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
