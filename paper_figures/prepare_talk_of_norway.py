@@ -14,7 +14,8 @@ from pathlib import Path
 
 from common import run
 
-from bora_pyro.data.files import SPLITS, table_ending
+from bora_pyro.data.files import table_ending
+from bora_pyro.data.split_names import SPLITS
 from bora_pyro.data.talk_of_norway import SELECTIONS, talk_of_norway
 from bora_pyro.errors import InputError
 from bora_pyro.options.field import check_choices, option

@@ -28,7 +28,6 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.files.limits import check_cells, read_bounded
 
 TABLE_ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
-SPLITS = ("train", "validation", "test")
 
 
 def table_ending(path: Path | str) -> str | None:

@@ -60,7 +60,10 @@ class DataOptions(Seeded):
         filled=True,
     )
     split_column: str | None = option(
-        None, "column that says train, validation or test (default: a seeded split by group)", group=DATA, filled=True
+        None,
+        "column that says train, validation or test, or val, dev, eval, ... (default: a seeded split by group)",
+        group=DATA,
+        filled=True,
     )
     small_tasks: str = option(
         "error", "what becomes of a task with too few documents to split", group=DATA, choices=("error", "drop")

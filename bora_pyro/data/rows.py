@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from bora_pyro.data.chat import chat_messages
-from bora_pyro.data.files import SPLITS, check_unicode
-from bora_pyro.errors import InputError, check_one_of, nearest, shown
+from bora_pyro.data.files import check_unicode
+from bora_pyro.data.split_names import split_name
+from bora_pyro.errors import InputError, nearest, shown
 
 #: The separator between task names from several columns.
 NAME_SEPARATOR = " / "
@@ -154,7 +155,7 @@ class RowReader:
         group = "" if columns.group is None else _name(cells[columns.group], f"{where}: column {columns.group!r}")
         row = {"task": task, **content, "group": group or f"row {number}"}
         if columns.split is not None:
-            row["split"] = _split_name(cells[columns.split], f"{where}: column {columns.split!r}")
+            row["split"] = split_name(cells[columns.split], f"{where}: column {columns.split!r}")
         return row
 
     def notes(self) -> list[str]:
@@ -229,11 +230,6 @@ def _name(cell: Any, where: str) -> str:
 def _listed(names: Sequence[object], *, most: int = 20) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{name!s:.60}" for name in names[:most]) + more
-
-
-def _split_name(cell: Any, where: str) -> str:
-    check_one_of(where, cell, SPLITS)
-    return str(cell)
 
 
 def _dropped_note(count: int, what: str) -> str:

@@ -22,7 +22,7 @@ import datasets
 import numpy as np
 
 from bora_pyro.data.encode import content_columns
-from bora_pyro.data.files import SPLITS
+from bora_pyro.data.split_names import SPLITS
 from bora_pyro.errors import InputError, nearest, shown
 
 MIN_DOCUMENTS = 3

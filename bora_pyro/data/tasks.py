@@ -28,9 +28,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.chat import ASSISTANT, chat_template_of, load_chat_template
 from bora_pyro.data.digest import documents_digest
-from bora_pyro.data.files import SPLITS
 from bora_pyro.data.options import DataOptions
 from bora_pyro.data.split import task_generator
+from bora_pyro.data.split_names import SPLITS
 from bora_pyro.data.splitters import ByColumn, ByGroup, Splitter
 from bora_pyro.data.streaming import TokenFile, stream_documents
 from bora_pyro.data.tables import Source, read_table
