@@ -29,6 +29,7 @@ from bora_pyro.backbone.attention import use_short_attention
 from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_exact_products, check_no_adapter, keep_differentiable, placement_arguments
+from bora_pyro.backbone.probe import ends_with_head, probe_tokens
 from bora_pyro.backbone.slots import Slot, find_slots, linear_modules, linear_shape, linear_weight
 from bora_pyro.errors import InputError, nearest
 
@@ -79,6 +80,8 @@ class Backbone:
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing and next(model.parameters()).device.type == "cpu":
             give_back_freed_memory()
+        #: Whether the logits are exactly the head applied to the last hidden states.
+        self.ends_with_head = ends_with_head(model, probe_tokens(model, self.device, context=self.context))
         self.slots = find_slots(model, targets)
         self._modules = dict(model.named_modules())
         self._blocks = {
@@ -196,8 +199,8 @@ class Backbone:
     def lazy_logits(self, input_ids: Tensor, change: Change | None = None) -> Tensor | LazyLogits:
         """As ``logits``, but without the head: the caller computes the logits, for example a loss in chunks of tokens.
 
-        Some models do more than a linear map after their last hidden state, for example Gemma 2 with its soft cap. For them the
-        result is the logits themselves.
+        Some models do more than a linear map after their last hidden state, for example Gemma 2 with its soft cap and Granite
+        with its scale. For them the result is the logits themselves.
         """
         if not self.ends_with_head:
             return self.logits(input_ids, change)
@@ -225,19 +228,6 @@ class Backbone:
     def digest(self) -> str | None:
         """The digest of the weights (`weights_digest`), by which a run recognises its base; None if there is none."""
         return weights_digest(self.model)
-
-    @cached_property
-    def ends_with_head(self) -> bool:
-        """Whether the logits are exactly the head applied to the last hidden states; tested with two tokens."""
-        head = self.model.get_output_embeddings()
-        if type(head) is not nn.Linear or self.model.base_model is self.model or head.weight.device != self.device:
-            return False
-        with torch.no_grad():
-            two = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
-            output = self.model.base_model(input_ids=two, use_cache=False)
-            states = getattr(output, "last_hidden_state", None)
-            # test exact equality: a soft cap changes small logits only a little
-            return states is not None and torch.equal(head(states), self.model(input_ids=two, use_cache=False).logits)
 
     @contextmanager
     def changed(self, change: Change, rows: int) -> Iterator[PreTrainedModel]:
