@@ -27,108 +27,46 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from bora_pyro.data.chat_template import ASSISTANT, TEMPLATE_ERRORS, ChatTemplate, Messages
 from bora_pyro.data.files import one_line
-from bora_pyro.errors import InputError, shown
-from bora_pyro.files.regular import read_regular
-
-Messages = list[dict[str, Any]]
-#: The role whose turns are predicted, and the role of a prompt.
-ASSISTANT, USER = "assistant", "user"
-#: The longest template in bytes. A run stores it in its config.yaml, which has a limit of its own.
-TEMPLATE_BYTES = 2**16
-#: The largest template file, in bytes, that is read at all.
-MAX_TEMPLATE_BYTES = 2**20
+from bora_pyro.data.forms.turns import says, without_text
+from bora_pyro.errors import InputError
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKENS = {"return_offsets_mapping": True, "return_attention_mask": False, "verbose": False}
 
 
-def chat_messages(cell: Any, where: str) -> Messages:
-    """The messages in a cell of a table, a list of mappings with ``role`` and ``content``. The cell may also be JSON text.
+@dataclass(frozen=True)
+class Chat:
+    """A chat, as `forms.chats` stores it.
 
-    >>> chat_messages('[{"role": "user", "content": "Hi", "name": null}]', "row 1")
-    [{'role': 'user', 'content': 'Hi'}]
-
-    Args:
-        cell: the cell.
-        where: the place of the cell, for errors.
-
-    Raises:
-        InputError: the cell is something else.
+    Attributes:
+        messages: the messages.
+        predicted: whether each message is predicted.
+        tools: the tools that the assistant could call, or None.
     """
-    if isinstance(cell, str):
-        try:
-            cell = json.loads(cell)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not JSON ({error.msg}); give a list of {{role, content}} as JSON text") from None
-    messages = cell.tolist() if isinstance(cell, np.ndarray) else cell  # parquet's lists, as pandas reads them
-    if not isinstance(messages, list):
-        raise InputError(f"{where} is a {type(messages).__name__} ({messages!r:.40}), not a list of {{role, content}}")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise InputError(f"{where} has the message {message!r:.60}; give each a role, a text, and a content")
-    # A table stores None for a key that a message does not have. transformers also drops keys with None.
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
+    messages: Messages
+    predicted: list[bool]
+    tools: list[dict[str, Any]] | None = None
 
-def load_chat_template(given: str | Path | None) -> str | None:
-    """Load a Jinja chat template.
+    @classmethod
+    def parse(cls, text: str) -> Chat:
+        """The chat of a JSON text, which is a list of messages, or a mapping that also has the other attributes.
 
-    Args:
-        given: the template as text, the path of its file, or None, which is returned as it is.
-
-    Raises:
-        InputError: the file cannot be read, is not a regular file, is too large, or does not hold a template.
-    """
-    if given is None or (isinstance(given, str) and ("{%" in given or "{{" in given)):
-        return given
-    try:
-        template = read_regular(Path(given).expanduser(), most=MAX_TEMPLATE_BYTES).decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"chat_template {str(given)!r} cannot be read ({one_line(error)}); give a .jinja file") from None
-    if len(template.encode()) > TEMPLATE_BYTES:
-        raise InputError(
-            f"chat_template {str(given)!r} has {len(template.encode())} bytes; a template has {TEMPLATE_BYTES} at most"
-        )
-    if "{%" not in template and "{{" not in template:
-        raise InputError(f"chat_template {str(given)!r} is not a Jinja template: it has neither '{{{{' nor '{{%'")
-    return template
-
-
-def same_chat_template(one: Any, other: Any) -> bool:
-    """Whether two options mean the same template. Each may be the template's text or the path of its file.
-
-    >>> same_chat_template("{{ messages }}", "{{ messages }}"), same_chat_template("{{ messages }}", "no.jinja")
-    (True, False)
-    """
-    try:
-        return one == other or (
-            isinstance(one, str) and isinstance(other, str) and load_chat_template(one) == load_chat_template(other)
-        )
-    except InputError:  # the file does not exist any more
-        return False
-
-
-def chat_template_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    """The given template, or the tokenizer's own if ``template`` is None.
-
-    Raises:
-        InputError: the tokenizer has no template.
-    """
-    try:
-        return str(tokenizer.get_chat_template(template))
-    except ValueError:
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r} has no chat template to write chats with; give one with "
-            "--chat_template FILE.jinja, or use the tokenizer of a chat model"
-        ) from None
+        >>> Chat.parse('[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]').predicted
+        [False, True]
+        """
+        found = json.loads(text)
+        if isinstance(found, list):
+            return cls(found, [message["role"] == ASSISTANT for message in found])
+        return cls(found["messages"], found["predicted"], found.get("tools"))
 
 
 def read_chats(
@@ -148,44 +86,65 @@ def read_chats(
     Raises:
         InputError: there is no template, the tokenizer is not a fast one, or the template fails on a chat.
     """
-    template = chat_template_of(tokenizer, template)
+    writer = ChatTemplate(tokenizer, template)
     if not tokenizer.is_fast:
         raise InputError(
             f"tokenizer {tokenizer.name_or_path!r} does not give the positions of its tokens; use a fast one for chats"
         )
-    read = _read_marked if _MARKED.search(template) else _read_unmarked
-    for chat in chats:
+    for text in chats:
+        chat = Chat.parse(text)
+        read = _read_marked if _MARKED.search(writer.source(chat.tools)) else _read_unmarked
         try:
-            yield read(tokenizer, json.loads(chat), template)
+            found = read(writer, chat)
+            _check_written(writer, chat)
         except InputError as error:
-            raise InputError(f"chat {chat[:60]!r}: {error}") from None
-        except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
-            raise InputError(f"chat {chat[:60]!r}: the chat template cannot write it ({one_line(error)})") from None
+            raise InputError(f"chat {text[:60]!r}: {error}") from None
+        except TEMPLATE_ERRORS as error:
+            raise InputError(f"chat {text[:60]!r}: the chat template cannot write it ({one_line(error)})") from None
+        yield found
 
 
-def _read_marked(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str
-) -> tuple[list[int], list[bool], list[int]]:
-    encoding = tokenizer.apply_chat_template(
-        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_TOKENS
-    )
+def _read_marked(writer: ChatTemplate, chat: Chat) -> tuple[list[int], list[bool], list[int]]:
+    encoding = writer.tokens(chat.messages, chat.tools, return_assistant_tokens_mask=True, tokenizer_kwargs=_TOKENS)
     observed = [bool(own) for own in encoding["assistant_masks"]]
+    for first, last in _unpredicted_marks(writer, chat):
+        start, end = encoding.char_to_token(first), encoding.char_to_token(last - 1)
+        if start is not None and end is not None:
+            observed[start : end + 1] = [False] * (end + 1 - start)
     return list(encoding["input_ids"]), observed, [stop for _, stop in encoding["offset_mapping"]]
 
 
-def _read_unmarked(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str
-) -> tuple[list[int], list[bool], list[int]]:
-    def written(part: Messages, *, ask: bool = False) -> Any:
-        return tokenizer.apply_chat_template(
-            part, chat_template=template, add_generation_prompt=ask, return_dict=True, tokenizer_kwargs=_TOKENS
+def _unpredicted_marks(writer: ChatTemplate, chat: Chat) -> list[tuple[int, int]]:
+    """(first, last) character of each marked text of the assistant's that is not predicted."""
+    own = [predicted for message, predicted in zip(chat.messages, chat.predicted, strict=True) if message["role"] == ASSISTANT]
+    if all(own):
+        return []
+    _, marks = render_jinja_template(
+        [chat.messages],
+        tools=chat.tools,
+        chat_template=writer.source(chat.tools),
+        return_assistant_tokens_mask=True,
+        **writer.tokenizer.special_tokens_map,
+    )
+    if any(own) and len(marks[0]) != len(own):
+        raise InputError(
+            f"some turns of the {ASSISTANT} are only read, and the chat template marks {len(marks[0])} texts for {len(own)} "
+            "turns with {% generation %}; give one that marks one text for each: --chat_template FILE.jinja"
         )
+    return [mark for mark, predicted in zip(marks[0], own if any(own) else [False] * len(marks[0]), strict=True) if not predicted]
+
+
+def _read_unmarked(writer: ChatTemplate, chat: Chat) -> tuple[list[int], list[bool], list[int]]:
+    messages = chat.messages
+
+    def written(part: Messages, *, ask: bool = False) -> Any:
+        return writer.tokens(part, chat.tools, ask=ask, tokenizer_kwargs=_TOKENS)
 
     whole = written(messages)
     ids, stops = list(whole["input_ids"]), [stop for _, stop in whole["offset_mapping"]]
     observed = [False] * len(ids)
-    for n, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
+    for n, predicted in enumerate(chat.predicted):
+        if not predicted:
             continue
         if n:
             asked = written(messages[:n], ask=True)["input_ids"]
@@ -194,7 +153,7 @@ def _read_unmarked(
             # the messages before it end.
             differs = first < len(asked) and first < _common_prefix(written(messages[:n])["input_ids"], asked)
         else:  # there is no generation prompt before the first message: the turn begins with its text
-            begin = _text_start(tokenizer, messages, template)
+            begin = _text_start(writer, chat)
             first, differs = sum(stop <= begin for stop in stops), False
         until = written(messages[: n + 1])["input_ids"]
         last = _common_prefix(ids, until)
@@ -210,18 +169,46 @@ def _read_unmarked(
     return ids, observed, stops
 
 
-def _text_start(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str) -> int:
+def _check_written(writer: ChatTemplate, chat: Chat) -> None:
+    """Check that the template writes what each predicted turn says and calls; otherwise an empty turn would be predicted."""
+    for n, message in enumerate(chat.messages):
+        if not chat.predicted[n]:
+            continue
+        calls = message.get("tool_calls") or []
+        for call in range(len(calls)):
+            rest = {**message, "tool_calls": [*calls[:call], *calls[call + 1 :]]}
+            if len(calls) == 1:
+                del rest["tool_calls"]
+            if not _differs(writer, chat, n, rest):
+                which = "the tool call" if len(calls) == 1 else f"tool call {call + 1}"
+                raise InputError(
+                    f"the chat template does not write {which} of message {n + 1}, which would be predicted without it; give a "
+                    "template that does: --chat_template FILE.jinja"
+                )
+        content = message.get("content")
+        if says(content) and not calls and not _differs(writer, chat, n, {**message, "content": without_text(content)}):
+            raise InputError(
+                f"the chat template does not write the content of message {n + 1}, which would be predicted without it; give a "
+                "template that does: --chat_template FILE.jinja"
+            )
+
+
+def _differs(writer: ChatTemplate, chat: Chat, n: int, other: dict[str, Any]) -> bool:
+    return writer.writes(chat.messages, chat.tools, [*chat.messages[:n], other, *chat.messages[n + 1 :]])
+
+
+def _text_start(writer: ChatTemplate, chat: Chat) -> int:
     """Position in the chat at which the text of the first message begins, in characters.
 
     It is the first position at which two chats differ that differ in this text only. Searching for the text itself would not do,
     because it may also occur in the header of the turn, or in a system prompt that the template adds.
     """
+    first, *rest = chat.messages
 
     def written(content: Any) -> str:
-        chat = [{**messages[0], "content": content}, *messages[1:]]
-        return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+        return writer.text([{**first, "content": content}, *rest], chat.tools)
 
-    content = messages[0].get("content")
+    content = first.get("content")
     others = [_with_text(content, text) for text in ("A", "B")]
     texts = [written(other) for other in others] if None not in others else ["", ""]
     begin = _common_prefix(*texts)
@@ -243,28 +230,6 @@ def _with_text(content: Any, text: str) -> Any:
     if isinstance(first, Mapping) and isinstance(first.get("text"), str):
         return [{**first, "text": text}, *others]
     return None
-
-
-def chat_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> list[int]:
-    """Token ids of a chat in which the user says the prompt, up to the place where the assistant's answer begins.
-
-        >>> from transformers import AutoTokenizer
-        >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
-        >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
-        >>> template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}I say:{% endif %}"
-        >>> tokenizer.decode(chat_prompt_tokens(tokenizer, "Hi", template))
-        'Hi I say:'
-
-    Raises:
-        InputError: the template fails on this chat.
-    """
-    try:
-        encoding = tokenizer.apply_chat_template(
-            [{"role": USER, "content": prompt}], chat_template=template, add_generation_prompt=True, return_dict=True
-        )
-    except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
-        raise InputError(f"the chat template cannot write the prompt {shown(prompt)} ({one_line(error)})") from None
-    return list(encoding["input_ids"])
 
 
 def _common_prefix(one: Sequence[object], other: Sequence[object]) -> int:

@@ -67,4 +67,6 @@ def _chunks(split: TokenSplit) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _bytes(value: Tensor) -> memoryview:
+    if not value.numel():  # a tensor without elements may have a stride of 0, which cannot be viewed as bytes
+        return memoryview(b"")
     return value.cpu().contiguous().view(torch.uint8).numpy().data

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from bora_pyro.data.columns import AUTO, DOCUMENT_FORMS, Columns
 from bora_pyro.data.encode import LONG_DOCUMENTS
-from bora_pyro.data.rows import Columns
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.options.seed import Seeded
 
@@ -19,8 +19,9 @@ DATA = "data"
 class DataOptions(Seeded):
     """Options of :func:`~bora_pyro.data.tasks.load_tasks`; the help of each field is its documentation.
 
-    >>> DataOptions(max_tokens=64).columns
-    Columns(task=('task',), text=('text',), group=None, split=None, prompt=None, messages=None, text_option='text_column')
+    >>> DataOptions(max_tokens=64).columns  # doctest: +NORMALIZE_WHITESPACE
+    Columns(task=('task',), text=('text',), group=None, split=None, prompt=None, messages=None, text_option='text_column',
+            document_form='auto')
     >>> DataOptions(max_tokens=1).validate()
     Traceback (most recent call last):
     bora_pyro.errors.InputError: max_tokens is 1; give a whole number from 2 up
@@ -52,6 +53,12 @@ class DataOptions(Seeded):
     )
     chat_template: str | None = option(
         None, "a .jinja file that writes chats, or its text (default: the tokenizer's own)", group=DATA, filled=True
+    )
+    document_form: str = option(
+        AUTO,
+        "how a row is a document; auto recognises it by the columns where no column option is given, and says so in a note",
+        group=DATA,
+        choices=DOCUMENT_FORMS,
     )
     group_column: str | None = option(
         None,
@@ -95,9 +102,10 @@ class DataOptions(Seeded):
 
     @property
     def content_options(self) -> dict[str, Any]:
-        """The options that name the columns of the content: a text, a prompt and its completion, or a chat."""
+        """The options that say what the content is: a text, a prompt and its completion, or a chat, and its columns."""
         others = ("task_column", "group_column", "split_column")
-        return {name: value for name, value in self.column_options.items() if name not in others}
+        columns = {name: value for name, value in self.column_options.items() if name not in others}
+        return {**columns, "document_form": self.document_form}
 
     @property
     def columns(self) -> Columns:
@@ -106,7 +114,7 @@ class DataOptions(Seeded):
         Raises:
             InputError: the options do not fit together.
         """
-        return Columns.given(**self.column_options)
+        return Columns.given(**self.column_options, document_form=self.document_form)
 
     def validate(self) -> None:
         """Check every value.
@@ -115,4 +123,4 @@ class DataOptions(Seeded):
             InputError: one line with the value and what is allowed.
         """
         check_fields(self)
-        Columns.given(**self.column_options)
+        _ = self.columns

@@ -8,7 +8,7 @@ tokens lies in the cache folder of ``datasets`` and is deleted when the process 
 >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
 >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
 >>> rows = datasets.Dataset.from_dict({"task": ["Ada", "Bo"], "text": ["A set of nodes.", "An edge."]})
->>> table, tokens, notes = stream_documents(rows, tokenizer, Columns(), max_tokens=16)
+>>> table, tokens, notes, form = stream_documents(rows, tokenizer, Columns(), max_tokens=16)
 >>> table.column_names, tokens.of(table, tokenizer, {"Ada": 0, "Bo": 1}).split
 (['task', 'group', 'text', 'row'], TokenSplit(2 documents, 11 predicted tokens, 2 tasks))
 """
@@ -20,7 +20,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bora_pyro.data.chat_template import ChatTemplate
+from bora_pyro.data.columns import Columns
 from bora_pyro.data.encode import encoder
 from bora_pyro.data.files import one_line
-from bora_pyro.data.rows import Columns, RowReader
+from bora_pyro.data.forms import SAMPLE
+from bora_pyro.data.rows import RowReader
 from bora_pyro.data.tables import Source, check_source, is_hub_id
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import Tokenised, cache_folder, check_max_tokens, pad_token_id
@@ -52,7 +55,7 @@ def stream_documents(
     max_tokens: int = 256,
     long_documents: str = "cut",
     chat_template: str | None = None,
-) -> tuple[datasets.Dataset, TokenFile, list[str]]:
+) -> tuple[datasets.Dataset, TokenFile, list[str], list[str]]:
     """Read and tokenise documents in one pass.
 
     Args:
@@ -66,7 +69,8 @@ def stream_documents(
         chat_template: a template for chats, as for `encoder`.
 
     Returns:
-        A table, the tokens, and notes as from ``read_table``. The table has columns ``task``, ``group``, ``split`` if there is a
+        A table, the tokens, notes as from ``read_table``, and the names of the columns that ``read_table`` would give a document
+        (``text``; ``prompt`` and ``text``; or ``messages``). The table has columns ``task``, ``group``, ``split`` if there is a
         split column, ``text`` (a digest of the document, equal for equal documents) and ``row`` (the number of the document in
         the file of tokens).
 
@@ -76,15 +80,16 @@ def stream_documents(
     check_max_tokens(max_tokens)
     encode = encoder(tokenizer, max_tokens, long_documents=long_documents, chat_template=chat_template)
     rows, label = _open_rows(source, hub_split)
-    first = next(rows, None)
-    if first is None:
+    first = list(islice(rows, SAMPLE))
+    if not first:
         raise InputError(f"{label} has no rows; give one document a row")
-    reader = RowReader(columns, list(first), label)
+    template = ChatTemplate.find(tokenizer, chat_template)
+    reader = RowReader(columns, list(first[0]), label, first=first, template=template)
     table: dict[str, list[str]] = {name: [] for name in reader.form if name in ("task", "group", "split")}
     content = [name for name in reader.form if name not in table]
     tasks, digests = dict[str, str](), array("q")  # one string object for each distinct name
     with TokenFile() as tokens:
-        for rows_of_batch in _batches(reader, chain([first], rows), content):
+        for rows_of_batch in _batches(reader, chain(first, rows), content):
             for row in rows_of_batch:
                 row["task"] = tasks.setdefault(row["task"], row["task"])
                 digests.append(_digest([row[name] for name in content]))
@@ -94,7 +99,7 @@ def stream_documents(
             tokens.write(encode({name: [row[name] for row in rows_of_batch] for name in ("task", *content)}, numbers))
     reader.check_any(len(digests))
     columns_of_table = {**table, "text": np.asarray(digests), "row": np.arange(len(digests))}
-    return datasets.Dataset.from_dict(columns_of_table), tokens, reader.notes()
+    return datasets.Dataset.from_dict(columns_of_table), tokens, reader.notes(), content
 
 
 def _batches(reader: RowReader, rows: Iterable[Mapping[str, Any]], content: Sequence[str]) -> Iterator[list[dict[str, str]]]:

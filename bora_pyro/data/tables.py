@@ -20,8 +20,11 @@ import datasets
 import pandas as pd
 
 from bora_pyro.data.builtin import BUILTIN
+from bora_pyro.data.chat_template import ChatTemplate
+from bora_pyro.data.columns import AUTO, Columns
 from bora_pyro.data.files import TABLE_ENDINGS, join_splits, one_line, read_file, read_folder, table_ending
-from bora_pyro.data.rows import Columns, RowReader
+from bora_pyro.data.forms import SAMPLE
+from bora_pyro.data.rows import RowReader
 from bora_pyro.errors import InputError, nearest
 
 Source: TypeAlias = str | Path | pd.DataFrame | datasets.Dataset | datasets.DatasetDict
@@ -40,6 +43,8 @@ def read_table(
     prompt_column: str | None = None,
     completion_column: str | None = None,
     messages_column: str | None = None,
+    document_form: str = AUTO,
+    template: ChatTemplate | None = None,
     hub_split: str | None = "train",
 ) -> tuple[datasets.Dataset, list[str]]:
     """Read documents and their tasks.
@@ -62,14 +67,17 @@ def read_table(
         completion_column: column with the text that directly follows the prompt.
         messages_column: column with a chat, a list of messages with ``role`` and ``content``, which may be JSON text. Only the
             assistant's messages are predicted.
+        document_form: the form of the documents (`bora_pyro.data.forms`). ``auto`` means: that of the columns that are named;
+            else texts, if there is a column ``text``; else the form that is recognised by the columns and the first rows.
+        template: the template that will write chats. What it cannot take is changed, with a note. None: nothing is changed.
         hub_split: the split to read from a hub id or a folder of data files. None joins all splits and adds a column ``split``,
             which ``split_column="split"`` reads.
 
     Returns:
         The table and notes. The table has the text columns ``task``, ``text`` and ``group``, in the order of the source, and
         ``split`` if ``split_column`` is given. With prompts there is a column ``prompt``, and ``text`` is the completion. With
-        chats a column ``messages`` with JSON texts replaces ``text``. The notes have one line for each reason why documents
-        were dropped.
+        chats a column ``messages`` with JSON texts replaces ``text``. The notes say which form was recognised, and have one line
+        for each reason why documents were dropped or changed.
 
     Raises:
         InputError: the source is missing, unreadable or empty; a column is missing; a cell is not a text; two tasks of several
@@ -83,12 +91,13 @@ def read_table(
         prompt_column=prompt_column,
         completion_column=completion_column,
         messages_column=messages_column,
+        document_form=document_form,
     )
     table, label = _load(source, hub_split)
     names = list(table.columns) if isinstance(table, pd.DataFrame) else table.column_names
     if len(table) == 0:
         raise InputError(f"{label} has no rows; give one document a row")
-    reader = RowReader(columns, names, label)
+    reader = RowReader(columns, names, label, first=_first_rows(table, names), template=template)
     cells = {column: _cells(table, column) for column in reader.needed}
     kept: dict[str, list[str]] = {name: [] for name in reader.form}
     for number, values in enumerate(zip(*cells.values(), strict=True), start=1):
@@ -169,6 +178,13 @@ def _load_hub(name: str, split: str | None) -> datasets.Dataset:
             f"give a path ({', '.join(TABLE_ENDINGS)}, a saved folder), a hub id that this machine can reach, "
             f"or {', '.join(BUILTIN)}{nearest(name, BUILTIN)}"
         ) from error
+
+
+def _first_rows(table: _Table, names: Sequence[Any]) -> list[dict[str, Any]]:
+    """The first rows, with the columns that the table has once."""
+    part = table.head(SAMPLE) if isinstance(table, pd.DataFrame) else table.select(range(min(SAMPLE, len(table))))
+    cells = {name: _cells(part, name) for name in names if list(names).count(name) == 1}
+    return [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]
 
 
 def _cells(table: _Table, column: str) -> list[Any]:

@@ -26,8 +26,9 @@ import datasets
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.chat import ASSISTANT, chat_template_of, load_chat_template
+from bora_pyro.data.chat_template import ASSISTANT, ChatTemplate, chat_template_of, load_chat_template
 from bora_pyro.data.digest import documents_digest
+from bora_pyro.data.encode import content_columns
 from bora_pyro.data.options import DataOptions
 from bora_pyro.data.split import task_generator
 from bora_pyro.data.split_names import SPLITS
@@ -131,13 +132,13 @@ def load_tasks(
     options = replace(options, chat_template=load_chat_template(options.chat_template))
     if split is None:
         split = ByColumn() if options.split_column is not None else ByGroup(fractions, options.seed)
-    table, tokens, notes = _read(source, tokenizer, options, hub_split)
+    table, tokens, notes, content = _read(source, tokenizer, options, hub_split)
     parts, record, split_lines = split.split(table, options)
     tasks = sorted(record["tasks"])
     done = _tokenised(parts, tokens, tokenizer, tasks, options)
-    notes = [*notes, *split_lines, *_token_notes([*done.values()], options)]
+    notes = [*notes, *split_lines, *_token_notes([*done.values()], content, options.max_tokens)]
     if not len(done["train"].split):
-        raise _nothing_to_train_on(options, notes)
+        raise _nothing_to_train_on(content, options.max_tokens, notes)
     return TaskData(
         tasks=tasks,
         train=done["train"].split,
@@ -146,18 +147,23 @@ def load_tasks(
         split_record=record,
         notes=notes,
         task_weights=None if task_weights is None else weights_of(task_weights, tasks, known=set(table["task"][:])),
-        chat_template=None if options.messages_column is None else chat_template_of(tokenizer, options.chat_template),
+        chat_template=chat_template_of(tokenizer, options.chat_template) if "messages" in content else None,
     )
 
 
 def _read(
     source: Source, tokenizer: PreTrainedTokenizerBase, options: DataOptions, hub_split: str | None
-) -> tuple[datasets.Dataset, TokenFile | None, list[str]]:
-    """Read the table of documents. With ``streaming`` their tokens are read too, and the table has no texts."""
+) -> tuple[datasets.Dataset, TokenFile | None, list[str], list[str]]:
+    """The table of documents, their tokens if ``streaming``, notes, and the columns that hold a document.
+
+    With ``streaming`` the table has no texts.
+    """
     if options.streaming:
         return stream_documents(source, tokenizer, options.columns, hub_split=hub_split, **_form(options))
-    table, notes = read_table(source, **options.column_options, hub_split=hub_split)
-    return table, None, notes
+    template = ChatTemplate.find(tokenizer, options.chat_template)
+    columns = {**options.column_options, "document_form": options.document_form}
+    table, notes = read_table(source, **columns, template=template, hub_split=hub_split)
+    return table, None, notes, content_columns(table.column_names)
 
 
 def _form(options: DataOptions) -> dict[str, Any]:
@@ -184,21 +190,20 @@ def _tokenised(
     return done
 
 
-def _nothing_to_train_on(options: DataOptions, notes: Sequence[str]) -> InputError:
-    if options.messages_column is not None:
-        give = f"chats in which a turn of the role {ASSISTANT!r} begins within {options.max_tokens} tokens"
-    elif options.prompt_column is not None:
-        give = f"prompts that leave room for a token of their completions within {options.max_tokens}"
+def _nothing_to_train_on(content: Sequence[str], max_tokens: int, notes: Sequence[str]) -> InputError:
+    if "messages" in content:
+        give = f"chats in which a turn of the role {ASSISTANT!r} begins within {max_tokens} tokens"
+    elif "prompt" in content:
+        give = f"prompts that leave room for a token of their completions within {max_tokens}"
     else:
         give = "texts that the tokenizer knows"
     why = f" ({'; '.join(notes)})" if notes else ""
     return InputError(f"no training document is left{why}; give {give}, and a split that trains")
 
 
-def _token_notes(done: Sequence[Tokenised], options: DataOptions) -> list[str]:
+def _token_notes(done: Sequence[Tokenised], content: Sequence[str], max_tokens: int) -> list[str]:
     """Notes on documents that were dropped, cut or split into pieces."""
-    plain, max_tokens = options.prompt_column is None and options.messages_column is None, options.max_tokens
-    what = "of text" if plain else f"to predict within {max_tokens}"
+    what = "of text" if list(content) == ["text"] else f"to predict within {max_tokens}"
     notes, total = [], sum(part.num_documents for part in done)
     if num_dropped := sum(part.num_dropped for part in done):
         notes.append(f"{num_dropped} documents without a token {what} were dropped")

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bora_pyro.data.chat import chat_template_of
+from bora_pyro.data.chat_template import ChatTemplate
 from bora_pyro.data.encode import content_columns, encoder
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 
 # Increase this number when `tokenise` changes its output, so that older caches are not read.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 
 class Tokenised(NamedTuple):
@@ -144,7 +144,9 @@ def _fingerprint(
     else:
         rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     content = content_columns(dataset.column_names)
-    template = [chat_template_of(tokenizer, chat_template), tokenizer.special_tokens_map] if "messages" in content else None
+    template = None
+    if "messages" in content:
+        template = [*ChatTemplate(tokenizer, chat_template).sources(), tokenizer.special_tokens_map]
     parts = [_CACHE_VERSION, *options, content, template, tokenizer.bos_token_id, tokenizer.eos_token_id, rules]
     digest = hashlib.sha256(json.dumps(parts, default=str).encode())
     for column in ("task", *content):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.texts import tokenizer_of
-from bora_pyro.data.chat import chat_prompt_tokens
+from bora_pyro.data.chat_template import chat_prompt_tokens
 from bora_pyro.data.encode import encoder, start_token
 from bora_pyro.data.files import check_unicode
 from bora_pyro.errors import InputError, shown

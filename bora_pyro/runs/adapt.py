@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from bora_pyro.data.chat import load_chat_template
+from bora_pyro.data.chat_template import load_chat_template
+from bora_pyro.data.columns import AUTO
 from bora_pyro.errors import InputError
 from bora_pyro.inference.adapt import adapt, load_new_tasks
 from bora_pyro.runs.config.adapt import AdaptConfig
@@ -72,14 +73,15 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
 def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
     """The configuration with the fit's values for options that are not given.
 
-    If one of the columns of the content is given, the other ones are not taken from the fit.
+    If the form of the documents or one of the columns of the content is given, the other ones are not taken from the fit.
     """
     names = ("task_column", "max_tokens", "token_budget", "chat_template")
     values = {name: getattr(config, name) or getattr(run.config, name) for name in names}
     content = run.config.content_options
     if not any(getattr(config, name) for name in content):
         values |= content
-    elif config.text_column is None:
-        values["text_column"] = "text"  # the default, which has no effect beside a prompt or a chat
+    else:
+        values["text_column"] = config.text_column or "text"  # the default, which has no effect beside a prompt or a chat
+        values["document_form"] = config.document_form or AUTO
     values["chat_template"] = load_chat_template(values["chat_template"])
     return dataclasses.replace(config, **values)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bora_pyro.data.chat import load_chat_template, same_chat_template
+from bora_pyro.data.chat_template import load_chat_template, same_chat_template
 from bora_pyro.data.options import DATA
 from bora_pyro.inference.memory import resident_bytes
 from bora_pyro.inference.options import FitOptions

@@ -22,7 +22,7 @@ from threading import Event, Lock
 import datasets
 import pandas as pd
 
-from bora_pyro.data.chat import same_chat_template
+from bora_pyro.data.chat_template import same_chat_template
 from bora_pyro.errors import InputError
 from bora_pyro.inference.checkpoint import Checkpoints
 from bora_pyro.runs.config.map_fit import MapFitConfig

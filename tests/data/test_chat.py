@@ -12,8 +12,11 @@ from transformers import AutoTokenizer
 
 from bora_pyro.backbone.backbone import BUILTIN_BASES
 from bora_pyro.data import load_tasks, read_table, table
-from bora_pyro.data.chat import chat_messages, load_chat_template, read_chats
+from bora_pyro.data.chat import read_chats
+from bora_pyro.data.chat_template import load_chat_template
 from bora_pyro.data.encode import encoder
+from bora_pyro.data.forms.chats import Chats
+from bora_pyro.data.forms.messages import messages_of
 from bora_pyro.data.tokenise import tokenise
 from bora_pyro.errors import InputError
 from tests.data_fixtures import CHAT, END, START, UNKNOWN, SlowWords, word_tokenizer
@@ -28,6 +31,11 @@ MARKED = (
 _HEADER = [UNKNOWN, UNKNOWN]
 IDS = [*_HEADER, RED, END, *_HEADER, GREEN, BLUE, END, *_HEADER, ONE, END, *_HEADER, TWO, END]
 LABELS = [-100] * 6 + [GREEN, BLUE, END] + [-100] * 6 + [TWO, END]
+
+
+def chat_messages(cell, where):
+    """The messages that are stored of a cell."""
+    return json.loads(Chats(None).content(messages_of(cell, where), None, where))
 
 
 def encode(chats, *, template, **options):
@@ -230,9 +238,9 @@ def test_every_form_of_table_gives_the_same_chats(tmp_path, form):
         ("[{", r"here is not JSON \(.*\); give a list of \{role, content\} as JSON text"),
         ('"hello"', r"here is a str \('hello'\), not a list of \{role, content\}"),
         (7, "here is a int"),
-        ([{"role": "user"}], r"here has the message \{'role': 'user'\}; give each a role, a text, and a content"),
-        ([{"role": 1, "content": "x"}], "give each a role, a text, and a content"),
-        (["hello"], "has the message 'hello'"),
+        ([{"role": "user"}], r"here, message 1 is \{'role': 'user'\}; give each message a role, a text, and a content"),
+        ([{"role": 1, "content": "x"}], "give each message a role, a text, and a content"),
+        (["hello"], "message 1 is 'hello'"),
     ],
 )
 def test_cells_that_are_no_chat(cell, message):

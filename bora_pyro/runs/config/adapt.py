@@ -47,6 +47,9 @@ class AdaptConfig:
         DataOptions, "completion_column", None, "column with the text after the prompt (default: see text_column)"
     )
     messages_column: str | None = changed(DataOptions, "messages_column", None, "column with a chat (default: see text_column)")
+    document_form: str | None = changed(
+        DataOptions, "document_form", None, "how a row is a document (default: as in the fit, or auto where a column is named)"
+    )
     chat_template: str | None = changed(
         DataOptions,
         "chat_template",

@@ -1,0 +1,202 @@
+"""Write chats of any form as one JSON text each, and count what is worth a note.
+
+The JSON text is a list of messages if all turns of the assistant are predicted and there are no tools. Otherwise it is a mapping
+with ``messages``; ``predicted``, a bool for each message; and ``tools``.
+
+>>> chats = Chats(None)
+>>> chats.content([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}], None, "row 1")
+'[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]'
+>>> chats.content([{"role": "assistant", "content": "Yes?", "weight": 0}], None, "row 2")
+'{"messages": [{"role": "assistant", "content": "Yes?"}], "predicted": [false]}'
+>>> chats.notes()
+['1 turn of the assistant is marked with weight, loss_weight, train or loss as not to be predicted: it is only read']
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from bora_pyro.data.chat_template import ASSISTANT, TEMPLATE_ERRORS, ChatTemplate, Messages
+from bora_pyro.data.forms.turns import (
+    MARKS,
+    Message,
+    as_text_parts,
+    check_content,
+    is_empty,
+    is_parts,
+    joined_parts,
+    says,
+    take_mark,
+    with_arguments,
+    with_calls,
+)
+from bora_pyro.data.forms.values import holds_null, json_text
+from bora_pyro.errors import InputError, shown
+
+#: After so many chats in which a template does not write a kind of thing, it is taken not to write it at all.
+TRIES = 20
+
+
+class Chats:
+    """Makes the stored form of chats.
+
+    Args:
+        template: the template that will write them. What it cannot take is changed, with a note. None: nothing is changed.
+    """
+
+    def __init__(self, template: ChatTemplate | None) -> None:
+        self.template = template
+        self._counts: Counter[str] = Counter()
+        self._written: set[tuple[str, str]] = set()
+        self._unwritten: Counter[tuple[str, str]] = Counter()
+
+    def content(self, messages: Sequence[Any], tools: list[dict[str, Any]] | None, where: str, *, context: int = 0) -> str | None:
+        """The JSON text of a chat; None for a chat without messages.
+
+        Args:
+            messages: mappings with ``role`` and ``content``, as from `structure`.
+            tools: the tools that the assistant could call.
+            where: the place of the chat, for errors.
+            context: so many messages at the beginning are only read.
+
+        Raises:
+            InputError: a message cannot be used.
+        """
+        if not messages:
+            return None
+        older = any(isinstance(message, Mapping) and "function_call" in message for message in messages)
+        read = [self._message(message, f"{where}, message {n}", older) for n, message in enumerate(messages, start=1)]
+        chat = [message for message, _ in read]
+        predicted = [n >= context and self._predicted(message, mark) for n, (message, mark) in enumerate(read)]
+        if ASSISTANT not in (message["role"] for message in chat):
+            self._counts["without"] += 1
+        self._check_template(chat, tools)
+        if not tools and all(own for message, own in zip(chat, predicted, strict=True) if message["role"] == ASSISTANT):
+            return json_text(chat)
+        return json_text({"messages": chat, "predicted": predicted, **({"tools": tools} if tools else {})})
+
+    def notes(self) -> list[str]:
+        """One line for each kind of thing that was changed, left out or is not predicted."""
+        lines = [line for key, line in _LINES.items() if self._counts[key] for line in [_counted(self._counts[key], line)]]
+        kinds = [kind for kind in self._unwritten if kind not in self._written]
+        if kinds:
+            lines.append(f"the chat template does not write {', '.join(_UNWRITTEN[kind].format(name) for kind, name in kinds)}")
+        return lines
+
+    def count_nulls(self, value: Any) -> None:
+        """Count a cell in which a key of a tool or of a tool call is null."""
+        self._counts["nulls"] += holds_null(value)
+
+    def _message(self, message: Any, where: str, older: bool) -> tuple[Message, bool | None]:
+        """A message as the template takes it, and the mark that says whether it is predicted.
+
+        In OpenAI's older chats with ``function_call``, the role ``function`` is today's ``tool``.
+        """
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str) or ("content" not in message and role not in (ASSISTANT, "tool", "function")):
+            raise InputError(f"{where} is {shown(message)}; give each message a role, a text, and a content")
+        message, mark = take_mark(with_calls(dict(message), where), where)
+        if older and message["role"] == "function":
+            message["role"] = "tool"
+        if message["role"] in ("tool", "function") and not isinstance(message.get("content") or "", str):
+            message = self._tool_content(message)
+        else:
+            check_content(message, where)
+        message = with_arguments(message, self.template.takes_arguments if self.template else None, where)
+        return self._with_content(message), mark
+
+    def _predicted(self, message: Message, mark: bool | None) -> bool:
+        if message["role"] != ASSISTANT:
+            self._counts["others"] += bool(mark)
+            return False
+        if is_empty(message):
+            self._counts["empty"] += mark is not False
+            return False
+        self._counts["marked"] += mark is False
+        return mark is not False
+
+    def _tool_content(self, message: Message) -> Message:
+        """A tool's message. What the tool gives may be any value; it becomes JSON text if the template would not write JSON."""
+        content, template = message["content"], self.template
+        if is_parts(content) or template is None or (isinstance(content, Mapping) and template.takes_objects):
+            return message
+        self._counts["objects"] += 1
+        return {**message, "content": json_text(content)}
+
+    def _with_content(self, message: Message) -> Message:
+        """A message with its content as the template takes it, as text or as a list of parts."""
+        content, template = message.get("content"), self.template
+        if isinstance(content, list) and is_parts(content):
+            if template is None or template.takes_parts or not template.takes_texts:
+                return {**message, "content": as_text_parts(content)}
+            self._counts["joined"] += 1
+            return {**message, "content": joined_parts(content)}
+        if isinstance(content, str) and template is not None and not template.takes_texts and template.takes_parts:
+            self._counts["wrapped"] += 1
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message
+
+    def _check_template(self, chat: Messages, tools: list[dict[str, Any]] | None) -> None:
+        """Find out, for each kind of thing in a chat, whether the template writes it. Each kind is tried until it is written."""
+        template = self.template
+        if template is None:
+            return
+        for kind, others, other_tools in _variants(chat, tools):
+            if kind in self._written or self._unwritten[kind] >= TRIES:
+                continue
+            try:
+                same = template.text(chat, tools) == template.text(others, other_tools)
+            except TEMPLATE_ERRORS:  # the reader of the chats says what is wrong with a chat that cannot be written
+                same = False
+            if same:
+                self._unwritten[kind] += 1
+            else:
+                self._written.add(kind)
+
+
+def _variants(
+    chat: Messages, tools: list[dict[str, Any]] | None
+) -> Iterator[tuple[tuple[str, str], Messages, list[dict[str, Any]] | None]]:
+    """Each kind of thing in a chat, and the chat without it."""
+    if tools:
+        yield ("tools", ""), chat, None
+    for n, message in enumerate(chat):
+        before, after, role = chat[:n], chat[n + 1 :], message["role"]
+        content = message.get("content")
+        if role != ASSISTANT and says(content):
+            other = "~" if isinstance(content, str) else [{**part, "text": "~"} for part in content or ()]
+            if other != content:
+                yield ("role", role), [*before, {**message, "content": other}, *after], tools
+        if role == ASSISTANT and says(content) and "tool_calls" in message:
+            yield ("beside calls", ""), [*before, {**message, "content": ""}, *after], tools
+        for key in message:
+            if key not in ("role", "content", "tool_calls", "tool_call_id", "id"):
+                rest = {name: value for name, value in message.items() if name != key}
+                yield ("key", key), [*before, rest, *after], tools
+
+
+_UNWRITTEN = {
+    "tools": "the tools{}",
+    "role": "messages of the role '{}'",
+    "beside calls": "the text of a turn that calls tools{}",
+    "key": "the key '{}' of messages",
+}
+_LINES = {
+    "marked": f"turn{{s}} of the assistant {{are}} marked with {', '.join(MARKS[:-1])} or {MARKS[-1]} as not to be predicted: "
+    "{they} {are} only read",
+    "others": "turn{s} of other roles {are} marked to be predicted: {they} {are} only read, only the assistant's are predicted",
+    "empty": "turn{s} of the assistant {have} no text and no tool call: {they} {are} only read",
+    "without": f"chat{{s}} {{have}} no turn of the role {ASSISTANT!r}",
+    "joined": "message{s} {have} a list of texts where the chat template takes one text: joined by line ends",
+    "wrapped": "message{s} {have} a text where the chat template takes a list of parts: given as a list with one part",
+    "objects": "message{s} of tools {hold} a value that is not a text: given to the chat template as JSON text",
+    "nulls": "cell{s} {have} null in tools or tool calls: read as missing (to keep it, give arguments as JSON text)",
+}
+
+
+def _counted(number: int, line: str) -> str:
+    one = {"s": "", "are": "is", "they": "it", "have": "has", "hold": "holds"}
+    many = {"s": "s", "are": "are", "they": "they", "have": "have", "hold": "hold"}
+    return f"{number} {line.format(**(one if number == 1 else many))}"
