@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from packaging.version import Version
 from torch import Tensor
 
 from bora_pyro.inference.fitted import Fitted
@@ -27,10 +29,21 @@ def as_container(groups: Mapping[str, xr.Dataset], fitted: Fitted) -> Any:
     tree = xr.DataTree.from_dict(
         {"/": xr.Dataset(attrs={"inference_library": "bora_pyro", "model": repr(fitted.model)}), **groups}
     )
+    if not has_inference_data(metadata.version("arviz")):
+        return tree
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
         import arviz  # not at the top: it imports matplotlib, takes seconds, and no fit needs it
-    return arviz.InferenceData.from_datatree(tree) if hasattr(arviz, "InferenceData") else tree
+    return arviz.InferenceData.from_datatree(tree)
+
+
+def has_inference_data(version: str) -> bool:
+    """Whether a version of ArviZ has ``InferenceData``. ArviZ 1.x has only an alias of ``DataTree`` under that name.
+
+    >>> has_inference_data("0.23.4"), has_inference_data("1.0.0rc0"), has_inference_data("1.3.0")
+    (True, False, False)
+    """
+    return Version(version).major < 1
 
 
 def by_latent(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArray:

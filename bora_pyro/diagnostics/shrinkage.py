@@ -169,7 +169,7 @@ def held_out(fitted: Fitted, data: TaskData, *, draws: int | None = None, split:
 
     ``arviz.loo`` assumes that the draws come from the posterior, and it reweights whole documents. Its Pareto k̂ is high for
     documents of many tokens under a posterior of many dimensions; do not use its estimate then. Prefer the test documents
-    wherever there are some.
+    wherever there are some. ArviZ 1.x needs 25 draws or more for it.
 
     Args:
         fitted: the fitted model.
@@ -204,9 +204,8 @@ def compare_priors(containers: Mapping[str, Any]) -> pd.DataFrame:
     column of model weights, because this library has no mixture of fits under different priors. The standard errors assume
     independent documents. Documents of one task share an adapter, so with few tasks the standard errors are too small.
 
-    ArviZ 1.x can plot the table directly. ArviZ 0.23 expects another name for the score::
-
-        az.plot_compare(table.rename(columns={"elpd": "elpd_loo"}))
+    ``arviz.plot_compare`` of ArviZ 1.x expects the other sign of ``elpd_diff``, ``table.assign(elpd_diff=-table["elpd_diff"])``,
+    and that of ArviZ 0.23 another name for the score, ``table.rename(columns={"elpd": "elpd_loo"})``.
 
     For a container with draws, the predictive density of a document is the mean over the draws of the density of the whole
     document. The expected logarithm of this mean grows with the number of draws, so compare fits with the same number of draws.

@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 
 from bora_pyro.diagnostics import plots
+from bora_pyro.diagnostics.containers import has_inference_data
 from bora_pyro.diagnostics.plots.shrinkage import _INTERVALS
 from tests.diagnostics.plot_data import DOCUMENTS, TASKS, groups, lines_of, points_of
 
@@ -29,7 +30,7 @@ def test_deviation_by_documents_of_a_container_names_its_tasks(ax):
 def containers():
     yield "mapping", groups
     yield "DataTree", lambda *args: xr.DataTree.from_dict(groups(*args))
-    if hasattr(arviz, "InferenceData"):
+    if has_inference_data(arviz.__version__):
         yield "InferenceData", lambda *args: arviz.InferenceData(**groups(*args))
 
 

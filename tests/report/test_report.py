@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from bora_pyro.diagnostics import containers
 from bora_pyro.diagnostics.sweep_table import at_best_rates, read_sweep, runs, sweep_table, write_sweep
 from bora_pyro.predict.generate import generate_side_by_side
 from bora_pyro.report import RunOptions, render, run_page
@@ -195,6 +196,14 @@ def test_numbers_alone_need_neither_base_nor_documents(folders, tmp_path, main, 
 def test_the_same_run_gives_the_same_page(folders):
     options = RunOptions(samples=1, max_new_tokens=2)
     assert render(run_page(folders["learned"], options)) == render(run_page(folders["learned"], options))
+
+
+@pytest.mark.parametrize("name", ["learned", "posterior"])
+def test_the_page_is_the_same_with_every_arviz(folders, monkeypatch, name):
+    options = RunOptions(samples=0, draws=3)
+    page = render(run_page(folders[name], options))
+    monkeypatch.setattr(containers, "has_inference_data", lambda version: False)  # the containers of ArviZ 1.x
+    assert render(run_page(folders[name], options)) == page
 
 
 def test_overwriting_a_run_takes_its_page_along(folders, tmp_path, learned):

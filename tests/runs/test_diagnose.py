@@ -8,9 +8,11 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 import yaml
 from PIL import Image
 
+from bora_pyro.diagnostics import containers
 from bora_pyro.runs import diagnose
 from bora_pyro.runs.adapt import run_adapt
 from bora_pyro.runs.config.adapt import AdaptConfig
@@ -140,6 +142,22 @@ def test_a_posterior_has_draws(runs, posterior, tmp_path):
     densities = container["log_likelihood"]["documents"].values[0]
     assert table.loc["posterior", "elpd"] == pytest.approx((np.logaddexp.reduce(densities, axis=0) - np.log(4)).sum())
     assert table.loc["100", "perplexity"] == pytest.approx(load_run(runs["100"]).metrics["test_perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize("run", ["100", "posterior"])
+def test_both_containers_of_arviz_give_the_same(runs, posterior, tmp_path, monkeypatch, run):
+    words = [str(posterior), "--draws", "3"] if run == "posterior" else [str(runs[run])]
+    written = {}
+    for kind in ("of this ArviZ", "DataTree"):
+        out = tmp_path / kind
+        assert diagnose.COMMAND.main([*words, "--compare", str(runs["0"]), "--output", str(out)]) == 0
+        container = xr.open_datatree(out / "shrinkage.nc")
+        written[kind] = container, {name: (out / name).read_bytes() for name in names(out) if name != "shrinkage.nc"}
+        monkeypatch.setattr(containers, "has_inference_data", lambda version: False)
+    (first, of_first), (second, of_second) = written.values()
+    assert of_first == of_second
+    for group in ("posterior", "log_likelihood", "constant_data"):
+        xr.testing.assert_identical(first[group].to_dataset(), second[group].to_dataset())
 
 
 def test_a_posterior_that_a_map_fit_is_compared_with_has_draws(runs, posterior, tmp_path):
