@@ -1,7 +1,10 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 
-# python3.11 is asked to run, not only looked up: a version manager's shim is on the path even where it leads nowhere.
-PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+# The first of these that is Python 3.11 or later. Each is asked to run, not only looked up: a version manager's shim is on the
+# path even where it leads nowhere.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$python && break; done)
+VERSION := -c "import sys; print('%d.%d' % sys.version_info[:2])"
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bora_pyro_stamp
@@ -12,12 +15,21 @@ NUMERICAL := adapters backbone data diagnostics exchange guides inference likeli
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-portable figures notebooks lint format clean
+.PHONY: help setup interpreter demo test test-portable figures notebooks lint format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-setup: $(STAMP)  ## build .venv with the pinned versions (PYTHON=... chooses the interpreter)
+setup: interpreter $(STAMP)  ## build .venv with the pinned versions (PYTHON=python3.12 chooses the interpreter)
+
+interpreter:
+	@test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+		echo "Python 3.11 or later is needed; name one, as in make setup PYTHON=/opt/python/bin/python3.12" >&2; exit 2; }
+# An environment that is there already stays as it is. A PYTHON that is named must then be of the same version.
+ifneq ($(filter command environment,$(origin PYTHON)),)
+	@test ! -x $(BIN)/python || test "$$($(BIN)/python $(VERSION))" = "$$($(PYTHON) $(VERSION))" || { \
+		echo "$(VENV) has Python $$($(BIN)/python $(VERSION)), not that of $(PYTHON); make clean first, or name another folder, as in VENV=.venv2" >&2; exit 2; }
+endif
 
 # torch comes first and alone: its pinned build is settled before anything that depends on it can choose another.
 $(STAMP): pyproject.toml constraints.txt
@@ -27,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup  ## fit the embedded base model to the embedded data, into runs/demo
-	$(BIN)/python scripts/map_fit.py --targets q_proj v_proj fc1 fc2 --max_tokens 128 --epochs 3 --output_dir runs/demo --overwrite true
+	$(BIN)/python scripts/demo.py --overwrite true
 
 # the tests' models are tiny: a second thread would only wait for the first
 test: export OMP_NUM_THREADS := 1
@@ -57,6 +69,10 @@ format: setup  ## put the code into the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+dist: setup  ## build the wheel and the sdist into dist/
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+
 clean:  ## remove .venv and the caches; runs stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

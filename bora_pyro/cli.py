@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: command is called. The modules import torch, which takes seconds; ``bora --help`` does not need them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "map-fit": ("bora_pyro.runs.fit_commands:MAP_FIT", "fit BoRA by MAP: an adapter for each task, all under one prior"),
+    "demo": ("bora_pyro.runs.fit_commands:DEMO", "fit the embedded base model to the embedded data, without a file or a network"),
     "posterior-fit": ("bora_pyro.runs.fit_commands:POSTERIOR_FIT", "fit a posterior around a finished MAP fit"),
     "adapt": ("bora_pyro.runs.fit_commands:ADAPT", "adapt a finished fit to new tasks with few documents each"),
     "tau-sweep": ("bora_pyro.runs.tau_sweep:COMMAND", "fit a range of tau; the validation split chooses one"),

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import operator
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,8 @@ import bora_pyro
 from bora_pyro import cli
 from bora_pyro.options.command_line import to_yaml
 from bora_pyro.runs.command import Command
+from bora_pyro.runs.config.demo import DemoConfig
+from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from tests.tiny_base import SCRIPTS, script_main
 
@@ -97,6 +100,19 @@ def test_every_command_recognises_a_file_of_another(name, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"error: --config {file} is a configuration of posterior_fit.py; give one of this script\n"
     )
+
+
+def test_the_demo_is_a_map_fit_with_other_defaults():
+    usual, demo = dataclasses.asdict(MapFitConfig()), dataclasses.asdict(DemoConfig())
+    assert list(usual) == list(demo)
+    changed = {"max_tokens": 128, "targets": ["q_proj", "v_proj", "fc1", "fc2"], "epochs": 3, "output_dir": "runs/demo"}
+    assert demo == usual | changed
+    assert not demo["overwrite"]  # a second demo does not replace a run unasked
+
+
+def test_make_demo_is_the_command():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^demo:.*\n\t\$\(BIN\)/python scripts/demo\.py --overwrite true\n\n", makefile, re.M)
 
 
 def in_a_process_of_its_own(code, *words):

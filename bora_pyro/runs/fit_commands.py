@@ -1,4 +1,4 @@
-"""The commands that fit: ``bora map-fit``, ``bora posterior-fit`` and ``bora adapt``, and what they print at the end."""
+"""The commands that fit: ``bora map-fit``, ``demo``, ``posterior-fit`` and ``adapt``, and what they print at the end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from bora_pyro.runs.adapt import run_adapt
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.adapt import AdaptConfig
+from bora_pyro.runs.config.demo import DemoConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.map_fit import run_map_fit
@@ -42,5 +43,6 @@ def show_adapt(config: AdaptConfig, metrics: Mapping[str, Any]) -> None:
 
 
 MAP_FIT = Command("map-fit", MapFitConfig, run_map_fit, show_map_fit)
+DEMO = Command("demo", DemoConfig, run_map_fit, show_map_fit)
 POSTERIOR_FIT = Command("posterior-fit", PosteriorFitConfig, run_posterior_fit, show_posterior_fit)
 ADAPT = Command("adapt", AdaptConfig, run_adapt, show_adapt)
