@@ -169,6 +169,8 @@ def _variants(
             other = "~" if isinstance(content, str) else [{**part, "text": "~"} for part in content or ()]
             if other != content:
                 yield ("role", role), [*before, {**message, "content": other}, *after], tools
+        if "tool_calls" in message:
+            yield ("calls", ""), [*before, {key: message[key] for key in message if key != "tool_calls"}, *after], tools
         if role == ASSISTANT and says(content) and "tool_calls" in message:
             yield ("beside calls", ""), [*before, {**message, "content": ""}, *after], tools
         for key in message:
@@ -180,6 +182,7 @@ def _variants(
 _UNWRITTEN = {
     "tools": "the tools{}",
     "role": "messages of the role '{}'",
+    "calls": "tool calls{}",
     "beside calls": "the text of a turn that calls tools{}",
     "key": "the key '{}' of messages",
 }
