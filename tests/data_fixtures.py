@@ -36,7 +36,7 @@ def word_tokenizer(*, bos: bool = True, eos: bool = True, template: str | None =
 def table_rows(tasks: str = "abc", *, groups: int = 5, documents: int = 2) -> list[dict[str, str]]:
     """Rows with unequal, distinct texts; every task has `groups` groups of `documents` documents."""
     return [
-        {"task": task, "text": f"{task}{g}{n} " + " ".join(WORDS[: 1 + (2 * g + n) % 5]), "group": f"speech {g}"}
+        {"task": task, "text": f"{task}{g}{n} " + " ".join(WORDS[: 1 + (2 * g + n) % 5]), "group": f"{task} speech {g}"}
         for task in tasks
         for g in range(groups)
         for n in range(documents)

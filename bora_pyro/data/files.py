@@ -16,17 +16,20 @@ import io
 import json
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pandas as pd
 import pyarrow.parquet
 
 from bora_pyro.data.folder_check import check_folder
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.data.split_names import SPLITS, find_split
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.files.limits import check_cells, read_bounded
 
+P = TypeVar("P")
 TABLE_ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -63,13 +66,15 @@ def read_file(path: Path) -> pd.DataFrame:
     return _parse_delimited(path, text, separator="\t" if ending.startswith(".tsv") else ",")
 
 
-def read_folder(path: Path, *, split: str | None = "train") -> datasets.Dataset:
+def read_folder(path: Path, *, split: str | None = None) -> tuple[datasets.Dataset, bool]:
     """Read a folder that ``save_to_disk`` wrote, or a folder of data files like a hub repository.
 
     Args:
         path: the folder.
-        split: the split to read from a folder of data files; None reads all splits. The splits of a saved ``DatasetDict`` are
-            always joined (see `join_splits`).
+        split: the one split to read; None reads all splits (see `join_splits`).
+
+    Returns:
+        The table, and whether it has splits of its own.
 
     Raises:
         InputError: the folder is of neither kind or cannot be read, a link or a file name in it leads out of it, or it holds an
@@ -78,8 +83,8 @@ def read_folder(path: Path, *, split: str | None = "train") -> datasets.Dataset:
     check_folder(path)
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return join_splits(datasets.load_from_disk(path))
-        return join_splits(datasets.load_dataset(str(path), split=split))
+            return join_splits(datasets.load_from_disk(path), split)
+        return join_splits(datasets.load_dataset(str(path)), split)
     except InputError:
         raise
     except Exception as error:  # the readers of `datasets` raise many types of errors
@@ -89,23 +94,56 @@ def read_folder(path: Path, *, split: str | None = "train") -> datasets.Dataset:
         ) from error
 
 
-def join_splits(data: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
-    """Join all splits into one table, with a column ``split`` for the split of each row (unless there is such a column).
+def join_splits(data: datasets.Dataset | datasets.DatasetDict, split: str | None = None) -> tuple[datasets.Dataset, bool]:
+    """Join all splits into one table, with a column ``split`` for the split of each row, or take one split alone.
 
-    By default BoRA then makes a split of its own. ``split_column="split"`` keeps the original one.
+        >>> part = datasets.Dataset.from_dict({"text": ["a"]})
+        >>> table, has_splits = join_splits(datasets.DatasetDict({"train": part, "dev": part}))
+        >>> table["split"][:], has_splits
+        (['train', 'validation'], True)
 
-    >>> part = datasets.Dataset.from_dict({"text": ["a"]})
-    >>> join_splits(datasets.DatasetDict({"train": part, "test": part}))["split"][:]
-    ['train', 'test']
+    Args:
+        data: one table, or one for each split.
+        split: the split to take alone.
+
+    Returns:
+        The table, and whether it has several splits.
+
+    Raises:
+        InputError: there is no such split, or there are several splits and one has a name that stands for no side.
     """
     if isinstance(data, datasets.Dataset):
-        return data
-    parts = [
-        part if "split" in part.column_names else part.add_column("split", [name] * len(part)) for name, part in data.items()
-    ]
+        if split is not None:
+            raise InputError(f"hub_split is {shown(split)}, but the data has no splits; leave it out")
+        return data, False
+    parts = choose_splits(data, split)
+    if len(parts) == 1:
+        return parts[0][1], False
+    joined = []
+    for name, part in parts:
+        part = part.remove_columns("split") if "split" in part.column_names else part
+        joined.append(part.add_column("split", [name] * len(part)))
+    return datasets.concatenate_datasets(joined), True
+
+
+def choose_splits(parts: Mapping[str, P], split: str | None) -> list[tuple[str, P]]:
+    """The splits of a source with the sides that they stand for, train first; or one split alone, if ``split`` names it."""
+    names = ", ".join(shown(name) for name in parts)
     if not parts:
         raise InputError("the saved DatasetDict has no splits; save one with a split 'train'")
-    return datasets.concatenate_datasets(parts)
+    if split is not None:
+        if split not in parts:
+            raise InputError(f"hub_split is {shown(split)}; the splits of the data are {names}{nearest(split, parts)}")
+        return [(split, parts[split])]
+    if len(parts) == 1:
+        return [*parts.items()]
+    for name in parts:
+        if find_split(name) is None:
+            raise InputError(
+                f"the data has the splits {names}, and {shown(name)} stands for none of {', '.join(SPLITS)}; read one split "
+                "alone with hub_split to have it split by group"
+            )
+    return [(side, part) for side in SPLITS for name, part in parts.items() if find_split(name) == side]
 
 
 def check_unicode(text: str, where: str) -> None:

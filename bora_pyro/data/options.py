@@ -68,12 +68,22 @@ class DataOptions(Seeded):
     )
     split_column: str | None = option(
         None,
-        "column that says train, validation or test, or val, dev, eval, ... (default: a seeded split by group)",
+        "column that says train, validation or test, or val, dev, eval, ... (default: the splits that the data has, or a seeded "
+        "split by group)",
+        group=DATA,
+        filled=True,
+    )
+    hub_split: str | None = option(
+        None,
+        "of a source with several splits, read this one alone and split it by group (default: all, each for what its name says)",
         group=DATA,
         filled=True,
     )
     small_tasks: str = option(
-        "error", "what becomes of a task with too few documents to split", group=DATA, choices=("error", "drop")
+        "error",
+        "what becomes of a task with too few documents to split, or none to train on",
+        group=DATA,
+        choices=("error", "drop"),
     )
     num_tasks: int | None = option(None, "use only so many tasks (default: all)", group=DATA, least=1)
     # the first token is not predicted, so a document needs two

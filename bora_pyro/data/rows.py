@@ -106,6 +106,11 @@ class RowReader:
         dropped = [_dropped_note(self._dropped[kind], kind) for kind in kinds if self._dropped[kind]]
         return [*self._notes, *dropped, *self.document.notes()]
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """The number of rows that are no document, by reason."""
+        return {f"with {kind}": number for kind, number in self._dropped.items()}
+
     def check_any(self, number: int) -> None:
         """Raise ``InputError`` if ``number``, the number of documents that are left, is 0."""
         if not number:

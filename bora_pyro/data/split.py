@@ -12,35 +12,21 @@ True
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 
+from bora_pyro.data.assign import assign_groups, groups_of_several_tasks
+from bora_pyro.data.counts import counted, listed, others
 from bora_pyro.data.encode import content_columns
 from bora_pyro.data.split_names import SPLITS
 from bora_pyro.errors import InputError, nearest, shown
 
 MIN_DOCUMENTS = 3
-
-# Which side takes a group if several lack the same share: a task with two groups gets test documents rather than validation ones.
-_PREFERENCE = ("train", "test", "validation")
-
-
-def task_generator(seed: int, *names: str) -> np.random.Generator:
-    """A generator that depends only on the seed and the names, so that the draws of one task do not change those of another.
-
-    >>> bool(task_generator(0, "a").random() == task_generator(0, "a").random())
-    True
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise InputError(f"seed is {seed!r}; give a whole number, 0 or larger")
-    digest = hashlib.sha256("\0".join(names).encode()).digest()
-    return np.random.default_rng([int(seed), int.from_bytes(digest[:8], "big")])
+_ONE_SIDE = "put the whole group on one side, or leave the given split out to have one made by group"
 
 
 def split_by_group(
@@ -54,12 +40,14 @@ def split_by_group(
 
     The groups of a task are shuffled; each then goes to the split that lacks the largest share of its documents (train before
     test before validation where they lack the same). So three groups give one to each split, two train and test, one trains.
+    A group that several tasks have is on one side in all of them. These groups are shuffled and assigned first, each to the
+    split that its tasks lack most.
 
     Args:
-        dataset: columns ``task``, ``text``, ``group``; a group is a pair (task, group).
+        dataset: columns ``task``, ``text``, ``group``.
         fractions: share of each task's documents in train, validation and test; they sum to 1.
-        seed: of the shuffle. The split of a task depends on the seed, its name and its groups, not on other tasks or on the
-            order of the rows.
+        seed: of the shuffle. The split of a task depends on the seed, its name and its groups, not on the order of the rows;
+            and on other tasks only if it shares groups with them.
         small_tasks: what to do with a task of fewer than three documents, ``error`` or ``drop``.
 
     Returns:
@@ -70,16 +58,28 @@ def split_by_group(
     Raises:
         InputError: a task has fewer than three documents, there are fewer than two tasks, or an argument is out of range.
     """
-    fractions = _checked_fractions(fractions)
+    fractions = checked_fractions(fractions)
     dataset, notes = drop_small_tasks(dataset, small_tasks=small_tasks)
+    documents = group_sizes(dataset)
+    check_task_count(documents, notes)
+    record = {"seed": int(seed), "fractions": list(fractions), "tasks": assign_groups(documents, fractions, seed=seed)}
+    parts = apply_split(dataset, record)
+    return parts, record, notes + shared_group_notes(documents) + split_notes(parts, record)
+
+
+def group_sizes(dataset: datasets.Dataset) -> dict[str, Counter[str]]:
+    """The number of documents of each group of each task."""
     documents: dict[str, Counter[str]] = defaultdict(Counter)
     for task, group in zip(dataset["task"][:], dataset["group"][:], strict=True):
         documents[task][group] += 1
-    check_task_count(documents)
-    tasks = {task: _assign(documents[task], fractions, task_generator(seed, task)) for task in sorted(documents)}
-    record = {"seed": int(seed), "fractions": list(fractions), "tasks": tasks}
-    parts = apply_split(dataset, record)
-    return parts, record, notes + split_notes(parts, record)
+    return documents
+
+
+def shared_group_notes(documents: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """A note on groups that several tasks have."""
+    if not (number := len(groups_of_several_tasks(documents))):
+        return []
+    return [f"{counted(number, 'group')} of several tasks: {'it is' if number == 1 else 'each is'} on one side in all of them"]
 
 
 def apply_split(dataset: datasets.Dataset, record: Mapping[str, Any]) -> dict[str, datasets.Dataset]:
@@ -101,14 +101,14 @@ def apply_split(dataset: datasets.Dataset, record: Mapping[str, Any]) -> dict[st
         split = tasks[task].get(group)
         if not isinstance(split, str) or split not in rows:
             why = "is not in the split record" if split is None else f"is in split {shown(split)} of the split record"
-            raise InputError(f"group {group!r} of task {task!r} {why}; use the table that was split, or split anew")
+            raise InputError(f"group {shown(group)} of task {shown(task)} {why}; use the table that was split, or split anew")
         rows[split].append(row)
         seen[task].add(group)
     for task, groups in tasks.items():
         if missing := set(groups) - seen[task]:
             hint = "" if seen[task] else nearest(task, set(dataset["task"][:]))
             raise InputError(
-                f"{len(missing)} of {len(groups)} groups of task {task!r} in the split record are not in the table; "
+                f"{len(missing)} of {len(groups)} groups of task {shown(task)} in the split record are not in the table; "
                 f"use the table that was split, or split anew{hint}"
             )
     return {name: dataset.select(indices) for name, indices in rows.items()}
@@ -118,46 +118,103 @@ def record_of_column(dataset: datasets.Dataset) -> dict[str, Any]:
     """The record of a ready split, for a table with a column ``split``.
 
     Raises:
-        InputError: a group stands on two sides.
+        InputError: a group of a task stands on two sides.
     """
     tasks: dict[str, dict[str, str]] = defaultdict(dict)
     for task, group, split in zip(dataset["task"][:], dataset["group"][:], dataset["split"][:], strict=True):
         if tasks[task].setdefault(group, split) != split:
-            raise InputError(
-                f"group {group!r} of task {task!r} is in {tasks[task][group]} and in {split}; put the whole group on one side, "
-                "or leave split_column out to have the split made by group"
-            )
+            raise InputError(f"group {shown(group)} of task {shown(task)} is in {tasks[task][group]} and in {split}; {_ONE_SIDE}")
     return {"seed": None, "fractions": None, "tasks": {task: tasks[task] for task in sorted(tasks)}}
+
+
+def check_shared_groups(record: Mapping[str, Any], *, named: bool) -> list[str]:
+    """Check that a group that several tasks have is on one side in all of them.
+
+    Args:
+        record: the record of a ready split.
+        named: whether the user named the column of the groups. Otherwise nobody said that ``doc_id`` means the same in every
+            task, and what stands on two sides is only counted.
+
+    Returns:
+        A note, or none.
+
+    Raises:
+        InputError: a group of a column that the user named stands on two sides.
+    """
+    tasks, several = record["tasks"], 0
+    for group, names in groups_of_several_tasks(tasks).items():
+        first = names[0]
+        other = next((task for task in names if tasks[task][group] != tasks[first][group]), None)
+        if other is None:
+            continue
+        if named:
+            raise InputError(
+                f"group {shown(group)} is in {tasks[first][group]} (task {shown(first)}) and in {tasks[other][group]} (task "
+                f"{shown(other)}); {_ONE_SIDE}"
+            )
+        several += 1
+    if not several:
+        return []
+    what = f"{counted(several, 'value')} of doc_id {'is' if several == 1 else 'are'}"
+    return [f"{what} in several tasks, on different sides of the given split (kept; group_column doc_id would refuse it)"]
 
 
 def drop_small_tasks(dataset: datasets.Dataset, *, small_tasks: str = "error") -> tuple[datasets.Dataset, list[str]]:
     """Refuse or drop tasks of fewer than three documents: they cannot have training, validation and test documents."""
     if small_tasks not in ("error", "drop"):
         hint = nearest(str(small_tasks), ("error", "drop"))
-        raise InputError(f"small_tasks is {small_tasks!r}; use 'error' or 'drop'{hint}")
+        raise InputError(f"small_tasks is {shown(small_tasks)}; use 'error' or 'drop'{hint}")
     counts = Counter(dataset["task"][:])
     small = sorted(task for task, count in counts.items() if count < MIN_DOCUMENTS)
     if not small:
         return dataset, []
     if small_tasks == "error":
-        more = f", as do {len(small) - 1} others" if len(small) > 1 else ""
+        more = others(len(small) - 1, "and so")
         raise InputError(
-            f"task {small[0]!r} has {_plural(counts[small[0]], 'document')}, fewer than {MIN_DOCUMENTS}{more}; "
+            f"task {shown(small[0])} has {counted(counts[small[0]], 'document')}, fewer than {MIN_DOCUMENTS}{more}; "
             "add documents, or leave such tasks out with small_tasks=drop"
         )
-    keep = [row for row, task in enumerate(dataset["task"][:]) if counts[task] >= MIN_DOCUMENTS]
-    what = _plural(len(small), "task")
-    return dataset.select(keep), [f"{what} with fewer than {MIN_DOCUMENTS} documents left out: {_listed(small)}"]
+    what = counted(len(small), "task")
+    return without_tasks(dataset, small), [f"{what} with fewer than {MIN_DOCUMENTS} documents left out: {listed(small)}"]
 
 
-def check_task_count(tasks: Iterable[str]) -> None:
-    """Raise an InputError if there are fewer than two tasks."""
+def drop_untrained_tasks(dataset: datasets.Dataset, *, small_tasks: str = "error") -> tuple[datasets.Dataset, list[str]]:
+    """Refuse or drop tasks that have no training document in a given split."""
+    split = zip(dataset["task"][:], dataset["split"][:], strict=True)
+    untrained = sorted(set(dataset["task"][:]) - {task for task, side in split if side == "train"})
+    if not untrained:
+        return dataset, []
+    if small_tasks == "error":
+        more = others(len(untrained) - 1, "nor")
+        raise InputError(
+            f"task {shown(untrained[0])} has no training document in the given split{more}; add documents to train, or leave "
+            "such tasks out with small_tasks=drop"
+        )
+    what = counted(len(untrained), "task")
+    return without_tasks(dataset, untrained), [f"{what} without a training document left out: {listed(untrained)}"]
+
+
+def without_tasks(dataset: datasets.Dataset, tasks: Iterable[str]) -> datasets.Dataset:
+    """The rows of all other tasks."""
+    tasks = set(tasks)
+    return dataset.select([row for row, task in enumerate(dataset["task"][:]) if task not in tasks])
+
+
+def check_task_count(tasks: Iterable[str], notes: Sequence[str] = ()) -> None:
+    """Raise an InputError if there are fewer than two tasks.
+
+    Args:
+        tasks: names of the tasks.
+        notes: on the tasks that were left out before.
+    """
     tasks = list(tasks)
     if len(tasks) < 2:
-        what = f"1 task, {tasks[0]!r}" if tasks else "no task"
+        what = f"1 task, {shown(tasks[0])}" if tasks else "no task"
+        why = f" left ({'; '.join(notes)})" if notes else ""
+        hint = "Give more documents" if notes else "Check task_column"
         raise InputError(
-            f"the data has {what}; BoRA shares between tasks and needs two or more. "
-            "Check task_column; for one task use peft's LoRA directly"
+            f"the data has {what}{why}; BoRA shares between tasks and needs two or more. "
+            f"{hint}; for one task use peft's LoRA directly"
         )
 
 
@@ -170,36 +227,21 @@ def split_notes(parts: Mapping[str, datasets.Dataset], record: Mapping[str, Any]
             lacking[missing].append(task)
     notes = []
     for missing, tasks in sorted(lacking.items()):
-        noun = f"{_plural(len(tasks), 'task')} {'has' if len(tasks) == 1 else 'have'} no {' and no '.join(missing)} documents"
+        noun = f"{counted(len(tasks), 'task')} {'has' if len(tasks) == 1 else 'have'} no {' and no '.join(missing)} documents"
         # Three groups reach every side, so a task that lacks a side has too few, unless fractions or the user say otherwise.
         made = record.get("fractions") is not None and all(len(record["tasks"][task]) < len(SPLITS) for task in tasks)
         few = " (too few groups to split)" if made else ""
-        notes.append(f"{noun}{few}: {_listed(tasks)}")
+        notes.append(f"{noun}{few}: {listed(tasks)}")
     sides: Counter[tuple[str, ...]] = Counter()
     for part in parts.values():
         sides.update(set(zip(*(part[column][:] for column in content_columns(part.column_names)), strict=True)))
     if shared := sum(count > 1 for count in sides.values()):
-        notes.append(f"{_plural(shared, 'text')} {'stands' if shared == 1 else 'stand'} in more than one split (kept)")
+        notes.append(f"{counted(shared, 'text')} {'stands' if shared == 1 else 'stand'} in more than one split (kept)")
     return notes
 
 
-def _assign(documents: Mapping[str, int], fractions: Sequence[float], generator: np.random.Generator) -> dict[str, str]:
-    """Give each group of one task to a split; `documents` counts the documents of each group."""
-    # Sorted first, so that the order of the rows does not matter.
-    groups = sorted(documents)
-    target = {name: fraction * sum(documents.values()) for name, fraction in zip(SPLITS, fractions, strict=True)}
-    open_splits = [name for name in _PREFERENCE if target[name] > 0]
-    filled = dict.fromkeys(open_splits, 0)
-    assigned = {}
-    for position in generator.permutation(len(groups)):
-        # max takes the first of equals: the order of _PREFERENCE.
-        name = max(open_splits, key=lambda split: 1 - filled[split] / target[split])
-        filled[name] += documents[groups[position]]
-        assigned[groups[position]] = name
-    return {group: assigned[group] for group in groups}
-
-
-def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
+def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
+    """Shares of train, validation and test, after a check."""
     values = tuple(float(fraction) for fraction in fractions)
     if len(values) != len(SPLITS) or min(values) < 0 or values[0] == 0 or not math.isclose(sum(values), 1, abs_tol=1e-6):
         raise InputError(
@@ -207,12 +249,3 @@ def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
             "with train above 0, and sum to 1"
         )
     return values
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _listed(names: Sequence[str], *, most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more

@@ -8,8 +8,8 @@ tokens lies in the cache folder of ``datasets`` and is deleted when the process 
 >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
 >>> tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
 >>> rows = datasets.Dataset.from_dict({"task": ["Ada", "Bo"], "text": ["A set of nodes.", "An edge."]})
->>> table, tokens, notes, form = stream_documents(rows, tokenizer, Columns(), max_tokens=16)
->>> table.column_names, tokens.of(table, tokenizer, {"Ada": 0, "Bo": 1}).split
+>>> documents, tokens = stream_documents(rows, tokenizer, Columns(), max_tokens=16)
+>>> documents.table.column_names, tokens.of(documents.table, tokenizer, {"Ada": 0, "Bo": 1}).split
 (['task', 'group', 'text', 'row'], TokenSplit(2 documents, 11 predicted tokens, 2 tasks))
 """
 
@@ -20,6 +20,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,15 @@ from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.data.chat_template import ChatTemplate
 from bora_pyro.data.columns import Columns
+from bora_pyro.data.counts import Documents
 from bora_pyro.data.encode import encoder
-from bora_pyro.data.files import one_line
+from bora_pyro.data.files import choose_splits, one_line
 from bora_pyro.data.forms import SAMPLE
 from bora_pyro.data.rows import RowReader
 from bora_pyro.data.tables import Source, check_source, is_hub_id
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import Tokenised, cache_folder, check_max_tokens, pad_token_id
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 
 #: A batch ends after this many rows or this many characters, whichever comes first.
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 2**18
@@ -51,11 +53,11 @@ def stream_documents(
     tokenizer: PreTrainedTokenizerBase,
     columns: Columns,
     *,
-    hub_split: str | None = "train",
+    hub_split: str | None = None,
     max_tokens: int = 256,
     long_documents: str = "cut",
     chat_template: str | None = None,
-) -> tuple[datasets.Dataset, TokenFile, list[str], list[str]]:
+) -> tuple[Documents, TokenFile]:
     """Read and tokenise documents in one pass.
 
     Args:
@@ -69,17 +71,18 @@ def stream_documents(
         chat_template: a template for chats, as for `encoder`.
 
     Returns:
-        A table, the tokens, notes as from ``read_table``, and the names of the columns that ``read_table`` would give a document
-        (``text``; ``prompt`` and ``text``; or ``messages``). The table has columns ``task``, ``group``, ``split`` if there is a
-        split column, ``text`` (a digest of the document, equal for equal documents) and ``row`` (the number of the document in
-        the file of tokens).
+        The documents as from ``read_documents``, and their tokens. The table has columns ``task``, ``group``, ``split`` if there
+        is a split, ``text`` (a digest of the document, equal for equal documents) and ``row`` (the number of the document in the
+        file of tokens).
 
     Raises:
         InputError: the source cannot be streamed, or as for ``read_table`` and ``tokenise``.
     """
     check_max_tokens(max_tokens)
     encode = encoder(tokenizer, max_tokens, long_documents=long_documents, chat_template=chat_template)
-    rows, label = _open_rows(source, hub_split)
+    rows, label, has_splits = _open_rows(source, hub_split)
+    if has_splits and columns.split is None:
+        columns = replace(columns, split="split")
     first = list(islice(rows, SAMPLE))
     if not first:
         raise InputError(f"{label} has no rows; give one document a row")
@@ -98,8 +101,9 @@ def stream_documents(
             numbers = range(len(digests) - len(rows_of_batch), len(digests))
             tokens.write(encode({name: [row[name] for row in rows_of_batch] for name in ("task", *content)}, numbers))
     reader.check_any(len(digests))
-    columns_of_table = {**table, "text": np.asarray(digests), "row": np.arange(len(digests))}
-    return datasets.Dataset.from_dict(columns_of_table), tokens, reader.notes(), content
+    left_out = reader.left_out
+    table_of_all = datasets.Dataset.from_dict({**table, "text": np.asarray(digests), "row": np.arange(len(digests))})
+    return Documents(table_of_all, content, len(digests) + sum(left_out.values()), left_out, reader.notes()), tokens
 
 
 def _batches(reader: RowReader, rows: Iterable[Mapping[str, Any]], content: Sequence[str]) -> Iterator[list[dict[str, str]]]:
@@ -201,16 +205,22 @@ def _mapped(file: Any, kind: type) -> Tensor:
     return torch.from_numpy(np.asarray(values))
 
 
-def _open_rows(source: Source, hub_split: str | None) -> tuple[Iterator[Mapping[str, Any]], str]:
-    """An iterator over the rows of a source, and the source's name for errors."""
+def _open_rows(source: Source, hub_split: str | None) -> tuple[Iterator[Mapping[str, Any]], str, bool]:
+    """An iterator over the rows of a source, the source's name for errors, and whether it has splits of its own."""
     if not isinstance(source, str | Path):
         label = "the DataFrame" if isinstance(source, pd.DataFrame) else "the Dataset"
     else:
         label = f"data {str(source)!r}"
-    return _iterate(_open(source, hub_split, label), label), label
+    data = _open(source, label)
+    if not isinstance(data, Mapping):
+        if hub_split is not None:
+            raise InputError(f"hub_split is {shown(hub_split)}, but {label} has no splits; leave it out")
+        return _iterate([(None, data)], label), label, False
+    parts = choose_splits(data, hub_split)
+    return _iterate(parts if len(parts) > 1 else [(None, parts[0][1])], label), label, len(parts) > 1
 
 
-def _open(source: Source, hub_split: str | None, label: str) -> Any:
+def _open(source: Source, label: str) -> Any:
     if isinstance(source, datasets.Dataset | datasets.DatasetDict):
         return source
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
@@ -223,14 +233,14 @@ def _open(source: Source, hub_split: str | None, label: str) -> Any:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return datasets.load_from_disk(path)
-        data = datasets.load_dataset(str(path if path.is_dir() else source), split=hub_split, streaming=True)
+        data = datasets.load_dataset(str(path if path.is_dir() else source), streaming=True)
         # Read one row group at a time; otherwise Arrow reads ahead as far as it can in a parquet file. Not from the hub, where
         # every row group would be a request.
         return _resharded(data) if path.is_dir() else data
-    except Exception as error:  # no network, no such id or no such split: one message for all
+    except Exception as error:  # no network or no such id: one message for all
         raise InputError(
-            f"{label} could not be opened as a folder of data files or a hub data set ({one_line(error)}); check the path or the "
-            f"id, and that it has a split {hub_split!r}"
+            f"{label} could not be opened as a folder of data files or a hub data set ({one_line(error)}); check the path or "
+            "the id"
         ) from error
 
 
@@ -240,8 +250,7 @@ def _resharded(data: Any) -> Any:
     return data.reshard() if hasattr(data, "reshard") else data  # datasets 4 has no reshard
 
 
-def _iterate(data: Any, label: str) -> Iterator[Mapping[str, Any]]:
-    parts = data.items() if isinstance(data, Mapping) else [(None, data)]
+def _iterate(parts: Iterable[tuple[str | None, Any]], label: str) -> Iterator[Mapping[str, Any]]:
     for name, part in parts:
         rows = iter(part.with_format(None))
         while True:
@@ -251,7 +260,7 @@ def _iterate(data: Any, label: str) -> Iterator[Mapping[str, Any]]:
                 break
             except Exception as error:  # the readers of `datasets` raise many types of errors
                 raise InputError(f"{label} could not be read to its end ({one_line(error)})") from error
-            yield row if name is None or "split" in row else {**row, "split": name}
+            yield row if name is None else {**row, "split": name}
 
 
 def _digest(content: list[str]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bora_pyro.data.split import task_generator
+from bora_pyro.data.assign import task_generator
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,10 +23,12 @@ import pandas as pd
 from bora_pyro.data.builtin import BUILTIN
 from bora_pyro.data.chat_template import ChatTemplate
 from bora_pyro.data.columns import AUTO, Columns
+from bora_pyro.data.counts import Documents
+from bora_pyro.data.encode import content_columns
 from bora_pyro.data.files import TABLE_ENDINGS, join_splits, one_line, read_file, read_folder, table_ending
 from bora_pyro.data.forms import SAMPLE
 from bora_pyro.data.rows import RowReader
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 
 Source: TypeAlias = str | Path | pd.DataFrame | datasets.Dataset | datasets.DatasetDict
 _Table: TypeAlias = pd.DataFrame | datasets.Dataset
@@ -45,7 +48,7 @@ def read_table(
     messages_column: str | None = None,
     document_form: str = AUTO,
     template: ChatTemplate | None = None,
-    hub_split: str | None = "train",
+    hub_split: str | None = None,
 ) -> tuple[datasets.Dataset, list[str]]:
     """Read documents and their tasks.
 
@@ -70,14 +73,13 @@ def read_table(
         document_form: the form of the documents (`bora_pyro.data.forms`). ``auto`` means: that of the columns that are named;
             else texts, if there is a column ``text``; else the form that is recognised by the columns and the first rows.
         template: the template that will write chats. What it cannot take is changed, with a note. None: nothing is changed.
-        hub_split: the split to read from a hub id or a folder of data files. None joins all splits and adds a column ``split``,
-            which ``split_column="split"`` reads.
+        hub_split: the one split to read from a source of several. None reads all.
 
     Returns:
         The table and notes. The table has the text columns ``task``, ``text`` and ``group``, in the order of the source, and
-        ``split`` if ``split_column`` is given. With prompts there is a column ``prompt``, and ``text`` is the completion. With
-        chats a column ``messages`` with JSON texts replaces ``text``. The notes say which form was recognised, and have one line
-        for each reason why documents were dropped or changed.
+        ``split`` if ``split_column`` is given or the source has several splits. With prompts there is a column ``prompt``, and
+        ``text`` is the completion. With chats a column ``messages`` with JSON texts replaces ``text``. The notes say which form
+        was recognised, and have one line for each reason why documents were dropped or changed.
 
     Raises:
         InputError: the source is missing, unreadable or empty; a column is missing; a cell is not a text; two tasks of several
@@ -93,10 +95,20 @@ def read_table(
         messages_column=messages_column,
         document_form=document_form,
     )
-    table, label = _load(source, hub_split)
+    read = read_documents(source, columns, template=template, hub_split=hub_split)
+    return read.table, read.notes
+
+
+def read_documents(
+    source: Source, columns: Columns, *, template: ChatTemplate | None = None, hub_split: str | None = None
+) -> Documents:
+    """Read documents as `read_table` does, and count the rows."""
+    table, label, has_splits = _load(source, hub_split)
     names = list(table.columns) if isinstance(table, pd.DataFrame) else table.column_names
     if len(table) == 0:
         raise InputError(f"{label} has no rows; give one document a row")
+    if has_splits and columns.split is None:
+        columns = replace(columns, split="split")
     reader = RowReader(columns, names, label, first=_first_rows(table, names), template=template)
     cells = {column: _cells(table, column) for column in reader.needed}
     kept: dict[str, list[str]] = {name: [] for name in reader.form}
@@ -107,7 +119,8 @@ def read_table(
                 column.append(row[name])
     reader.check_any(len(kept["task"]))
     features = datasets.Features({name: datasets.Value("string") for name in kept})
-    return datasets.Dataset.from_dict(kept, features=features), reader.notes()
+    documents = datasets.Dataset.from_dict(kept, features=features)
+    return Documents(documents, content_columns(documents.column_names), len(table), reader.left_out, reader.notes())
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
@@ -119,27 +132,42 @@ def table(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_list([dict(row) for row in rows])
 
 
-def _load(source: Source, hub_split: str | None) -> tuple[_Table, str]:
-    """The table of ``source``, and its name for errors."""
-    if isinstance(source, pd.DataFrame):
-        return source, "the DataFrame"
-    if isinstance(source, datasets.Dataset | datasets.DatasetDict):
-        return join_splits(source), "the Dataset"
+def _load(source: Source, hub_split: str | None) -> tuple[_Table, str, bool]:
+    """The table of ``source``, its name for errors, and whether it has splits of its own."""
+    if isinstance(source, datasets.DatasetDict):
+        joined, has_splits = join_splits(source, hub_split)
+        return joined, "the Dataset", has_splits
+    if isinstance(source, str | Path) and str(source) not in BUILTIN:
+        check_source(source)
+        path = Path(source).expanduser()
+        if path.is_dir():
+            joined, has_splits = read_folder(path, split=hub_split)
+            return joined, f"folder {str(source)!r}", has_splits
+        if not path.exists():
+            joined, has_splits = _load_hub(str(source), hub_split)
+            return joined, f"hub data set {str(source)!r}", has_splits
+    if hub_split is not None:
+        raise InputError(f"hub_split is {shown(hub_split)}, but {_label(source)} has no splits; leave it out")
+    return _load_one(source), _label(source), False
+
+
+def _label(source: Source) -> str:
+    """The name of a source of one table, for errors."""
+    if isinstance(source, pd.DataFrame | datasets.Dataset):
+        return f"the {type(source).__name__}"
+    return f"{'data' if str(source) in BUILTIN else 'file'} {str(source)!r}"
+
+
+def _load_one(source: Source) -> _Table:
+    """The table of a source that has no splits."""
+    if isinstance(source, pd.DataFrame | datasets.Dataset):
+        return source
     if not isinstance(source, str | Path):
         raise InputError(
             f"data is a {type(source).__name__}; give a path, a hub id, {', '.join(BUILTIN)}, a pandas.DataFrame or a "
             "datasets.Dataset (table(rows) makes one of a list of dicts)"
         )
-    name = str(source)
-    if name in BUILTIN:
-        return table(BUILTIN[name]()), f"data {name!r}"
-    check_source(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return read_folder(path, split=hub_split), f"folder {name!r}"
-    if path.exists():
-        return read_file(path), f"file {name!r}"
-    return _load_hub(name, hub_split), f"hub data set {name!r}"
+    return table(BUILTIN[str(source)]()) if str(source) in BUILTIN else read_file(Path(source).expanduser())
 
 
 def check_source(source: str | Path) -> None:
@@ -168,16 +196,17 @@ def is_hub_id(name: str) -> bool:
     return not table_ending(name) and _HUB_ID.fullmatch(name) is not None
 
 
-def _load_hub(name: str, split: str | None) -> datasets.Dataset:
+def _load_hub(name: str, split: str | None) -> tuple[datasets.Dataset, bool]:
     try:
-        return join_splits(datasets.load_dataset(name, split=split))
-    except Exception as error:  # no network, no such id, no such split, or a script: one message for all
+        data = datasets.load_dataset(name)
+    except Exception as error:  # no network, no such id, or a script: one message for all
         raise InputError(
-            f"data {name!r} is not a file or folder here, and the Hugging Face hub gave no split {split!r} of it "
+            f"data {name!r} is not a file or folder here, and the Hugging Face hub gave no data set of that name "
             f"({one_line(error)}); "
             f"give a path ({', '.join(TABLE_ENDINGS)}, a saved folder), a hub id that this machine can reach, "
             f"or {', '.join(BUILTIN)}{nearest(name, BUILTIN)}"
         ) from error
+    return join_splits(data, split)
 
 
 def _first_rows(table: _Table, names: Sequence[Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ TaskData(2 tasks: 'Ada', 'Bo'; documents: 6 train, 2 validation, 2 test)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,19 +27,19 @@ import datasets
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bora_pyro.data.assign import task_generator
 from bora_pyro.data.chat_template import ASSISTANT, ChatTemplate, chat_template_of, load_chat_template
+from bora_pyro.data.counts import Counts, Documents, counted, listed, others
 from bora_pyro.data.digest import documents_digest
-from bora_pyro.data.encode import content_columns
 from bora_pyro.data.options import DataOptions
-from bora_pyro.data.split import task_generator
 from bora_pyro.data.split_names import SPLITS
-from bora_pyro.data.splitters import ByColumn, ByGroup, Splitter
+from bora_pyro.data.splitters import AsGiven, ByGroup, Split, Splitter, drop_tasks
 from bora_pyro.data.streaming import TokenFile, stream_documents
-from bora_pyro.data.tables import Source, read_table
+from bora_pyro.data.tables import Source, read_documents
 from bora_pyro.data.task_weights import task_weights as weights_of
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import Tokenised, tokenise
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 from bora_pyro.options.field import with_changes
 
 
@@ -59,6 +60,7 @@ class TaskData:
         notes: lines for the user: what was dropped or cut, and which tasks are not in every split.
         task_weights: (D,) factors of the tasks' log-likelihoods, for ``CausalLM(task_weights=...)``; None: all are 1.
         chat_template: the template that wrote the documents, if they are chats.
+        counts: what was read and left out, if the documents come from a table.
     """
 
     tasks: list[str]
@@ -69,6 +71,7 @@ class TaskData:
     notes: list[str] = field(default_factory=list)
     task_weights: Tensor | None = None
     chat_template: str | None = None
+    counts: Counts | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -81,7 +84,7 @@ class TaskData:
         return documents_digest(self.tasks, [self.train, self.validation, self.test], self.task_weights)
 
     def __repr__(self) -> str:
-        names = ", ".join(repr(task) for task in self.tasks[:3]) + (", ..." if len(self.tasks) > 3 else "")
+        names = ", ".join(shown(task) for task in self.tasks[:3]) + (", ..." if len(self.tasks) > 3 else "")
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in SPLITS)
         return f"TaskData({len(self.tasks)} tasks: {names}; documents: {counts})"
 
@@ -94,7 +97,6 @@ def load_tasks(
     split: Splitter | None = None,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     task_weights: Mapping[str, float] | str | Path | None = None,
-    hub_split: str | None = "train",
     **changes: Any,
 ) -> TaskData:
     """Read, split and tokenise.
@@ -112,16 +114,16 @@ def load_tasks(
         ' Yes.</s>'
 
     Args:
-        source: see `read_table`, as for `hub_split` and the columns among the options.
+        source: see `read_table`, as for the columns among the options.
         tokenizer: the tokenizer of the base model.
         options: names of the columns, lengths and numbers of documents; default: ``DataOptions()``. A smaller
             ``max_train_documents`` keeps a subset of the documents that a larger one keeps, and does not change validation and
             test, so that learning curves are comparable. For ``long_documents`` see `bora_pyro.data.encode.encoder`.
-        split: the way to split (`bora_pyro.data.splitters`); default: by ``split_column`` if it is given, otherwise by group.
+        split: the way to split (`bora_pyro.data.splitters`); default: the split that ``split_column`` or the source gives, where
+            validation or test documents that it lacks are cut from train; otherwise a split by group.
         fractions: share of train, validation and test in a split by group.
         task_weights: a factor of the log-likelihood of each task, by name, or a file of them (`bora_pyro.data.task_weights`);
             1 where none is given.
-        hub_split: split to read of a hub id; None reads all.
         changes: single options, as ``max_tokens=64``.
 
     Raises:
@@ -130,40 +132,35 @@ def load_tasks(
     options = with_changes(options or DataOptions(), changes)
     options.validate()
     options = replace(options, chat_template=load_chat_template(options.chat_template))
+    read, tokens = _read(source, tokenizer, options)
     if split is None:
-        split = ByColumn() if options.split_column is not None else ByGroup(fractions, options.seed)
-    table, tokens, notes, content = _read(source, tokenizer, options, hub_split)
-    parts, record, split_lines = split.split(table, options)
-    tasks = sorted(record["tasks"])
-    done = _tokenised(parts, tokens, tokenizer, tasks, options)
-    notes = [*notes, *split_lines, *_token_notes([*done.values()], content, options.max_tokens)]
+        split = (AsGiven if "split" in read.table.column_names else ByGroup)(fractions, options.seed)
+    found = split.split(read.table, options)
+    found, done = _with_training(found, lambda now: _tokenised(now, tokens, tokenizer, options), options)
+    notes = [*read.notes, *found.notes, *_token_notes([*done.values()], read.content, options.max_tokens)]
+    tasks = sorted(found.record["tasks"])
     if not len(done["train"].split):
-        raise _nothing_to_train_on(content, options.max_tokens, notes)
+        raise _nothing_to_train_on(read.content, options.max_tokens, notes)
+    notes += _empty_side_notes(found, done)
     return TaskData(
         tasks=tasks,
         train=done["train"].split,
         validation=done["validation"].split,
         test=done["test"].split,
-        split_record=record,
+        split_record=found.record,
         notes=notes,
-        task_weights=None if task_weights is None else weights_of(task_weights, tasks, known=set(table["task"][:])),
-        chat_template=chat_template_of(tokenizer, options.chat_template) if "messages" in content else None,
+        task_weights=None if task_weights is None else weights_of(task_weights, tasks, known=set(read.table["task"][:])),
+        chat_template=chat_template_of(tokenizer, options.chat_template) if "messages" in read.content else None,
+        counts=_counts(read, found, done),
     )
 
 
-def _read(
-    source: Source, tokenizer: PreTrainedTokenizerBase, options: DataOptions, hub_split: str | None
-) -> tuple[datasets.Dataset, TokenFile | None, list[str], list[str]]:
-    """The table of documents, their tokens if ``streaming``, notes, and the columns that hold a document.
-
-    With ``streaming`` the table has no texts.
-    """
+def _read(source: Source, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> tuple[Documents, TokenFile | None]:
+    """The documents, and their tokens if ``streaming``; the table then has no texts."""
     if options.streaming:
-        return stream_documents(source, tokenizer, options.columns, hub_split=hub_split, **_form(options))
+        return stream_documents(source, tokenizer, options.columns, hub_split=options.hub_split, **_form(options))
     template = ChatTemplate.find(tokenizer, options.chat_template)
-    columns = {**options.column_options, "document_form": options.document_form}
-    table, notes = read_table(source, **columns, template=template, hub_split=hub_split)
-    return table, None, notes, content_columns(table.column_names)
+    return read_documents(source, options.columns, template=template, hub_split=options.hub_split), None
 
 
 def _form(options: DataOptions) -> dict[str, Any]:
@@ -172,22 +169,68 @@ def _form(options: DataOptions) -> dict[str, Any]:
 
 
 def _tokenised(
-    parts: Mapping[str, datasets.Dataset],
-    tokens: TokenFile | None,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    options: DataOptions,
+    found: Split, tokens: TokenFile | None, tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> dict[str, Tokenised]:
     """Tokenise each side of the split, with at most as many documents of a task as the options allow."""
-    task_index, done = {task: index for index, task in enumerate(tasks)}, {}
+    task_index, done = {task: index for index, task in enumerate(sorted(found.record["tasks"]))}, {}
     for name in SPLITS:
         limit = options.max_train_documents if name == "train" else options.max_eval_documents
-        part = parts[name] if limit is None else _at_most(parts[name], limit, seed=options.seed, split=name)
+        part = found.parts[name] if limit is None else _at_most(found.parts[name], limit, seed=options.seed, split=name)
         if tokens is None:
             done[name] = tokenise(part, tokenizer, task_index=task_index, **_form(options))
         else:
             done[name] = tokens.of(part, tokenizer, task_index)
     return done
+
+
+def _with_training(
+    found: Split, tokenised: Callable[[Split], dict[str, Tokenised]], options: DataOptions
+) -> tuple[Split, dict[str, Tokenised]]:
+    """Tokenise. Refuse or drop tasks of which no training document has a token to predict."""
+    done = tokenised(found)
+    untrained = [task for task, number in zip(sorted(found.record["tasks"]), _per_task(done["train"]), strict=True) if not number]
+    if not untrained or found.keeps_tasks or not len(done["train"].split):
+        return found, done
+    if options.small_tasks == "error":
+        documents = counted(Counter(found.parts["train"]["task"][:])[untrained[0]], "training document")
+        more = others(len(untrained) - 1, "nor")
+        raise InputError(
+            f"task {shown(untrained[0])} has no training document left: none of its {documents} has a token to predict within "
+            f"max_tokens {options.max_tokens}{more}; raise max_tokens, or leave such tasks out with small_tasks=drop"
+        )
+    found = drop_tasks(found, untrained, f"of which no training document has a token to predict within {options.max_tokens}")
+    return found, tokenised(found)
+
+
+def _per_task(side: Tokenised) -> list[int]:
+    return side.split.documents_per_task
+
+
+def _empty_side_notes(found: Split, done: Mapping[str, Tokenised]) -> list[str]:
+    """Notes on tasks that have documents on a side of the split, but no token there to predict."""
+    notes, tasks = [], sorted(found.record["tasks"])
+    for name in SPLITS:
+        there = set(found.parts[name]["task"][:])
+        empty = [task for task, number in zip(tasks, _per_task(done[name]), strict=True) if task in there and not number]
+        if empty:
+            verb = "has" if len(empty) == 1 else "have"
+            notes.append(f"{counted(len(empty), 'task')} {verb} {name} documents, but no token there to predict: {listed(empty)}")
+    return notes
+
+
+def _counts(read: Documents, found: Split, done: Mapping[str, Tokenised]) -> Counts:
+    left_out = Counter(read.left_out)
+    left_out.update(found.left_out)
+    for name, option in (("train", "max_train_documents"), ("validation", "max_eval_documents"), ("test", "max_eval_documents")):
+        left_out[f"beyond {option}"] += len(found.parts[name]) - done[name].num_documents - done[name].num_dropped
+    left_out["without a token to predict"] += sum(side.num_dropped for side in done.values())
+    return Counts(
+        rows=read.rows,
+        tasks=len(found.record["tasks"]),
+        documents={name: side.num_documents for name, side in done.items()},
+        tokens={name: side.split.num_tokens for name, side in done.items()},
+        left_out={reason: number for reason, number in left_out.items() if number},
+    )
 
 
 def _nothing_to_train_on(content: Sequence[str], max_tokens: int, notes: Sequence[str]) -> InputError:

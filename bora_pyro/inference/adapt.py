@@ -23,7 +23,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.backbone.texts import longest_read, token_split, tokenizer_of
-from bora_pyro.data.splitters import AllTrain, ByColumn
+from bora_pyro.data.splitters import ForNewTasks
 from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
 from bora_pyro.errors import InputError, check_at_least, check_one_of, nearest, shown
@@ -237,7 +237,9 @@ def task_data(fitted: Fitted, texts: Mapping[str, Sequence[str]], *, max_tokens:
 
 
 def load_new_tasks(source: Source, fitted: Fitted, *, max_tokens: int | None = None, **options: Any) -> TaskData:
-    """Read new tasks from a table. All documents are for training, unless ``split_column`` says otherwise. One task is enough.
+    """Read new tasks from a table. All documents are for training, unless ``split_column`` or the data say otherwise.
+
+    One task is enough.
 
     Args:
         source: as for :func:`~bora_pyro.load_tasks`.
@@ -249,8 +251,7 @@ def load_new_tasks(source: Source, fitted: Fitted, *, max_tokens: int | None = N
         InputError: see ``load_tasks``; or the base model has no tokenizer.
     """
     tokenizer, most = tokenizer_of(fitted.model.backbone), longest_read(fitted.model.backbone, max_tokens)
-    split = AllTrain() if options.get("split_column") is None else ByColumn(new_tasks=True)
-    data = load_tasks(source, tokenizer, split=split, max_tokens=most, **options)
+    data = load_tasks(source, tokenizer, split=ForNewTasks(), max_tokens=most, **options)
     if max_tokens is not None and most < max_tokens:
         data.notes.insert(0, f"max_tokens {max_tokens} is more than the base model reads; {most} is used")
     return data

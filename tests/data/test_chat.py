@@ -55,7 +55,7 @@ def test_all_turns_of_the_assistant_are_predicted_and_nothing_else(template):
 def test_a_chat_of_the_tokenizer_s_own_template():
     tokenizer = word_tokenizer()
     tokenizer.chat_template = PLAIN
-    rows = [{"task": task, "talk": CHAT, "doc_id": str(n)} for task in "ab" for n in range(4)]
+    rows = [{"task": task, "talk": CHAT, "doc_id": f"{task} {n}"} for task in "ab" for n in range(4)]
     data = load_tasks(table(rows), tokenizer, messages_column="talk")
     assert data.train.labels(0).tolist() == LABELS
     assert data.train.num_tokens == 5 * len(data.train)

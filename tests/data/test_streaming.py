@@ -57,6 +57,7 @@ def same(one, other):
     assert one.split_record == other.split_record
     assert one.notes == other.notes
     assert one.digest == other.digest
+    assert one.counts == other.counts
     for name in SPLITS:
         a, b = getattr(one, name), getattr(other, name)
         assert len(a) == len(b)
@@ -79,9 +80,9 @@ def same(one, other):
         {"text_column": ["title", "text"], "task_column": ["task", "country"]},
         {"prompt_column": "title", "completion_column": "text"},
         {"messages_column": "messages", "chat_template": CHAT_TEMPLATE, "max_tokens": 12},
-        {"hub_split": None},
+        {"hub_split": "train"},
         {"num_tasks": 2, "max_train_documents": 3, "max_eval_documents": 1, "seed": 3},
-        {"task_weights": {"b": 2.0}, "group_column": "text"},
+        {"task_weights": {"b": 2.0}, "group_column": "text", "hub_split": "train"},
     ],
     ids=lambda options: " ".join(options),
 )
@@ -101,15 +102,18 @@ def test_a_ready_split(tmp_path):
         pd.DataFrame([{"task": task, "text": f"{name} {WORDS[n]}"} for task in "ab" for n in range(4)]).to_json(
             tmp_path / f"{name}.jsonl", orient="records", lines=True
         )
-    options = {"hub_split": None, "split_column": "split"}
-    same(load_tasks(tmp_path, word_tokenizer(), streaming=True, **options), load_tasks(tmp_path, word_tokenizer(), **options))
+    for options in ({}, {"split_column": "split"}):
+        plain = load_tasks(tmp_path, word_tokenizer(), **options)
+        same(load_tasks(tmp_path, word_tokenizer(), streaming=True, **options), plain)
+        assert [len(getattr(plain, name)) for name in SPLITS] == [8, 8, 8]
 
 
 def test_saved_data_sets_and_those_in_memory(tmp_path):
     data = table([{"task": task, "text": f"{WORDS[n]} {WORDS[-n]}"} for task in "ab" for n in range(6)])
     data.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "both")
-    for source in (data, tmp_path / "saved", str(tmp_path / "both"), datasets.DatasetDict({"test": data})):
+    both = datasets.DatasetDict({"train": data, "val": data, "test": data})
+    for source in (data, tmp_path / "saved", str(tmp_path / "both"), datasets.DatasetDict({"test": data}), both):
         same(load_tasks(source, word_tokenizer(), streaming=True), load_tasks(source, word_tokenizer()))
 
 

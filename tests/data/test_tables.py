@@ -55,7 +55,8 @@ def test_every_form_on_disk_gives_the_same_rows(tmp_path, name):
     path = write(tmp_path, name)
     for source in (path, str(path)):
         result, notes = read_table(source)
-        assert result.to_list() == EXPECTED
+        assert [{key: row[key] for key in EXPECTED[0]} for row in result] == EXPECTED
+        assert ("split" in result.column_names) == (name == "saved_dict")
         assert notes == []
 
 
@@ -98,16 +99,31 @@ def test_empty_texts_are_dropped_and_counted(tmp_path):
     assert notes == ["3 documents with empty text were dropped"]
 
 
-def test_ready_split_of_a_dataset_dict_is_kept_on_request(tmp_path):
+def test_splits_of_a_dataset_dict_are_kept(tmp_path):
     path = write(tmp_path, "saved_dict")
-    assert read_table(path, split_column="split")[0]["split"][:] == ["train", "train", "test"]
+    for options in ({}, {"split_column": "split"}):
+        assert read_table(path, **options)[0]["split"][:] == ["train", "train", "test"]
+    table, _ = read_table(path, hub_split="test")
+    assert (table.column_names, len(table)) == (["task", "text", "group"], 1)
 
 
-def test_ready_split_of_data_files(tmp_path):
-    for name, rows in (("train", ROWS[:2]), ("test", ROWS[2:])):
+def test_splits_of_data_files_are_known_by_their_usual_names(tmp_path):
+    for name, rows in (("train", ROWS[:2]), ("dev", ROWS[2:])):
         pd.DataFrame(rows).to_parquet(tmp_path / f"{name}.parquet")
-    assert len(read_table(tmp_path)[0]) == 2
-    assert read_table(tmp_path, hub_split=None, split_column="split")[0]["split"][:] == ["train", "train", "test"]
+    assert read_table(tmp_path)[0]["split"][:] == ["train", "train", "validation"]
+    assert len(read_table(tmp_path, hub_split="train")[0]) == 2
+
+
+def test_splits_of_other_names_are_read_one_at_a_time():
+    part = datasets.Dataset.from_list(ROWS)
+    both = datasets.DatasetDict({"train_sft": part, "test_sft": part})
+    with pytest.raises(InputError, match=r"the splits 'train_sft', 'test_sft', and 'train_sft' stands for none of .*hub_split"):
+        read_table(both)
+    assert len(read_table(both, hub_split="test_sft")[0]) == len(EXPECTED)
+    with pytest.raises(InputError, match=r"hub_split is 'test_stf'; .*did you mean 'test_sft'"):
+        read_table(both, hub_split="test_stf")
+    with pytest.raises(InputError, match=r"hub_split is 'train', but the DataFrame has no splits; leave it out"):
+        read_table(pd.DataFrame(ROWS), hub_split="train")
 
 
 # no compression, so that the text stands in it as it is

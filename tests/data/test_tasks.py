@@ -140,7 +140,9 @@ def documents(split):
 def distinct_rows(groups):
     """Texts that stay distinct as tokens, so that sets of documents can be compared."""
     return [
-        {"task": task, "text": f"{task} {WORDS[g // 6]} {WORDS[g % 6]}", "group": str(g)} for task in "ab" for g in range(groups)
+        {"task": task, "text": f"{task} {WORDS[g // 6]} {WORDS[g % 6]}", "group": f"{task} {g}"}
+        for task in "ab"
+        for g in range(groups)
     ]
 
 
@@ -178,16 +180,15 @@ def test_record_of_fewer_tasks():
 
 
 def test_ready_split():
-    rows = [
-        {**row, "split": {"speech 3": "validation", "speech 4": "test"}.get(row["group"], "train")} for row in table_rows("ab")
-    ]
+    sides = {"3": "validation", "4": "test"}
+    rows = [{**row, "split": sides.get(row["group"][-1], "train")} for row in table_rows("ab")]
     data = load(rows, split_column="split")
     assert [len(split) for split in (data.train, data.validation, data.test)] == [12, 4, 4]
-    assert data.split_record["tasks"]["a"]["speech 4"] == "test"
+    assert data.split_record["tasks"]["a"]["a speech 4"] == "test"
 
 
 def test_ready_split_without_training_documents_is_refused():
-    with pytest.raises(InputError, match="no training document is left"):
+    with pytest.raises(InputError, match=r"the given split has 20 test documents and none to train on; .*hub_split"):
         load([{**row, "split": "test"} for row in table_rows("ab")], split_column="split")
 
 

@@ -88,7 +88,7 @@ CASES = {
     "one task only": (table(task="Ada"), ["1 task, 'Ada'", "two or more", "task_column"]),
     "too few documents": (
         lambda folder: {"data": write_table(folder / "t.csv", pd.concat([documents((t,), number=n) for t, n in TWO_SMALL]))},
-        ["task 'Bo' has 2 documents, fewer than 3, as do 1 others", "small_tasks=drop"],
+        ["task 'Bo' has 2 documents, fewer than 3 (and so has 1 other task)", "small_tasks=drop"],
     ),
     "one task after the small ones are dropped": (
         lambda folder: {
@@ -110,7 +110,7 @@ CASES = {
     "broken parquet": (content("table.parquet", b"PAR1"), ["is not a parquet file", "write it again"]),
     "a split that does not train": (
         lambda folder: {"data": write_table(folder / "t.csv", documents().assign(side="test")), "split_column": "side"},
-        ["no training document is left", "a split that trains"],
+        ["has 30 test documents and none to train on", "hub_split"],
     ),
     "unknown base": (given(base_model="./no/such/base"), ["'./no/such/base' cannot be loaded", "builtin:nano"]),
     "unknown built-in base": (given(base_model="builtin:nanoo"), ["'builtin:nanoo'", "did you mean 'builtin:nano'?"]),
