@@ -28,6 +28,8 @@ USUAL_TARGETS = {
     "falcon": ("query_key_value",),
 }
 DEFAULT_TARGETS = ("q_proj", "v_proj")
+#: The target that stands for every linear layer.
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = Non
     names = _short_names(list(kinds))
     if targets is None:
         targets = USUAL_TARGETS.get(model.config.model_type, DEFAULT_TARGETS)
-    elif targets == "all-linear" or list(targets) == ["all-linear"]:
+    elif targets == ALL_LINEAR or list(targets) == [ALL_LINEAR]:
         targets = list(kinds)
     elif isinstance(targets, str):
         targets = [targets]
@@ -90,7 +92,7 @@ def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = Non
         # with and without the stars, because a short name may skip the index of a list of layers ("experts.up_proj")
         matching = [kind for kind in kinds if any(f".{path}".endswith(f".{target}") for path in (kind, kind.replace(".*", "")))]
         if not matching:
-            valid = sorted({*names.values(), "all-linear"})
+            valid = sorted({*names.values(), ALL_LINEAR})
             raise InputError(
                 f"target {target!r} names no linear layer of this model; valid: {', '.join(valid)}{nearest(target, valid)}"
             )

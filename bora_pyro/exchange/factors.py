@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,31 @@ class LoraForm:
     def rank(self) -> int:
         """The rank r."""
         return next(iter(self.factors.values()))["lora_A"].shape[-2]
+
+    def with_rank(self, ranks: Sequence[int]) -> LoraForm:
+        """The same change with scale 1 and the least of these ranks that is large enough. Rows and columns of zeros fill it up.
+
+            >>> form = LoraForm({"fc": {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(4, 2)}}, alpha=6.0)
+            >>> other = form.with_rank([8, 16])
+            >>> matrices = other.factors["fc"]
+            >>> other.rank, other.alpha, torch.equal(matrices["lora_B"] @ matrices["lora_A"], torch.full((4, 3), 6.0))
+            (8, 8.0, True)
+
+        Args:
+            ranks: the allowed ranks.
+
+        Raises:
+            InputError: the rank is larger than all of these.
+        """
+        rank = min((r for r in ranks if r >= self.rank), default=0)
+        if not rank:
+            raise InputError(f"the rank {self.rank} is too large; the largest allowed rank is {max(ranks)}")
+        more, scale = rank - self.rank, self.alpha / self.rank
+        factors = {
+            path: {"lora_A": F.pad(of["lora_A"], (0, 0, 0, more)), "lora_B": F.pad(scale * of["lora_B"], (0, more))}
+            for path, of in self.factors.items()
+        }
+        return LoraForm(factors, float(rank), self.relative_error)
 
 
 def lora_form(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = None, rank: int = EXPORT_RANK) -> LoraForm:

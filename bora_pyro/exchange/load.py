@@ -34,6 +34,7 @@ from bora_pyro.backbone.backbone import BUILTIN_BASES, Backbone
 from bora_pyro.backbone.layer_tensors import LayerTensors
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.config import PeftConfig, read_peft_config, shown_json
+from bora_pyro.exchange.peft_rules import misread_layers
 from bora_pyro.exchange.save import CONFIG, PREFIX, TENSORS, LayerFactors
 from bora_pyro.files.limits import largest_text
 from bora_pyro.model import BoRA, Weights
@@ -122,6 +123,9 @@ class PeftAdapter:
                     f"{self.folder} maps {a.shape[1]} features to {b.shape[0]} in {path!r}, the base maps {in_features} to "
                     f"{out_features}; give the base that the adapter belongs to"
                 )
+        if misread := misread_layers(backbone.model, self.factors):
+            path, reason = next(iter(misread.items()))
+            _log.warning("note: %s is read as it names its layers, not as PEFT: %s (%s)", self.folder, reason, path)
         if not missing:
             return self
         _check_size(self.folder, self.rank, [*shapes.values()])

@@ -43,12 +43,16 @@ def save_merged(
         The relative error of rounding to the precision of the base, ‖W' − (W + ΔW)‖ / ‖ΔW‖ over all adapted layers; 0 if ΔW is 0.
 
     Raises:
-        InputError: the adapter gives no ΔW; the router is not :class:`ByTask`; the base is quantised; or the folder is taken or
-            cannot be written.
+        InputError: the adapter gives no ΔW; the router is not :class:`ByTask`; the base is quantised; an adapted layer shares its
+            weight with another one; or the folder is taken or cannot be written.
     """
     base = model.backbone.model
     if getattr(base, "is_quantized", False):
         raise InputError("an adapter cannot be merged into a quantised base; load the base without --quantization")
+    if tied := _tied(model):
+        raise InputError(
+            f"{' and '.join(tied[:2])} are one tensor in this base, which cannot have an adapter for each; export adapters"
+        )
     deltas = layer_deltas(model, weights, task=task)
     state, lost, total = dict(base.state_dict()), 0.0, 0.0
     for slot in model.backbone.slots:
@@ -67,3 +71,12 @@ def save_merged(
         content = {"base_model": base.config.name_or_path, "model": repr(model), "relative_error": relative_error}
         write_record(aside, MERGED, content)
     return relative_error
+
+
+def _tied(model: BoRA) -> list[str]:
+    """Names of parameters that are one tensor, one of which is the weight of an adapted layer; empty if there are none."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.backbone.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    adapted = {f"{path}.weight" for slot in model.backbone.slots for path in slot.paths}
+    return next((alike for alike in names.values() if len(alike) > 1 and adapted & set(alike)), [])

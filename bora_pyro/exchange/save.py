@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.factors import EXPORT_RANK, lora_form
+from bora_pyro.exchange.peft_rules import misread_layers, target_modules
 from bora_pyro.files.atomic import unwritable
 from bora_pyro.files.tensors import write_safetensors
 from bora_pyro.model import BoRA, Weights
@@ -42,6 +43,7 @@ def save_peft(
     base_model: str | None = None,
     task: int | None = None,
     rank: int = EXPORT_RANK,
+    ranks: Sequence[int] | None = None,
 ) -> float:
     """Write one adapter: exactly if it has a LoRA form, else the best approximation of a given rank.
 
@@ -59,26 +61,63 @@ def save_peft(
         base_model: name of the base in the folder; default: the name by which the base was loaded.
         task: index of the task, needed if tasks have masks of their own; None: Θ.
         rank: the largest rank of a change that has no exact LoRA form.
+        ranks: the ranks that a server allows. The matrices are filled up with zeros to the next of them, and the scale α/r is
+            multiplied into B, so that it is 1. Default: the adapter's own rank and α.
 
     Returns:
         The relative error of the written adapter, ‖ΔW − (α/r) B A‖ / ‖ΔW‖ over all layers; 0 if the form is exact. An error
         above 0 is also written to the metadata of the tensors' file.
 
     Raises:
-        InputError: the adapter gives no ΔW; the router is not :class:`ByTask`; some targets are ``Conv1D`` and others
-            ``Linear``; or the folder cannot be written.
+        InputError: the adapter gives no ΔW; its rank is larger than all of ``ranks``; the router is not :class:`ByTask`; some
+            targets are ``Conv1D`` and others ``Linear``; PEFT would adapt other layers (:func:`check_exportable`); or the folder
+            cannot be written.
     """
     check_exportable(model.backbone)
     form = lora_form(model, weights, task=task, rank=rank)
+    form = form if ranks is None else form.with_rank(ranks)
     metadata = {"relative_error": f"{form.relative_error:.6g}"} if form.relative_error else {}
     write_peft(folder, model.backbone, form.factors, alpha=form.alpha, base_model=base_model, metadata=metadata)
     return form.relative_error
 
 
 def check_exportable(backbone: Backbone) -> None:
-    """Raise ``InputError`` if one PEFT folder cannot describe the adapted layers."""
+    """Check that a PEFT folder can describe the adapted layers, so that PEFT gives the same logits.
+
+    Raises:
+        InputError: some targets are ``Conv1D`` and others ``Linear``, or PEFT would adapt other layers than these. The message
+            names the layers, and the targets that are left.
+    """
     if len({slot.fan_in_fan_out for slot in backbone.slots}) > 1:
         raise InputError("a PEFT folder cannot mix Conv1D and Linear targets; fit them as two models")
+    paths = adapted_paths(backbone)
+    if not (misread := misread_layers(backbone.model, paths)):
+        return
+    path, reason = next(iter(misread.items()))
+    more = f" and {len(misread) - 1} more layers" if len(misread) > 1 else ""
+    left = _targets_without(misread, [path for path in paths if path not in misread])
+    remedy = f"adapt only the targets {', '.join(left)}" if left else "choose other targets"
+    raise InputError(f"a PEFT folder cannot describe the adapter of {path!r}{more}: {reason}; {remedy}")
+
+
+def adapted_paths(backbone: Backbone) -> list[str]:
+    """The paths of all adapted layers."""
+    return [path for slot in backbone.slots for path in slot.paths]
+
+
+def _targets_without(left_out: Collection[str], paths: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths' kinds that select none of the layers that are left out."""
+    out, found = {_kind(path) for path in left_out}, []
+    for kind in dict.fromkeys(map(_kind, paths)):
+        parts = kind.split(".")
+        ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        found.append(next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in out)), kind))
+    return list(dict.fromkeys(found))
+
+
+def _kind(path: str) -> str:
+    """The kind of a layer: its path without numbers of layers."""
+    return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
 def write_peft(
@@ -136,14 +175,6 @@ def _config(backbone: Backbone, rank: int, alpha: float, base_model: str | None)
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": _target_modules(backbone),
+        "target_modules": target_modules(backbone.model, adapted_paths(backbone)),
         "task_type": "CAUSAL_LM",
     }
-
-
-def _target_modules(backbone: Backbone) -> list[str]:
-    """The last parts of the targets' paths if no other module has such a name; else the whole paths."""
-    paths = {path for slot in backbone.slots for path in slot.paths}
-    ends = {path.rsplit(".", 1)[-1] for path in paths}
-    named = {path for path, _ in backbone.model.named_modules() if path.rsplit(".", 1)[-1] in ends}
-    return sorted(ends if named == paths else paths)

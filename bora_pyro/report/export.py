@@ -32,10 +32,12 @@ from matplotlib.figure import Figure
 
 from bora_pyro.diagnostics import plots
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.exchange.check import CHECKS, ExportChecks
 from bora_pyro.exchange.factors import EXPORT_RANK
 from bora_pyro.exchange.merge import MERGED, save_merged
 from bora_pyro.exchange.names import EXPORT
-from bora_pyro.exchange.save import save_peft
+from bora_pyro.exchange.save import check_exportable, save_peft
+from bora_pyro.exchange.vllm import serve_command
 from bora_pyro.files.atomic import check_place, whole_folder, write_record
 from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
 from bora_pyro.model import Weights
@@ -67,9 +69,10 @@ def export_adapters(
     license: str | None = None,
     repo_id: str | None = None,
     rank: int = EXPORT_RANK,
+    check: str = "peft",
     overwrite: bool = False,
 ) -> Path:
-    """Write the adapters of a run as PEFT folders in one folder. The folder appears once it is complete.
+    """Write the adapters of a run as PEFT folders in one folder. The folder appears once it is complete and checked.
 
     Args:
         run: the run, a MAP fit or a posterior.
@@ -82,6 +85,8 @@ def export_adapters(
         license: the license of the adapters, as an identifier of the hub; default: none is stated.
         repo_id: ``USER/NAME`` of the repository that the code in the cards loads from; default: the exported folder.
         rank: rank of the approximation of an adapter that has no exact LoRA form. Its error stands in the cards.
+        check: how the folders are checked, one of :data:`~bora_pyro.exchange.check.CHECKS`. For ``vllm`` they get a rank that it
+            serves, and a scale α/r of 1.
         overwrite: replace an earlier export.
 
     Returns:
@@ -100,10 +105,12 @@ def export_adapters(
     scores = {folder: run.metrics["tasks"][folder] for folder in chosen.values()}
     kind = "the MAP estimate" if run.is_point else "the posterior's mean"
     described: dict[str, dict[str, Any]] = {}
+    checks = ExportChecks(check, base_model)
     with whole_folder(output_dir, record=EXPORT, overwrite=overwrite) as aside:
         for one in _adapters(run, chosen, draws, seed):
-            place = aside / one.folder
-            error = save_peft(place, run.fitted.model, one.weights, base_model=base_model, task=one.d, rank=rank)
+            place, model = aside / one.folder, run.fitted.model
+            error = save_peft(place, model, one.weights, base_model=base_model, task=one.d, rank=rank, ranks=checks.ranks)
+            checks(place, model, one.weights, task=one.d, exact=not error)
             task, what = None if one.d is None else run.fitted.tasks[one.d], kind if one.draw is None else DRAW.format(one.draw)
             of_task = scores.get(one.folder.partition("--")[0])
             adapter_card(facts, task, one.folder, what, of_task, relative_error=error).save(place / "README.md")
@@ -113,7 +120,7 @@ def export_adapters(
         title = f"{len(chosen)} tasks over {Path(base_model).name}"
         export_card(facts, title, scores, list(described), picture=picture).save(aside / "README.md")
         content = {"base_model": base_model, "model": repr(run.fitted.model), "seed": seed if draws else None}
-        write_record(aside, EXPORT, content | {"adapters": described})
+        write_record(aside, EXPORT, content | checks.record() | {"adapters": described})
     return Path(output_dir)
 
 
@@ -185,7 +192,7 @@ def _picture(run: SavedRun, file: Path) -> bool:
 
 
 #: Options that a merged base has no use for.
-ADAPTERS_ONLY = ("tasks", "draws", "seed", "rank", "base_name", "license", "push_to_hub", "private")
+ADAPTERS_ONLY = ("tasks", "draws", "seed", "rank", "check", "base_name", "license", "push_to_hub", "private")
 
 
 @dataclass(kw_only=True)
@@ -201,6 +208,12 @@ class ExportConfig:
     rank: int = option(EXPORT_RANK, "rank of the approximation of adapters that have no exact LoRA form", least=1)
     merged: str | None = option(
         None, "write the base with the adapter of this task merged into it, or of global-mean (default: PEFT folders)"
+    )
+    check: str = option(
+        "peft",
+        "peft: the adapters give the run's logits in PEFT, if it is installed; rules: only the names of the layers are checked; "
+        "vllm: as peft, with ranks that vLLM serves, and the command that serves them",
+        choices=CHECKS,
     )
     base_name: str | None = option(
         None, "name of the base model in the adapters' files, as the server knows it (default: the run's base_model)"
@@ -245,6 +258,10 @@ def export(config: ExportConfig) -> Path:
         folder, error = export_merged(run, config.output_dir, config.merged, overwrite=config.overwrite)
         print(f"merged base: {folder} (relative error of the rounding {error:.2g})")
         return folder
+    try:
+        check_exportable(run.fitted.model.backbone)
+    except InputError as error:
+        raise InputError(f"{error}, or export a merged base of a task (--merged)") from None
     folder = export_adapters(
         run,
         config.output_dir,
@@ -255,14 +272,20 @@ def export(config: ExportConfig) -> Path:
         license=config.license,
         repo_id=config.push_to_hub,
         rank=config.rank,
+        check=config.check,
         overwrite=config.overwrite,
     )
-    adapters = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["adapters"]
+    made = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+    adapters = made["adapters"]
     print(f"adapters: {folder} ({len(adapters)} folders)")
-    if error := max(of_one.get("relative_error", 0.0) for of_one in adapters.values()):
+    print(made["check"])
+    if relative_error := max(of_one.get("relative_error", 0.0) for of_one in adapters.values()):
         print(
-            f"note: they have no exact LoRA form; rank {config.rank} has a relative error of up to {error:.2g}", file=sys.stderr
+            f"note: they have no exact LoRA form; rank {config.rank} has a relative error of up to {relative_error:.2g}",
+            file=sys.stderr,
         )
+    if (largest := made.get("max_lora_rank")) is not None:
+        print(f"serve them with: {serve_command(folder, made['base_model'], largest)}")
     if config.push_to_hub is not None:
         print(f"on the hub: {push_folder(folder, config.push_to_hub, private=config.private)}")
     return folder

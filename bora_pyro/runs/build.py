@@ -8,11 +8,14 @@ import torch
 
 from bora_pyro.adapters import ADAPTERS
 from bora_pyro.backbone.backbone import Backbone
+from bora_pyro.backbone.experts import fused_experts
 from bora_pyro.backbone.sharding import shard_base
+from bora_pyro.backbone.slots import ALL_LINEAR
 from bora_pyro.data import ByRecord, DataOptions, TaskData, load_tasks
 from bora_pyro.data.splitters import Splitter
 from bora_pyro.data.tables import check_source
 from bora_pyro.errors import InputError
+from bora_pyro.exchange.save import check_exportable
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.processes import Processes
 from bora_pyro.likelihoods import LIKELIHOODS
@@ -42,6 +45,8 @@ def build(plan: Plan) -> tuple[BoRA, TaskData, Continuation]:
     """
     split = None if plan.standing.split is None else ByRecord(plan.standing.split)
     model, data = build_run(plan.config, quiet=plan.quiet, split=split, team=plan.team, device=plan.device)
+    if plan.config.export_adapters:
+        check_can_export(model.backbone)
     checkpoints = plan.standing.continuation(plan.folder, data, model.backbone, plan.options, processes=plan.team.size)
     return model, data, checkpoints
 
@@ -95,6 +100,18 @@ def build_run(
     return model, data
 
 
+def check_can_export(backbone: Backbone) -> None:
+    """Check before a fit that its adapters can be written as PEFT folders, so that nobody learns it when the fit is done.
+
+    Raises:
+        InputError: PEFT would read the folders otherwise; the message names the layers and what to do.
+    """
+    try:
+        check_exportable(backbone)
+    except InputError as error:
+        raise InputError(f"{error}, or give --export_adapters false and export merged bases (export-adapters --merged)") from None
+
+
 def _prior(config: MapFitConfig) -> Prior:
     if config.prior is not None:
         return build_member("prior", PRIORS, config.prior, config.prior_option or ())
@@ -129,6 +146,8 @@ def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None,
     if backbone.context is not None and options.max_tokens > backbone.context:
         notes.append(f"max_tokens {options.max_tokens} is more than the base model reads; {backbone.context} is used")
         options.max_tokens = backbone.context
+    if config.targets == [ALL_LINEAR] and (experts := fused_experts(backbone.model)):
+        notes.append(f"{ALL_LINEAR} adapts linear layers; the routed experts stay as they are: {', '.join(experts)}")
     assert backbone.tokenizer is not None
     data = load_tasks(config.data, backbone.tokenizer, options, split=split, task_weights=config.task_weights)
     data.notes[:0] = notes

@@ -73,7 +73,8 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
                 )
                 return found | {"predicted_memory_bytes": memory.total}
 
-            return Run(folder, config.base_model, quiet=plan.quiet).save(fitted, data, measure, tracking=tracking)
+            run = Run(folder, config.base_model, quiet=plan.quiet, adapters=config.export_adapters)
+            return run.save(fitted, data, measure, tracking=tracking)
 
 
 def _memory(plan: Plan, model: BoRA, data: TaskData) -> MemoryEstimate:

@@ -25,6 +25,7 @@ class Run:
         guide: the guide's name in ``GUIDES``.
         prior: ``given`` if Θ and τ come from another fit.
         quiet: whether to show no notes.
+        adapters: whether to write the adapters as PEFT folders.
     """
 
     folder: RunFolder
@@ -32,6 +33,7 @@ class Run:
     guide: str = "map"
     prior: str = ""
     quiet: bool = False
+    adapters: bool = True
 
     def save(
         self, fitted: Fitted, data: TaskData, measure: Callable[[], dict[str, Any]], *, tracking: Tracking | None = None
@@ -54,7 +56,7 @@ class Run:
             InputError: a file cannot be written.
         """
         write_posterior(self.folder, fitted, data, self.guide, prior=self.prior)
-        if note := self._write_adapters(fitted):
+        if self.adapters and (note := self._write_adapters(fitted)):
             data.notes.append(note)
             if not self.quiet:
                 print(f"note: {note}", file=sys.stderr)

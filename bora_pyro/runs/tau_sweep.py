@@ -22,7 +22,7 @@ from bora_pyro.diagnostics.plots import style, tau_curve
 from bora_pyro.diagnostics.plots.warm_path import warm_summary
 from bora_pyro.diagnostics.sweep_table import LEARNED, best_rates, best_tau, runs, summary, with_run, write_sweep
 from bora_pyro.errors import InputError
-from bora_pyro.runs.build import build_run
+from bora_pyro.runs.build import build_run, check_can_export
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.tau_sweep import Run, SweepConfig
 from bora_pyro.runs.fitting import RunStopped
@@ -113,7 +113,10 @@ class Sweep:
         """Read and tokenise the split of each seed before the fits begin, so that the fits find the tokens in the cache."""
         for seed in range(self.config.seeds):
             run = self.config.fit(Run(self.config.taus[0], self.config.learning_rates[0], seed))
-            check_validation(build_run(dataclasses.replace(run, device="cpu"), quiet=seed > 0)[1])
+            model, data = build_run(dataclasses.replace(run, device="cpu"), quiet=seed > 0)
+            check_validation(data)
+            if run.export_adapters:
+                check_can_export(model.backbone)
 
     def finish(self, run: Run, reason: str | None) -> None:
         """Take a run that has ended into the table, or print why it failed."""

@@ -51,3 +51,12 @@ def test_the_error_of_rounding_is_that_of_the_precision(tmp_path):
         total += delta.double().square().sum()
     assert error == pytest.approx(float((lost / total).sqrt()), rel=1e-3)
     assert error > 1e-3
+
+
+def test_two_layers_that_are_one_tensor_are_not_merged(tmp_path):
+    model = tiny_bora("llama", targets=["q_proj"])
+    first, second = (model.backbone.model.get_submodule(path) for path in model.backbone.slots[0].paths)
+    second.weight = first.weight
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj\.weight and .*layers\.1.* are one tensor"):
+        save_merged(tmp_path / "merged", model, model.starts)
+    assert not list(tmp_path.iterdir())

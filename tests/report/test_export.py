@@ -66,7 +66,8 @@ def equal(one, other):
 
 def test_the_map_estimate(fitted, tmp_path, capsys):
     assert main([str(fitted / "run"), "--output_dir", str(tmp_path / "out"), "--threads", "1"]) == 0
-    assert capsys.readouterr().out == f"adapters: {tmp_path / 'out'} (4 folders)\n"
+    out = capsys.readouterr().out
+    assert re.fullmatch(rf"adapters: {tmp_path / 'out'} \(4 folders\)\nchecked with PEFT [\d.]+: logits agree .*\n", out)
     assert names(tmp_path / "out") == sorted([*TASKS, "global-mean", "README.md", "export.json", "shrinkage.png"])
     for folder in (*TASKS, "global-mean"):
         assert names(tmp_path / "out" / folder) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]

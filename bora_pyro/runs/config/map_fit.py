@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bora_pyro.data.options import DataOptions
 from bora_pyro.errors import InputError
-from bora_pyro.inference.options import OPTIMISATION, FitOptions
+from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
 from bora_pyro.options.command_line import parse_config, to_yaml
 from bora_pyro.options.field import by_heading, option
 from bora_pyro.runs.config.groups import HEADINGS, LEARNED, BaseOptions, PriorOptions, RunOptions, SourceOptions
@@ -29,6 +29,11 @@ class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOption
 
     scale_learning_rate_with_tau: bool = option(
         False, "the paper's rule: learning rate proportional to tau; for --prior_form centered only", group=OPTIMISATION
+    )
+    export_adapters: bool = option(
+        True,
+        "write the adapter of each task as a PEFT folder into the run; false: for targets that such a folder cannot describe",
+        group=RUN,
     )
 
     def validate(self) -> None:
