@@ -35,8 +35,9 @@ from bora_pyro.model import BoRA
 
 #: Rows and tokens of the batch whose logits are compared.
 ROWS, TOKENS = 2, 16
-# The largest root mean square of the difference, in units of that of the logits.
-_CLOSE, _CLOSE_IN_HALF = 1e-4, 3e-2
+# The largest root mean square of the difference, in units of that of the logits. PEFT computes adapters in float32, this library in
+# the precision of the base; layers and matrices are compared exactly in any precision.
+_CLOSE, _CLOSE_IN_HALF = 1e-4, 0.1
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def check_with_peft(
     if not difference <= (_CLOSE if full else _CLOSE_IN_HALF):
         raise InputError(
             f"PEFT {version('peft')} gives other logits for {folder} than this library, with a relative difference of "
-            f"{difference:.2g}; export a merged base"
+            f"{difference:.2g}; export a merged base, or check by the rules alone"
         )
     return PeftCheck(version("peft"), difference)
 
