@@ -35,8 +35,8 @@ from bora_pyro.model import BoRA
 
 #: Rows and tokens of the batch whose logits are compared.
 ROWS, TOKENS = 2, 16
-# The largest root mean square of the difference, in units of that of the logits. PEFT computes adapters in float32, this library in
-# the precision of the base; layers and matrices are compared exactly in any precision.
+# The largest root mean square of the difference, in units of that of the logits. PEFT computes adapters in float32, this library
+# in the precision of the base; layers and matrices are compared exactly in any precision.
 _CLOSE, _CLOSE_IN_HALF = 1e-4, 0.1
 
 
