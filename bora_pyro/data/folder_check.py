@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from bora_pyro.data.readers.compression import COMPRESSIONS
 from bora_pyro.errors import InputError, shown
 from bora_pyro.files.limits import read_bounded
 from bora_pyro.files.regular import check_links
@@ -30,6 +31,7 @@ _ARCHIVES = {
     b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar",
 }  # fmt: skip
 _GZIP = b"\x1f\x8b"
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _SAVED = ("dataset_dict.json", "state.json")
 # Data set cards, which may list the data files: README.md in YAML front matter between two lines of hyphens, the other as YAML.
 _CARDS = ("README.md", ".huggingface.yaml")
@@ -52,10 +54,22 @@ def check_folder(folder: Path) -> None:
                 _check_names(folder, file, _names_in_card(file))
             elif file.name in _SAVED:
                 _check_names(folder, file, _names_in_saved(file))
-            else:
+            elif not _is_packed_table(file):
                 _check_not_archive(folder, file)
         except OSError as error:
             raise InputError(f"file {str(file)!r} could not be read ({error.strerror or error})") from None
+
+
+def has_listed_files(folder: Path) -> bool:
+    """Whether a data set card in the folder lists the data files."""
+    return any(_names_in_card(folder / name) for name in _CARDS if (folder / name).is_file())
+
+
+def _is_packed_table(file: Path) -> bool:
+    """Whether a file is a compressed table by its name. Its reader limits the expanded size, and unpacks nothing on the disk."""
+    return file.suffix.lower() == ".xlsx" or any(
+        file.name.lower().endswith(f"{kind}{packed}") for kind in _TABLES for packed in COMPRESSIONS
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -8,15 +8,14 @@ from typing import Any
 
 from bora_pyro.data.columns import AUTO, DOCUMENT_FORMS, Columns
 from bora_pyro.data.encode import LONG_DOCUMENTS
+from bora_pyro.data.readers.options import COLUMN, DATA, ReadingOptions, check_reading
+from bora_pyro.errors import InputError, shown
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.options.seed import Seeded
 
-#: The heading in ``--help``.
-DATA = "data"
-
 
 @dataclass(kw_only=True)
-class DataOptions(Seeded):
+class DataOptions(ReadingOptions, Seeded):
     """Options of :func:`~bora_pyro.data.tasks.load_tasks`; the help of each field is its documentation.
 
     >>> DataOptions(max_tokens=64).columns  # doctest: +NORMALIZE_WHITESPACE
@@ -94,9 +93,7 @@ class DataOptions(Seeded):
         group=DATA,
         choices=LONG_DOCUMENTS,
     )
-    streaming: bool = option(
-        False, "read a hub id or a folder of data files row by row, and keep its tokens in a file instead of memory", group=DATA
-    )
+    streaming: bool = option(False, "read row by row, and keep the tokens in a file instead of memory", group=DATA)
     max_train_documents: int | None = option(
         None, "at most so many training documents of a task (default: all)", group=DATA, least=1
     )
@@ -133,4 +130,7 @@ class DataOptions(Seeded):
             InputError: one line with the value and what is allowed.
         """
         check_fields(self)
+        check_reading(self)
+        if self.task_from != COLUMN and self.task_column != "task":
+            raise InputError(f"task_from is {self.task_from} and task_column is {shown(self.task_column)}; give one of them")
         _ = self.columns

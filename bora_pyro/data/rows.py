@@ -13,14 +13,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from bora_pyro.data.chat_template import ChatTemplate
 from bora_pyro.data.columns import Columns
-from bora_pyro.data.files import check_unicode
 from bora_pyro.data.forms import Table, choose_form, form_hint
+from bora_pyro.data.readers.names import alike_notes, name_of
+from bora_pyro.data.readers.raw import listed
 from bora_pyro.data.split_names import split_name
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 
 #: The separator between task names from several columns.
 NAME_SEPARATOR = " / "
@@ -65,7 +64,7 @@ class RowReader:
                 what = f"column {column!r} {times} times" if times else f"no column {column!r}"
                 named = f" ({option})" if option else ""
                 hint = nearest(column, map(str, names)) or (form_hint(table) if option == "text_column" and not times else "")
-                raise InputError(f"{label} has {what}{named}; its columns are {_listed(names)}{hint}")
+                raise InputError(f"{label} has {what}{named}; its columns are {listed(names)}{hint}")
         self.form = ("task", *self.document.content, "group", *(["split"] if columns.split is not None else []))
         self._dropped: Counter[str] = Counter()
         self._parts: dict[str, tuple[str, ...]] = {}
@@ -75,17 +74,18 @@ class RowReader:
         """The columns of the table to read, each once."""
         return list(dict.fromkeys(column for _, column in self._by_option()))
 
-    def read(self, number: int, cells: Mapping[str, Any]) -> dict[str, str] | None:
+    def read(self, number: int, cells: Mapping[str, Any], place: str | None = None) -> dict[str, str] | None:
         """Convert one row. A row without a document or without a task gives None and is counted.
 
         Args:
-            number: the number of the row, from 1, for errors and for the default group.
+            number: the number of the row, from 1, for the default group.
             cells: the cells by column.
+            place: the place of the row, for errors; default: its number.
 
         Raises:
             InputError: a cell has the wrong type or value, or two tasks of several columns have the same joined name.
         """
-        columns, where = self.columns, f"{self.label}, row {number}"
+        columns, where = self.columns, f"{self.label}, {place or f'row {number}'}"
         content = self.document.read(cells, where)
         task = self._task(cells, where)
         if content is None:
@@ -94,17 +94,17 @@ class RowReader:
         if not task:
             self._dropped["no task"] += 1
             return None
-        group = "" if columns.group is None else _name(cells[columns.group], f"{where}: column {columns.group!r}")
+        group = "" if columns.group is None else name_of(cells[columns.group], f"{where}: column {columns.group!r}")
         row = {"task": task, **content, "group": group or f"row {number}"}
         if columns.split is not None:
             row["split"] = split_name(cells[columns.split], f"{where}: column {columns.split!r}")
         return row
 
     def notes(self) -> list[str]:
-        """How the documents were read, and one line for each reason why some were dropped or changed."""
+        """How the documents were read; what was dropped or changed, and why; and tasks whose names look alike."""
         kinds = ("empty text", "no messages", "no task")
         dropped = [_dropped_note(self._dropped[kind], kind) for kind in kinds if self._dropped[kind]]
-        return [*self._notes, *dropped, *self.document.notes()]
+        return [*self._notes, *dropped, *self.document.notes(), *alike_notes(self._parts, "task")]
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -124,34 +124,16 @@ class RowReader:
         return [(option, column) for option, column in pairs if column is not None]
 
     def _task(self, cells: Mapping[str, Any], where: str) -> str:
-        parts = tuple(_name(cells[column], f"{where}: column {column!r}") for column in self.columns.task)
+        parts = tuple(name_of(cells[column], f"{where}: column {column!r}") for column in self.columns.task)
         if not all(parts):
             return ""
         name = NAME_SEPARATOR.join(parts)
         if self._parts.setdefault(name, parts) != parts:
             raise InputError(
-                f"{where}: {self._parts[name]} and {parts} both give the task name {name!r} (task_column "
+                f"{where}: {shown(self._parts[name])} and {shown(parts)} both give the task name {shown(name)} (task_column "
                 f"{' '.join(self.columns.task)}); write these names without {NAME_SEPARATOR!r}"
             )
         return name
-
-
-def _name(cell: Any, where: str) -> str:
-    """A cell as the name of a task or a group. The numbers 3 and 3.0 become '3', a missing cell becomes ''."""
-    if isinstance(cell, np.generic):
-        cell = cell.item()
-    if cell is None or (isinstance(cell, float) and np.isnan(cell)):
-        return ""
-    if isinstance(cell, list | dict | bytes | np.ndarray):
-        raise InputError(f"{where} is a {type(cell).__name__} ({cell!r:.40}), not a name; give text or a number")
-    name = str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell).strip()
-    check_unicode(name, where)
-    return name
-
-
-def _listed(names: Sequence[object], *, most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"{name!s:.60}" for name in names[:most]) + more
 
 
 def _dropped_note(count: int, what: str) -> str:

@@ -60,7 +60,7 @@ def task_weights(
 
 
 def _read(path: Path, label: str) -> Mapping[str, float]:
-    if table_ending(path) is not None and path.is_file():
+    if table_ending(path) not in (None, ".json") and path.is_file():
         return _read_weight_table(path, label)
     try:
         raw = read_regular(path, most=MAX_BYTES)

@@ -157,10 +157,11 @@ def load_tasks(
 
 def _read(source: Source, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> tuple[Documents, TokenFile | None]:
     """The documents, and their tokens if ``streaming``; the table then has no texts."""
+    how: dict[str, Any] = {"hub_split": options.hub_split, "reading": options}
     if options.streaming:
-        return stream_documents(source, tokenizer, options.columns, hub_split=options.hub_split, **_form(options))
+        return stream_documents(source, tokenizer, options.columns, **how, **_form(options))
     template = ChatTemplate.find(tokenizer, options.chat_template)
-    return read_documents(source, options.columns, template=template, hub_split=options.hub_split), None
+    return read_documents(source, options.columns, template=template, **how), None
 
 
 def _form(options: DataOptions) -> dict[str, Any]:

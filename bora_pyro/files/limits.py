@@ -43,20 +43,46 @@ def read_bounded(file: BufferedIOBase, path: Path, *, keep: bool = True) -> byte
     while chunk := file.read(_CHUNK):
         size += len(chunk)
         if size > most:
-            raise _too_large(path, "bytes", most)
+            raise _too_large(f"file {str(path)!r}", "bytes", most)
         if keep:
             content += chunk
     return content
 
 
-def check_cells(path: Path, rows: int, columns: int) -> None:
+class Budget:
+    """The number of bytes that may still be read.
+
+    >>> budget = Budget("file 'a.csv'")
+    >>> budget.spend(100)
+    >>> budget.renew()
+
+    Attributes:
+        label: what is read, for the error.
+        spent: the bytes since the start, or since it was renewed.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.spent, self.most = label, 0, largest_text()
+
+    def spend(self, size: int) -> None:
+        """Count bytes, and raise ``InputError`` if they are more than ``largest_text()``."""
+        self.spent += size
+        if self.spent > self.most:
+            raise _too_large(self.label, "bytes", self.most)
+
+    def renew(self) -> None:
+        """Forget what was read: its memory is free again."""
+        self.spent = 0
+
+
+def check_cells(label: str, rows: int, columns: int) -> None:
     """Raise ``InputError`` if a table has too many cells for this machine: a small file of separators can have very many."""
     if rows * columns * CELL_BYTES > largest_text():
-        raise _too_large(path, f"cells ({rows} rows of {columns} columns)", largest_text() // CELL_BYTES)
+        raise _too_large(label, f"cells ({rows} rows of {columns} columns)", largest_text() // CELL_BYTES)
 
 
-def _too_large(path: Path, what: str, most: int) -> InputError:
+def _too_large(label: str, what: str, most: int) -> InputError:
     return InputError(
-        f"file {str(path)!r} has more than {most} {what}, the most that this machine's memory allows; "
+        f"{label} has more than {most} {what}, the most that this machine's memory allows; "
         "leave out rows and columns that are not needed, or use a machine with more memory"
     )
