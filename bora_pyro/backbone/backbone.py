@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bora_pyro.backbone.allocator import give_back_freed_memory
 from bora_pyro.backbone.attention import use_short_attention
+from bora_pyro.backbone.configuration import longest_text, model_type, token_rows
 from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_exact_products, check_no_adapter, keep_differentiable, placement_arguments
 from bora_pyro.backbone.probe import ends_with_head, probe_tokens
-from bora_pyro.backbone.slots import Slot, find_slots, linear_modules, linear_shape, linear_weight
+from bora_pyro.backbone.slots import Slot, checkpointed_blocks, find_slots, linear_modules, linear_shape, linear_weight
 from bora_pyro.errors import InputError, nearest
 
 BUILTIN_BASES = {"builtin:nano": Path(__file__).parents[1] / "assets" / "nano"}
@@ -84,11 +84,12 @@ class Backbone:
         self.ends_with_head = ends_with_head(model, probe_tokens(model, self.device, context=self.context))
         self.slots = find_slots(model, targets)
         self._modules = dict(model.named_modules())
-        self._blocks = {
-            path: [inner for slot in self.slots for inner in slot.paths if inner.startswith(path + ".")]
-            for path, module in self._modules.items()
-            if isinstance(module, GradientCheckpointingLayer)
-        }
+        self._blocks = checkpointed_blocks(model, self.slots)
+        if gradient_checkpointing and not any(self._blocks.values()):
+            raise InputError(
+                f"gradient_checkpointing needs a model whose decoder layers transformers marks, and {model_type(model.config)!r} "
+                "is not one; leave it out"
+            )
 
     @classmethod
     def from_pretrained(
@@ -162,7 +163,17 @@ class Backbone:
     @property
     def context(self) -> int | None:
         """The longest document that the model can read, in tokens; None if its configuration sets no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return longest_text(self.model)
+
+    @property
+    def num_token_ids(self) -> int:
+        """The number of token ids that the model can read: 0 to one less than this."""
+        return token_rows(self.model)
+
+    @cached_property
+    def largest_token_id(self) -> int | None:
+        """The largest id that the tokenizer can give; None without a tokenizer."""
+        return None if self.tokenizer is None else max(self.tokenizer.get_vocab().values(), default=0)
 
     @cached_property
     def pass_tokens(self) -> int:
@@ -297,7 +308,7 @@ class Backbone:
     def __repr__(self) -> str:
         parameters = self.model.num_parameters()
         targets = ", ".join(f"{slot.name} x {slot.layers}" for slot in self.slots)
-        return f"Backbone({self.model.config.model_type}, {parameters / 1e6:.1f} M parameters, targets: {targets})"
+        return f"Backbone({model_type(self.model.config)}, {parameters / 1e6:.1f} M parameters, targets: {targets})"
 
 
 def _hook(change: Change, slot: Slot, layer: int, rows: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bora_pyro.backbone.backbone import Backbone
+from bora_pyro.backbone.configuration import model_type
 from bora_pyro.errors import InputError
 
 
@@ -30,7 +31,7 @@ def shard_base(backbone: Backbone, device: torch.device) -> None:
     _ = backbone.digest  # computed (and cached) while this process has all weights
     blocks = [module for module in backbone.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
-        kind = backbone.model.config.model_type
+        kind = model_type(backbone.model.config)
         raise InputError(
             f"shard_base needs a model whose decoder layers transformers marks, and {kind!r} is not one; leave it out"
         )

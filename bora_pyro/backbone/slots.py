@@ -9,25 +9,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from bora_pyro.backbone.configuration import model_type
+from bora_pyro.backbone.usual_targets import pattern_of, usual_targets
 from bora_pyro.errors import InputError, nearest
 
-#: The target layers if the user names none: attention's queries and values, as in the LoRA and BoRA papers.
-USUAL_TARGETS = {
-    "gpt2": ("c_attn",),
-    "gpt_neox": ("query_key_value",),
-    "bloom": ("query_key_value",),
-    "falcon": ("query_key_value",),
-}
-DEFAULT_TARGETS = ("q_proj", "v_proj")
 #: The target that stands for every linear layer.
 ALL_LINEAR = "all-linear"
 
@@ -79,10 +73,13 @@ def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = Non
     linear = linear_modules(model)
     kinds: dict[str, list[str]] = {}
     for path in linear:
-        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), []).append(path)
+        kinds.setdefault(pattern_of(path), []).append(path)
     names = _short_names(list(kinds))
     if targets is None:
-        targets = USUAL_TARGETS.get(model.config.model_type, DEFAULT_TARGETS)
+        targets = usual_targets(kinds)
+        if not targets:
+            known = ", ".join(sorted({*names.values(), ALL_LINEAR}))
+            raise InputError(f"no usual targets are known for {model_type(model.config)!r}; name some of its layers: {known}")
     elif targets == ALL_LINEAR or list(targets) == [ALL_LINEAR]:
         targets = list(kinds)
     elif isinstance(targets, str):
@@ -107,6 +104,20 @@ def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = Non
             name = names[kind].replace(".", "_") + ("" if len(shapes) == 1 else f"_{out_features}x{in_features}")
             slots.append(Slot(name, tuple(paths), in_features, out_features, transposed))
     return slots
+
+
+def checkpointed_blocks(model: PreTrainedModel, slots: Sequence[Slot]) -> dict[str, list[str]]:
+    """The target layers within each decoder layer that gradient checkpointing recomputes, by path of the decoder layer.
+
+    A decoder layer may contain another one, which is recomputed with it. Several may share a layer (Zamba): its adapters must be
+    applied in each of them, although it has one path.
+    """
+    path_of = {id(model.get_submodule(path)): path for slot in slots for path in slot.paths}
+    blocks: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{outer}.") for outer in blocks):
+            blocks[path] = [path_of[id(inner)] for inner in module.modules() if id(inner) in path_of]
+    return blocks
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool]:

@@ -34,8 +34,8 @@ def token_split(
             context.
 
     Raises:
-        InputError: an entry is not a text, has no token or has half a surrogate pair; the base has no tokenizer; or
-            ``max_tokens`` is below 2.
+        InputError: an entry is not a text, has no token, has half a surrogate pair or has a token that the base cannot read; the
+            base has no tokenizer; or ``max_tokens`` is below 2.
     """
     tokenizer, texts = tokenizer_of(backbone), list(texts)
     for number, text in enumerate(texts, start=1):
@@ -47,13 +47,44 @@ def token_split(
     columns = encode({"text": texts, "task": [""] * len(texts)}) if texts else {"input_ids": [], "characters": []}
     if len(columns["input_ids"]) < len(texts):
         raise InputError(f"{len(texts)} texts given, of which {len(columns['input_ids'])} have a token; leave empty texts out")
-    return TokenSplit.from_documents(
+    split = TokenSplit.from_documents(
         columns["input_ids"],
         task=task,
         characters=columns["characters"],
         num_tasks=num_tasks,
         pad_token_id=pad_token_id(tokenizer),
     )
+    check_token_ids(backbone, split)
+    return split
+
+
+def check_token_ids(backbone: Backbone, *splits: TokenSplit) -> None:
+    """Check that the base can read every token of some splits, and the token that pads their batches.
+
+    A tokenizer may have more tokens than the base's embedding has rows, for example if only the tokenizer got new tokens.
+    Documents without these tokens can be read.
+
+    Args:
+        backbone: the base.
+        splits: the tokens of its tokenizer, or ids from elsewhere.
+
+    Raises:
+        InputError: an id is as large as the number of rows, or larger.
+    """
+    rows = backbone.num_token_ids
+    if backbone.largest_token_id is not None and backbone.largest_token_id < rows:
+        return
+    for split in splits:
+        found = max(int(split.tokens.max()), split.pad_token_id) if len(split) else 0
+        if found >= rows:
+            raise InputError(
+                f"the documents have the token id {found}{_token(backbone, found)}, and the base reads ids from 0 to {rows - 1}; "
+                "give the tokenizer of this base, or add rows for the new tokens (resize_token_embeddings) and save the base anew"
+            )
+
+
+def _token(backbone: Backbone, token_id: int) -> str:
+    return "" if backbone.tokenizer is None else f" ({shown(backbone.tokenizer.convert_ids_to_tokens(token_id))})"
 
 
 def longest_read(backbone: Backbone, max_tokens: int | None = None) -> int:

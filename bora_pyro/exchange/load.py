@@ -31,6 +31,7 @@ from torch.nn.functional import pad
 
 from bora_pyro.adapters import Adapter, Factors, LoRA
 from bora_pyro.backbone.backbone import BUILTIN_BASES, Backbone
+from bora_pyro.backbone.configuration import base_name
 from bora_pyro.backbone.layer_tensors import LayerTensors
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.config import PeftConfig, read_peft_config, shown_json
@@ -92,7 +93,7 @@ class PeftAdapter:
             InputError: if the folder names another base, a target layer has no matrices, matrices belong to no target layer, or
                 shapes differ.
         """
-        own, kinds = str(backbone.model.config.name_or_path or ""), set(self.targets)
+        own, kinds = base_name(backbone.model.config), set(self.targets)
         if same_base and self.base_model and own and _base(self.base_model) != _base(own):
             raise InputError(
                 f"{self.folder} is an adapter of {self.base_model!r}, not of {own!r}; load that base, or set same_base to false "

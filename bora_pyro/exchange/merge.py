@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bora_pyro.backbone.configuration import base_name
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.factors import layer_deltas
 from bora_pyro.files.atomic import whole_folder, write_record
@@ -68,7 +69,7 @@ def save_merged(
         base.save_pretrained(aside, state_dict=state)
         if model.backbone.tokenizer is not None:
             model.backbone.tokenizer.save_pretrained(aside)
-        content = {"base_model": base.config.name_or_path, "model": repr(model), "relative_error": relative_error}
+        content = {"base_model": base_name(base.config), "model": repr(model), "relative_error": relative_error}
         write_record(aside, MERGED, content)
     return relative_error
 

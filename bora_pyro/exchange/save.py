@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from bora_pyro.backbone.backbone import Backbone
+from bora_pyro.backbone.configuration import base_name
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.factors import EXPORT_RANK, lora_form
 from bora_pyro.exchange.peft_rules import misread_layers, target_modules
@@ -166,7 +167,7 @@ def rank_of(factors: Mapping[str, Mapping[str, Tensor]]) -> int:
 def _config(backbone: Backbone, rank: int, alpha: float, base_model: str | None) -> dict[str, Any]:
     check_exportable(backbone)
     return {
-        "base_model_name_or_path": backbone.model.config.name_or_path if base_model is None else base_model,
+        "base_model_name_or_path": base_name(backbone.model.config) if base_model is None else base_model,
         "bias": "none",
         "fan_in_fan_out": backbone.slots[0].fan_in_fan_out,
         "inference_mode": True,

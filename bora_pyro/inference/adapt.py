@@ -22,7 +22,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from bora_pyro.backbone.texts import longest_read, token_split, tokenizer_of
+from bora_pyro.backbone.texts import check_token_ids, longest_read, token_split, tokenizer_of
 from bora_pyro.data.splitters import ForNewTasks
 from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
@@ -252,6 +252,7 @@ def load_new_tasks(source: Source, fitted: Fitted, *, max_tokens: int | None = N
     """
     tokenizer, most = tokenizer_of(fitted.model.backbone), longest_read(fitted.model.backbone, max_tokens)
     data = load_tasks(source, tokenizer, split=ForNewTasks(), max_tokens=most, **options)
+    check_token_ids(fitted.model.backbone, data.train, data.validation, data.test)
     if max_tokens is not None and most < max_tokens:
         data.notes.insert(0, f"max_tokens {max_tokens} is more than the base model reads; {most} is used")
     return data

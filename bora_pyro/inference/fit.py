@@ -20,6 +20,7 @@ from typing import Any
 
 from pyro.infer.autoguide import AutoGuide
 
+from bora_pyro.backbone.texts import check_token_ids
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
 from bora_pyro.guides import map_guide
@@ -103,13 +104,14 @@ def fit(
     Raises:
         NonFiniteLossError: the loss is not finite; the error holds the last good state.
         FitStopped: ``stop`` returned true; the exception holds the best state so far.
-        InputError: an option does not exist or has a value that is not allowed; there is nothing to train on; there are
-            checkpoints and none is usable; or a checkpoint cannot be written.
+        InputError: an option does not exist or has a value that is not allowed; there is nothing to train on; a document has a
+            token that the base cannot read; there are checkpoints and none is usable; or a checkpoint cannot be written.
     """
     options = with_changes(options or FitOptions(), changes)
     options.validate()
     if data.train.num_tokens == 0:
         raise InputError("the training split has no token to predict; give more or longer documents")
+    check_token_ids(model.backbone, data.train, data.validation, data.test)
     processes = processes or Processes()
     if isinstance(checkpoints, Path):
         checkpoints = Continuation.find(checkpoints, data, model.backbone, options, processes=processes.size)

@@ -14,18 +14,16 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.head import chunk_tokens
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.inference.layer_memory import FLOAT, layers_of
 from bora_pyro.inference.task_rows import MANY_TASKS
 from bora_pyro.model import BoRA
 
-FLOAT = 4  # bytes: adapters, gradients, optimiser and likelihood are float32 for any base
 UNUSED = 0.25  # memory that glibc's allocator holds between blocks on a CPU, as a fraction of the activations (measured)
 EVALUATION_BUDGET = 8192  # tokens of a batch of `evaluate`
 
@@ -122,9 +120,9 @@ def estimate_memory(
     size = sum(start.numel() for start in model.starts.values())
     all_tasks = model.num_tasks * size
     guide = _guide_numbers(model, model.num_tasks)
-    layers, checkpointing = _Layers.of(model), model.backbone.gradient_checkpointing
-    vocabulary = model.backbone.model.get_output_embeddings().weight.shape[0]
     backbone = model.backbone
+    layers, checkpointing = layers_of(model), backbone.gradient_checkpointing
+    vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
     # a model that caps its logits computes those of all tokens at once
     chunk = chunk_tokens(backbone.device, vocabulary) if backbone.ends_with_head else sys.maxsize
     others = (model.tensors.fixed, model.tensors.buffers, model.tensors.masks)
@@ -211,74 +209,3 @@ def _part(rows: int, tokens: int, most: int) -> tuple[int, int]:
     """Rows and tokens of the largest part of a batch, as `Batch.parts` cuts it."""
     of_part = -(-rows // min(rows, -(-tokens // most)))
     return of_part, of_part * (tokens // rows)
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """The widths of a decoder layer and the memory that it keeps per token: the symbols of `estimate_memory`."""
-
-    number: int
-    hidden: int
-    queries: int
-    keys: int
-    inner: int
-    inner_kept: int  # kept by the activation and the gate, in units of f
-    adapted_inputs: int  # numbers of normed or gated inputs that are kept only for the adapters
-    ranks: int  # sum over all adapted layers of a block
-    bytes: int
-    norm_bytes: int
-
-    @classmethod
-    def of(cls, model: BoRA) -> _Layers:
-        base = model.backbone.model
-        config = base.config.get_text_config()
-        blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-        number, hidden = max(len(blocks), 1), config.hidden_size
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or hidden // heads
-        inner = next((w for n in ("intermediate_size", "ffn_dim", "n_inner") if (w := getattr(config, n, None))), 4 * hidden)
-        activation = str(next((w for n in ("activation_function", "hidden_act") if (w := getattr(config, n, None))), "gelu"))
-        linear = [m for m in (blocks[0].modules() if blocks else ()) if isinstance(m, nn.Linear)]
-        gated = sum((m.in_features, m.out_features) == (hidden, inner) for m in linear) > 1
-        kept = (4 if activation == "gelu_new" else 1) + (2 if gated else 0)
-        adapted = {"attention": 0, "up": 0, "down": 0}
-        rank = sum(model.adapter.kept_per_token(slot) * slot.layers for slot in model.backbone.slots) / number
-        for slot in model.backbone.slots:
-            if slot.in_features == inner != hidden:
-                # ReLU already keeps its output, which is the next layer's input
-                adapted["down"] = 0 if activation == "relu" and not gated else inner
-            elif slot.out_features == inner != hidden:
-                adapted["up"] = hidden
-            elif not any(end in slot.name for end in ("o_proj", "out_proj", "c_proj", "dense")):
-                adapted["attention"] = hidden
-        itemsize = base.get_input_embeddings().weight.element_size()
-        plain = any(isinstance(m, nn.LayerNorm) for m in base.modules())
-        return cls(
-            number=number,
-            hidden=hidden,
-            queries=heads * head,
-            keys=(getattr(config, "num_key_value_heads", None) or heads) * head,
-            inner=inner,
-            inner_kept=kept,
-            adapted_inputs=sum(adapted.values()),
-            ranks=round(rank),
-            bytes=itemsize,
-            norm_bytes=itemsize if plain else FLOAT,
-        )
-
-    def layer(self) -> int:
-        """Bytes per token that one layer keeps for its backward pass."""
-        numbers = 2 * self.queries + 2 * self.keys + self.inner_kept * self.inner + self.adapted_inputs + self.ranks
-        return 2 * self.hidden * self.norm_bytes + numbers * self.bytes
-
-    def kept(self, *, checkpointing: bool) -> int:
-        """Bytes per token that all layers keep."""
-        # the embedding, the last norm, the observed states, their gradient, and two copies of that gradient
-        ends = 6 * self.hidden * self.bytes
-        if not checkpointing:
-            return ends + self.number * self.layer()
-        return ends + self.number * self.hidden * self.bytes
-
-    def scratch(self) -> int:
-        """Bytes per token that a layer needs while it runs, besides the memory that it keeps."""
-        return (3 * self.hidden + 2 * self.inner) * self.bytes

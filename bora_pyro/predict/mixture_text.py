@@ -188,7 +188,7 @@ def prompt_tokens(
         tokens = torch.as_tensor(prompt, dtype=torch.int64).cpu()
     if tokens.dim() != 1 or not len(tokens):
         raise InputError(f"the prompt has the shape {tuple(tokens.shape)}; give one text, or a vector of token ids, not empty")
-    vocabulary = backbone.model.config.vocab_size
+    vocabulary = backbone.num_token_ids
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise InputError(
             f"the prompt has token ids from {int(tokens.min())} to {int(tokens.max())}; give ids from 0 to {vocabulary - 1}"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bora_pyro.backbone.texts import check_token_ids
 from bora_pyro.data.encode import encoder
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest
@@ -152,6 +153,7 @@ def choose(
     row_task = task.repeat_interleave(options).tolist()
     pad = tokenizer.pad_token_id or 0
     split = TokenSplit.from_documents(rows, task=row_task, num_tasks=len(tasks), pad_token_id=pad, read=prompts)
+    check_token_ids(model.backbone, split)
     drawn = draws() if callable(draws) else draws
     scores = [evaluate(model, split, weights, token_budget=token_budget)[0].log_likelihood for weights in drawn]
     if not scores:

@@ -11,6 +11,7 @@ from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.experts import fused_experts
 from bora_pyro.backbone.sharding import shard_base
 from bora_pyro.backbone.slots import ALL_LINEAR
+from bora_pyro.backbone.texts import check_token_ids
 from bora_pyro.data import ByRecord, DataOptions, TaskData, load_tasks
 from bora_pyro.data.splitters import Splitter
 from bora_pyro.data.tables import check_source
@@ -150,6 +151,7 @@ def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None,
         notes.append(f"{ALL_LINEAR} adapts linear layers; the routed experts stay as they are: {', '.join(experts)}")
     assert backbone.tokenizer is not None
     data = load_tasks(config.data, backbone.tokenizer, options, split=split, task_weights=config.task_weights)
+    check_token_ids(backbone, data.train, data.validation, data.test)
     data.notes[:0] = notes
     if not quiet:
         for note in data.notes:

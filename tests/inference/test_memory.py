@@ -12,8 +12,9 @@ from bora_pyro.adapters import ADAPTERS
 from bora_pyro.backbone.head import CHUNK_ENTRIES
 from bora_pyro.data import TokenSplit
 from bora_pyro.guides import map_guide
+from bora_pyro.inference.layer_memory import layers_of
 from bora_pyro.inference.loop import Loop
-from bora_pyro.inference.memory import MemoryEstimate, _Layers, base_bytes, estimate_memory, peak_memory_bytes
+from bora_pyro.inference.memory import MemoryEstimate, base_bytes, estimate_memory, peak_memory_bytes
 from bora_pyro.priors import HierarchicalNormal, Independent, LearnedPrecision, Pooled
 from tests.tiny import tiny_backbone
 
@@ -104,7 +105,7 @@ def test_what_a_layer_keeps(setting):
     width, inner = 32, 128 if architecture == "gpt2" else 48
     keys = 16 if architecture == "llama" else width
     hidden, kv, feed_forward, ranks = KEPT[setting]
-    layers = _Layers.of(model)
+    layers = layers_of(model)
     assert (layers.hidden, layers.inner, layers.keys, layers.number) == (width, inner, keys, config.num_hidden_layers)
     assert layers.layer() == 4 * (hidden * width + kv * keys + feed_forward * inner + 2 * ranks)
 
