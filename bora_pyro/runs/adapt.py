@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.inference.adapt import adapt, load_new_tasks
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.progress import print_data
 from bora_pyro.runs.results import GIVEN, metrics_of
 from bora_pyro.runs.run import Run
 from bora_pyro.runs.saved import SavedRun, load_run
@@ -52,8 +52,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
     config = _resolved(config, run)
     data = load_new_tasks(config.data, run.fitted, long_documents=run.config.long_documents, **config.documents)
     if not quiet:
-        for note in data.notes:
-            print(f"note: {note}", file=sys.stderr)
+        print_data(data)
     options = {name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "token_budget", "scale", "seed")}
     fitted = adapt(run.fitted, data, **options)
 

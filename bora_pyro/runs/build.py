@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from bora_pyro.adapters import ADAPTERS
@@ -28,6 +26,7 @@ from bora_pyro.routers import ROUTERS
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.device import find_device
 from bora_pyro.runs.plan import Plan
+from bora_pyro.runs.progress import print_data
 
 __all__ = ["build", "build_run", "find_device"]
 
@@ -154,6 +153,5 @@ def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None,
     check_token_ids(backbone, data.train, data.validation, data.test)
     data.notes[:0] = notes
     if not quiet:
-        for note in data.notes:
-            print(f"note: {note}", file=sys.stderr)
+        print_data(data)
     return data

@@ -44,6 +44,7 @@ from bora_pyro.predict.multiple_choice import ChoicePredictions, Question, choos
 from bora_pyro.runs.calibration_files import write_calibration, write_foreign, write_questions
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.layout import DIAGNOSTICS
+from bora_pyro.runs.progress import print_data
 from bora_pyro.runs.saved import SavedRun, load_run
 
 DRAWS = 8  # draws of a posterior, unless --draws is given
@@ -128,6 +129,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    print_data(run.data)
     predictor, tasks = Predictor(run, config), run.data.tasks
     if not len(run.data.test):
         raise InputError(f"the run in {run.folder.path} has no test documents; split the data so that some tasks have some")
@@ -148,13 +150,18 @@ def read_foreign(config: CalibrateConfig, run: SavedRun) -> TokenSplit:
     """Read the foreign texts and cut them as the documents of the run are cut. Leave out documents of the run."""
     backbone, column = run.fitted.model.backbone, config.foreign_text_column
     try:  # foreign texts have no task: the text column is also given as the task column
-        table, _ = read_table(str(config.foreign), task_column=column, text_column=column)
+        table, notes = read_table(str(config.foreign), task_column=column, text_column=column)
     except InputError as error:
         raise InputError(str(error).replace("(task_column)", "(foreign_text_column)")) from None
+    for note in notes:
+        print(f"note: of the foreign texts: {note}", file=sys.stderr)
     tasks = {name: d for d, name in enumerate(run.data.tasks)}
     table = table.remove_columns("task").add_column("task", [run.data.tasks[0]] * len(table))  # any task: text_scores ignores it
     max_tokens = min(run.config.max_tokens, backbone.context or run.config.max_tokens)
-    split = tokenise(table, backbone.tokenizer, task_index=tasks, max_tokens=max_tokens).split
+    read = tokenise(table, backbone.tokenizer, task_index=tasks, max_tokens=max_tokens)
+    if read.num_dropped:
+        print(f"note: {read.num_dropped} of the foreign texts have no token and were left out", file=sys.stderr)
+    split = read.split
     known = {_key(each, n) for each in (run.data.train, run.data.validation, run.data.test) for n in range(len(each))}
     kept = [n for n in range(len(split)) if _key(split, n) not in known]
     if not kept:

@@ -16,6 +16,7 @@ and the error of the cut to a low rank) and ``pooling.json``.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -140,7 +141,7 @@ def pool_adapters(config: PoolConfig) -> Pooled:
 
 def _held_out(config: PoolConfig, adapters: dict[str, PeftAdapter], names: AdapterNames, backbone: Backbone) -> HeldOut:
     assert config.held_out is not None
-    documents = read_held_out(
+    documents, counts = read_held_out(
         config.held_out,
         backbone,
         list(adapters),
@@ -149,6 +150,7 @@ def _held_out(config: PoolConfig, adapters: dict[str, PeftAdapter], names: Adapt
         text_column=config.text_column,
         max_tokens=config.max_tokens,
     )
+    print(f"data: {counts}", file=sys.stderr)
     found = held_out_shrinkage(adapters, backbone, documents, space=config.space, same_base=config.same_base)
     print(f"perplexity of {len(documents)} held-out documents by shrinkage (0: the adapters, 1: Θ):")
     for share, perplexity in found.perplexities.items():

@@ -31,6 +31,7 @@ from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.runs.fitting import fit_into, start_tracking
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG, FIT, SPLIT
+from bora_pyro.runs.progress import print_data
 from bora_pyro.runs.results import metrics_of
 from bora_pyro.runs.resume import (
     Standing,
@@ -83,6 +84,8 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
             f"the run in {config.run} is of new tasks that were adapted from another fit; for a posterior of theirs adapt with "
             "--guide normal instead, as in scripts/adapt.py RUN --data new.csv --guide normal"
         )
+    if not quiet:
+        print_data(run.data)
     source = run.folder.digest_of("posterior")
     if standing.checkpoint is not None:
         _check_same_source(folder, run, source, standing)

@@ -29,7 +29,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bora_pyro.files.text import NAME_LENGTH, name_line
+from bora_pyro.data import TaskData
+from bora_pyro.files.text import NAME_LENGTH, escaped, name_line
 
 _MISSING = "–"
 
@@ -204,6 +205,18 @@ def print_table(metrics: Mapping[str, Any], *, file: TextIO | None = None) -> No
     # an encoding without θ gets "?": a fit must not end in an error here
     encoding = getattr(file, "encoding", None) or "utf-8"
     file.write("\n".join(lines).strip("\n").encode(encoding, "replace").decode(encoding) + "\n")
+
+
+def print_data(data: TaskData, *, file: TextIO | None = None) -> None:
+    """Print one line on what was read and left out, and the notes.
+
+    Args:
+        data: the documents.
+        file: where to print; default: stderr.
+    """
+    lines = [] if data.counts is None else [f"data: {data.counts}"]
+    for line in [*lines, *(f"note: {note}" for note in data.notes)]:
+        print(escaped(line), file=file or sys.stderr)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

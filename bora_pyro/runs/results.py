@@ -114,6 +114,7 @@ def metrics_of(
         "test_documents": data.test.num_documents,
         "seed": seed,
         "notes": data.notes,
+        **({} if data.counts is None else {"data": data.counts.as_dict()}),
         "versions": versions(),
         "tasks": tasks,
     }

@@ -83,8 +83,9 @@ def test_held_out_documents_choose_the_share(fitted, tmp_path, capsys):
     # as they are, the adapters are the run's, and with the whole way gone they are Θ for all: both are known otherwise
     run = load_run(fitted / "run", device="cpu")
     model, tasks = run.fitted.model, ["ada", "borge-b", "cleo"]
-    split = read_held_out(table, model.backbone, tasks)
+    split, counts = read_held_out(table, model.backbone, tasks)
     assert split.documents_per_task == [4, 4, 4]
+    assert (counts.tasks, counts.documents, sum(counts.left_out.values())) == (3, {"held out": 12}, counts.rows - 12)
     theta, _ = run.fitted.weights()
     [as_they_are] = evaluate(model, split, theta)
     assert perplexities[0.0] == pytest.approx(as_they_are.perplexity(), rel=1e-5)
@@ -116,7 +117,7 @@ def test_tasks_whose_names_make_one_folder_are_told_apart(fitted, tmp_path):
         with pytest.raises(InputError, match="the folder of the task '東京' is not known: it may be any of task, task-2"):
             read()
     write_task_names(folder, {"task": "大阪", "task-2": "東京", "cleo": "Cleo"})
-    split = read_held_out(table, backbone, tasks, names=adapter_names(folder))
+    split, _ = read_held_out(table, backbone, tasks, names=adapter_names(folder))
     lengths = dict(zip([tasks[d] for d in split.task.tolist()], split.lengths.tolist(), strict=True))
     assert lengths["task-2"] < lengths["cleo"] < lengths["task"]
     found = dict(zip(tasks, read_documents(numbers, tasks, adapter_names(folder)), strict=True))

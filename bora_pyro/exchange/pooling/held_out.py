@@ -28,7 +28,9 @@ import datasets
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.texts import tokenizer_of
-from bora_pyro.data.tables import read_table
+from bora_pyro.data.columns import Columns
+from bora_pyro.data.counts import Counts
+from bora_pyro.data.tables import read_documents
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.data.tokenise import tokenise
 from bora_pyro.errors import InputError
@@ -104,8 +106,8 @@ def read_held_out(
     task_column: str = "task",
     text_column: str = "text",
     max_tokens: int = 256,
-) -> TokenSplit:
-    """Read and tokenise the documents of some tasks from a table. Rows of other tasks are ignored.
+) -> tuple[TokenSplit, Counts]:
+    """Read and tokenise the documents of some tasks from a table. Rows of other tasks are left out.
 
     Args:
         source: as for :func:`~bora_pyro.data.read_table`.
@@ -116,12 +118,16 @@ def read_held_out(
         text_column: column with the text.
         max_tokens: longer documents are truncated.
 
+    Returns:
+        The documents, and counts of what was read and left out.
+
     Raises:
         InputError: if the table cannot be read or has no document of these tasks, the folder of a task is not known, or the base
             has no tokenizer.
     """
     tokenizer = tokenizer_of(backbone)
-    table, _ = read_table(source, task_column=task_column, text_column=text_column)
+    read = read_documents(source, Columns.given(task_column=task_column, text_column=text_column))
+    table = read.table
     task_index = {task: d for d, task in enumerate(tasks)}
     folders = (names or AdapterNames(tuple(tasks))).folders_of(table["task"], among=tasks)
     rows = [(folders[name], text) for name, text in zip(table["task"], table["text"], strict=True)]
@@ -130,4 +136,7 @@ def read_held_out(
         raise InputError(f"{source} has no document of {', '.join(tasks[:3])}{', ...' if len(tasks) > 3 else ''}")
     documents = datasets.Dataset.from_dict({"task": [task for task, _ in own], "text": [text for _, text in own]})
     longest = max_tokens if backbone.context is None else min(max_tokens, backbone.context)
-    return tokenise(documents, tokenizer, task_index=task_index, max_tokens=longest).split
+    done = tokenise(documents, tokenizer, task_index=task_index, max_tokens=longest)
+    left_out = {**read.left_out, "of other tasks": len(rows) - len(own), "without a token to predict": done.num_dropped}
+    count = sum(number > 0 for number in done.split.documents_per_task)
+    return done.split, Counts(read.rows, count, {"held out": done.num_documents}, {"held out": done.split.num_tokens}, left_out)

@@ -66,7 +66,13 @@ class AdaptConfig:
         DataOptions,
         "split_column",
         None,
-        "column that says train, validation or test (default: all documents are training documents)",
+        "column that says train, validation or test (default: the splits that the data has; else all documents are for training)",
+    )
+    hub_split: str | None = changed(
+        DataOptions,
+        "hub_split",
+        None,
+        "of a source with several splits, read this one alone, all for training (default: all, each for what its name says)",
     )
     max_tokens: int | None = changed(
         DataOptions, "max_tokens", None, "tokens of a document that are read (default: as in the fit)"
