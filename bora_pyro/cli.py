@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 #: Name -> (place of the command, one line about it). The place is a text, so that a command's module is imported only when the
 #: command is called. The modules import torch, which takes seconds; ``bora --help`` does not need them.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "preview": ("bora_pyro.runs.preview:COMMAND", "show how a fit would read a file: columns, tasks, splits, two documents"),
     "map-fit": ("bora_pyro.runs.fit_commands:MAP_FIT", "fit BoRA by MAP: an adapter for each task, all under one prior"),
     "demo": ("bora_pyro.runs.fit_commands:DEMO", "fit the embedded base model to the embedded data, without a file or a network"),
     "posterior-fit": ("bora_pyro.runs.fit_commands:POSTERIOR_FIT", "fit a posterior around a finished MAP fit"),

@@ -31,9 +31,10 @@ from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_exact_products, check_no_adapter, keep_differentiable, placement_arguments
 from bora_pyro.backbone.probe import ends_with_head, probe_tokens
 from bora_pyro.backbone.slots import Slot, checkpointed_blocks, find_slots, linear_modules, linear_shape, linear_weight
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.backbone.tokenizer import BUILTIN_BASES, base_errors, base_source
+from bora_pyro.errors import InputError
 
-BUILTIN_BASES = {"builtin:nano": Path(__file__).parents[1] / "assets" / "nano"}
+__all__ = ["BUILTIN_BASES", "PASS_BYTES", "Backbone", "Change"]
 
 #: The largest output of a layer on CPUs, in bytes: half of glibc's largest threshold for mapped memory.
 PASS_BYTES = 2**24
@@ -124,29 +125,14 @@ class Backbone:
                 layers lie on a CPU that multiplies them wrongly.
         """
         placement = placement_arguments(quantization, device_map, precision, device)
-        source = BUILTIN_BASES.get(str(name), name)
-        if str(name).startswith("builtin:") and str(name) not in BUILTIN_BASES:
-            raise InputError(f"no embedded base {name!r}; there is {', '.join(BUILTIN_BASES)}{nearest(str(name), BUILTIN_BASES)}")
-        try:
+        source = base_source(name)
+        with base_errors(name):
             check_no_adapter(source)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
             # safetensors only: reading pickled weights could run code
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=precision, trust_remote_code=trust_remote_code, use_safetensors=True, **placement
             )
-        except InputError:
-            raise
-        except Exception as error:  # a damaged file can raise any type of error
-            if "trust_remote_code" in str(error):
-                raise InputError(
-                    f"base model {str(name)!r} brings code of its own, which is not run: read it, and if you trust it give "
-                    "--trust_remote_code true; or use another base"
-                ) from error
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"base model {str(name)!r} cannot be loaded: give builtin:nano, a folder saved with save_pretrained, "
-                f"or the hub id of a causal language model ({reason})"
-            ) from error
         if quantization == "8bit":
             check_exact_products(model)
         model = keep_differentiable(model) if placement else model.to(device)

@@ -28,6 +28,9 @@ class Documents(NamedTuple):
         rows: the number of rows read.
         left_out: the number of rows that are no document, by reason, such as ``with empty text``.
         notes: lines for the user.
+        columns: all columns of the source.
+        used: the columns that were read.
+        form: the form of the documents, as ``document_form`` names it.
     """
 
     table: datasets.Dataset
@@ -35,6 +38,9 @@ class Documents(NamedTuple):
     rows: int
     left_out: dict[str, int]
     notes: list[str]
+    columns: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class Counts:
         documents: documents by side.
         tokens: tokens to predict by side.
         left_out: rows left out by reason.
+        columns: all columns of the source.
+        used: the columns that were read.
+        form: the form of the documents.
     """
 
     rows: int
@@ -54,6 +63,9 @@ class Counts:
     documents: Mapping[str, int]
     tokens: Mapping[str, int]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
+    form: str = ""
 
     def __str__(self) -> str:
         sides = ", ".join(f"{number:,} {side}" for side, number in self.documents.items())

@@ -66,6 +66,7 @@ class RowReader:
                 hint = nearest(column, map(str, names)) or (form_hint(table) if option == "text_column" and not times else "")
                 raise InputError(f"{label} has {what}{named}; its columns are {listed(names)}{hint}")
         self.form = ("task", *self.document.content, "group", *(["split"] if columns.split is not None else []))
+        self._names = tuple(map(str, names))
         self._dropped: Counter[str] = Counter()
         self._parts: dict[str, tuple[str, ...]] = {}
 
@@ -105,6 +106,11 @@ class RowReader:
         kinds = ("empty text", "no messages", "no task")
         dropped = [_dropped_note(self._dropped[kind], kind) for kind in kinds if self._dropped[kind]]
         return [*self._notes, *dropped, *self.document.notes(), *alike_notes(self._parts, "task")]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How the documents are read: all columns of the table, those that are used, and the form of the documents."""
+        return {"columns": self._names, "used": tuple(self.needed), "form": self.document.name}
 
     @property
     def left_out(self) -> dict[str, int]:

@@ -92,7 +92,8 @@ def stream_documents(
             numbers = range(len(digests) - len(rows_of_batch), len(digests))
             tokens.write(encode({name: [row[name] for row in rows_of_batch] for name in ("task", *content)}, numbers))
     table_of_all = datasets.Dataset.from_dict({**table, "text": np.asarray(digests), "row": np.arange(len(digests))})
-    return Documents(table_of_all, content, raw.num_rows, reader.left_out, raw.notes + reader.notes()), tokens
+    notes = raw.notes + reader.notes()
+    return Documents(table_of_all, content, raw.num_rows, reader.left_out, notes, **reader.about), tokens
 
 
 def _batches(rows: Iterable[dict[str, str]], content: Sequence[str]) -> Iterator[list[dict[str, str]]]:

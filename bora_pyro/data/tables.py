@@ -113,7 +113,7 @@ def read_documents(
     features = datasets.Features({name: datasets.Value("string") for name in kept})
     documents = datasets.Dataset.from_dict(kept, features=features)
     content = content_columns(documents.column_names)
-    return Documents(documents, content, raw.num_rows, reader.left_out, raw.notes + reader.notes())
+    return Documents(documents, content, raw.num_rows, reader.left_out, raw.notes + reader.notes(), **reader.about)
 
 
 def read_rows(

@@ -231,6 +231,9 @@ def _counts(read: Documents, found: Split, done: Mapping[str, Tokenised]) -> Cou
         documents={name: side.num_documents for name, side in done.items()},
         tokens={name: side.split.num_tokens for name, side in done.items()},
         left_out={reason: number for reason, number in left_out.items() if number},
+        columns=read.columns,
+        used=read.used,
+        form=read.form,
     )
 
 

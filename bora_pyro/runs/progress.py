@@ -191,16 +191,24 @@ def print_table(metrics: Mapping[str, Any], *, file: TextIO | None = None) -> No
         metrics: content of ``metrics.json``.
         file: where to print; default: stdout.
     """
+    print_fitted(result_table(metrics), file=file)
+
+
+def print_fitted(*parts: RenderableType, file: TextIO | None = None) -> None:
+    """Print something, fitted to the width of a terminal. Elsewhere it is plain text of any width.
+
+    Args:
+        parts: what to print, one below another.
+        file: where to print; default: stdout.
+    """
     file = file or sys.stdout
-    table = result_table(metrics)
-    console = Console(file=file)
-    if console.is_terminal:
-        console.print(table)
-        return
-    width = Console(width=10_000).measure(table).maximum  # wide enough for all cells
-    plain = Console(file=file, color_system=None, width=width)
-    with plain.capture() as captured:
-        plain.print(table)
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        width = max(Console(width=10**6).measure(part).maximum for part in parts)  # wide enough for all cells
+        console = Console(file=file, highlight=False, color_system=None, width=width)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part, markup=False)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     # an encoding without θ gets "?": a fit must not end in an error here
     encoding = getattr(file, "encoding", None) or "utf-8"
@@ -214,9 +222,14 @@ def print_data(data: TaskData, *, file: TextIO | None = None) -> None:
         data: the documents.
         file: where to print; default: stderr.
     """
+    for line in data_lines(data):
+        print(line, file=file or sys.stderr)
+
+
+def data_lines(data: TaskData) -> list[str]:
+    """One line on what was read and left out, and one for each note."""
     lines = [] if data.counts is None else [f"data: {data.counts}"]
-    for line in [*lines, *(f"note: {note}" for note in data.notes)]:
-        print(escaped(line), file=file or sys.stderr)
+    return [escaped(line) for line in [*lines, *(f"note: {note}" for note in data.notes)]]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -254,6 +254,9 @@ def test_every_row_is_a_document_or_left_out_for_a_reason():
             "beyond max_train_documents": 4,
             "beyond max_eval_documents": 4,
         },
+        columns=("task", "text", "doc_id"),
+        used=("task", "text", "doc_id"),
+        form="text",
     )
     assert sum(found.counts.documents.values()) + sum(found.counts.left_out.values()) == found.counts.rows
     assert str(found.counts).startswith(
