@@ -6,6 +6,7 @@ linked from the environment of the tests. Nothing is downloaded.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from importlib import metadata
@@ -149,6 +151,21 @@ def test_every_package_that_is_needed_has_a_pinned_version(built, tmp_path):
     pinned = {canonicalize_name(line.name) for line in lines if line.marker is None or line.marker.evaluate()}
     names = {name for name in needed(of_wheel, extra="test") if not name.startswith(CUDA)}
     assert names - pinned == {"bora-pyro"}
+
+
+def test_every_package_that_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for extra, lines in project["optional-dependencies"].items() if extra != "test" for line in lines]
+    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"] + extras}
+    nodes = [
+        node for file in (ROOT / "bora_pyro").rglob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    names = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"bora_pyro"}
+    assert "torch" in names
+    of_name = metadata.packages_distributions()
+    assert [name for name in sorted(names) if declared.isdisjoint(map(canonicalize_name, of_name[name]))] == []
 
 
 def test_every_module_is_imported_without_the_extras(commands, tmp_path):
