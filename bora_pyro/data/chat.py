@@ -100,7 +100,9 @@ def read_chats(
         except InputError as error:
             raise InputError(f"chat {text[:60]!r}: {error}") from None
         except TEMPLATE_ERRORS as error:
-            raise InputError(f"chat {text[:60]!r}: the chat template cannot write it ({one_line(error)})") from None
+            calls = any("tool_calls" in message for message in chat.messages) and writer.takes_arguments is None
+            hint = "; it seems to know no tool calls: give one that does, with --chat_template FILE.jinja" if calls else ""
+            raise InputError(f"chat {text[:60]!r}: the chat template cannot write it ({one_line(error)}){hint}") from None
         yield found
 
 

@@ -35,6 +35,8 @@ ASSISTANT, USER = "assistant", "user"
 TEMPLATE_BYTES = 2**16
 #: The largest template file, in bytes, that is read at all.
 MAX_TEMPLATE_BYTES = 2**20
+#: What a message that only calls tools may have for a content, in the order in which it is tried.
+NO_CONTENT: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
 #: What a template may raise for a chat that it cannot write.
 TEMPLATE_ERRORS = (jinja2.TemplateError, ValueError, TypeError, LookupError)
 
@@ -53,6 +55,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, given: str | None = None) -> None:
         self.tokenizer, self.given = tokenizer, given
+        self._calls: dict[tuple[type, str], int] = {}
         chat_template_of(tokenizer, given)
 
     @classmethod
@@ -107,35 +110,52 @@ class ChatTemplate:
     @cached_property
     def takes_parts(self) -> bool:
         """Whether the template writes a content that is a list of parts of text."""
-        parts = [{"type": "text", "text": word} for word in ("alpha", "omega")]
-        return self._writes_content(parts, "alpha", "omega")
+        return self._writes_content([{"type": "text", "text": word} for word in ("alpha", "omega")], "alpha", "omega")
+
+    @cached_property
+    def takes_one_part(self) -> bool:
+        """Whether the template writes a content that is a list with one part of text."""
+        return self._writes_content([{"type": "text", "text": "alpha omega"}], "alpha omega")
 
     @cached_property
     def takes_arguments(self) -> type | None:
         """``dict`` if the template writes the arguments of a tool call best as a mapping, ``str`` if best as JSON text.
 
-        None if it writes neither.
+        If both are as good it is ``dict``, as transformers recommends. None: it writes neither.
         """
-        best = max((dict, str), key=self._good_arguments)  # if both are as good: a mapping, which transformers recommends
-        return best if self._good_arguments(best) else None
+        best = max(((kind, content) for content in NO_CONTENT for kind in (dict, str)), key=lambda way: self._calls_well(*way))
+        return best[0] if self._calls_well(*best) else None
+
+    def without_content(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message that calls tools and has no content, with what the template needs in its place: nothing, None or ""."""
+        kind = self.takes_arguments
+        if kind is None:
+            return message
+        given = {"content": message["content"]} if "content" in message else {}
+        best = max((given, *NO_CONTENT), key=lambda content: self._calls_well(kind, content))  # the first of the best
+        return {**{key: value for key, value in message.items() if key != "content"}, **best}
 
     @cached_property
     def takes_objects(self) -> bool:
         """Whether the template writes the content of a tool's message as JSON if it is a mapping."""
-        kind = self.takes_arguments
-        if kind is None:
+        if self.takes_arguments is None:
             return False
+        calling = self.without_content(_calling(self.takes_arguments, {}))
         answer = {"role": "tool", "name": "gamma", "tool_call_id": "call00001", "content": {"alpha": "omega"}}
-        written = self.tries([{"role": USER, "content": "beta"}, _calling(kind), answer], [_TOOL])
-        asked = self.tries([{"role": USER, "content": "beta"}, _calling(kind)], [_TOOL])
+        written = self.tries([{"role": USER, "content": "beta"}, calling, answer], [_TOOL])
+        asked = self.tries([{"role": USER, "content": "beta"}, calling], [_TOOL])
         return written is not None and written.count('"alpha": "omega"') > (asked or "").count('"alpha": "omega"')
 
-    def _good_arguments(self, kind: type) -> int:
-        written = self.tries([{"role": USER, "content": "beta"}, _calling(kind)], [_TOOL])
-        if written is None or "alpha" not in written or "omega" not in written:
-            return 0
-        # as Python text, or as JSON text within a JSON text
-        return 1 if "{'alpha'" in written or '\\"alpha' in written else 2
+    def _calls_well(self, kind: type, content: dict[str, Any]) -> int:
+        """How well the template writes a tool call with arguments of a kind: 0 (not at all) to 2."""
+        key = (kind, repr(content))
+        if key not in self._calls:
+            written = self.tries([{"role": USER, "content": "beta"}, _calling(kind, content)], [_TOOL])
+            there = written is not None and "alpha" in written and "omega" in written
+            # as Python text, or as JSON text within a JSON text
+            odd = there and any(text in str(written) for text in ("{'alpha'", '\\"alpha', "None"))
+            self._calls[key] = int(there) + int(there and not odd)
+        return self._calls[key]
 
     def _writes_content(self, content: Any, *words: str) -> bool:
         written = self.tries([{"role": USER, "content": content}, {"role": ASSISTANT, "content": content}])
@@ -144,10 +164,10 @@ class ChatTemplate:
         return not isinstance(content, list) or ("'text'" not in written and '"text"' not in written)
 
 
-def _calling(kind: type) -> dict[str, Any]:
+def _calling(kind: type, content: dict[str, Any]) -> dict[str, Any]:
     arguments: Any = {"alpha": "omega"} if kind is dict else '{"alpha": "omega"}'
     call = {"id": "call00001", "type": "function", "function": {"name": "gamma", "arguments": arguments}}
-    return {"role": ASSISTANT, "content": "", "tool_calls": [call]}
+    return {"role": ASSISTANT, **content, "tool_calls": [call]}
 
 
 _TOOL = {

@@ -66,8 +66,7 @@ def test_openai_s_older_calls(tokenizer):  # noqa: F811
     found, notes = documents([{"messages": older, "functions": [TOOL]}], tokenizer, TO_JSON)
     assert found == [(WRITTEN_TOOLS + CALLED, PREDICTED)]
     assert notes == [
-        "recognised chats in column 'messages' with tools in column 'functions': the assistant's turns are predicted",
-        "the chat template does not write the key 'name' of messages",
+        "recognised chats in column 'messages' with tools in column 'functions': the assistant's turns are predicted"
     ]
 
 
@@ -219,6 +218,32 @@ def test_texts_for_a_template_that_takes_parts(tokenizer):  # noqa: F811
     found, notes = documents([{"messages": ANSWERED}], tokenizer, OF_PARTS)
     assert found == [("<user>[Hi]<end><assistant>[Yes?]<end>", "[Yes?]<end>")]
     assert notes[1:] == ["2 messages have a text where the chat template takes a list of parts: given as a list with one part"]
+
+
+def test_a_template_that_takes_one_part(tokenizer):  # noqa: F811
+    template = CHATML.replace("{{ m.content }}", "{{ m.content[0].text + '' }}")
+    rows = [{"messages": [{"role": "user", "content": PARTS}, ANSWERED[1]]}]
+    found, notes = documents(rows, tokenizer, template)
+    assert found == [("<user>Hi\nyou<end><assistant>Yes?<end>", "Yes?<end>")]
+    assert notes[1:] == [
+        "1 message has a text where the chat template takes a list of parts: given as a list with one part",
+        "1 message has several texts where the chat template takes a list with one part: joined by line ends",
+    ]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+@pytest.mark.parametrize("call", ["(c.function.arguments | tojson)", "c.function.arguments"])
+def test_a_template_that_needs_a_content_beside_calls(tokenizer, content, call):  # noqa: F811
+    template = TO_JSON.replace("{{ c.function.name }}({{ c.function.arguments | tojson }})",
+                               "{{ m.content + c.function.name + '(' + " + call + " + ')' }}")  # fmt: skip
+    assert documents([{"messages": chat(**content)}], tokenizer, template)[0] == [(CALLED, PREDICTED)]
+
+
+def test_a_template_that_fails_at_calls_says_so(tokenizer):  # noqa: F811
+    with pytest.raises(
+        InputError, match=r"cannot write it \(UndefinedError.*; it seems to know no tool calls: give one that does"
+    ):
+        documents([{"messages": chat()}], tokenizer, JOINED)
 
 
 @pytest.mark.parametrize(

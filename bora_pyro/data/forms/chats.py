@@ -100,11 +100,14 @@ class Chats:
         message, mark = take_mark(with_calls(dict(message), where), where)
         if older and message["role"] == "function":
             message["role"] = "tool"
-        if message["role"] in ("tool", "function") and not isinstance(message.get("content") or "", str):
+        if message["role"] in ("tool", "function") and not isinstance(message.get("content", ""), str):
             message = self._tool_content(message)
         else:
             check_content(message, where)
-        message = with_arguments(message, self.template.takes_arguments if self.template else None, where)
+        if self.template is not None and "tool_calls" in message:
+            message = with_arguments(message, self.template.takes_arguments, where)
+            if not says(message.get("content")):
+                return self.template.without_content(message), mark
         return self._with_content(message), mark
 
     def _predicted(self, message: Message, mark: bool | None) -> bool:
@@ -126,16 +129,20 @@ class Chats:
         return {**message, "content": json_text(content)}
 
     def _with_content(self, message: Message) -> Message:
-        """A message with its content as the template takes it, as text or as a list of parts."""
-        content, template = message.get("content"), self.template
-        if isinstance(content, list) and is_parts(content):
-            if template is None or template.takes_parts or not template.takes_texts:
-                return {**message, "content": as_text_parts(content)}
+        """A message with its content as the template takes it: a text, a list of parts, or a list with one part."""
+        content: Any = message.get("content")
+        template, parts = self.template, is_parts(content)
+        if not parts and not isinstance(content, str):
+            return message
+        if template is None or (template.takes_parts if parts else template.takes_texts):
+            return {**message, "content": as_text_parts(content)} if parts else message
+        text = joined_parts(content) if parts else content
+        if parts and template.takes_texts:
             self._counts["joined"] += 1
-            return {**message, "content": joined_parts(content)}
-        if isinstance(content, str) and template is not None and not template.takes_texts and template.takes_parts:
-            self._counts["wrapped"] += 1
-            return {**message, "content": [{"type": "text", "text": content}]}
+            return {**message, "content": text}
+        if template.takes_one_part:
+            self._counts["one" if parts else "wrapped"] += len(content) > 1 if parts else 1
+            return {**message, "content": [{"type": "text", "text": text}]}
         return message
 
     def _check_template(self, chat: Messages, tools: list[dict[str, Any]] | None) -> None:
@@ -173,8 +180,9 @@ def _variants(
             yield ("calls", ""), [*before, {key: message[key] for key in message if key != "tool_calls"}, *after], tools
         if role == ASSISTANT and says(content) and "tool_calls" in message:
             yield ("beside calls", ""), [*before, {**message, "content": ""}, *after], tools
-        for key in message:
-            if key not in ("role", "content", "tool_calls", "tool_call_id", "id"):
+        # ids, and the name of the tool beside them, are for programs: templates seldom write them
+        for key in () if role == "tool" else message:
+            if key not in ("role", "content", "tool_calls", "id"):
                 rest = {name: value for name, value in message.items() if name != key}
                 yield ("key", key), [*before, rest, *after], tools
 
@@ -194,6 +202,7 @@ _LINES = {
     "without": f"chat{{s}} {{have}} no turn of the role {ASSISTANT!r}",
     "joined": "message{s} {have} a list of texts where the chat template takes one text: joined by line ends",
     "wrapped": "message{s} {have} a text where the chat template takes a list of parts: given as a list with one part",
+    "one": "message{s} {have} several texts where the chat template takes a list with one part: joined by line ends",
     "objects": "message{s} of tools {hold} a value that is not a text: given to the chat template as JSON text",
     "nulls": "cell{s} {have} null in tools or tool calls: read as missing (to keep it, give arguments as JSON text)",
 }
