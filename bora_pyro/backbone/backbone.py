@@ -29,8 +29,16 @@ from bora_pyro.backbone.configuration import longest_text, model_type, token_row
 from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_exact_products, check_no_adapter, keep_differentiable, placement_arguments
-from bora_pyro.backbone.probe import ends_with_head, probe_tokens
-from bora_pyro.backbone.slots import Slot, checkpointed_blocks, find_slots, linear_modules, linear_shape, linear_weight
+from bora_pyro.backbone.probe import probe
+from bora_pyro.backbone.slots import (
+    Slot,
+    checkpointed_blocks,
+    find_slots,
+    layers_left_out,
+    linear_modules,
+    linear_shape,
+    linear_weight,
+)
 from bora_pyro.backbone.tokenizer import BUILTIN_BASES, base_errors, base_source
 from bora_pyro.errors import InputError
 
@@ -63,8 +71,14 @@ class Backbone:
         gradient_checkpointing: recompute each decoder layer in the backward pass. This takes less memory and about a third more
             time. On CPUs it also calls ``give_back_freed_memory``, which holds for the whole process.
 
+    Attributes:
+        slots: the adapted layers.
+        ends_with_head: whether the logits are exactly the head applied to the last hidden states.
+        notes: what a user should know, for example which layers that the targets name are left out.
+
     Raises:
-        InputError: a target matches no linear layer. The message lists the valid targets.
+        InputError: a target matches no linear layer, or only layers that the base does not use. The message lists the valid
+            targets. Or the base is not a causal language model.
     """
 
     def __init__(
@@ -81,9 +95,10 @@ class Backbone:
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing and next(model.parameters()).device.type == "cpu":
             give_back_freed_memory()
-        #: Whether the logits are exactly the head applied to the last hidden states.
-        self.ends_with_head = ends_with_head(model, probe_tokens(model, self.device, context=self.context))
-        self.slots = find_slots(model, targets)
+        found = probe(model, linear_modules(model), self.device, context=self.context)
+        self.ends_with_head = found.ends_with_head
+        self.slots = find_slots(model, targets, unusable=found.unusable)
+        self.notes = layers_left_out(self.slots, targets, found.unusable)
         self._modules = dict(model.named_modules())
         self._blocks = checkpointed_blocks(model, self.slots)
         if gradient_checkpointing and not any(self._blocks.values()):

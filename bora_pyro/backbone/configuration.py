@@ -109,6 +109,33 @@ def token_rows(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
+def special_tokens(config: PreTrainedConfig) -> set[int]:
+    """The token ids that a configuration names: padding, start and end, and those that stand for an image or the like.
+
+    >>> from transformers import Gemma3Config
+    >>> special_tokens(Gemma3Config(image_token_index=7, text_config={"pad_token_id": 3})) >= {3, 7}
+    True
+    """
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            found |= special_tokens(value)
+        elif "token" in name and name.endswith(("_id", "_ids", "_index")):
+            found |= {number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)}
+    return found
+
+
+def padding_token(config: PreTrainedConfig) -> int | None:
+    """The id that the model takes for padding; None if it has none."""
+    found = getattr(text_config(config), "pad_token_id", None)
+    return found if isinstance(found, int) else None
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether the configuration says that a model, which can be an encoder or a decoder, is an encoder."""
+    return getattr(text_config(config), "is_decoder", None) is False
+
+
 def widths_of(config: PreTrainedConfig) -> Widths | None:
     """The widths of a decoder layer with attention; None if the model has no attention, or if its layers differ in width.
 

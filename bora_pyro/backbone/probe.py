@@ -1,185 +1,148 @@
-"""A few short passes through a base model, when a backbone is built, that find out what it does.
+"""What a base model does, found by a few short passes when a backbone is built.
 
 >>> from transformers import LlamaConfig, LlamaForCausalLM
 >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 16}
 >>> model = LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0)).eval()
->>> ends_with_head(model, probe_tokens(model, torch.device("cpu")))
-True
+>>> probe(model, {}, torch.device("cpu"))
+Findings(ends_with_head=True, unusable={})
 
-The answers are those of the model in the precision and on the devices of the fit. The tokens and all other random numbers come
-from a generator of their own, so that a probe changes no seed.
+The passes are those of a fit: no attention mask, rows that are padded on the right, the precision and the devices of the fit.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-#: Rows and tokens of a probe.
-ROWS, TOKENS = 3, 7
-#: The largest difference, relative to the largest value, that rounding makes in float32 and in shorter or quantised numbers.
-ROUNDING, COARSE_ROUNDING = 1e-3, 0.2
-
-
-def probe_tokens(model: PreTrainedModel, device: torch.device, *, context: int | None = None) -> Tensor:
-    """Different ordinary tokens: (rows, tokens) int64, without padding and without tokens that stand for an image or the like.
-
-    Args:
-        model: the base.
-        device: the device of the tokens.
-        context: the most tokens that the base reads.
-    """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    special = set(_special_tokens(model.config))
-    usual = [token for token in range(min(vocabulary, 2**16)) if token not in special]
-    # a vocabulary of special tokens alone has no others
-    allowed = torch.tensor(usual if len(usual) > 1 else range(vocabulary))
-    tokens = TOKENS if not context or context < 1 else min(TOKENS, context)
-    order = torch.randperm(len(allowed), generator=Generator().manual_seed(0))
-    return allowed[order.repeat(-(-ROWS * tokens // len(order)))[: ROWS * tokens]].view(ROWS, tokens).to(device)
+from bora_pyro.backbone.configuration import is_encoder, padding_token, token_rows
+from bora_pyro.backbone.passes import hooks, is_close, ordinary_tokens, probe_tokens, rounding_of
+from bora_pyro.backbone.probe_head import FirstPass, ends_with_head, record_head
+from bora_pyro.backbone.probe_layers import LayerCalls, unusable_layers
+from bora_pyro.errors import InputError
 
 
-def _special_tokens(config: PreTrainedConfig) -> Iterator[int]:
-    """The numbers in a configuration, or in one inside it, that are the ids of single tokens."""
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from _special_tokens(value)
-        elif "token" in name and name.endswith(("_id", "_ids", "_index")):
-            yield from (number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int))
-
-
-class FirstPass:
-    """What one pass of the whole model showed: its logits, and each call of its base and of its head.
+@dataclass(frozen=True)
+class Findings:
+    """What the passes found.
 
     Attributes:
-        logits: (rows, tokens, vocabulary).
-        base: the output of each call of ``model.base_model``.
-        head: the input and the output of each call of the head.
+        ends_with_head: whether the logits are exactly the head applied to the last hidden states.
+        unusable: why an adapter cannot change a linear layer, by the path of the layer.
     """
 
-    def __init__(self) -> None:
-        self.logits: Any = None
-        self.base: list[Any] = []
-        self.head: list[tuple[Any, Any]] = []
+    ends_with_head: bool = False
+    unusable: dict[str, str] = field(default_factory=dict)
 
 
-@torch.no_grad()
-def first_pass(model: PreTrainedModel, input_ids: Tensor) -> FirstPass:
-    """Run the model once and record what goes through its base and its head."""
-    seen, head = FirstPass(), model.get_output_embeddings()
-    with _hooks() as hook:
-        hook(model.base_model, lambda module, args, output: seen.base.append(output))
-        if head is not None:
-            hook(head, lambda module, args, output: seen.head.append((args[0] if args else None, output)))
-        seen.logits = model(input_ids=input_ids, use_cache=False).logits
-    return seen
-
-
-@torch.no_grad()
-def ends_with_head(model: PreTrainedModel, input_ids: Tensor) -> bool:
-    """Whether the logits are exactly the head, a linear map, applied to ``model.base_model(...).last_hidden_state``.
-
-    Some models scale or cap their logits or states. Such a step can leave small numbers and zeros as they are, so it is not
-    enough to compare the results of one pass. Here, the states and then the output of the head are replaced with random numbers
-    of all sizes. They must arrive unchanged at the head and in the logits.
+def probe(
+    model: PreTrainedModel, linear: Mapping[str, nn.Module], device: torch.device, *, context: int | None = None
+) -> Findings:
+    """Run a base on a few tokens.
 
     Args:
-        model: the base.
-        input_ids: (rows, tokens), as ``probe_tokens`` returns them.
+        model: the base, in evaluation mode.
+        linear: its linear layers, by path.
+        device: the device of its inputs.
+        context: the most tokens that it reads.
+
+    Raises:
+        InputError: the base cannot read plain tokens; or a prediction depends on later tokens, on padding after it or on other
+            rows.
     """
-    base, head = model.base_model, model.get_output_embeddings()
-    # a head on another device, or without weights of its own yet, cannot be applied by the loss in chunks of tokens
-    if base is model or type(head) is not nn.Linear or head.weight.device != input_ids.device or head.weight.is_meta:
-        return False
-    seen = first_pass(model, input_ids)
-    if len(seen.head) != 1 or not all(isinstance(x, Tensor) for x in seen.head[0]) or seen.head[0][1].shape != seen.logits.shape:
-        return False
-    at_head, output = seen.head[0]
-    states = getattr(base(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
-    if not isinstance(states, Tensor) or states.shape != at_head.shape or not (_varied(states) and _varied(output)):
-        return False
-    replaced_states, replaced_logits = _random_like(at_head), _random_like(output)
-    arrived: list[Tensor] = []
-    with _hooks() as hook:
-        if called := len(seen.base) == 1:
-            hook.replace(base, lambda *args, **kwargs: _with_states(seen.base[0], replaced_states))
-
-        def at_the_head(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-            arrived.append(args[0])
-            return replaced_logits
-
-        hook(head, at_the_head)
-        logits = model(input_ids=input_ids, use_cache=False).logits
-    same_logits = logits.shape == replaced_logits.shape and torch.equal(logits.float(), replaced_logits.float())
-    if not called:  # the model calls a part of its base; then the states themselves are compared
-        return same_logits and torch.equal(states, at_head)
-    return same_logits and torch.equal(arrived[0], replaced_states) and is_close(states, at_head, rounding_of(model))
-
-
-def rounding_of(model: PreTrainedModel) -> float:
-    """The largest relative difference between results that differ only in rounding."""
-    coarse = model.dtype not in (torch.float32, torch.float64) or getattr(model, "is_quantized", False)
-    return COARSE_ROUNDING if coarse else ROUNDING
-
-
-def is_close(x: Tensor, y: Tensor, rounding: float) -> bool:
-    """Whether two tensors differ by no more than ``rounding`` times the largest value."""
-    return bool((x.float() - y.float()).abs().max() <= rounding * y.float().abs().max())
-
-
-def _varied(x: Tensor) -> bool:
-    """Whether (rows, tokens, features) are finite, and no two tokens have the same features."""
-    flat = x.float().flatten(0, -2)
-    return bool(flat.isfinite().all()) and len(flat.unique(dim=0)) == len(flat) and bool((flat.std(-1) > 0).all())
-
-
-def _random_like(x: Tensor) -> Tensor:
-    """Random numbers with sizes from 10⁻³ to 10³, in the type and on the device of ``x``."""
-    generator = Generator().manual_seed(1)
-    size = 10 ** (6 * torch.rand(x.shape, generator=generator) - 3)
-    return (size * torch.randn(x.shape, generator=generator)).to(x)
-
-
-def _with_states(output: Any, states: Tensor) -> Any:
-    """The output of a base with other last hidden states."""
-    if isinstance(output, tuple):
-        return (states, *output[1:])
-    changed = copy.copy(output)
-    changed["last_hidden_state"] = states
-    return changed
-
-
-class _Hooks:
-    """Forward hooks and replaced forward functions, until ``close``."""
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-
-    def __call__(self, module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], Any]) -> None:
-        self._undo.append(module.register_forward_hook(hook).remove)
-
-    def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Call ``forward`` instead of the module's own function."""
-        # accelerate may have replaced it already, to move its inputs between devices
-        own: Any = vars(module).get("forward")
-        self._undo.append(lambda: delattr(module, "forward") if own is None else setattr(module, "forward", own))
-        module.forward = forward
-
-    def close(self) -> None:
-        for undo in reversed(self._undo):
-            undo()
-
-
-@contextmanager
-def _hooks() -> Iterator[_Hooks]:
-    hooks = _Hooks()
+    if device.type == "meta":  # weights without numbers give nothing to compare
+        return Findings()
     try:
-        yield hooks
-    finally:
-        hooks.close()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return _probe(model, linear, probe_tokens(model, device, context=context))
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the code of a model can raise any type of error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the base, a {type(model).__name__}, does not read plain tokens ({type(error).__name__}: {reason}); give a causal "
+            "language model"
+        ) from error
+
+
+def _probe(model: PreTrainedModel, linear: Mapping[str, nn.Module], input_ids: Tensor) -> Findings:
+    calls, again, seen = LayerCalls(linear, input_ids.shape), LayerCalls(linear, input_ids.shape), FirstPass()
+    with torch.no_grad():
+        with hooks() as hook:
+            record_head(model, seen, hook)
+            calls.record(hook)
+            seen.logits = _logits(model, input_ids)
+        other_ids, same = _other_ends(model, input_ids)
+        with hooks() as hook:
+            again.record(hook)
+            other = _logits(model, other_ids)
+        _check_causal(model, other_ids, same, seen.logits, other)
+        return Findings(ends_with_head(model, input_ids, seen), unusable_layers(calls, again))
+
+
+def _logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    # numbers that are not finite compare with nothing; what makes them is found when a fit starts
+    return model(input_ids=input_ids, use_cache=False).logits.float().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _other_ends(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[int]]:
+    """Tokens with another end in the second row and padding in the third, and how many tokens of each row are the same."""
+    tokens = input_ids.shape[1]
+    same = [tokens, max(1, tokens // 2), max(1, tokens - 2)]
+    other, ordinary = input_ids.clone(), ordinary_tokens(model).to(input_ids.device)
+    place = (ordinary == input_ids[1, same[1] :, None]).int().argmax(1)
+    other[1, same[1] :] = ordinary[(place + 1) % len(ordinary)]
+    pad = padding_token(model.config)
+    other[2, same[2] :] = pad if pad is not None and 0 <= pad < token_rows(model) else ordinary[0]
+    return other, same
+
+
+#: What a prediction depends on, where it changes in the first, second or third row of `_other_ends`.
+_FAULTS = ("the other rows of a batch", "later tokens", "the padding after a text")
+
+
+def _check_causal(model: PreTrainedModel, input_ids: Tensor, same: list[int], logits: Tensor, other: Tensor) -> None:
+    """Check that what a base predicts depends only on the tokens before, in the same row."""
+    before = [(logits[row, :length], other[row, :length]) for row, length in enumerate(same)]
+    # equal shapes: most models predict the same bit for bit, but with a mixture of experts the rounding may differ
+    faults = [row for row, (x, y) in enumerate(before) if not torch.equal(x, y)]
+    if faults and all(is_close(x, y, rounding_of(model)) for x, y in before):
+        faults = _rows_with_influence(model, input_ids, same)
+    if faults:
+        _refuse(model, _FAULTS[1] if 1 in faults else _FAULTS[faults[0]])
+    # a row alone, without its padding
+    alone = _logits(model, input_ids[2:, : same[2]])
+    if not is_close(alone[0], other[2, : same[2]], rounding_of(model)):
+        _refuse(model, _FAULTS[2])
+
+
+@torch.enable_grad()
+def _rows_with_influence(model: PreTrainedModel, input_ids: Tensor, same: list[int]) -> list[int]:
+    """The rows in which a prediction has a gradient in the embeddings of later tokens. Rounding does not change an exact zero."""
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    with hooks() as hook:
+        hook(model.get_input_embeddings(), keep)
+        logits = _logits(model, input_ids)
+    if not embedded or embedded[0].shape[:2] != input_ids.shape:  # nothing to tell the tokens apart by
+        return list(range(len(same)))
+    weight = torch.randn(logits.shape, generator=Generator().manual_seed(2)).to(logits)
+    for row, length in enumerate(same):
+        weight[row, length:] = 0
+    [gradient] = torch.autograd.grad((weight * logits).sum(), embedded[:1])
+    return [row for row, length in enumerate(same) if gradient[row, length:].abs().sum() > 0]
+
+
+def _refuse(model: PreTrainedModel, on: str) -> None:
+    advice = ", or set is_decoder to true in its config.json if it was trained as a decoder" if is_encoder(model.config) else ""
+    raise InputError(
+        f"the base, a {type(model).__name__}, is not a causal language model: what it predicts after a token depends on {on}; "
+        f"give another base{advice}"
+    )

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -60,39 +60,37 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     }  # fmt: skip
 
 
-def find_slots(model: PreTrainedModel, targets: Sequence[str] | str | None = None) -> list[Slot]:
+def find_slots(
+    model: PreTrainedModel, targets: Sequence[str] | str | None = None, *, unusable: Mapping[str, str] | None = None
+) -> list[Slot]:
     """Group the target layers of ``model`` into slots. Layers of one slot have the same place in their block and the same shape.
 
     Args:
         model: a causal language model.
         targets: as for :class:`Backbone`.
+        unusable: layers that are left out, by path, with the reason as the end of "layers that ...".
 
     Raises:
-        InputError: a target matches no linear layer.
+        InputError: a target matches no linear layer, or only layers that are left out.
     """
-    linear = linear_modules(model)
-    kinds: dict[str, list[str]] = {}
-    for path in linear:
-        kinds.setdefault(pattern_of(path), []).append(path)
+    linear, unusable = linear_modules(model), unusable or {}
+    kinds = _kinds(path for path in linear if path not in unusable)
+    if not kinds:
+        raise InputError(f"the base, a {type(model).__name__}, has no linear layer that an adapter can change")
     names = _short_names(list(kinds))
-    if targets is None:
-        targets = usual_targets(kinds)
-        if not targets:
-            known = ", ".join(sorted({*names.values(), ALL_LINEAR}))
-            raise InputError(f"no usual targets are known for {model_type(model.config)!r}; name some of its layers: {known}")
-    elif targets == ALL_LINEAR or list(targets) == [ALL_LINEAR]:
-        targets = list(kinds)
-    elif isinstance(targets, str):
-        targets = [targets]
+    valid = sorted({*names.values(), ALL_LINEAR})
+    wanted = usual_targets(kinds) if targets is None else _as_list(targets, kinds)
+    if targets is None and not wanted:
+        raise InputError(
+            f"no usual targets are known for {model_type(model.config)!r}; name some of its layers: {', '.join(valid)}"
+        )
     chosen: dict[str, None] = {}
-    for target in targets:
-        # with and without the stars, because a short name may skip the index of a list of layers ("experts.up_proj")
-        matching = [kind for kind in kinds if any(f".{path}".endswith(f".{target}") for path in (kind, kind.replace(".*", "")))]
+    for target in wanted:
+        matching = [kind for kind in kinds if _matches(kind, target)]
         if not matching:
-            valid = sorted({*names.values(), ALL_LINEAR})
-            raise InputError(
-                f"target {target!r} names no linear layer of this model; valid: {', '.join(valid)}{nearest(target, valid)}"
-            )
+            out = [reason for path, reason in unusable.items() if _matches(pattern_of(path), target)]
+            what = f"only names layers that {out[0]}" if out else "names no linear layer of this model"
+            raise InputError(f"target {target!r} {what}; valid: {', '.join(valid)}{nearest(target, valid)}")
         chosen.update(dict.fromkeys(matching))
     slots = []
     for kind in (kind for kind in kinds if kind in chosen):
@@ -118,6 +116,47 @@ def checkpointed_blocks(model: PreTrainedModel, slots: Sequence[Slot]) -> dict[s
         if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{outer}.") for outer in blocks):
             blocks[path] = [path_of[id(inner)] for inner in module.modules() if id(inner) in path_of]
     return blocks
+
+
+def layers_left_out(slots: Sequence[Slot], targets: Sequence[str] | str | None, unusable: Mapping[str, str]) -> list[str]:
+    """A note for each reason why layers that the targets name have no adapter.
+
+    Args:
+        slots: the layers that have one.
+        targets: as for :class:`Backbone`. Without targets, layers are meant whose last name is that of an adapted layer.
+        unusable: as for `find_slots`.
+    """
+    usual = {path.rsplit(".", 1)[-1] for slot in slots for path in slot.paths}
+    named = usual if targets is None else _as_list(targets, _kinds(unusable))
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in unusable.items():
+        if any(_matches(pattern_of(path), target) for target in named):
+            by_reason.setdefault(reason, []).append(path)
+    notes = []
+    for reason, paths in by_reason.items():
+        kinds = list(_kinds(paths))
+        names = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more" if len(kinds) > 3 else "")
+        notes.append(f"no adapter on {len(paths)} of the layers that the targets name; they {reason}: {names}")
+    return notes
+
+
+def _as_list(targets: Sequence[str] | str, kinds: Iterable[str]) -> list[str]:
+    """The targets one by one; ``all-linear`` is all of ``kinds``."""
+    listed = [targets] if isinstance(targets, str) else list(targets)
+    return list(kinds) if listed == [ALL_LINEAR] else listed
+
+
+def _kinds(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths by their pattern, in which a star stands for the number of a layer."""
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        kinds.setdefault(pattern_of(path), []).append(path)
+    return kinds
+
+
+def _matches(kind: str, target: str) -> bool:
+    # with and without the stars, because a short name may skip the index of a list of layers ("experts.up_proj")
+    return any(f".{path}".endswith(f".{target}") for path in (kind, kind.replace(".*", "")))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool]:

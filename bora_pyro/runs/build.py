@@ -142,7 +142,7 @@ def _load_backbone(config: MapFitConfig, device: torch.device | None, team: Proc
 
 
 def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None, *, quiet: bool) -> TaskData:
-    options, notes = part_of(config, DataOptions), []
+    options, notes = part_of(config, DataOptions), list(backbone.notes)
     if backbone.context is not None and options.max_tokens > backbone.context:
         notes.append(f"max_tokens {options.max_tokens} is more than the base model reads; {backbone.context} is used")
         options.max_tokens = backbone.context

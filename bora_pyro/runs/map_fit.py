@@ -78,7 +78,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _memory(plan: Plan, model: BoRA, data: TaskData) -> MemoryEstimate:
-    """Estimate the memory that the fit needs, and show it."""
+    """Estimate the memory that the fit needs, and show it with the layers that have adapters."""
     options = plan.options
     memory = estimate_memory(
         model,
@@ -91,6 +91,9 @@ def _memory(plan: Plan, model: BoRA, data: TaskData) -> MemoryEstimate:
         process=plan.resident,
     )
     if not plan.quiet:
+        slots = model.backbone.slots
+        kinds = ", ".join(f"{slot.name} x {slot.layers}" for slot in slots)
+        print(f"adapters: on {sum(slot.layers for slot in slots)} layers: {kinds}", file=sys.stderr)
         print(f"memory: {memory}", file=sys.stderr)
     return memory
 

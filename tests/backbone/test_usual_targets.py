@@ -26,7 +26,6 @@ TARGETS = {
     "persimmon": {"query_key_value"},
     "gpt_neox_japanese": {"query_key_value"},
     "ctrl": {"Wq", "Wv"},
-    "cpmant": {"project_q", "project_v"},
     "deepseek_v2": {"q_b_proj", "kv_b_proj"},
     "deepseek_v3": {"q_b_proj", "kv_b_proj"},
     "minicpm3": {"q_b_proj", "kv_b_proj"},

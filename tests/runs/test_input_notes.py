@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bora_pyro.runs.folder import RunFolder
 from tests.runs.input_tables import TWO_SMALL
@@ -61,3 +62,36 @@ def test_small_tasks_are_dropped_where_that_is_asked_for(main, inputs, tmp_path,
     notes = noted(main, options, capsys, tmp_path / "run")
     assert notes == ["2 tasks with fewer than 3 documents left out: 'Bo', 'Dan'"]
     assert list(RunFolder.open(tmp_path / "run").read_metrics()["tasks"]) == ["ada", "cleo"]
+
+
+def other_base(folder, model_type, **sizes):
+    """The tokenizer of the tiny base, with a model of another type."""
+    save_base(folder)
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    config = AutoConfig.for_model(model_type, vocab_size=vocabulary, pad_token_id=1, bos_token_id=0, eos_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_layers_that_the_base_never_calls_are_noted(main, inputs, tmp_path, capsys):
+    sizes = {
+        "d_model": 16,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 40,
+    }
+    base = other_base(tmp_path / "base", "bart", **sizes)
+    [note] = noted(main, {**inputs, "base_model": base, "targets": "v_proj"}, capsys, tmp_path / "run")
+    assert note == (
+        "no adapter on 2 of the layers that the targets name; they are not called when the base reads text: "
+        "model.decoder.layers.*.encoder_attn.v_proj"
+    )
+
+
+def test_a_base_that_reads_in_both_directions_leaves_nothing(main, inputs, tmp_path, capsys):
+    base = other_base(tmp_path / "base", "bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    assert main(line({**inputs, "base_model": base, "targets": "query", "output_dir": tmp_path / "run"})) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: the base, a BertLMHeadModel, is not a causal language model: ")
+    assert not (tmp_path / "run").exists()
