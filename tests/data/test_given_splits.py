@@ -88,12 +88,13 @@ def test_train_alone_is_split_as_a_table_without_splits(form):
     found, plain = load(data, **options), load(table(part("train")))
     assert (found.digest, found.split_record["tasks"]) == (plain.digest, plain.split_record["tasks"])
     note = "the given split has train alone; validation and test were cut from it by group"
-    assert found.notes == ([note] if form == "column" else [])  # one split alone is no split
+    assert found.notes == [note if form == "column" else "the Dataset has the split 'training' alone"]
 
 
+@pytest.mark.parametrize("form", ["column", "splits"])
 @pytest.mark.parametrize("sides", [["test"], ["validation", "test"]])
-def test_no_side_but_train_ever_trains(sides):
-    data, options = source("column", sides)
+def test_no_side_but_train_ever_trains(form, sides):
+    data, options = source(form, sides)
     with pytest.raises(InputError, match=r"^the given split has .*20 test documents and none to train on; .*hub_split"):
         load(data, **options)
 

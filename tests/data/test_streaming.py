@@ -113,7 +113,7 @@ def test_saved_data_sets_and_those_in_memory(tmp_path):
     data.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "both")
     both = datasets.DatasetDict({"train": data, "val": data, "test": data})
-    for source in (data, tmp_path / "saved", str(tmp_path / "both"), datasets.DatasetDict({"test": data}), both):
+    for source in (data, tmp_path / "saved", str(tmp_path / "both"), datasets.DatasetDict({"other": data}), both):
         same(load_tasks(source, word_tokenizer(), streaming=True), load_tasks(source, word_tokenizer()))
 
 

@@ -20,7 +20,7 @@ from bora_pyro.data.readers.formats import ENDINGS, PLAIN, open_file, table_endi
 from bora_pyro.data.readers.memory import dataset_part
 from bora_pyro.data.readers.options import COLUMN, FILE, FOLDER, ReadingOptions
 from bora_pyro.data.readers.raw import Part, RawTable, listed
-from bora_pyro.data.readers.splits import splits_of_names, table_of_splits
+from bora_pyro.data.readers.splits import check_no_hub_split, splits_of_names, table_of_splits
 from bora_pyro.data.readers.texts import one_line
 from bora_pyro.errors import InputError
 
@@ -57,7 +57,7 @@ def open_folder(path: Path, name: str, reading: ReadingOptions, *, hub_split: st
         sides = splits_of_names([str(file.relative_to(path)) for file in found], label, folders_only=reading.task_from == FILE)
         files = {}
         for file, side in zip(found, sides, strict=True):
-            files.setdefault(side or "train", []).append(DataFile.of(file, name=_within(file, path, name), whole=whole))
+            files.setdefault(side or "", []).append(DataFile.of(file, name=_within(file, path, name), whole=whole))
     if hub_split in files:
         files = {hub_split: files[hub_split]}
     parts = {split: [open_named(file, reading) for file in own] for split, own in files.items()}
@@ -103,12 +103,6 @@ def table_of_dataset(data: datasets.Dataset | datasets.DatasetDict, label: str, 
         return table_of_splits(label, parts, hub_split, [])
     check_no_hub_split(label, hub_split)
     return RawTable(label, [dataset_part(data, label)])
-
-
-def check_no_hub_split(label: str, hub_split: str | None) -> None:
-    """Raise ``InputError`` if one split of a source without splits is asked for."""
-    if hub_split is not None:
-        raise InputError(f"hub_split is {hub_split!r:.60}, but {label} has no splits; leave it out")
 
 
 def open_hub(name: str, reading: ReadingOptions, *, hub_split: str | None, whole: bool) -> RawTable:

@@ -16,19 +16,12 @@ import pandas as pd
 from bora_pyro.data.builtin import BUILTIN
 from bora_pyro.data.folder_check import check_folder
 from bora_pyro.data.readers.data_file import DataFile
-from bora_pyro.data.readers.folders import (
-    check_no_hub_split,
-    files_in,
-    open_folder,
-    open_hub,
-    open_named,
-    table_of_dataset,
-)
+from bora_pyro.data.readers.folders import files_in, open_folder, open_hub, open_named, table_of_dataset
 from bora_pyro.data.readers.formats import table_ending
 from bora_pyro.data.readers.memory import frame_part, rows_part
 from bora_pyro.data.readers.options import FILE, ReadingOptions, check_reading
 from bora_pyro.data.readers.raw import Part, RawTable
-from bora_pyro.data.readers.splits import splits_of_names, table_of_splits
+from bora_pyro.data.readers.splits import check_no_hub_split, splits_of_names, table_of_splits
 from bora_pyro.errors import InputError, nearest, shown
 
 Source: TypeAlias = str | Path | Sequence[str | Path] | pd.DataFrame | datasets.Dataset | datasets.DatasetDict
@@ -162,7 +155,7 @@ def _open_several(names: Sequence[str | Path], reading: ReadingOptions, *, hub_s
     sides = splits_of_names(inner, label, folders_only=reading.task_from == FILE)
     parts: dict[str, list[Part]] = {}
     for one, side in zip(paths, sides, strict=True):
-        parts.setdefault(side or "train", []).append(_open_path(Path(one).expanduser(), one, reading, whole=whole))
+        parts.setdefault(side or "", []).append(_open_path(Path(one).expanduser(), one, reading, whole=whole))
     return table_of_splits(label, parts, hub_split, notes)
 
 

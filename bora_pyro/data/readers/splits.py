@@ -34,14 +34,14 @@ def split_in_name(name: str | PurePath, *, folders_only: bool = False) -> str | 
 
 
 def splits_of_names(names: Sequence[str], label: str, *, folders_only: bool = False) -> list[str | None]:
-    """The side of each file; None for all if the names do not speak of two sides or more.
+    """The side of each file; None for all if no two files are of two sides and not all are of one.
 
     Raises:
         InputError: some names say a side and others do not.
     """
     found = [split_in_name(name, folders_only=folders_only) for name in names]
     if len(set(found) - {None}) < 2:
-        return [None] * len(found)
+        return found if None not in found else [None] * len(found)
     if None in found:
         with_side, without = next(n for n, side in zip(names, found, strict=True) if side), names[found.index(None)]
         raise InputError(
@@ -51,14 +51,21 @@ def splits_of_names(names: Sequence[str], label: str, *, folders_only: bool = Fa
     return found
 
 
+def check_no_hub_split(label: str, hub_split: str | None) -> None:
+    """Raise ``InputError`` if one split of a source without splits is asked for."""
+    if hub_split is not None:
+        raise InputError(f"hub_split is {shown(hub_split)}, but {label} has no splits; leave it out")
+
+
 def table_of_splits(label: str, parts: Mapping[str, Sequence[Part]], hub_split: str | None, notes: Sequence[str]) -> RawTable:
     """A table of parts that belong to named splits.
 
-    Several splits give each row its side in the column ``split``. A single one, or the one that ``hub_split`` names, gives none.
+    Several splits give each row its side in the column ``split``. The one that ``hub_split`` names gives none, and neither does a
+    single one, unless it is for validation or test: its documents may not train.
 
     Args:
         label: the name of the source.
-        parts: the parts by split.
+        parts: the parts by split; "" is the name of parts of no split.
         hub_split: the split to read alone; None: all.
         notes: lines for the user.
 
@@ -66,14 +73,17 @@ def table_of_splits(label: str, parts: Mapping[str, Sequence[Part]], hub_split: 
         InputError: there is no such split, or one of several has a name that stands for no side.
     """
     names = ", ".join(shown(name) for name in parts)
+    if [*parts] == [""]:
+        check_no_hub_split(label, hub_split)
     if not parts:
         raise InputError(f"{label} has no splits; save one with a split 'train'")
     if hub_split is not None:
         if hub_split not in parts:
             raise InputError(f"hub_split is {shown(hub_split)}; the splits of {label} are {names}{nearest(hub_split, parts)}")
-        parts = {hub_split: parts[hub_split]}
-    if len(parts) == 1:
-        return RawTable(label, [part for own in parts.values() for part in own], notes=notes)
+        return RawTable(label, parts[hub_split], notes=notes)
+    if len(parts) == 1 and find_split(next(iter(parts))) in (None, "train"):
+        [(name, own_parts)] = parts.items()
+        return RawTable(label, own_parts, notes=[*notes, f"{label} has the split {shown(name)} alone"] if name else notes)
     for name in parts:
         if find_split(name) is None:
             raise InputError(
