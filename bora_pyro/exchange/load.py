@@ -94,7 +94,7 @@ class PeftAdapter:
                 shapes differ.
         """
         own, kinds = base_name(backbone.model.config), set(self.targets)
-        if same_base and self.base_model and own and _base(self.base_model) != _base(own):
+        if same_base and self.base_model and own and base_place(self.base_model) != base_place(own):
             raise InputError(
                 f"{self.folder} is an adapter of {self.base_model!r}, not of {own!r}; load that base, or set same_base to false "
                 "if both are the same"
@@ -314,7 +314,7 @@ def _kind(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", "", path)
 
 
-def _base(name: str) -> str:
+def base_place(name: str) -> str:
     """The name of a base, or its absolute path if it is a folder, so that different paths of one folder compare as equal."""
     place = BUILTIN_BASES.get(name, Path(name))
     try:

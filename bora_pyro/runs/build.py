@@ -25,20 +25,23 @@ from bora_pyro.priors import PRIORS, LearnedPrecision, Prior, prior_from_tau, wi
 from bora_pyro.routers import ROUTERS
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.device import find_device
+from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.plan import Plan
 from bora_pyro.runs.progress import print_data
+from bora_pyro.runs.start import Start, begin_at, read_start, stored_start
 
 __all__ = ["build", "build_run", "find_device"]
 
 
-def build(plan: Plan) -> tuple[BoRA, TaskData, Continuation]:
+def build(plan: Plan) -> tuple[BoRA, TaskData, Continuation, Start | None]:
     """Build the model and the data of a fit, and check the checkpoint that it continues from.
 
     Args:
         plan: the plan of the fit.
 
     Returns:
-        The model before the fit, the data, and the place of the checkpoints. ``fit`` does not check the checkpoint again.
+        The model before the fit, the data, the place of the checkpoints (``fit`` does not check the checkpoint again), and the
+        adapter that the fit starts from, if there is one.
 
     Raises:
         InputError: something in the configuration or the data cannot be used, or the checkpoint belongs to another fit.
@@ -47,8 +50,9 @@ def build(plan: Plan) -> tuple[BoRA, TaskData, Continuation]:
     model, data = build_run(plan.config, quiet=plan.quiet, split=split, team=plan.team, device=plan.device)
     if plan.config.export_adapters:
         check_can_export(model.backbone)
+    start = begin(plan.config, model, data, folder=plan.folder if plan.config.resume else None, quiet=plan.quiet)
     checkpoints = plan.standing.continuation(plan.folder, data, model.backbone, plan.options, processes=plan.team.size)
-    return model, data, checkpoints
+    return model, data, checkpoints, start
 
 
 def build_run(
@@ -98,6 +102,31 @@ def build_run(
         seed=config.seed if seed is None else seed,
     )
     return model, data
+
+
+def begin(
+    config: MapFitConfig, model: BoRA, data: TaskData, *, folder: RunFolder | None = None, quiet: bool = False
+) -> Start | None:
+    """Let the model begin at the adapter of ``start_from``, if one is given.
+
+    Args:
+        config: the configuration of the fit.
+        model: the model; it changes.
+        data: the documents; notes about the adapter are added to theirs.
+        folder: the run folder of a fit that is resumed, which has a copy of the adapter.
+        quiet: show no notes.
+
+    Raises:
+        InputError: the adapter does not belong to the model, or has changed since the run began.
+    """
+    if config.start_from is None:
+        return None
+    start = (None if folder is None else stored_start(folder, model)) or read_start(config.start_from, model)
+    begin_at(model, start, config)
+    data.notes.extend(start.notes)
+    for note in () if quiet else start.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return start
 
 
 def check_can_export(backbone: Backbone) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
 #: Identifies the MAP fit that a posterior was made around.
 SOURCE = "source.json"
+#: Name of the tensors of the adapter that a fit started from.
+START = "start"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
 #: The folders in which trackers keep their files.
 TRACKED = ("tensorboard", "wandb")
@@ -24,7 +26,21 @@ TRACKED = ("tensorboard", "wandb")
 LOCK = ".lock"
 #: First line of a run's config.yaml. Nothing is ever deleted from a folder whose config.yaml does not begin with it.
 HEADER = "# bora_pyro run: the resolved configuration"
-_OURS = (CONFIG, FIT, SOURCE, LOG, METRICS, SPLIT, REPORT, "posterior.safetensors", CHECKPOINTS, ADAPTERS, DIAGNOSTICS, *TRACKED)
+_OURS = (
+    CONFIG,
+    FIT,
+    SOURCE,
+    LOG,
+    METRICS,
+    SPLIT,
+    REPORT,
+    "posterior.safetensors",
+    f"{START}.safetensors",
+    CHECKPOINTS,
+    ADAPTERS,
+    DIAGNOSTICS,
+    *TRACKED,
+)
 # Names that a run writes inside its folders. The trackers' folders are left out: their files are not known here.
 _WITHIN = {
     ADAPTERS: re.compile(r"\.?tasks\.json(\.tmp)?|[^/]+/(adapter_config\.(json|tmp)|adapter_model\.safetensors)?"),

@@ -21,6 +21,7 @@ from bora_pyro.runs.plan import Plan, prepare
 from bora_pyro.runs.results import metrics_of
 from bora_pyro.runs.resume import say_nothing_is_left
 from bora_pyro.runs.run import Run
+from bora_pyro.runs.start import Start, write_start
 
 
 def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
         RunStopped: the process got Ctrl-C or SIGTERM; the state of the fit is saved.
     """
     with prepare(config, quiet=quiet) as plan:
-        model, data, checkpoints = build(plan)
+        model, data, checkpoints, start = build(plan)
         config, folder, standing, team = plan.config, plan.folder, plan.standing, plan.team
         if not standing.steps_left:
             if not plan.quiet:
@@ -48,7 +49,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
             if stored is not None and standing.split is not None:
                 return {} if team.rank else stored
         memory = _memory(plan, model, data)
-        team.first(lambda: _take_folder(plan, data))
+        team.first(lambda: _take_folder(plan, data, start))
         with (
             folder,
             start_tracking(config.trackers, folder, plan.written, resume=bool(config.resume), quiet=plan.quiet) as tracking,
@@ -98,11 +99,13 @@ def _memory(plan: Plan, model: BoRA, data: TaskData) -> MemoryEstimate:
     return memory
 
 
-def _take_folder(plan: Plan, data: TaskData) -> None:
+def _take_folder(plan: Plan, data: TaskData, start: Start | None) -> None:
     folder, standing = plan.folder, plan.standing
     folder.take(overwrite=plan.config.overwrite, resume=bool(plan.config.resume))
     folder.remove_metrics()
     if standing.steps_left:
         folder.write_config(plan.written)
+    if start is not None:
+        write_start(folder, start)
     if standing.split is None:
         folder.write_split(data.split_record)

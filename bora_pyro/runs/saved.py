@@ -40,6 +40,7 @@ from bora_pyro.priors.given import MEAN
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
 from bora_pyro.runs.config.adapt import AdaptConfig
+from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.runs.description import describe
@@ -135,7 +136,8 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
             f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; known are {', '.join(GUIDES)}"
             f"{nearest(str(metadata.get('guide')), GUIDES)}"
         )
-    prior = _given(tensors, metadata.get("penalty", "normal")) if given else None
+    centred = not given and config.start_as == CENTRE
+    prior = _given(tensors, config.penalty if centred else metadata.get("penalty", "normal")) if given or centred else None
     # new tasks have the adapter of the fit that they were adapted from
     seed = folder.read_config(FIT).get("seed") if given else None
     model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), prior=prior, seed=seed)
@@ -208,8 +210,10 @@ def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> d
         of the old one. Empty without a fit.
 
     Raises:
-        InputError: τ of the fit is 0 or infinite.
+        InputError: τ of the fit is 0 or infinite, or the prior's centre is given.
     """
+    if isinstance(model.prior, Given):
+        raise InputError("the centre of the fit's prior is given, and a random tau needs a Theta to infer; use --tau fixed")
     precisions: dict[str, Tensor] = {}
     shared = (*model.adapter.shared, *model.router.shared)
     theta, mean = ({}, {}) if fitted is None else fitted.weights()

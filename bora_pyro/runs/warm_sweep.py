@@ -18,7 +18,8 @@ from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.warm_path import WarmPoint, warm_path
 from bora_pyro.options.field import part_of
 from bora_pyro.priors import Prior, prior_from_tau, with_shared
-from bora_pyro.runs.build import build_run
+from bora_pyro.runs.build import begin, build_run
+from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.tau_sweep import Run, SweepConfig
 from bora_pyro.runs.sweep_files import check_validation, save_figure, stored_table
@@ -32,8 +33,11 @@ def run_warm(config: SweepConfig) -> pd.DataFrame:
         run = config.fit(Run(config.numbers[-1], rate, seed))
         if run.scale_learning_rate_with_tau:
             raise InputError("scale_learning_rate_with_tau needs a fit with one tau; leave it out for --path warm")
+        if run.start_as == CENTRE:
+            raise InputError("start_as centre has one tau; leave it out for --path warm")
         model, data = build_run(run, quiet=seed > 0)
         check_validation(data)
+        begin(run, model, data, quiet=seed > 0)
 
         def record(point: WarmPoint, seed: int = seed) -> None:
             rows.append(

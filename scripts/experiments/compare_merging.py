@@ -72,12 +72,12 @@ class MergingConfig:
     targets: list[str] = option(["q_proj", "v_proj", "fc1", "fc2"], "layers with adapters (default: q_proj v_proj fc1 fc2)")
     rank: int = option(8, "rank of each adapter", least=1)
     max_tokens: int = option(128, "longest document in tokens", least=2)
-    max_train_documents: int = option(48, "training documents of a task at most", least=1)
-    max_eval_documents: int = option(12, "validation and test documents of a task at most", least=1)
+    max_train_documents: int = option(24, "training documents of a task at most", least=1)
+    max_eval_documents: int = option(8, "validation and test documents of a task at most", least=1)
     left_out: int = option(6, "number of tasks that are left out", least=1)
-    epochs: int = option(6, "epochs of the fits", least=1)
+    epochs: int = option(5, "epochs of the fits", least=1)
     learning_rate: float = option(0.01, "learning rate of the fits", positive=True)
-    scales: list[str] = option(["0.5", "1", "2", "4", "8"], "scales of the merged adapter (default: 0.5 1 2 4 8)")
+    scales: list[str] = option(["0.5", "1", "2", "4"], "scales of the merged adapter (default: 0.5 1 2 4)")
     densities: list[str] = option(["0.2", "0.5", "0.8"], "densities of TIES and DARE (default: 0.2 0.5 0.8)")
     seeds: int = option(3, "number of seeds, from 0", least=1)
     threads: int = option(1, "CPU threads", least=1)
@@ -230,8 +230,7 @@ class Merging:
         """Fit all tasks together with a learned τ, and score its adapters and its Θ."""
         config, start = self.config, time.perf_counter()
         model = BoRA(self.backbone, len(self.old.tasks), adapter=LoRA(config.rank), prior=LearnedPrecision(), seed=self.seed)
-        options = {"epochs": config.epochs, "learning_rate": config.learning_rate, "seed": self.seed, "patience": 0}
-        fitted = fit(model, self.old, **options)
+        fitted = fit(model, self.old, epochs=config.epochs, learning_rate=config.learning_rate, seed=self.seed, patience=0)
         mean = {name: value[None].expand(len(self.new.tasks), *value.shape) for name, value in fitted.weights()[1].items()}
         new = BoRA(self.backbone, len(self.new.tasks), adapter=LoRA(config.rank))
         [scores] = evaluate(new, self.new.test, mean)

@@ -28,6 +28,8 @@ MODEL, PRIOR = "base model and adapter", "prior and likelihood"
 HEADINGS = (DATA, MODEL, PRIOR, OPTIMISATION, RUN)
 #: The value of ``--tau`` if the fit learns it.
 LEARNED = "learned"
+#: The value of ``--start_as`` for a prior whose centre is a given adapter.
+CENTRE = "centre"
 #: The value of ``--resume`` that resumes a run if the output folder contains one.
 AUTO = "auto"
 # A limit, because the memory for a larger rank would be requested at once.
@@ -83,6 +85,12 @@ class BaseOptions:
     rank: int = option(8, "rank r of the adapter", group=MODEL, least=1, most=_LARGEST_RANK)
     alpha: float | None = option(
         None, "scale of the adapter: W + (alpha/r) B A (default: the rank, so that alpha/r = 1)", group=MODEL, positive=True
+    )
+    start_from: str | None = option(
+        None,
+        "PEFT folder of a LoRA adapter in which the fit begins (default: the adapter's usual start)",
+        group=MODEL,
+        filled=True,
     )
     router: str = option("by_task", f"which adapter reads a token: {', '.join(ROUTERS)}", group=MODEL, filled=True)
     router_option: list[str] | None = option(
@@ -144,6 +152,13 @@ class PriorOptions:
         expects="learned, a number, 0 (independent tasks) or inf (one shared adapter)",
         words=(LEARNED,),
     )
+    start_as: str = option(
+        "theta",
+        "what the adapter of start_from is: where Theta begins (theta), or the known centre of the prior, "
+        "theta_d ~ Normal(adapter, I/tau), which is not fitted (centre; needs a number for tau)",
+        group=PRIOR,
+        choices=("theta", CENTRE),
+    )
     tau_per: str = option(
         "site",
         "what gets a tau of its own when tau is learned; a site is one factor of one kind of layer",
@@ -194,6 +209,12 @@ class PriorOptions:
             )
         if isinstance(self.tau, float | int) and 0 < self.tau < math.inf and not _TAU[0] <= self.tau <= _TAU[1]:
             raise InputError(f"tau is {self.tau:g}; give a number between {_TAU[0]:g} and {_TAU[1]:g}, or 0, or inf")
+        if self.start_as == CENTRE and not (isinstance(self.tau, float | int) and 0 < self.tau < math.inf):
+            raise InputError(
+                f"start_as centre needs a number above 0 for tau, how far tasks are from the centre; here it is {self.tau}"
+            )
+        if self.start_as == CENTRE and (self.prior is not None or self.prior_form != "noncentered"):
+            raise InputError("start_as centre is a prior of its own; leave prior and prior_form out")
         if not BOUNDS[0] <= self.tau_start <= BOUNDS[1]:
             raise InputError(f"tau_start is {self.tau_start}; a learned tau stays between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
         if self.tau == LEARNED and (self.prior_form, self.penalty) != ("noncentered", "normal"):

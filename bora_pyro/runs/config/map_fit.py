@@ -17,7 +17,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
 from bora_pyro.options.command_line import parse_config, to_yaml
 from bora_pyro.options.field import by_heading, option
-from bora_pyro.runs.config.groups import HEADINGS, LEARNED, BaseOptions, PriorOptions, RunOptions, SourceOptions
+from bora_pyro.runs.config.groups import CENTRE, HEADINGS, LEARNED, BaseOptions, PriorOptions, RunOptions, SourceOptions
 
 __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
 
@@ -48,6 +48,8 @@ class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOption
         """
         for group in (SourceOptions, DataOptions, BaseOptions, PriorOptions, FitOptions, RunOptions):
             group.validate(self)
+        if self.start_as == CENTRE and self.start_from is None:
+            raise InputError("start_as is centre, but no adapter is given; name its folder with start_from")
         if self.token_budget < self.max_tokens:
             raise InputError(
                 f"token_budget is {self.token_budget}, less than one document of max_tokens {self.max_tokens}; "
