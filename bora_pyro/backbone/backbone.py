@@ -27,6 +27,7 @@ from bora_pyro.backbone.allocator import give_back_freed_memory
 from bora_pyro.backbone.attention import use_short_attention
 from bora_pyro.backbone.configuration import longest_text, model_type, token_rows
 from bora_pyro.backbone.digest import weights_digest
+from bora_pyro.backbone.experts import experts_left_out
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_exact_products, check_no_adapter, keep_differentiable, placement_arguments
 from bora_pyro.backbone.probe import probe
@@ -98,7 +99,7 @@ class Backbone:
         found = probe(model, linear_modules(model), self.device, context=self.context)
         self.ends_with_head = found.ends_with_head
         self.slots = find_slots(model, targets, unusable=found.unusable)
-        self.notes = layers_left_out(self.slots, targets, found.unusable)
+        self.notes = layers_left_out(self.slots, targets, found.unusable) + experts_left_out(model, targets)
         self._modules = dict(model.named_modules())
         self._blocks = checkpointed_blocks(model, self.slots)
         if gradient_checkpointing and not any(self._blocks.values()):

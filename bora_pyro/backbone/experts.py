@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
+
+from bora_pyro.backbone.slots import ALL_LINEAR
 
 
 def fused_experts(model: nn.Module) -> list[str]:
@@ -20,3 +24,16 @@ def fused_experts(model: nn.Module) -> list[str]:
         if value.dim() == 3 and "expert" in path
     }
     return sorted({".".join(path.split(".")[-3:]) for path in found})
+
+
+def experts_left_out(model: nn.Module, targets: Sequence[str] | str | None) -> list[str]:
+    """A note if all linear layers are to be adapted, and the base has experts that are none.
+
+    Args:
+        model: the base.
+        targets: as for :class:`~bora_pyro.backbone.backbone.Backbone`.
+    """
+    wanted = [targets] if isinstance(targets, str) else list(targets or ())
+    if wanted != [ALL_LINEAR] or not (experts := fused_experts(model)):
+        return []
+    return [f"{ALL_LINEAR} adapts linear layers; the routed experts stay as they are: {', '.join(experts)}"]

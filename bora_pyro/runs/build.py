@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from bora_pyro.adapters import ADAPTERS
 from bora_pyro.backbone.backbone import Backbone
-from bora_pyro.backbone.experts import fused_experts
 from bora_pyro.backbone.sharding import shard_base
-from bora_pyro.backbone.slots import ALL_LINEAR
 from bora_pyro.backbone.texts import check_token_ids
 from bora_pyro.data import ByRecord, DataOptions, TaskData, load_tasks
 from bora_pyro.data.splitters import Splitter
@@ -175,8 +175,6 @@ def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None,
     if backbone.context is not None and options.max_tokens > backbone.context:
         notes.append(f"max_tokens {options.max_tokens} is more than the base model reads; {backbone.context} is used")
         options.max_tokens = backbone.context
-    if config.targets == [ALL_LINEAR] and (experts := fused_experts(backbone.model)):
-        notes.append(f"{ALL_LINEAR} adapts linear layers; the routed experts stay as they are: {', '.join(experts)}")
     assert backbone.tokenizer is not None
     data = load_tasks(config.data, backbone.tokenizer, options, split=split, task_weights=config.task_weights)
     check_token_ids(backbone, data.train, data.validation, data.test)

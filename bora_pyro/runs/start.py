@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bora_pyro.adapters import LoRA
+from bora_pyro.backbone.configuration import base_name
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.load import base_place, load_peft, read_peft
 from bora_pyro.exchange.save import CONFIG, TENSORS, adapted_paths
@@ -79,7 +80,7 @@ def read_start(folder: str, model: BoRA) -> Start:
         )
     weights = load_peft(folder, model, same_base=False)
     notes = []
-    own = str(model.backbone.model.config.name_or_path or "")
+    own = base_name(model.backbone.model.config)
     if found.base_model and own and base_place(found.base_model) != base_place(own):
         notes.append(f"start_from {folder} names the base {found.base_model}; the fit has {own}")
     assert model.adapter.alpha is not None

@@ -185,3 +185,10 @@ def test_usual_bases_are_read_as_they_are():
     for architecture in ("opt", "gpt2", "gemma2"):
         model = tiny_model(architecture)
         assert misread_layers(model, list(linear_modules(model))) == {}
+
+
+@pytest.mark.parametrize(("targets", "named"), [("all-linear", True), (["all-linear"], True), ("q_proj", False), (None, False)])
+def test_experts_that_all_linear_cannot_take_are_named(targets, named):
+    notes = Backbone(tiny_mixture("qwen3_moe"), targets=targets).notes
+    note = "all-linear adapts linear layers; the routed experts stay as they are: mlp.experts.down_proj, mlp.experts.gate_up_proj"
+    assert notes == [note] * named
