@@ -20,7 +20,7 @@ def one_error(err):
     """The one line of the error, behind notes and nothing else."""
     *notes, error = err.splitlines()
     assert err.endswith("\n")
-    assert all(note.startswith(("note: ", "adapters: ", "memory: ")) for note in notes), err
+    assert all(note.startswith(("data: ", "note: ", "adapters: ", "memory: ")) for note in notes), err
     assert error.startswith("error: ")
     return error
 
@@ -231,6 +231,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_epoch(main, inputs, tmp_p
     assert main(line({**options, "epochs": 3, "learning_rate": 1e30, "resume": "true"})) == 2
     *progress, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: the loss is not finite at step ")
+    assert progress.pop(0).startswith("data: 30 rows read; ")
     assert progress.pop(0) == "adapters: on 4 layers: v_proj x 2, fc2 x 2"
     assert progress.pop(0).startswith("memory: about ")
     assert all(text.startswith("step ") for text in progress)

@@ -241,7 +241,8 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
         env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "default"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    adapters, memory, *progress = done.stderr.splitlines()
+    data, adapters, memory, *progress = done.stderr.splitlines()
+    assert data.startswith("data: 30 rows read; ")
     assert adapters == "adapters: on 4 layers: v_proj x 2, fc2 x 2"
     assert memory.startswith("memory: about ")
     assert [text.split("  ")[:2] for text in progress] == [
