@@ -13,6 +13,9 @@ attention weights stay in the cache: 1.2 times as fast with 256 tokens, 3 times 
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -107,10 +110,29 @@ def is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def use_short_attention(model: PreTrainedModel) -> None:
-    """Set up short attention in a model that uses torch's ``scaled_dot_product_attention``."""
-    if model.config._attn_implementation == "sdpa":
+    """Set up short attention in a model that uses torch's ``scaled_dot_product_attention``.
+
+    Some models ask for the name of their attention and do other things under a name that they do not know. DeepSeek V3.2, for
+    example, would read all tokens instead of those that its indexer selects. These keep ``sdpa``.
+    """
+    if model.config._attn_implementation == "sdpa" and not asks_for_name(model):
         model.set_attn_implementation(NAME)
 
+
+def asks_for_name(model: PreTrainedModel) -> bool:
+    """Whether the code of a model compares the name of its attention with ``sdpa``, or cannot be read."""
+    types = {base for module in model.modules() for base in type(module).__mro__}
+    files = {kind.__module__ for kind in types if kind.__module__.partition(".")[0] not in _LIBRARIES}
+    files |= {kind.__module__ for kind in types if kind.__module__.startswith("transformers.models.")}
+    try:
+        return any(_COMPARED.search(inspect.getsource(sys.modules[file])) for file in files)
+    except (OSError, TypeError, KeyError):
+        return True
+
+
+# Packages whose classes many models share; their code gives no name a special treatment.
+_LIBRARIES = {"builtins", "torch", "transformers", "bitsandbytes", "accelerate", "peft", "typing", "abc"}
+_COMPARED = re.compile(r"""_attn_implementation\)?\s*(==|!=|in|not in)\s[^\n]*["']sdpa["']""")
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -11,6 +11,7 @@ from bora_pyro import Backbone
 from bora_pyro.backbone import attention as module
 from bora_pyro.backbone.attention import NAME, ShortAttention, attention
 from tests.tiny import random_ids, tiny_model
+from tests.tiny_base import script
 
 
 def inputs(rows=3, heads=4, tokens=7, width=8, *, kv_heads=None, dtype=torch.bfloat16, spread=1.0):
@@ -122,3 +123,34 @@ def test_a_window_of_attention_and_eager_attention_stay_what_they_are(monkeypatc
     eager = tiny_model()
     eager.set_attn_implementation("eager")
     assert Backbone(eager).model.config._attn_implementation == "eager"
+
+
+# sparse attention, sinks, a cap of the scores, windows, ALiBi, latent and linear attention
+OTHER_ATTENTION = [
+    "deepseek_v32", "glm_moe_dsa", "falcon", "gpt_oss", "gemma2", "mistral", "mpt", "bloom", "deepseek_v3", "qwen3_next",
+    "llama4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", OTHER_ATTENTION)
+def test_a_base_predicts_what_it_did_before(model_type, dtype, grad):
+    changes = {"index_topk": 2} if model_type in ("deepseek_v32", "glm_moe_dsa") else {}
+    model = script("tiny_architectures").tiny_model(model_type, **changes).to(dtype).requires_grad_(False)
+    before = model(input_ids=random_ids(), use_cache=False).logits
+    scale = torch.tensor(1.0, requires_grad=grad)
+    after = Backbone(model).logits(random_ids(), lambda slot, layer, x, output: output * scale.to(output.dtype))
+    assert after.requires_grad == grad
+    assert torch.equal(after, before)
+
+
+def test_a_model_that_asks_for_the_name_of_its_attention_keeps_it():
+    model = script("tiny_architectures").tiny_model("deepseek_v32", index_topk=2)
+    expected = model(input_ids=random_ids(), use_cache=False).logits
+    model.set_attn_implementation(NAME)
+    assert not torch.allclose(model(input_ids=random_ids(), use_cache=False).logits, expected, atol=1e-3)
+    model.set_attn_implementation("sdpa")
+    backbone = Backbone(model)
+    assert backbone.model.config._attn_implementation == "sdpa"
+    assert torch.equal(backbone.logits(random_ids()), expected)
