@@ -45,7 +45,9 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
     rows = {name: value.detach().index_select(0, batch.row).requires_grad_() for name, value in theta.items()}
     trace = poutine.trace(model.likelihood).get_trace(model, rows, replace(batch, own_rows=True))
     log_likelihood = sum(site["fn"].log_prob(site["value"]).sum() for site in map(trace.nodes.get, trace.observation_nodes))
-    return dict(zip(rows, torch.autograd.grad(log_likelihood, list(rows.values())), strict=True))
+    # a layer may be out of use for short documents, such as an expert that no token chose: its gradient is 0
+    gradients = torch.autograd.grad(log_likelihood, list(rows.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(rows, gradients, strict=True))
 
 
 def _weighted(model: BoRA, batch: Batch, values: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bora_pyro import CausalLM, FrozenALoRA
+from bora_pyro import Backbone, BoRA, CausalLM, FrozenALoRA, LoRA
 from bora_pyro.data import TokenSplit
 from bora_pyro.guides.curvature import diagonal_fisher, document_gradients
 from bora_pyro.likelihoods import NextTokens
 from tests.tiny import random_weights, tiny_bora, tiny_split
+from tests.tiny_base import script
 
 CHOICES = [{}, {"likelihood": CausalLM("documents")}, {"adapter": FrozenALoRA(rank=2)}]
 
@@ -61,6 +62,18 @@ def test_the_sum_over_documents_is_the_gradient_of_the_whole():
     for name, gradients in document_gradients(model, theta, batch).items():
         of_task = torch.zeros_like(theta[name]).index_add(0, batch.task, gradients)
         torch.testing.assert_close(of_task, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_short_documents_do_not_use_has_no_gradient():
+    """The base compresses keys in blocks of tokens, and these documents are shorter than a block."""
+    backbone = Backbone(script("tiny_architectures").tiny_model("deepseek_v4"))
+    model, split = BoRA(backbone, 3, adapter=LoRA(rank=2)), tiny_split()
+    [batch] = split.batches(token_budget=10_000)
+    gradients = document_gradients(model, random_weights(model), batch)
+    used = {name: bool(value.any()) for name, value in gradients.items()}
+    assert any(used.values())
+    assert [name for name, is_used in used.items() if not is_used and "compressor" not in name] == []
+    assert not all(used.values())
 
 
 @pytest.mark.parametrize("token_budget", [1, 24, 10_000])
