@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bora_pyro.backbone.allocator import give_back_freed_memory
 from bora_pyro.backbone.attention import use_short_attention
@@ -29,7 +29,14 @@ from bora_pyro.backbone.configuration import longest_text, model_type, token_row
 from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.experts import experts_left_out
 from bora_pyro.backbone.head import LazyLogits
-from bora_pyro.backbone.loading import check_exact_products, check_no_adapter, keep_differentiable, placement_arguments
+from bora_pyro.backbone.loading import (
+    check_causal,
+    check_exact_products,
+    check_no_adapter,
+    keep_differentiable,
+    load_causal,
+    placement_arguments,
+)
 from bora_pyro.backbone.probe import probe
 from bora_pyro.backbone.slots import (
     Slot,
@@ -99,7 +106,7 @@ class Backbone:
         found = probe(model, linear_modules(model), self.device, context=self.context)
         self.ends_with_head = found.ends_with_head
         self.slots = find_slots(model, targets, unusable=found.unusable)
-        self.notes = layers_left_out(self.slots, targets, found.unusable) + experts_left_out(model, targets)
+        self.notes = layers_left_out(model, self.slots, targets, found.unusable) + experts_left_out(model, targets)
         self._modules = dict(model.named_modules())
         self._blocks = checkpointed_blocks(model, self.slots)
         if gradient_checkpointing and not any(self._blocks.values()):
@@ -137,18 +144,16 @@ class Backbone:
 
         Raises:
             InputError: the model, quantisation or device map does not exist, or a package for it is missing; the model needs
-                code of its own and ``trust_remote_code`` is False; its weights are not safetensors; it is an adapter; its 8-bit
-                layers lie on a CPU that multiplies them wrongly.
+                code of its own and ``trust_remote_code`` is False; its weights are not safetensors, or some are missing; it
+                is no causal language model; it is an adapter; its 8-bit layers lie on a CPU that multiplies them wrongly.
         """
         placement = placement_arguments(quantization, device_map, precision, device)
         source = base_source(name)
         with base_errors(name):
             check_no_adapter(source)
+            check_causal(source, trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            # safetensors only: reading pickled weights could run code
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=precision, trust_remote_code=trust_remote_code, use_safetensors=True, **placement
-            )
+            model = load_causal(source, dtype=precision, trust_remote_code=trust_remote_code, **placement)
         if quantization == "8bit":
             check_exact_products(model)
         model = keep_differentiable(model) if placement else model.to(device)

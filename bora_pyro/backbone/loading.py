@@ -1,4 +1,4 @@
-"""What loading a base model needs besides transformers: quantisation, devices, and a check that it is not an adapter.
+"""What loading a base model needs besides transformers: quantisation, devices, and checks of what is loaded.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from bora_pyro.backbone.configuration import model_type
 from bora_pyro.errors import InputError, check_one_of, shown
 from bora_pyro.files.regular import read_regular
 
@@ -57,6 +58,53 @@ def check_no_adapter(name: str | Path) -> None:
         f"base model {str(name)!r} is an adapter{of}; give {give} as the base, or merge the adapter into its base and take "
         "adapter_config.json out of the folder"
     )
+
+
+def check_causal(name: str | Path, *, trust_remote_code: bool = False) -> None:
+    """Check by its configuration that a base is a causal language model.
+
+    Args:
+        name: a folder or a hub id.
+        trust_remote_code: whether the code of the model's repository may be run.
+
+    Raises:
+        InputError: it is of another type: encoder-decoder, encoder, image model, ...
+        OSError: there is no such base, or it has no configuration.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    built = f" (a {', '.join(config.architectures)})" if config.architectures else ""
+    kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
+    raise InputError(
+        f"base model {str(name)!r} is of type {model_type(config)!r}{built}, {kind}; give one of the "
+        f"{len(MODEL_FOR_CAUSAL_LM_MAPPING)} types that transformers' AutoModelForCausalLM loads, such as llama, qwen3, gemma2, "
+        "gpt2 or opt"
+    )
+
+
+def load_causal(name: str | Path, **arguments: Any) -> PreTrainedModel:
+    """Load a causal language model with all its weights.
+
+    transformers only warns if a file lacks weights, and draws them at random: for example the head of a body saved alone.
+
+    Args:
+        name: a folder or a hub id.
+        arguments: further arguments of ``from_pretrained``.
+
+    Raises:
+        InputError: weights are missing.
+        Exception: of any type, from a damaged file.
+    """
+    # safetensors only: reading pickled weights could run code
+    model, found = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"base model {str(name)!r} has no weights for {missing[0]!r}{more}, which a {type(model).__name__} needs; give a "
+            "base that was saved whole, with its language modelling head"
+        )
+    return model
 
 
 def placement_arguments(

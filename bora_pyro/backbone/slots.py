@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from bora_pyro.backbone.configuration import model_type
-from bora_pyro.backbone.usual_targets import pattern_of, usual_targets
+from bora_pyro.backbone.usual_targets import blocks_without, pattern_of, usual_targets
 from bora_pyro.errors import InputError, nearest
 
 #: The target that stands for every linear layer.
@@ -118,10 +118,13 @@ def checkpointed_blocks(model: PreTrainedModel, slots: Sequence[Slot]) -> dict[s
     return blocks
 
 
-def layers_left_out(slots: Sequence[Slot], targets: Sequence[str] | str | None, unusable: Mapping[str, str]) -> list[str]:
-    """A note for each reason why layers that the targets name have no adapter.
+def layers_left_out(
+    model: PreTrainedModel, slots: Sequence[Slot], targets: Sequence[str] | str | None, unusable: Mapping[str, str]
+) -> list[str]:
+    """A note for each reason why layers that the targets name have no adapter, and one for blocks without a usual target.
 
     Args:
+        model: a causal language model.
         slots: the layers that have one.
         targets: as for :class:`Backbone`. Without targets, layers are meant whose last name is that of an adapted layer.
         unusable: as for `find_slots`.
@@ -137,6 +140,12 @@ def layers_left_out(slots: Sequence[Slot], targets: Sequence[str] | str | None, 
         kinds = list(_kinds(paths))
         names = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more" if len(kinds) > 3 else "")
         notes.append(f"no adapter on {len(paths)} of the layers that the targets name; they {reason}: {names}")
+    without = blocks_without(linear_modules(model), (path for slot in slots for path in slot.paths)) if targets is None else []
+    if without:
+        names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+        notes.append(
+            f"no adapter on {len(without)} blocks, which have none of the usual targets (--targets names others): {names}"
+        )
     return notes
 
 

@@ -10,9 +10,8 @@ a state space, a gated convolution or another recurrence gets them on its input 
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 #: Queries and values by the names that architectures give them. A block has the first set of which it has all names.
 ATTENTION = (
@@ -24,6 +23,7 @@ ATTENTION = (
     ("query", "value"),
     ("q_b_proj", "kv_b_proj"),  # latent attention: from compressed queries to queries, from compressed keys to keys and values
     ("q_proj", "kv_b_proj"),
+    ("q_gate_proj", "kv_b_proj"),
     ("q_b_proj", "kv_proj"),
     ("q_proj", "v_proj_current", "v_proj_delayed"),
     ("q_proj.linear", "v_proj.linear"),
@@ -38,15 +38,13 @@ ATTENTION = (
 )
 #: The input maps of layers that carry a state from token to token.
 RECURRENT = (("in_proj",), ("in_proj_qkvz",), ("in_proj_qkv",), ("linear_x", "linear_y"))
-#: An indexer chooses the tokens that attention reads, so it has no gradient. The decoder of an encoder-decoder model does not use
-#: its cross-attention when it stands alone.
-NEVER = {"indexer", "encoder_attn", "cross_attn", "crossattention"}
-
-_log = logging.getLogger(__name__)
+#: Parts of paths without usual targets. An indexer chooses the tokens that attention reads, and a patcher the starts of patches,
+#: without a gradient. The decoder of an encoder-decoder model does not use its cross-attention when it stands alone.
+NEVER = {"indexer", "patcher", "encoder_attn", "cross_attn", "crossattention"}
 
 
 def usual_targets(kinds: Mapping[str, Sequence[str]]) -> list[str]:
-    """The kinds of layers that get an adapter by default. If some blocks of a stack have none, a note names them.
+    """The kinds of layers that get an adapter by default.
 
     Args:
         kinds: the paths of the linear layers by their pattern, such as ``layers.*.attn.q_proj``.
@@ -54,23 +52,12 @@ def usual_targets(kinds: Mapping[str, Sequence[str]]) -> list[str]:
     Returns:
         Patterns in the order of the model; none if no layer has a usual name.
     """
-    blocks: dict[str, dict[str, str]] = {}  # the patterns of a block's layers by the rest of their paths
+    blocks: dict[str, dict[str, str]] = {}  # the pattern of each layer of a block, by its path
     for kind, paths in kinds.items():
         for path in paths:
-            start = re.match(r".*?\.\d+\.", path)
             if not NEVER & set(path.split(".")):
-                blocks.setdefault(start[0] if start else "", {})["." + path] = kind
-    found: set[str] = set()
-    stacks: dict[str, dict[str, bool]] = {}
-    for block, inner in blocks.items():
-        usual = [kind for family in (ATTENTION, RECURRENT) for kind in _first(family, inner)]
-        found.update(usual)
-        stacks.setdefault(pattern_of(block), {})[block] = bool(usual)
-    for has in stacks.values():
-        without = [block.rstrip(".") for block, usual in has.items() if not usual]
-        if any(has.values()) and without:
-            shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
-            _log.warning("note: %d of %d blocks have no usual target and get no adapter (%s)", len(without), len(has), shown)
+                blocks.setdefault(block_of(path), {})["." + path] = kind
+    found = {kind for inner in blocks.values() for family in (ATTENTION, RECURRENT) for kind in _first(family, inner)}
     return [kind for kind in kinds if kind in found]
 
 
@@ -81,6 +68,27 @@ def _first(family: Sequence[Sequence[str]], inner: Mapping[str, str]) -> list[st
         if all(matching):
             return [kind for of_name in matching for kind in of_name]
     return []
+
+
+def blocks_without(paths: Iterable[str], adapted: Iterable[str]) -> list[str]:
+    """The blocks without an adapter, in stacks of which other blocks have one.
+
+    >>> blocks_without(["layers.0.q", "layers.1.up", "tower.0.up"], adapted=["layers.0.q"])
+    ['layers.1']
+
+    Args:
+        paths: the paths of all linear layers.
+        adapted: the paths of those with an adapter.
+    """
+    having = {block_of(path) for path in adapted}
+    stacks = {pattern_of(block) for block in having}
+    return [block for block in dict.fromkeys(map(block_of, paths)) if block not in having and pattern_of(block) in stacks]
+
+
+def block_of(path: str) -> str:
+    """The start of a path with its first index, such as ``layers.3``; empty if it has none."""
+    found = re.match(r".*?\.\d+(?=\.)", path)
+    return found[0] if found else ""
 
 
 def pattern_of(path: str) -> str:

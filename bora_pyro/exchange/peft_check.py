@@ -77,7 +77,7 @@ def check_with_peft(
         InputError: PEFT adapts other layers, puts other matrices there, or gives other logits.
     """
     written, backbone = read_peft(folder), model.backbone
-    words = backbone.model.get_input_embeddings().weight.shape[0]
+    words = backbone.num_token_ids
     size = (ROWS, min(TOKENS, backbone.context or TOKENS))
     ids = torch.randint(words, size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
     rows = torch.zeros(ROWS, dtype=torch.int64, device=backbone.device)

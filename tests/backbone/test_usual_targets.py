@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
@@ -82,13 +80,12 @@ def test_every_block_has_the_first_set_that_it_has_whole():
     assert usual_targets({"l.*.up": ["l.0.up"]}) == []
 
 
-def test_blocks_without_an_adapter_are_noted(caplog):
-    kinds = {"l.*.q.in_proj": ["l.0.q.in_proj"], "l.*.up": [f"l.{n}.up" for n in range(6)], "head.*.up": ["head.0.up"]}
-    with caplog.at_level(logging.WARNING):
-        assert usual_targets(kinds) == ["l.*.q.in_proj"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "note: 5 of 6 blocks have no usual target and get no adapter (l.1, l.2, l.3, ...)"
+def test_blocks_without_an_adapter_are_noted():
+    assert tiny("nemotron_h").notes == [
+        "no adapter on 2 blocks, which have none of the usual targets (--targets names others): model.layers.1, model.layers.3"
     ]
+    assert tiny("nemotron_h", targets="in_proj").notes == []
+    assert tiny("llama").notes == []
 
 
 def test_a_model_without_usual_targets_names_its_layers():
