@@ -12,10 +12,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -110,6 +109,7 @@ def check_type(model_type: str, folder: Path, *, fits: bool) -> Outcome:
                     outcome.cells["fit"] = _run("fit", checks["fit"], outcome)
                 break
             outcome.targets = " ".join(slot.name for slot in case.model.backbone.slots)
+            outcome.lines += [f"note: {note}" for note in case.model.backbone.notes]
         if name == "fit" and outcome.cells[name] != OK:
             break
     return outcome
@@ -117,7 +117,7 @@ def check_type(model_type: str, folder: Path, *, fits: bool) -> Outcome:
 
 def _run(name: str, check: Callable[[], None], outcome: Outcome) -> str:
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _notes(outcome):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             check()
     except InputError as error:
@@ -130,24 +130,6 @@ def _run(name: str, check: Callable[[], None], outcome: Outcome) -> str:
         outcome.lines.append(f"{name} fails: {_shown(error)}")
         return FAULT
     return OK
-
-
-@contextlib.contextmanager
-def _notes(outcome: Outcome) -> Iterator[None]:
-    """Keep the notes that the library logs."""
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage()
-            if text.startswith("note") and text not in outcome.lines:
-                outcome.lines.append(text)
-
-    logger, handler = logging.getLogger("bora_pyro"), Keep()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _shown(error: BaseException) -> str:
