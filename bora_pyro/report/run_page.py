@@ -167,6 +167,7 @@ def _kind(folder: RunFolder) -> str:
 
 def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     data = config.get("data") if kind == "adaptation" else of_fit.get("data")
+    data = ", ".join(map(str, data)) if isinstance(data, list) else data
     parts = [f"{len(tasks):,} task{'s' * (len(tasks) != 1)} of {data}", f"base {of_fit.get('base_model')}"]
     parts.append(f"{of_fit.get('adapter')}, rank {of_fit.get('rank')}")
     if kind != "run":

@@ -15,6 +15,7 @@ import torch
 
 from bora_pyro.data.chat_template import load_chat_template
 from bora_pyro.data.columns import AUTO
+from bora_pyro.data.readers.options import COLUMN
 from bora_pyro.errors import InputError
 from bora_pyro.inference.adapt import adapt, load_new_tasks
 from bora_pyro.runs.config.adapt import AdaptConfig
@@ -76,6 +77,8 @@ def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
     """
     names = ("task_column", "max_tokens", "token_budget", "chat_template")
     values = {name: getattr(config, name) or getattr(run.config, name) for name in names}
+    if config.task_from != COLUMN and config.task_column is None:
+        values["task_column"] = "task"
     content = run.config.content_options
     if not any(getattr(config, name) for name in content):
         values |= content

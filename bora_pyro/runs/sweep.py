@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
+from typing import Any
 
 import datasets
 import pandas as pd
@@ -98,11 +99,16 @@ def difference(asked: MapFitConfig) -> str | None:
     stored = RunFolder.open(asked.output_dir).read_config()
     for field in dataclasses.fields(asked):
         value, found = getattr(asked, field.name), stored.get(field.name, field.default)
-        same = value == found or (field.name == "data" and Path(value).resolve() == Path(str(found)).resolve())
+        same = value == found or (field.name == "data" and _absolute(value) == _absolute(found))
         same = same or (field.name == "chat_template" and same_chat_template(value, found))
         if field.name not in _NO_EFFECT and not same:
             return f"{field.name} {found} instead of {value}"
     return None
+
+
+def _absolute(data: Any) -> list[Path]:
+    """The sources of documents, wherever the program was started."""
+    return [Path(str(name)).resolve() for name in (data if isinstance(data, list) else [data])]
 
 
 def can_resume(asked: MapFitConfig) -> bool:

@@ -151,15 +151,16 @@ def _wrong_width(records: _Records, line: int, cells: list[str], columns: list[s
 
 
 def _other_separator(file: DataFile, reading: ReadingOptions, usual: str) -> str | None:
-    """Another separator than the usual one, if the header is a single cell that holds it.
+    """Another separator than the usual one, if the header is a single cell that holds it, or no header with the usual one.
 
     Raises:
         InputError: the rows that follow do not agree with the header.
     """
     rows = _first_records(file, reading, usual)
-    if not rows or len(rows[0]) != 1:
+    if rows and len(rows[0]) != 1:
         return None
-    header = rows[0][0]
+    with TextStream(file, reading.encoding) as stream:
+        header = next(iter(stream), "").rstrip("\r\n")
     others = sorted((one for one in SEPARATORS.values() if one != usual and one in header), key=header.count, reverse=True)
     for other in dict.fromkeys(others):
         found = _first_records(file, reading, other)

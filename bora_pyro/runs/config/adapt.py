@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bora_pyro.data.options import DataOptions
+from bora_pyro.data.readers.options import COLUMN, ReadingOptions, check_reading
 from bora_pyro.errors import InputError
 from bora_pyro.inference.adapt import ALLOWED
 from bora_pyro.inference.options import RUN, FitOptions
 from bora_pyro.options.command_line import parse_config
-from bora_pyro.options.field import changed, check_fields, option
+from bora_pyro.options.field import changed, check_fields, option, part_of
 from bora_pyro.runs.config.groups import BaseOptions, RunOptions, SourceOptions, check_device
 
 __all__ = ["AdaptConfig", "parse_config"]
@@ -30,7 +31,14 @@ class AdaptConfig:
 
     run: str = option("", "folder of the fit, its output_dir", positional=True)
 
-    data: str = changed(SourceOptions, "data", "", "the documents of the new tasks, in any form that map_fit.py reads")
+    data: str | list[str] = changed(
+        SourceOptions, "data", "", "the documents of the new tasks, in any form that map_fit.py reads"
+    )
+    separator: str | None = changed(ReadingOptions, "separator", None)
+    quoting: str | None = changed(ReadingOptions, "quoting", None)
+    encoding: str | None = changed(ReadingOptions, "encoding", None)
+    header: bool = changed(ReadingOptions, "header", True)
+    task_from: str = changed(ReadingOptions, "task_from", COLUMN)
     task_column: str | list[str] | None = changed(
         DataOptions, "task_column", None, "column that names a document's task, or several (default: as in the fit)"
     )
@@ -112,9 +120,10 @@ class AdaptConfig:
         """
         if not self.run.strip():
             raise InputError("no run is given; name the folder of a fit, as in adapt.py runs/map_fit --data new.csv")
-        if not self.data.strip():
+        if not all(name.strip() for name in ([self.data] if isinstance(self.data, str) else self.data)):
             raise InputError("no data is given; name the documents of the new tasks, as in --data new.csv")
         check_fields(self)
+        check_reading(part_of(self, ReadingOptions))
         check_device(self.device)
 
     @property

@@ -42,10 +42,10 @@ _TAU = (1e-30, 1e30)
 class SourceOptions:
     """Where the documents come from."""
 
-    data: str = option(
+    data: str | list[str] = option(
         "builtin:documentation",
-        "the documents: a .csv, .tsv, .jsonl (each also .gz) or .parquet file, a saved datasets folder, a hub id, or "
-        "builtin:documentation",
+        "the documents: one or several files (.csv, .tsv, .jsonl, .ndjson, .json, .parquet or .xlsx, also compressed), patterns "
+        "such as 'logs/*.jsonl', or folders; or a saved datasets folder, a hub id, or builtin:documentation",
         group=DATA,
         filled=True,
     )

@@ -45,7 +45,7 @@ class SweepConfig:
     """Fit a range of τ, each at its own best learning rate, and choose the best τ on the validation split."""
 
     fit_config: str = option("results/documentation.yaml", "YAML file of the options that all fits share")
-    data: str | None = option(None, "the documents (default: as in fit_config)")
+    data: str | list[str] | None = option(None, "the documents (default: as in fit_config)")
     taus: list[str] = option(
         ["0", "1", "10", "100", "1000", "10000", "inf", LEARNED],
         "precisions of the prior: numbers, inf or learned (default: 0 1 10 100 1000 10000 inf learned)",
@@ -102,7 +102,8 @@ class SweepConfig:
         folder = Path(self.runs_dir) / self.stem.name / run.folder
         own = {"tau": run.tau, "learning_rate": run.rate, "seed": run.seed, "threads": 1, "output_dir": folder}
         own |= {} if self.data is None else {"data": self.data}
-        return ["--config", self.fit_config, *(word for name, value in own.items() for word in (f"--{name}", str(value)))]
+        words = ((f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in own.items())
+        return ["--config", self.fit_config, *(word for option in words for word in option)]
 
     def fit(self, run: Run) -> MapFitConfig:
         """The configuration of the MAP fit of a run."""
