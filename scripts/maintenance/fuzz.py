@@ -115,7 +115,7 @@ class Fuzz:
         rng = random.Random(f"{self.config.seed} {index}")
         (number,) = rng.choices(range(len(self.readers)), [reader.share for reader in self.readers])
         reader = self.readers[number]
-        return number, damaged(rng, reader.valid, reader.form, packed=reader.file.suffix == ".gz")
+        return number, damaged(rng, reader.valid, reader.form, packed=reader.file.suffix)
 
     def run(self) -> None:
         """Read all inputs."""

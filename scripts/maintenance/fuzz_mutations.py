@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import math
 import random
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
+import pyarrow
 
 # Tokens that often break parsers, of any format.
 TOKENS = [
@@ -131,6 +136,24 @@ def _parquet(rng: random.Random, raw: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def _spreadsheet(rng: random.Random, raw: bytes) -> bytes:
+    """Mutate one part of a .xlsx file, most often the cells."""
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    cells = [name for name in parts if name.startswith("xl/worksheets/")]
+    name = rng.choice(cells if cells and rng.random() < 0.7 else list(parts))
+    swaps = [
+        (b"<v>", b"<f>"), (b't="s"', b't="e"'), (b't="n"', b't="d"'), (b'r="A1"', b'r="XFD9"'), (b"<row ", b"<row>"),
+        (b"1", b"-9"),
+    ]  # fmt: skip
+    parts[name] = parts[name].replace(*rng.choice(swaps)) if rng.random() < 0.4 else _bytes(rng, parts[name], [*parts.values()])
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for part, content in parts.items():
+            file.writestr(part, content)
+    return buffer.getvalue()
+
+
 def _tensors(rng: random.Random, raw: bytes) -> bytes:
     size = int.from_bytes(raw[:8], "little")
     head, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
@@ -157,29 +180,60 @@ FORMS: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "jsonl": lambda rng, raw: _lines(rng, raw, _json),
     "yaml": lambda rng, raw: _lines(rng, raw, _option),
     "parquet": _parquet,
+    "xlsx": _spreadsheet,
+    "text": lambda rng, raw: _lines(rng, raw, lambda rng, line: _bytes(rng, line, [raw])),
     "safetensors": _tensors,
 }
 
 
-def damaged(rng: random.Random, valid: list[bytes], form: str, *, packed: bool = False) -> bytes:
+def _zipped(raw: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("t.csv", raw)
+    return buffer.getvalue()
+
+
+#: Compressions, by the ending of a file.
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": lambda raw: gzip.compress(raw, 1, mtime=0),
+    ".bz2": bz2.compress,
+    ".xz": lambda raw: lzma.compress(raw, preset=0),
+    ".zst": lambda raw: bytes(pyarrow.compress(raw, codec="zstd", asbytes=True)),
+    ".zip": _zipped,
+}
+
+
+# What a mutation of the structure raises if an earlier one has destroyed it.
+_DESTROYED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, NotImplementedError, EOFError)
+
+
+def damaged(rng: random.Random, valid: list[bytes], form: str, *, packed: str = "") -> bytes:
     """Apply up to four mutations to a valid file. Those of its structure come first: a file with changed bytes may have none.
 
     Args:
         rng: random number generator.
-        valid: contents of valid files, before gzip.
+        valid: contents of valid files, before their compression.
         form: their format, a key of ``FORMS``.
-        packed: whether the file is compressed with gzip. Its compressed bytes may then be mutated, too.
+        packed: the ending of the file. If it is one of ``PACKED``, the compressed bytes may be mutated, too.
     """
     raw = rng.choice(valid)
     for _ in range(rng.choice((0, 1, 1, 2))):
         try:
             raw = FORMS[form](rng, raw)
-        except (ValueError, LookupError, TypeError, AttributeError, csv.Error):  # the first mutation destroyed the structure
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            csv.Error,
+            zipfile.BadZipFile,
+            zlib.error,
+        ):  # the first mutation destroyed the structure
             break
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
         raw = _bytes(rng, raw, valid)
-    if packed:
-        raw = gzip.compress(raw, 1, mtime=0)
+    if packed in PACKED:
+        raw = PACKED[packed](raw)
         for _ in range(rng.choice((0, 0, 0, 1, 2))):
             raw = _bytes(rng, raw, [raw])
     return raw

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from bora_pyro.backbone.backbone import BUILTIN_BASES
+from bora_pyro.data.columns import Columns
 from bora_pyro.data.folder_check import check_folder
+from bora_pyro.data.readers import ReadingOptions
 from bora_pyro.data.split import apply_split
+from bora_pyro.data.streaming import stream_documents
 from bora_pyro.data.tables import read_table
 from bora_pyro.exchange.load import load_peft
 from bora_pyro.files.tensors import read_digest
@@ -69,24 +74,79 @@ def _input_readers(folder: Path, rows: list[dict[str, str]], config: MapFitConfi
     card.mkdir()
     few.to_csv(card / "train.csv", index=False)
 
-    tables = {"csv": few.to_csv(index=False).encode(), "tsv": few.to_csv(index=False, sep="\t").encode()}
-    tables["jsonl"] = few.to_json(orient="records", lines=True, force_ascii=False).encode()
-    tables["parquet"] = few.to_parquet()
+    tables, documents = _tables(few), folder / "documents" / "ada"
+    documents.mkdir(parents=True)
     options = to_yaml(config).encode()
     short = b"tau: 1e3\nrank: 4\ntargets: [q_proj, v_proj]\nalpha: null\ndata: 'a b.csv'\noverwrite: yes # now\n"
 
     def configuration(file: Path) -> None:
         parse_config(MapFitConfig, ["--config", str(file)]).validate()
 
+    (folder / "several").mkdir()
+    (folder / "several" / "a.jsonl").write_text('{"meta": {"task": "a"}, "text": "b", "doc_id": "0"}\n')
+
+    def table_of(**options: Any) -> Callable[[Path], object]:
+        return lambda file: read_table(file, reading=ReadingOptions(**options))
+
+    bare = few.to_csv(index=False, sep="|", quoting=3, escapechar="\\").encode()
+    cp1252, wide = few.head(2).to_csv(index=False).encode("cp1252"), few.to_csv(index=False, sep=";").encode("utf-16")
+    several = [folder / "several" / "a.jsonl", folder / "several" / "b.jsonl"]
+    several[0].write_text('{"meta": {"task": "a"}, "text": "b", "doc_id": "0"}\n')
+    no_header = ReadingOptions(header=False)
+    packed = ("csv.gz", "jsonl.gz", "csv.zst", "json.xz", "tsv.bz2", "csv.zip", "parquet.gz")
     return [
-        *(Reader(f"table .{name}", folder / f"t.{name}", name, read_table, 10, [raw]) for name, raw in tables.items()),
-        *(Reader(f"table .{n}.gz", folder / f"t.{n}.gz", n, read_table, 5, [tables[n]]) for n in ("csv", "jsonl")),
+        *(Reader(f"table .{n}", folder / f"t.{n}", _FORMS.get(n, n), read_table, 10, [raw]) for n, raw in tables.items()),
+        *(_packed(folder / f"t.{name}", tables) for name in packed),
+        Reader("table, quoting none", folder / "bare.csv", "text", table_of(quoting="none", separator="|"), 5, [bare]),
+        Reader("table, no header", folder / "none.csv", "csv", lambda file: read_table(
+            file, task_column="1", text_column="column2", reading=no_header
+        ), 3, [tables["csv"]]),
+        Reader("table, other encoding", folder / "cp1252.csv", "csv", table_of(encoding="cp1252"), 3, [cp1252]),
+        Reader("table, UTF-16", folder / "wide.csv", "text", read_table, 3, [wide]),
+        Reader("table .csv, streamed", folder / "s.csv", "csv", _stream(folder), 2, [tables["csv"]]),
+        Reader("other files as .csv", folder / "other.csv", "text", read_table, 3, [*tables.values()]),
+        Reader("text documents", documents / "a.txt", "text", lambda _: read_table(
+            documents.parent, reading=ReadingOptions(task_from="file")
+        ), 3, [b"One.\nTwo.\n"]),
+        Reader("file among several", several[1], "jsonl", lambda _: read_table(
+            several, task_column="meta.task"
+        ), 3, [several[0].read_bytes()]),
         Reader("configuration", folder / "fit.yaml", "yaml", configuration, 12, [short, short, short, options]),
         Reader("data card", card / "README.md", "yaml", lambda _: check_folder(card), 5, [
             b"---\nlicense: mit\nconfigs:\n- config_name: a\n  data_files:\n  - split: train\n    path: train*.csv\n---\nText.\n"
         ]),
         _of(saved / "state.json", "saved data set", "json", lambda _: check_folder(saved), 5),
     ]  # fmt: skip
+
+
+# The forms of mutations of endings that have no form of their own.
+_FORMS = {"ndjson": "jsonl"}
+
+
+def _packed(file: Path, tables: dict[str, bytes]) -> Reader:
+    kind = file.name.split(".")[1]
+    return Reader(f"table .{kind}{file.suffix}", file, _FORMS.get(kind, kind), read_table, 3, [tables[kind]])
+
+
+def _tables(few: pd.DataFrame) -> dict[str, bytes]:
+    """A small table in every format."""
+    spreadsheet = io.BytesIO()
+    few.to_excel(spreadsheet, index=False)
+    lines = few.to_json(orient="records", lines=True, force_ascii=False).encode()
+    return {
+        "csv": few.to_csv(index=False).encode(),
+        "tsv": few.to_csv(index=False, sep="\t").encode(),
+        "jsonl": lines,
+        "ndjson": lines,
+        "json": few.to_json(orient="records", force_ascii=False).encode(),
+        "parquet": few.to_parquet(),
+        "xlsx": spreadsheet.getvalue(),
+    }
+
+
+def _stream(folder: Path) -> Callable[[Path], object]:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    return lambda file: stream_documents(file, tokenizer, Columns(), max_tokens=16)
 
 
 def _run_readers(run: Path, rows: list[dict[str, str]], config: MapFitConfig) -> list[Reader]:
