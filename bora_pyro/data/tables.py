@@ -136,7 +136,7 @@ def read_rows(
         columns = replace(columns, split="split")
     given = [*columns.task, *columns.text, columns.prompt, columns.messages, columns.group, columns.split]
     names = raw.with_nested([name for name in given if name is not None])
-    first = [cells for _, cells in raw.only(names).head(SAMPLE)]
+    first = [cells for _, cells in raw.head(SAMPLE, names)]
     if not first:
         raise InputError(f"{raw.label} has no rows; give one document a row")
     reader = RowReader(columns, names, raw.label, first=first, template=template)

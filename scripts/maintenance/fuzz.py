@@ -33,7 +33,7 @@ import transformers
 from fuzz_mutations import damaged
 from fuzz_readers import Reader, readers
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, escaped, nearest
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
 
@@ -90,7 +90,7 @@ def outcome(reader: Reader, raw: bytes) -> tuple[int, str]:
     try:
         reader.read(reader.file)
     except InputError as error:
-        one_line = str(error) and str(error).isprintable()
+        one_line = str(error) and escaped(str(error)) == str(error)
         return (REFUSED, "") if one_line else (CRASHED, f"InputError that is not one line: {str(error)!r}")
     except BaseException:  # includes panics of Rust code and SystemExit
         return CRASHED, traceback.format_exc()

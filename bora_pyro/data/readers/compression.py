@@ -61,6 +61,8 @@ _OTHERS = [
     (b"\xd0\xcf\x11\xe0", "an old Excel or Word file", ""),
     (b"ARROW1\0", "an Arrow file", ""), (b"SQLite format 3\0", "an SQLite database", ""), (b"{\\rtf", "an RTF document", ""),
 ]  # fmt: skip
+# Names of the first part of an office file, which is a zip file.
+_OFFICE = (b"[Content_Types].xml", b"_rels/", b"docProps/", b"xl/")
 
 
 def what_begins_so(head: bytes) -> tuple[str, str] | None:
@@ -69,10 +71,9 @@ def what_begins_so(head: bytes) -> tuple[str, str] | None:
     Args:
         head: the first bytes of a file, 262 or more if it has so many.
     """
-    if head.startswith(b"PK\x03\x04"):
-        return (
-            ("a spreadsheet", ".xlsx") if b"[Content_Types].xml" in head[:64] or b"xl/" in head[:64] else ("a zip file", ".zip")
-        )
+    if head.startswith(COMPRESSIONS[".zip"].magic):
+        is_office = any(name in head[:64] for name in _OFFICE)
+        return ("a spreadsheet or another office file", ".xlsx") if is_office else ("a zip file", ".zip")
     for ending, compression in COMPRESSIONS.items():
         if head.startswith(compression.magic) and (ending != ".bz2" or head[4:7] == b"1AY"):
             return f"a {compression.name} file" if compression.name != "xz" else "an xz file", ending

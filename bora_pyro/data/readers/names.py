@@ -76,13 +76,17 @@ def alike_notes(names: Iterable[str], what: str) -> list[str]:
     found = sorted((sorted(group) for group in groups.values() if len(group) > 1), key=lambda group: group[0])
     if not found:
         return []
-    shown_groups = [", ".join(shown(n) for n in group[:_NAMES]) + (", ..." if len(group) > _NAMES else "") for group in found]
-    more = (
-        f" ({len(found) - 1} more such group{'s' if len(found) > 2 else ''}: {'; '.join(shown_groups[1:_GROUPS])})"
-        if len(found) > 1
-        else ""
-    )
-    return [f"{what}s whose names look alike are different {what}s: {shown_groups[0]}{more}"]
+    lines, more = [_listed(group) for group in found], ""
+    if len(found) > 1:
+        more = f" ({len(found) - 1} more such group{'s' if len(found) > 2 else ''}: {'; '.join(lines[1:_GROUPS])})"
+    return [f"{what}s whose names look alike are different {what}s: {lines[0]}{more}"]
+
+
+def _listed(group: list[str]) -> str:
+    """Names that look alike; with escapes where they look the same in print, too."""
+    same_in_print = len({unicodedata.normalize("NFC", name) for name in group}) < len(group)
+    names = [f"{name!a:.60}" if same_in_print else shown(name) for name in group[:_NAMES]]
+    return ", ".join(names) + (", ..." if len(group) > _NAMES else "")
 
 
 def _key(name: str) -> str:

@@ -9,7 +9,6 @@ bora_pyro.errors.InputError: encoding is 'latin1x', which is not known; ...did y
 
 from __future__ import annotations
 
-import codecs
 from dataclasses import dataclass
 
 from bora_pyro.errors import InputError, nearest, shown
@@ -89,8 +88,9 @@ def check_reading(options: ReadingOptions) -> None:
 
 def _is_text_encoding(name: str) -> bool:
     try:
-        codecs.lookup(name)
-        b"".decode(name)  # raises LookupError for codecs that are no encodings of text, such as hex
-    except (LookupError, ValueError):
+        b"ab".decode(name)
+    except UnicodeError:  # an encoding that these bytes are no text of
+        return True
+    except (LookupError, ValueError):  # no codec, one such as hex that does not encode text, or a name with a NUL byte
         return False
     return True

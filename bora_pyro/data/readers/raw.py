@@ -104,9 +104,11 @@ class RawTable:
         """Take the notes and the number of rows from a pass over a part of the columns."""
         self._pass_notes, self.num_rows = other._pass_notes, other.num_rows
 
-    def head(self, count: int) -> list[Row]:
-        """The first rows, at most ``count``."""
-        return list(islice(self._rows([]), count))
+    def head(self, count: int, names: Sequence[str] | None = None) -> list[Row]:
+        """The first rows, at most ``count``; with ``names``, these columns, nested ones too, as far as a row has them."""
+        found = copy.copy(self)
+        found._wanted = self._wanted if names is None else list(dict.fromkeys(names))
+        return list(islice(found._rows([]), count))
 
     def __iter__(self) -> Iterator[Row]:
         self._pass_notes, self.num_rows = [], 0

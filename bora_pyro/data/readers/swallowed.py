@@ -11,7 +11,8 @@ row. The lines 3 and 4 are rows by themselves, and their tasks are known from ot
 Traceback (most recent call last):
 bora_pyro.errors.InputError: file 'a.csv', line 2: a quote opens a cell that holds line 3, which looks like a row by itself; ...
 
-A speech of several paragraphs with commas is read: its lines are not rows of known tasks.
+A speech of several paragraphs with commas is read: its lines are not rows of known tasks. In the first line and the last one,
+only the cells within the quotes count.
 """
 
 from __future__ import annotations
@@ -75,13 +76,22 @@ class SwallowedRows:
         """
         if self.width < 2:
             return
+        first = self._cells(lines[0])
+        opened = max((n for n, cell in enumerate(first) if cell.startswith('"')), default=len(first))
+        if len(first) == self.width and any(first[opened + 1 :]):
+            self._keep(line, line, [""] * (opened + 1) + first[opened + 1 :])
         inside = [(line + n, self._cells(text)) for n, text in enumerate(lines[1:], start=1) if text.strip()]
-        alike = [(number, cells) for number, cells in inside if len(cells) == self.width]
+        alike = [(number, _before_quote(cells)) for number, cells in inside if len(cells) == self.width]
+        alike = [(number, cells) for number, cells in alike if cells]
         if alike and len(alike) == len(inside):
             self._doubtful += 1
             self._first = line if self._first is None else self._first
+        for number, cells in alike:
+            self._keep(line, number, cells)
+
+    def _keep(self, line: int, number: int, cells: list[str]) -> None:
         if not self.trusted and len(self._lines) < _DOUBTFUL:
-            self._lines += [(line, number, cells) for number, cells in alike]
+            self._lines.append((line, number, cells))
 
     def check(self) -> None:
         """Raise ``InputError`` if a line inside a quoted cell looks like a row."""
@@ -89,7 +99,7 @@ class SwallowedRows:
         for line, inside, cells in self._lines:
             if self.separator in _RARE or any(
                 cell in known or (number and _is_number(cell))
-                for cell, known, number in zip(cells, self._known, numbers, strict=True)
+                for cell, known, number in zip(cells, self._known, numbers, strict=False)
                 if cell
             ):
                 raise InputError(
@@ -108,6 +118,11 @@ class SwallowedRows:
     def _cells(self, text: str) -> list[str]:
         row = csv.reader([text.rstrip("\r\n")], delimiter=self.separator, quoting=csv.QUOTE_NONE, quotechar=None)
         return next(row, [])
+
+
+def _before_quote(cells: list[str]) -> list[str]:
+    """The cells of a line before one with a quote, which may end the quoted cell."""
+    return cells[: next((n for n, cell in enumerate(cells) if '"' in cell), len(cells))]
 
 
 def line_of_open_quote(text: str, separator: str) -> int:
