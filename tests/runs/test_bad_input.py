@@ -71,7 +71,7 @@ CASES = {
         lambda folder: {"data": write_table(folder / "speeches.csv")[:-5] + "z.csv"},
         ["does not exist", "did you mean 'speeches.csv'?"],
     ),
-    "unknown ending": (content("speeches.xlsx", b""), ["speeches.xlsx'", ".csv, .csv.gz"]),
+    "unknown ending": (content("speeches.doc", b""), ["speeches.doc'", ".csv, .tsv"]),
     "data that is a hub path": (given(data="no/such/data/set"), ["'no/such/data/set' does not exist", "check the path"]),
     "unknown built-in data": (
         given(data="builtin:documentations"),
@@ -99,8 +99,8 @@ CASES = {
     ),
     "more tasks than there are": (given(num_tasks=9), ["num_tasks is 9", "give 2 to 3"]),
     "one task asked for": (given(num_tasks=1), ["num_tasks is 1", "give 2 to 3"]),
-    "a number for a text": (rows("one", "two", 3), ["row 3: column 'text' is a int (3), not text"]),
-    "a list for a text": (rows(["one"]), ["row 1: column 'text' is a list", "not text"]),
+    "a number for a text": (rows("one", "two", 3), ["line 3: column 'text' is a int (3), not text"]),
+    "a list for a text": (rows(["one"]), ["line 1: column 'text' is a list", "not text"]),
     "broken encoding": (
         content("table.csv", "task,text\na,Børge\n".encode("latin-1")),
         ["is not UTF-8: byte 0xf8", "save the file as UTF-8"],

@@ -143,7 +143,7 @@ def test_bad_lines(argv, message):
     ("text", "message"),
     [
         ("rnak: 3", ": unknown option 'rnak'; did you mean 'rank'?"),
-        ("config: other.yaml", ": unknown option 'config'; --help lists them all"),
+        ("zzz: other.yaml", ": unknown option 'zzz'; --help lists them all"),
         ("1: 2", ": unknown option '1'; --help lists them all"),
         ("rank: true", ": rank: 'true' cannot be used; give a whole number"),
         ("rank: 3.0", ": rank: '3.0' cannot be used; give a whole number"),
