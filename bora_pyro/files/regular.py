@@ -61,12 +61,20 @@ def check_links(folder: Path, what: str) -> None:
                 continue
             link = f"{what} {str(folder)!r} has a link {os.path.relpath(entry, folder)!r}"
             try:
-                if not Path(os.path.realpath(entry)).is_relative_to(root):
+                if not _target(entry).is_relative_to(root):
                     raise InputError(f"{link} that leads out of it; put a copy in its place")
             except OSError as error:  # for example links of other users' processes in /proc
                 raise InputError(
                     f"{link} that cannot be followed ({error.strerror or error}); give a folder that holds nothing else"
                 ) from None
+
+
+def _target(link: str) -> Path:
+    """Where a link leads, by all the links on the way; ``OSError`` if one of them cannot be followed."""
+    try:
+        return Path(os.path.realpath(link, strict=True))  # without strict, Python 3.13 returns a link that it cannot read
+    except (FileNotFoundError, NotADirectoryError):  # nothing is there, but its place is known
+        return Path(os.path.realpath(link))
 
 
 _CHUNK = 2**20

@@ -80,7 +80,7 @@ def test_depth_is_bounded(depth):
         (b"3", "holds a int", None),
         (b"\xff", "byte 0xff at position 0 is not UTF-8", None),
         (b"a: \x00", "unacceptable character", None),
-        (b'a: "\\Uffffffff"', "too large", None),
+        (b'a: "\\Uffffffff"', "too large|not in range", None),
         (b"a: 0b_", "invalid literal", None),
     ],
 )
