@@ -75,6 +75,11 @@ class RowReader:
         """The columns of the table to read, each once."""
         return list(dict.fromkeys(column for _, column in self._by_option()))
 
+    @property
+    def optional(self) -> list[str]:
+        """Those of the columns that a document can do without, such as the tools of a chat."""
+        return [column for option, column in self._by_option() if not option]
+
     def read(self, number: int, cells: Mapping[str, Any], place: str | None = None) -> dict[str, str] | None:
         """Convert one row. A row without a document or without a task gives None and is counted.
 

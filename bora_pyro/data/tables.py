@@ -140,7 +140,7 @@ def read_rows(
     if not first:
         raise InputError(f"{raw.label} has no rows; give one document a row")
     reader = RowReader(columns, names, raw.label, first=first, template=template)
-    wanted = raw.only(reader.needed)
+    wanted = raw.only(reader.needed, optional=reader.optional)
 
     def documents() -> Iterator[dict[str, str]]:
         kept = 0

@@ -168,7 +168,6 @@ def test_marks_of_other_roles_and_chats_without_a_predicted_turn(tokenizer):  # 
         "1 turn of the assistant is marked with weight, loss_weight, train or loss as not to be predicted: it is only read",
         "1 turn of other roles is marked to be predicted: it is only read, only the assistant's are predicted",
         "1 chat has no turn of the role 'assistant'",
-        "2 documents without a token to predict within 4096 were dropped",
     ]
 
 

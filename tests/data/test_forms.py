@@ -12,8 +12,11 @@ from transformers import AutoTokenizer
 
 from bora_pyro.backbone.backbone import BUILTIN_BASES
 from bora_pyro.data import AllTrain, load_tasks, read_table, table
-from bora_pyro.data.columns import DOCUMENT_FORMS
+from bora_pyro.data.chat_template import ChatTemplate
+from bora_pyro.data.columns import DOCUMENT_FORMS, Columns
+from bora_pyro.data.encode import encoder
 from bora_pyro.data.forms import FORMS
+from bora_pyro.data.tables import read_documents
 from bora_pyro.errors import InputError
 
 CHATML = (
@@ -33,26 +36,17 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
 
 
-def documents(rows, tokenizer, template=CHATML, **options):
-    """(what is read, what of it is predicted) of each document, and the notes, read plainly and by streaming."""
-    rows = [{**TASK, **row} for row in rows]
-    options = {"chat_template": template, "split": AllTrain(), "max_tokens": 4096, **options}
-    data = load_tasks(pd.DataFrame(rows), tokenizer, **options)
-    try:
-        source = table(rows)
-    except Exception:  # Arrow cannot hold columns of mixed types
-        source = None
-    if source is not None:
-        streamed = load_tasks(source, tokenizer, streaming=True, **options)
-        assert (streamed.digest, streamed.notes) == (data.digest, data.notes)
+def documents(rows, tokenizer, template=CHATML, **columns):
+    """(what is read, what of it is predicted) of each document, and the notes."""
+    writer = ChatTemplate.find(tokenizer, template)
+    read = read_documents(pd.DataFrame([{**TASK, **row} for row in rows]), Columns.given(**columns), template=writer)
+    encoded = encoder(tokenizer, 4096, chat_template=template)({name: read.table[name][:] for name in ("task", *read.content)})
     found = []
-    for n in range(len(data.train)):
-        ids, labels = data.train.document(n).tolist(), data.train.labels(n).tolist()
-        assert [label for label in labels if label >= 0] == [
-            token for token, label in zip(ids, labels, strict=True) if label >= 0
-        ]
-        found.append((tokenizer.decode(ids), tokenizer.decode([label for label in labels if label >= 0])))
-    return found, data.notes
+    for n, ids in enumerate(encoded["input_ids"]):
+        observed = encoded["observed"][n] if "observed" in encoded else [False] + [True] * (len(ids) - 1)
+        predicted = [token for token, own in zip(ids, observed, strict=True) if own]
+        found.append((tokenizer.decode(ids), tokenizer.decode(predicted)))
+    return found, read.notes
 
 
 def test_every_form_has_a_name_for_the_option():
@@ -279,6 +273,25 @@ CELLS = {
     "history": {"instruction": "Add.", "output": "2", "history": [["Hi", "Yes?"]]},
     "tools": {"messages": ANSWERED, "tools": [{"name": "find", "parameters": {"type": "object"}}]},
 }
+
+
+@pytest.mark.parametrize("cells", CELLS.values(), ids=CELLS)
+def test_streaming_reads_the_same_documents(tokenizer, cells):
+    options = {"chat_template": CHATML, "split": AllTrain()}
+    plain = load_tasks(table([{**TASK, **cells}] * 2), tokenizer, **options)
+    streamed = load_tasks(table([{**TASK, **cells}] * 2), tokenizer, streaming=True, **options)
+    assert (streamed.digest, streamed.notes, streamed.chat_template) == (plain.digest, plain.notes, CHATML)
+    assert any(note.startswith("recognised") for note in plain.notes)
+
+
+def test_a_file_without_the_optional_columns(tmp_path):
+    for name, cells in (("a", {"messages": ANSWERED}), ("b", {**CELLS["tools"], "extra": 1})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"task": name, **cells}) + "\n")
+    found, _ = read_table(tmp_path)
+    assert [type(json.loads(chat)) for chat in found["messages"]] == [list, dict]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"task": "c"}) + "\n")
+    with pytest.raises(InputError, match=r"c\.jsonl' has no column 'messages'"):
+        read_table(tmp_path)
 
 
 @pytest.mark.parametrize("container", ["jsonl", "csv", "parquet", "saved"])

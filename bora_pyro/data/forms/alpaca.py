@@ -69,7 +69,7 @@ class Alpaca:
         self.instruction, self.input, self.output, self.chats = instruction, input, output, chats
         self.system, self.history = system, history
         names = [name for name in (instruction, input, system, history, output) if name]
-        self.columns = [("", name) for name in names]
+        self.columns = [("document_form" if name in (instruction, output) else "", name) for name in names]
         self.content: tuple[str, ...] = ("prompt", "text") if chats is None else ("messages",)
         form = (
             "as chats, because there is a chat template" if chats else "with Alpaca's prompt, because there is no chat template"

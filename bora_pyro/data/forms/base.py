@@ -51,7 +51,8 @@ class Form(Protocol):
     Attributes:
         name: the value of ``document_form``.
         usual: the columns that the form is known by, for errors.
-        columns: (option, column) for each column that is read. The option is "" for a column that no option names.
+        columns: (option, column) for each column that is read. The option is ``document_form`` for columns with fixed
+            names, and "" for those that a document can do without.
         content: names of the texts of a document: ``text``; ``prompt`` and ``text``; or ``messages``.
         missing: what a row without a document lacks, for notes.
         recognised: what was recognised, for a note.

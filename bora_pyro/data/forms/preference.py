@@ -49,7 +49,7 @@ class Preference:
         unread: Sequence[str] = (),
     ) -> None:
         self.prompt, self.chats_in, self.chats, self.tools = prompt, chats_in, chats, tools
-        self.columns = [("", name) for name in (prompt, CHOSEN, tools) if name]
+        self.columns = [("document_form", name) for name in (prompt, CHOSEN) if name] + [("", name) for name in (tools,) if name]
         self.content: tuple[str, ...] = ("messages",) if chats else ("text",) if prompt is None else ("prompt", "text")
         before = f" after {prompt!r}" if prompt else ""
         others = f"; not read: {', '.join(map(repr, unread))}" if unread else ""

@@ -84,8 +84,12 @@ class RawTable:
         """All columns, with those of ``names`` that lie in one of them, such as ``meta.speaker`` in ``meta``."""
         return [*self.columns, *(name for name in names if name not in self.columns and self.column_of(name) is not None)]
 
-    def only(self, names: Sequence[str]) -> RawTable:
+    def only(self, names: Sequence[str], *, optional: Sequence[str] = ()) -> RawTable:
         """The same table with these columns, nested ones under their whole names.
+
+        Args:
+            names: the columns.
+            optional: those of them that a file of JSON may lack if another file has them; the cells of its rows are None.
 
         Raises:
             InputError: a part has no such column.
@@ -95,7 +99,7 @@ class RawTable:
         for part in self.parts:
             own = [*part.columns, *part.fixed]
             for name in found._wanted:
-                if _column_of(name, own) is None:
+                if _column_of(name, own) is None and not (part.ragged and name in optional):
                     where = self.label if len(self.parts) == 1 else f"{self.label}: {part.name}"
                     raise InputError(f"{where} has no column {shown(name)}; it has {listed(own)}{nearest(name, own)}")
         return found
