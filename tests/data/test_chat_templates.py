@@ -219,6 +219,11 @@ def test_texts_for_a_template_that_takes_parts(tokenizer):  # noqa: F811
     assert notes[1:] == ["2 messages have a text where the chat template takes a list of parts: given as a list with one part"]
 
 
+def test_an_empty_list_is_an_empty_text(tokenizer):  # noqa: F811
+    found, _ = documents([{"messages": [{"role": "system", "content": []}, *ANSWERED]}], tokenizer)
+    assert found == [("<system><end><user>Hi<end><assistant>Yes?<end>", "Yes?<end>")]
+
+
 def test_a_template_that_takes_one_part(tokenizer):  # noqa: F811
     template = CHATML.replace("{{ m.content }}", "{{ m.content[0].text + '' }}")
     rows = [{"messages": [{"role": "user", "content": PARTS}, ANSWERED[1]]}]

@@ -167,6 +167,24 @@ def test_a_prompt_of_messages_with_a_completion_of_text_is_refused(tokenizer):
         documents([{"p": ASKED, "c": "Yes?"}], tokenizer, prompt_column="p", completion_column="c")
 
 
+def test_good_and_bad_completions_are_not_mixed(tokenizer):
+    rows = [
+        {"prompt": "Is it?", "completion": " Yes.", "label": True},
+        {"prompt": "Is it?", "completion": " No.", "label": False},
+    ]
+    with pytest.raises(
+        InputError, match=r"with a 'label' that is true or false, as for KTO: .*; keep the rows with true, or name"
+    ):
+        documents(rows, tokenizer)
+    assert len(documents(rows, tokenizer, prompt_column="prompt", completion_column="completion")[0]) == 2
+    assert len(documents([{**rows[0], "label": "sports"}], tokenizer)[0]) == 1
+
+
+def test_pictures_beside_chats_are_named(tokenizer):
+    rows = [{"conversations": sharegpt(("human", "<image> What?"), ("gpt", "A cat.")), "image": "cat.png", "video": None}]
+    assert documents(rows, tokenizer)[1][1:] == ["only text is read: not the column 'image'"]
+
+
 REJECTED = {"rejected": "Perhaps."}
 
 

@@ -29,6 +29,8 @@ __all__ = ["FORMS", "SAMPLE", "TEXT_SEPARATOR", "Content", "Form", "Table", "cho
 FORMS: dict[str, type[Form]] = {form.name: form for form in (Text, PromptCompletion, Messages, ShareGPT, Alpaca, Preference)}
 #: A form is recognised by so many rows at most.
 SAMPLE = 20
+#: Columns with what the chats of multimodal models are about.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def choose_form(table: Table) -> tuple[Form, list[str]]:
@@ -39,6 +41,14 @@ def choose_form(table: Table) -> tuple[Form, list[str]]:
     Raises:
         InputError: the table does not have the columns of the form that ``document_form`` names, or it has several forms.
     """
+    form, notes = _chosen(table)
+    media = [name for name in MEDIA if name in table.names and table.first(name) is not None]
+    if form.content == ("messages",) and media:
+        notes = [*notes, f"only text is read: not the column{'s' if len(media) > 1 else ''} {', '.join(map(repr, media))}"]
+    return form, notes
+
+
+def _chosen(table: Table) -> tuple[Form, list[str]]:
     given = table.columns
     if given.document_form != AUTO:
         return _named(table), []
@@ -91,9 +101,12 @@ def _chats(table: Table) -> tuple[Form, list[str]]:
 
 
 def _recognised(kind: type[Form], table: Table) -> Form | None:
+    """The form, unless the table has a column ``text``, which is read, and the columns of the form hold something else."""
     try:
         return kind.recognise(table)
-    except InputError:  # columns with these names that hold something else
+    except InputError:
+        if "text" not in table.names:
+            raise
         return None
 
 

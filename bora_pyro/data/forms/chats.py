@@ -98,6 +98,8 @@ class Chats:
         if not isinstance(role, str) or ("content" not in message and role not in (ASSISTANT, "tool", "function")):
             raise InputError(f"{where} is {shown(message)}; give each message a role, a text, and a content")
         message, mark = take_mark(with_calls(dict(message), where), where)
+        if message.get("content") == []:
+            message["content"] = ""
         if older and message["role"] == "function":
             message["role"] = "tool"
         if message["role"] in ("tool", "function") and not isinstance(message.get("content", ""), str):

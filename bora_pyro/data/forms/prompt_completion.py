@@ -20,6 +20,9 @@ from bora_pyro.data.forms.messages import holds_messages, messages_of, tool_colu
 from bora_pyro.data.forms.values import text_of
 from bora_pyro.errors import InputError
 
+#: The column that says of a completion whether it is a good one.
+LABEL = "label"
+
 
 class PromptCompletion:
     """Prompts with completions in two columns.
@@ -49,6 +52,11 @@ class PromptCompletion:
         prompt, completion = ("prompt", "completion") if given.prompt is None else (given.prompt, given.text[0])
         if not table.has(prompt, completion):
             return None
+        if given.prompt is None and table.has(LABEL) and str(table.first(LABEL)).lower() in ("true", "false"):
+            raise InputError(
+                f"{table.label} has prompts and completions with a {LABEL!r} that is true or false, as for KTO: a completion "
+                "with false is a bad one; keep the rows with true, or name prompt_column and completion_column to read all"
+            )
         if not are_messages(table, prompt, completion):
             return cls(prompt, completion, None)
         return cls(prompt, completion, Chats(table.template), tools=tool_column(table))
