@@ -168,6 +168,28 @@ def test_chats_from_end_to_end(inputs, tmp_path, monkeypatch, capsys):
     assert [row.strip() for row in capsys.readouterr().out.splitlines()].count("one two") == 1  # a line of its own
 
 
+def test_recognised_chats_from_end_to_end(inputs, tmp_path, capsys):
+    options, folder = inputs
+    turns = [
+        [{"from": "human", "value": row["question"]}, {"from": "gpt", "value": row["answer"].strip()}] for row in questions()
+    ]
+    rows = [{"task": row["task"], "conversations": chat} for row, chat in zip(questions(), turns, strict=True)]
+    options = options | {"data": write_lines(folder / "shared.jsonl", rows), "chat_template": TEMPLATE, "epochs": 1}
+    run = fitted(options, tmp_path / "run")
+    note = "recognised ShareGPT chats in column 'conversations' (human -> user, gpt -> assistant): the assistant's turns are"
+    assert note in capsys.readouterr().err
+    data = load_run(run.path).data
+    tokenizer = AutoTokenizer.from_pretrained(options["base_model"])
+    [answer] = {tokenizer.decode([token for token in data.train.labels(0).tolist() if token >= 0]).split("</s>")[0].strip()}
+    assert answer in [chat[1]["value"] for chat in turns]
+    # new tasks are recognised too, or read as an option says
+    for more, rows_of_new in (([], rows[:4]), (["--document_form", "text"], [{"task": "Dora", "text": "one two three"}])):
+        new = write_lines(folder / "new.jsonl", [{**row, "task": "Dora"} for row in rows_of_new])
+        words = line({"data": new, "output_dir": tmp_path / f"new{len(more)}", "steps": 1})
+        assert command_main("adapt")([str(run.path), *words, *more]) == 0
+        assert load_run(tmp_path / f"new{len(more)}").fitted.chat_template == (None if more else TEMPLATE)
+
+
 def test_all_of_it_together_and_a_posterior_around_it(inputs, tmp_path):
     options, folder = inputs
     rows = [row | {"country": "NO", "question": row["question"] * 2, "answer": row["answer"] * 6} for row in questions()]
