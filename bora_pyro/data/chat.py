@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -107,33 +108,36 @@ def read_chats(
 
 
 def _read_marked(writer: ChatTemplate, chat: Chat) -> tuple[list[int], list[bool], list[int]]:
-    encoding = writer.tokens(chat.messages, chat.tools, return_assistant_tokens_mask=True, tokenizer_kwargs=_TOKENS)
-    observed = [bool(own) for own in encoding["assistant_masks"]]
-    for first, last in _unpredicted_marks(writer, chat):
-        start, end = encoding.char_to_token(first), encoding.char_to_token(last - 1)
-        if start is not None and end is not None:
-            observed[start : end + 1] = [False] * (end + 1 - start)
-    return list(encoding["input_ids"]), observed, [stop for _, stop in encoding["offset_mapping"]]
+    encoding = writer.tokens(chat.messages, chat.tools, tokenizer_kwargs=_TOKENS)
+    ids, stops = list(encoding["input_ids"]), [stop for _, stop in encoding["offset_mapping"]]
+    places = np.maximum.accumulate(np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2))
+    observed = np.zeros(len(ids), dtype=bool)
+    # Not transformers' own mask: it ends at the first text that begins with a character of no token, such as a dropped space.
+    for first, last in _predicted_marks(writer, chat):
+        observed[np.searchsorted(places[:, 1], first, "right") : np.searchsorted(places[:, 0], last, "left")] = True
+    return ids, observed.tolist(), stops
 
 
-def _unpredicted_marks(writer: ChatTemplate, chat: Chat) -> list[tuple[int, int]]:
-    """(first, last) character of each marked text of the assistant's that is not predicted."""
+def _predicted_marks(writer: ChatTemplate, chat: Chat) -> list[tuple[int, int]]:
+    """(first, last) character of each marked text of the assistant's that is predicted."""
     own = [predicted for message, predicted in zip(chat.messages, chat.predicted, strict=True) if message["role"] == ASSISTANT]
-    if all(own):
+    if not any(own):
         return []
-    _, marks = render_jinja_template(
+    _, [marks] = render_jinja_template(
         [chat.messages],
         tools=chat.tools,
         chat_template=writer.source(chat.tools),
         return_assistant_tokens_mask=True,
         **writer.tokenizer.special_tokens_map,
     )
-    if any(own) and len(marks[0]) != len(own):
+    if all(own):
+        return list(marks)
+    if len(marks) != len(own):
         raise InputError(
-            f"some turns of the {ASSISTANT} are only read, and the chat template marks {len(marks[0])} texts for {len(own)} "
+            f"some turns of the {ASSISTANT} are only read, and the chat template marks {len(marks)} texts for {len(own)} "
             "turns with {% generation %}; give one that marks one text for each: --chat_template FILE.jinja"
         )
-    return [mark for mark, predicted in zip(marks[0], own if any(own) else [False] * len(marks[0]), strict=True) if not predicted]
+    return [mark for mark, predicted in zip(marks, own, strict=True) if predicted]
 
 
 def _read_unmarked(writer: ChatTemplate, chat: Chat) -> tuple[list[int], list[bool], list[int]]:

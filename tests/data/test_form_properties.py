@@ -1,4 +1,4 @@
-"""Any cells in the columns of a form: they are read, or one line says which row and why. Nothing else is raised."""
+"""Any cells in the columns of a form are read, or one line says which row and why; and any marked chats to the right tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bora_pyro.data.chat import read_chats
+from bora_pyro.data.chat_template import ChatTemplate
 from bora_pyro.data.columns import DOCUMENT_FORMS, Columns
 from bora_pyro.data.forms import Table, choose_form
 from bora_pyro.errors import InputError
+from tests.data_fixtures import CHAT_TEMPLATE, WORDS, word_tokenizer
 
 TEXTS = st.text(max_size=6) | st.sampled_from(
     ["user", "assistant", "human", "gpt", "tool", "system", "text", "function_call", "[]", "{}"]
@@ -95,3 +98,35 @@ def test_what_is_written_is_read(wrap, turns):
         row = {column: wrap(cell)}
         document, _ = choose_form(Table([column], [row]))
         assert json.loads(document.read(row, "row 1")["messages"]) == messages
+
+
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant"]), "content": st.lists(st.sampled_from(WORDS), max_size=3).map(" ".join)},
+    optional={"weight": st.sampled_from([0, 1])},
+)
+PLAIN = CHAT_TEMPLATE
+MARKED = (
+    "{% for m in messages %}{{ m.role }} : {% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s>{% endgeneration %} "
+    "{% else %}{{ m.content }} </s> {% endif %}{% endfor %}"
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TURN, min_size=1, max_size=5))
+def test_both_kinds_of_template_predict_the_same_tokens(turns):
+    tokenizer = word_tokenizer()
+    turns = [{"role": "user", "content": "red"}, *turns]
+    found = []
+    for template in (PLAIN, MARKED):
+        document, _ = choose_form(Table(["messages"], [{"messages": turns}], template=ChatTemplate(tokenizer, template)))
+        content = document.read({"messages": turns}, "row 1")
+        found.append(list(read_chats(tokenizer, [content["messages"]], template)))
+    assert found[0] == found[1]
+    [(ids, observed, _)] = found[0]
+    expected = [
+        word
+        for turn in turns
+        if turn["role"] == "assistant" and turn["content"] and turn.get("weight", 1)
+        for word in [*turn["content"].split(), "</s>"]
+    ]
+    assert tokenizer.convert_ids_to_tokens([token for token, own in zip(ids, observed, strict=True) if own]) == expected
