@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
         table = _read(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
         table = pd.concat([table[table["type"] != outcome.model_type], pd.DataFrame([row_of(outcome)])])
         table.sort_values("type").to_csv(file, index=False)
-        print(f"{outcome.model_type:24} {outcome.result:8} {outcome.lines[0][:150] if outcome.lines else ''}", flush=True)
+        print(f"{outcome.model_type:24} {outcome.result:8} {outcome.lines[-1][:150] if outcome.lines else ''}", flush=True)
     table = _read(file)
     counts = table["result"].value_counts()
     print(f"{len(table)} types: " + ", ".join(f"{number} {name}" for name, number in counts.items()))

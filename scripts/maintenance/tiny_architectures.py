@@ -165,18 +165,27 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Encoders that read in one direction if their configuration says so. Their names end with this as decoders.
+DECODER = " as a decoder"
+ENCODERS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+            "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
+
+
 def causal_types() -> list[str]:
-    """The model types that ``AutoModelForCausalLM`` loads, in alphabetical order."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The model types that ``AutoModelForCausalLM`` loads, and encoders as decoders, in alphabetical order."""
+    return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(f"{name}{DECODER}" for name in ENCODERS)])
 
 
-def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
     """A small configuration of a type.
 
     Args:
-        model_type: the type's name in transformers.
+        name: one of ``causal_types``.
         changes: fields with other values.
     """
+    model_type = name.removesuffix(DECODER)
+    if name.endswith(DECODER):
+        changes = {"is_decoder": True} | changes
     kind = CONFIG_MAPPING[model_type]
     exceptions = EXCEPTIONS.get(model_type, {})
     default = kind(**exceptions.get("__default__", {}))
@@ -184,18 +193,18 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     return kind(**_merged(fields, changes))
 
 
-def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny_model(name: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A small model of a type with random weights, in evaluation mode.
 
     Args:
-        model_type: the type's name in transformers.
+        name: one of ``causal_types``.
         seed: seed of the weights.
         changes: as for :func:`tiny_config`.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).eval()
+        model = AutoModelForCausalLM.from_config(tiny_config(name, **changes)).eval()
         randomise(model)
     return model
 

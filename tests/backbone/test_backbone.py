@@ -21,7 +21,7 @@ from tests.tiny import (
     tiny_bora,
     tiny_model,
 )
-from tests.tiny_base import save_base
+from tests.tiny_base import save_base, script
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TARGETS = pytest.mark.parametrize("targets", [None, "all-linear"])
@@ -327,3 +327,8 @@ def test_a_base_is_known_again_by_its_weights(tmp_path):
 
 def test_weights_that_have_no_numbers_here_have_no_digest():
     assert Backbone(tiny_model("llama").to("meta")).digest is None
+
+
+def test_a_base_whose_backward_pass_leaves_out_adapters():
+    with pytest.raises(InputError, match="a ReformerModelWithLMHead, computes its backward pass without the adapters"):
+        Backbone(script("tiny_architectures").tiny_model("reformer"))

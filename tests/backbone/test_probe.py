@@ -215,8 +215,7 @@ def test_a_layer_that_no_adapter_can_change(model_type, changes, target, reason)
     backbone = Backbone(model, targets="all-linear")
     last = target.rsplit(".", maxsplit=1)[-1]
     assert not any(path.endswith(target) for slot in backbone.slots for path in slot.paths)
-    [note] = backbone.notes
-    assert reason in note
+    [note] = [note for note in backbone.notes if reason in note]  # beside one about experts
     assert f".{last}" in note
     # all that is left can be changed, and changes the logits
     for slot in backbone.slots:
