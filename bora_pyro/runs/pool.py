@@ -39,6 +39,7 @@ from bora_pyro.exchange.pooling.folder import (
 from bora_pyro.exchange.pooling.held_out import HeldOut, held_out_shrinkage, read_held_out
 from bora_pyro.exchange.pooling.hierarchy import Estimator, FixedShrinkage, JamesStein, MarginalLikelihood
 from bora_pyro.exchange.pooling.pool import FULL, Pooled, pool
+from bora_pyro.exchange.save import check_exportable
 from bora_pyro.files.atomic import check_place
 from bora_pyro.files.text import name_line
 from bora_pyro.options.field import check_choices, option
@@ -117,6 +118,7 @@ def pool_adapters(config: PoolConfig) -> Pooled:
     documents = None if config.documents is None else read_documents(config.documents, list(adapters), names)
     targets = next(iter(adapters.values())).targets
     backbone = Backbone.from_pretrained(config.base_model, targets=targets, trust_remote_code=config.trust_remote_code)
+    check_exportable(backbone)  # before the work, because nothing could be written
     options = asdict(config)
     estimator: Estimator
     if documents is not None:

@@ -44,7 +44,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.exchange.load import PeftAdapter
 from bora_pyro.exchange.pooling.fitted import pooled_fit
 from bora_pyro.exchange.pooling.held_out import held_out_shrinkage
-from bora_pyro.exchange.pooling.hierarchy import Estimator, FixedShrinkage, Hierarchy, MarginalLikelihood, _hierarchy
+from bora_pyro.exchange.pooling.hierarchy import Estimator, FixedShrinkage, Hierarchy, MarginalLikelihood
 from bora_pyro.exchange.pooling.pool import pool
 from bora_pyro.guides import map_guide
 from bora_pyro.inference.evaluate import evaluate
@@ -60,6 +60,8 @@ PEFT_ARMS = {
     "ties_svd": ("ties_svd", False), "dare_linear": ("dare_linear", True), "dare_linear_svd": ("dare_linear_svd", True),
 }  # fmt: skip
 OWN_ARMS = ("documents", "precision", "precision_rank_r")
+#: Shares of the way to Θ that are tried for ``shrunk``.
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 Deltas = dict[str, Tensor]
 
 
@@ -72,13 +74,13 @@ class MergingConfig:
     targets: list[str] = option(["q_proj", "v_proj", "fc1", "fc2"], "layers with adapters (default: q_proj v_proj fc1 fc2)")
     rank: int = option(8, "rank of each adapter", least=1)
     max_tokens: int = option(128, "longest document in tokens", least=2)
-    max_train_documents: int = option(24, "training documents of a task at most", least=1)
+    max_train_documents: int = option(16, "training documents of a task at most", least=1)
     max_eval_documents: int = option(8, "validation and test documents of a task at most", least=1)
-    left_out: int = option(6, "number of tasks that are left out", least=1)
-    epochs: int = option(5, "epochs of the fits", least=1)
+    left_out: int = option(10, "number of tasks that are left out", least=2)
+    epochs: int = option(4, "epochs of the fits", least=1)
     learning_rate: float = option(0.01, "learning rate of the fits", positive=True)
     scales: list[str] = option(["0.5", "1", "2", "4"], "scales of the merged adapter (default: 0.5 1 2 4)")
-    densities: list[str] = option(["0.2", "0.5", "0.8"], "densities of TIES and DARE (default: 0.2 0.5 0.8)")
+    densities: list[str] = option(["0.3", "0.7"], "densities of TIES and DARE (default: 0.3 0.7)")
     seeds: int = option(3, "number of seeds, from 0", least=1)
     threads: int = option(1, "CPU threads", least=1)
     output: str = option("results/merging.csv", "the table; seeds that it has are not repeated")
@@ -103,7 +105,8 @@ class ByDocuments(Estimator):
         self.documents = torch.tensor(documents, dtype=torch.float64)
 
     def __call__(self, gram: Tensor, entries: int) -> Hierarchy:
-        return _hierarchy(entries, 1.0, torch.ones_like(self.documents), self.documents, 0.0, None)
+        weights = self.documents / self.documents.sum()
+        return Hierarchy(entries, 1.0, math.inf, None, torch.ones_like(weights), weights)
 
 
 class Merging:
@@ -223,7 +226,7 @@ class Merging:
     def score_shrunk(self, adapters: Mapping[str, PeftAdapter]) -> None:
         """Score the tasks' own adapters after shrinkage towards Θ."""
         start = time.perf_counter()
-        held_out = held_out_shrinkage(adapters, self.backbone, self.old.validation, same_base=False)
+        held_out = held_out_shrinkage(adapters, self.backbone, self.old.validation, shares=SHARES, same_base=False)
         self.record("shrunk", self.own_scores(adapters, held_out.share), start, scale=held_out.share)
 
     def score_together(self) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bora_pyro import HierarchicalNormal, InputError
+from bora_pyro import Backbone, BoRA, HierarchicalNormal, InputError, LoRA
 from bora_pyro.exchange.factors import layer_deltas
 from bora_pyro.exchange.merge import MERGED, save_merged
+from tests.mixtures import MIXTURES, tiny_mixture
 from tests.tiny import of_task, random_ids, random_weights, tiny_bora
 from tests.toy_members import model_with
 
@@ -60,3 +61,14 @@ def test_two_layers_that_are_one_tensor_are_not_merged(tmp_path):
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj\.weight and .*layers\.1.* are one tensor"):
         save_merged(tmp_path / "merged", model, model.starts)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_merged_mixtures_of_experts_are_read_back(architecture, tmp_path):
+    base = tiny_mixture(architecture)
+    model = BoRA(Backbone(base, targets="all-linear"), 2, adapter=LoRA(rank=2))
+    weights, ids = random_weights(model), random_ids()
+    save_merged(tmp_path / "merged", model, of_task(weights, 1))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    expected = model.backbone.logits(ids, model.change(weights, torch.tensor([1, 1, 1])))
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bora_pyro import InputError
@@ -63,6 +64,20 @@ def test_the_targets_that_are_left_are_fitted_and_checked(mixture, tmp_path, cap
     run = map_run({**mixture, "targets": "q_proj,k_proj,v_proj,o_proj", "output_dir": tmp_path / "run"})
     assert command_main("export-adapters")([str(run), "--output_dir", str(tmp_path / "out")]) == 0
     assert re.search(r"checked with PEFT [\d.]+: logits agree", capsys.readouterr().out)
+
+
+def test_adapters_of_such_layers_are_not_pooled(mixture, tmp_path, capsys):
+    name = "base_model.model.model.layers.1.mlp.shared_experts.up_proj.lora_{}.weight"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["shared_experts.up_proj"], "bias": "none"}
+    for task in ("ada", "cleo"):
+        (tmp_path / "given" / task).mkdir(parents=True)
+        (tmp_path / "given" / task / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+        matrices = {name.format("A"): torch.randn(2, 32), name.format("B"): torch.randn(16, 2)}
+        save_file(matrices, tmp_path / "given" / task / "adapter_model.safetensors")
+    words = [str(tmp_path / "given"), "--base_model", mixture["base_model"], "--shrinkage", "0.5"]
+    assert command_main("pool-adapters")([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "cannot describe the adapter of 'model.layers.1.mlp.shared_experts.up_proj'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
