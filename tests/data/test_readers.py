@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 
@@ -94,6 +95,7 @@ def test_rows_of_numbers_that_a_quote_swallows(tmp_path):
         ("task,text\na,x\nb,y\0\n", "has a NUL byte in its text"),
         ("task,text,task\na,x,b\n", "has the column 'task' 2 times"),
         ('"task,text\n', "line 1: a quote opens a cell and is never closed"),
+        ("sep=;\ntask;text\na;b\n", "its first line, 'sep=;', only names the separator; remove that line"),
     ],
 )
 def test_malformed_rows_are_named_by_their_line(tmp_path, content, message):
@@ -154,6 +156,12 @@ def test_encodings(tmp_path):
         assert raw.notes == ([f"file {str(path)!r} is read as {mark}, as the mark at its start says"] if mark else [])
     assert "NUL byte" in refusal(write(tmp_path, "t.csv", "task,text\na,b\n".encode("utf-16-le")))
     assert cells(path, encoding="utf-16-le") == [{"task": "a", "text": "b"}]
+    path = write(tmp_path, "t.csv", text.encode("utf-8-sig"))
+    assert "encoding is latin-1, but the mark at its start says UTF-8; leave encoding out" in refusal(path, encoding="latin-1")
+    assert cells(write(tmp_path, "t.csv", ("\ufeff" + text).encode("utf-16-be")), encoding="utf-16-be")[0]["task"] == "å"
+    for encoding in ("ascii", "idna", "punycode", "utf-7", "undefined", "cp1252", "utf-16", "gb18030"):
+        with contextlib.suppress(InputError):  # one line, or a table of wrong letters that the user asked for
+            cells(write(tmp_path, "t.csv", text), encoding=encoding)
     with pytest.raises(InputError, match=r"encoding is 'utf8x', which is not known; .*did you mean 'utf-8'"):
         ReadingOptions(encoding="utf8x").validate()
     with pytest.raises(InputError, match="encoding is 'hex'"):
@@ -376,6 +384,9 @@ def test_several_files_and_patterns(tmp_path, monkeypatch):
         (["a.csv", "a.csv"], "names the file 'a.csv' twice"),
         (["a.csv", "builtin:documentation"], "among several sources"),
         (["a.csv", "c.csv"], "file 'c.csv' does not exist"),
+        ("x" * 5000, "does not exist"),
+        ("x/" * 5000, "does not exist"),
+        ("a\0.csv", "does not exist"),
     ):
         assert message in refusal(source)
 
@@ -399,6 +410,7 @@ def test_a_file_or_a_folder_is_a_task(tmp_path):
     assert len(notes) == 1
     assert "the column 'task' is not read, since task_from is file" in notes[0]
     assert read_table(tmp_path / "tables", reading=ReadingOptions(task_from="folder"))[0]["task"][:] == ["tables", "tables"]
+    assert "holds no tables (if its .txt and .md files are documents, and their folders" in refusal(tmp_path / "speakers")
     assert "is plain text; if it is one document" in refusal(tmp_path / "speakers" / "ada" / "1.txt")
     assert cells(write(tmp_path, "t.txt", "task\ttext\na\tb\n"), separator="tab") == [{"task": "a", "text": "b"}]
 

@@ -15,6 +15,7 @@ cells of a row, the line of an error, and the search for quotes that swallow row
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ from bora_pyro.files.limits import check_cells
 
 #: Separators by ending; others need ``separator``.
 BY_ENDING = {".csv": ",", ".tsv": "\t"}
+# The line that some spreadsheet programs write above the header.
+_NAMES_SEPARATOR = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)
 # Rows that are read to see whether another separator fits.
 _TRIED = 20
 # The largest cell in characters: the module's own limit is 128 KiB, less than a long document.
@@ -55,6 +58,10 @@ def open_delimited(file: DataFile, reading: ReadingOptions) -> Part:
         first = next(iter(records), None)
         if first is None:
             raise InputError(f"{file.label} is empty; give a header line and one document a row")
+        if named := _NAMES_SEPARATOR.match(stream.pending[0]):
+            raise InputError(
+                f"{file.label}: its first line, {shown(named.group().strip())}, only names the separator; remove that line"
+            )
     columns = [name or f"column{number}" for number, name in enumerate(first[1], start=1)]
     if not reading.header:
         columns = [f"column{number}" for number in range(1, len(columns) + 1)]

@@ -52,7 +52,8 @@ def open_folder(path: Path, name: str, reading: ReadingOptions, *, hub_split: st
         found, notes = files_in(path, reading)
         if not found:
             raise InputError(
-                f"{label} holds no data; give a folder written by datasets' save_to_disk, or one that holds {ENDINGS}"
+                f"{label} holds no tables{_hint_of_texts(path)}; give a folder written by datasets' save_to_disk, or one that "
+                f"holds {ENDINGS}"
             )
         sides = splits_of_names([str(file.relative_to(path)) for file in found], label, folders_only=reading.task_from == FILE)
         files = {}
@@ -62,6 +63,12 @@ def open_folder(path: Path, name: str, reading: ReadingOptions, *, hub_split: st
         files = {hub_split: files[hub_split]}
     parts = {split: [open_named(file, reading) for file in own] for split, own in files.items()}
     return table_of_splits(label, parts, hub_split, notes)
+
+
+def _hint_of_texts(path: Path) -> str:
+    """What to do about a folder of plain texts, if it is one."""
+    texts = any(file.suffix.lower() in PLAIN and file.stem.lower() not in _ABOUT for file in path.rglob("*"))
+    return " (if its .txt and .md files are documents, and their folders tasks: --task_from file)" if texts else ""
 
 
 def files_in(path: Path, reading: ReadingOptions) -> tuple[list[Path], list[str]]:

@@ -27,6 +27,7 @@ from bora_pyro.errors import InputError, nearest, shown
 Source: TypeAlias = str | Path | Sequence[str | Path] | pd.DataFrame | datasets.Dataset | datasets.DatasetDict
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_LONGEST_ID = 200
 _PATTERN = re.compile(r"[*?\[]")
 
 
@@ -60,9 +61,9 @@ def open_source(
     if name in BUILTIN:
         check_no_hub_split(f"data {name!r}", hub_split)
         return RawTable(f"data {name!r}", [rows_part(BUILTIN[name](), f"data {name!r}")])
-    if path.is_dir():
+    if _exists(path) and path.is_dir():
         return open_folder(path, name, reading, hub_split=hub_split, whole=whole)
-    if path.exists():
+    if _exists(path):
         check_no_hub_split(f"file {name!r}", hub_split)
         return RawTable(f"file {name!r}", [_open_path(path, name, reading, whole=whole)])
     return open_hub(name, reading, hub_split=hub_split, whole=whole)
@@ -92,13 +93,14 @@ def check_source(source: str | Path | Sequence[str | Path]) -> None:
         if not _matches(name):
             raise InputError(f"no file fits the pattern {name!r}; check the path")
     elif not _exists(path) and (isinstance(source, Path) or not is_hub_id(name)):
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = path.parent
+        siblings = [sibling.name for sibling in near.iterdir()] if _exists(near) and near.is_dir() else []
         raise InputError(f"file {shown(name, characters=200)} does not exist; check the path{nearest(path.name, siblings)}")
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a text looks like a hub id and not like a file name."""
-    return not table_ending(name) and _HUB_ID.fullmatch(name) is not None
+    return not table_ending(name) and len(name) <= _LONGEST_ID and _HUB_ID.fullmatch(name) is not None
 
 
 def is_pattern(source: str | Path) -> bool:

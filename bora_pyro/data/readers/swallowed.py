@@ -29,6 +29,8 @@ QUOTING_CURE = "write a quote inside a quoted cell twice, or give --quoting none
 _KNOWN, _LENGTH, _COLUMNS = 10_000, 60, 50
 # Lines in quoted cells that are remembered until the values of all rows are known.
 _DOUBTFUL = 100_000
+# Lines of one cell that are looked at.
+_LOOKED_AT = 10_000
 # Separators that prose does not hold.
 _RARE = "\t|"
 
@@ -76,11 +78,15 @@ class SwallowedRows:
         """
         if self.width < 2:
             return
-        first = self._cells(lines[0])
+        lines = lines[:_LOOKED_AT]
+        rows = list(csv.reader(lines, delimiter=self.separator, quoting=csv.QUOTE_NONE, quotechar=None))
+        if len(rows) != len(lines):  # a line without quotes is one row
+            return
+        first = rows[0]
         opened = max((n for n, cell in enumerate(first) if cell.startswith('"')), default=len(first))
         if len(first) == self.width and any(first[opened + 1 :]):
             self._keep(line, line, [""] * (opened + 1) + first[opened + 1 :])
-        inside = [(line + n, self._cells(text)) for n, text in enumerate(lines[1:], start=1) if text.strip()]
+        inside = [(line + n, cells) for n, cells in enumerate(rows[1:], start=1) if any(map(str.strip, cells))]
         alike = [(number, _before_quote(cells)) for number, cells in inside if len(cells) == self.width]
         alike = [(number, cells) for number, cells in alike if cells]
         if alike and len(alike) == len(inside):
@@ -114,10 +120,6 @@ class SwallowedRows:
         what = "a quoted cell goes" if self._doubtful == 1 else f"{self._doubtful} quoted cells go"
         lines = "each has as many cells as a row: check that no quote is stray"
         return [f"{self.label}: {what} over lines of which {lines} (first in line {self._first})"]
-
-    def _cells(self, text: str) -> list[str]:
-        row = csv.reader([text.rstrip("\r\n")], delimiter=self.separator, quoting=csv.QUOTE_NONE, quotechar=None)
-        return next(row, [])
 
 
 def _before_quote(cells: list[str]) -> list[str]:

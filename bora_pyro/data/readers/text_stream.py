@@ -51,9 +51,7 @@ class TextStream:
             self._bytes = stack.enter_context(contextlib.closing(self.file.open()))
             head = self._bytes.peek(_HEAD)[:_HEAD]  # type: ignore[attr-defined]
             mark = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
-            self.encoding = self.given or mark or "utf-8"
-            if codecs.lookup(self.encoding).name == "utf-8":
-                self.encoding = "utf-8-sig"  # a mark at the start is no part of the text
+            self.encoding = self._encoding(mark)
             if self.given is None and mark not in (None, "utf-8-sig"):
                 self.notes.append(f"{self.file.label} is read as {str(mark).upper()}, as the mark at its start says")
             if mark is None:
@@ -90,6 +88,15 @@ class TextStream:
         """The whole text."""
         return self._text.read()
 
+    def _encoding(self, mark: str | None) -> str:
+        """The encoding to read with; a mark at the start of the file is no part of its text."""
+        name = codecs.lookup(self.given or mark or "utf-8").name
+        family = name.removesuffix("-le").removesuffix("-be").removesuffix("-sig")
+        if mark is not None and family != mark.removesuffix("-sig"):
+            says = f"the mark at its start says {mark.removesuffix('-sig').upper()}"
+            raise InputError(f"{self.file.label}: encoding is {self.given}, but {says}; leave encoding out")
+        return "utf-8-sig" if family == "utf-8" else mark or name
+
     def _undecodable(self) -> InputError:
         """The error for the first bytes that cannot be decoded."""
         decoder, place, line = codecs.getincrementaldecoder(self.encoding)(), 0, 1
@@ -100,7 +107,7 @@ class TextStream:
                     place += len(chunk)
                     continue
                 except UnicodeDecodeError as error:
-                    line += error.object[: error.start].decode(self.encoding, errors="ignore").count("\n")
+                    line += error.object[: error.start].count(b"\n")
                     place += error.start - (len(error.object) - len(chunk))
                     byte = f"byte 0x{error.object[error.start]:02x} in line {line} (position {place} of the file)"
                 except UnicodeError as error:
