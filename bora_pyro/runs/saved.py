@@ -185,7 +185,6 @@ def _read_adaptation(folder: RunFolder) -> MapFitConfig:
         "num_tasks": None,
         "max_eval_documents": None,
         "streaming": False,
-        "hub_split": None,
         "task_weights": None,
     }
     return dataclasses.replace(config, data=new.data, **new.documents, **limits)
