@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bora_pyro.backbone.attention import use_short_attention
 from bora_pyro.backbone.configuration import longest_text, model_type, token_rows
 from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.experts import experts_left_out
+from bora_pyro.backbone.generation import Generation, left_padding, probe_generation
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import (
     check_causal,
@@ -255,6 +256,13 @@ class Backbone:
     def digest(self) -> str | None:
         """The digest of the weights (`weights_digest`), by which a run recognises its base; None if there is none."""
         return weights_digest(self.model)
+
+    @cached_property
+    def generation(self) -> Generation:
+        """How ``generate`` has to be called so that it writes what the base predicts; found by a few short passes."""
+        changed = partial(self.changed, lambda slot, layer, x, output: 1.5 * output)
+        pad = left_padding(self.tokenizer)
+        return probe_generation(self.model, changed, self.device, pad=pad, context=self.context)
 
     @contextmanager
     def changed(self, change: Change, rows: int) -> Iterator[PreTrainedModel]:

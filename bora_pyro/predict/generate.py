@@ -11,22 +11,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-from bora_pyro.backbone.backbone import Change
+from bora_pyro.backbone.backbone import Backbone, Change
+from bora_pyro.backbone.generation import Generation, left_padded, left_padding, without_own_settings
+from bora_pyro.backbone.passes import COARSE_ROUNDING, rounding_of
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.backbone.texts import tokenizer_of
+from bora_pyro.data.batch import IGNORED
 from bora_pyro.errors import InputError
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import Weights
 from bora_pyro.predict.authors import Authors
 from bora_pyro.predict.mixture_text import check_generation, end_tokens, prompt_tokens
+
+#: The largest difference of a log-probability, in nats, between a pass of a text and its generation token by token. The second
+#: number is for weights in a short precision or quantised.
+MOST_ROUNDING = (0.02, 0.5)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ def generate_side_by_side(
         One continuation for each prompt, task and sample, in this order.
 
     Raises:
-        InputError: if a task is unknown, there is no prompt, or as for :func:`~bora_pyro.predict.mixture_text.generate`.
+        InputError: if a task is unknown, there is no prompt, the base cannot write with ``generate`` what it predicts, or as for
+            :func:`~bora_pyro.predict.mixture_text.generate`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_generation(max_new_tokens, temperature)
@@ -113,31 +123,68 @@ def generate_side_by_side(
     encoded = [prompt_tokens(backbone, tokenizer, prompt, template) for prompt in prompts]
     requests = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
     sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
-    ends, written = end_tokens(backbone, tokenizer), dict[int, Continuation]()
-    with torch.random.fork_rng(), _without_own_settings(backbone.model):
-        torch.manual_seed(seed)
-        lengths = [len(encoded[n]) for n, _, _ in requests]
-        for new_tokens, group in _by_new_tokens(lengths, max_new_tokens, backbone.context).items():
-            input_ids, mask = _left_padded([encoded[requests[i][0]] for i in group], tokenizer)
-            config = GenerationConfig(
-                max_new_tokens=new_tokens, pad_token_id=_pad(tokenizer), eos_token_id=sorted(ends) or None,
-                return_dict_in_generate=True, output_logits=True, **sampled,
-            )  # fmt: skip
-            rows = torch.tensor([row_of[requests[i][1]] for i in group], device=backbone.device)
-            change = _except_base_rows(fitted.model.change(weights, rows.clamp(min=0)), rows < 0)
-            with backbone.changed(change, len(group)) as model:
-                output = model.generate(
-                    input_ids=input_ids.to(backbone.device), attention_mask=mask.to(backbone.device), generation_config=config
+    ends = end_tokens(backbone, tokenizer)
+    sampling = {**sampled, "eos_token_id": sorted(ends) or None, "pad_token_id": left_padding(tokenizer)}
+    prompt_of = [encoded[n] for n, _, _ in requests]
+    for way in backbone.generation.and_slower():
+        _note(backbone, way, [len(prompt) for prompt in prompt_of])
+        written: dict[int, tuple[Tensor, Tensor]] = {}
+        with torch.random.fork_rng(), without_own_settings(backbone.model):
+            torch.manual_seed(seed)
+            for new_tokens, group in _groups([len(prompt) for prompt in prompt_of], max_new_tokens, backbone.context, way):
+                rows = torch.tensor([row_of[requests[i][1]] for i in group], device=backbone.device)
+                change = _except_base_rows(fitted.model.change(weights, rows.clamp(min=0)), rows < 0)
+                config = GenerationConfig(
+                    max_new_tokens=new_tokens, use_cache=way.cached, return_dict_in_generate=True, output_logits=True, **sampling
                 )
-            new = output.sequences[:, input_ids.shape[1] :].cpu()
-            log_p = torch.stack([step.float().log_softmax(-1).cpu() for step in output.logits], 1)  # (rows, tokens, vocabulary)
-            new_log_p = log_p.gather(2, new[..., None])[..., 0]
-            for i, tokens, log_prob in zip(group, new, new_log_p, strict=True):
-                n, task, sample = requests[i]
-                length = _length(tokens, ends)
-                text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-                written[i] = Continuation(prompts[n], task, sample, text, tokens[:length], log_prob[:length])
-    return [written[i] for i in range(len(requests))]
+                found = _write(backbone, [prompt_of[i] for i in group], change, config, ends)
+                if not _is_predicted(backbone, [prompt_of[i] for i in group], found, change):
+                    break
+                written.update(zip(group, found, strict=True))
+            else:
+                return [
+                    Continuation(prompts[n], task, sample, tokenizer.decode(tokens, skip_special_tokens=True), tokens, log_prob)
+                    for (n, task, sample), (tokens, log_prob) in zip(
+                        requests, (written[i] for i in range(len(requests))), strict=True
+                    )
+                ]
+    kind = type(backbone.model).__name__
+    raise InputError(f"the base, a {kind}, cannot write texts with transformers' generate as it predicts them")
+
+
+def _write(
+    backbone: Backbone, prompts: Sequence[Tensor], change: Change, config: GenerationConfig, ends: Collection[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """The tokens that follow each prompt, with the end token if there is one, and the log-probability of each."""
+    input_ids, mask = left_padded(prompts, config.pad_token_id)
+    with backbone.changed(change, len(prompts)) as model:
+        output = model.generate(
+            input_ids=input_ids.to(backbone.device), attention_mask=mask.to(backbone.device), generation_config=config
+        )
+    new = output.sequences[:, input_ids.shape[1] :].cpu()
+    log_p = torch.stack([step.float().log_softmax(-1).cpu() for step in output.logits], 1)  # (rows, tokens, vocabulary)
+    log_prob = log_p.gather(2, new[..., None])[..., 0]
+    lengths = [_length(tokens, ends) for tokens in new]
+    return [(new[row, :length], log_prob[row, :length]) for row, length in enumerate(lengths)]
+
+
+def _is_predicted(backbone: Backbone, prompts: Sequence[Tensor], found: Sequence[tuple[Tensor, Tensor]], change: Change) -> bool:
+    """Whether one pass of the whole texts, without a cache or padding before them, gives the tokens these log-probabilities."""
+    texts = [torch.cat([prompt, tokens]) for prompt, (tokens, _) in zip(prompts, found, strict=True)]
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(backbone.device)
+    targets = torch.full_like(padded, IGNORED)
+    for row, (prompt, (tokens, _)) in enumerate(zip(prompts, found, strict=True)):
+        targets[row, len(prompt) - 1 : len(prompt) - 1 + len(tokens)] = tokens
+    logits = backbone.lazy_logits(padded, change)
+    if isinstance(logits, Tensor):
+        targets = targets.to(logits.device)
+        losses = torch.nn.functional.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
+    else:
+        losses = logits.token_losses(targets)
+    expected = -losses[targets != IGNORED].cpu()
+    # an infinite difference of equal infinities is no number
+    difference = (torch.cat([log_prob for _, log_prob in found]) - expected).nan_to_num(0.0).abs()
+    return bool(difference.max() <= MOST_ROUNDING[rounding_of(backbone.model) >= COARSE_ROUNDING])
 
 
 def _weights(fitted: Fitted, tasks: Sequence[str], authors: Authors) -> tuple[Weights, dict[str, int]]:
@@ -149,31 +196,37 @@ def _weights(fitted: Fitted, tasks: Sequence[str], authors: Authors) -> tuple[We
     return weights, {authors.base: -1, authors.mean: len(index)} | rows
 
 
-def _by_new_tokens(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> dict[int, list[int]]:
-    """Group prompts by the number of tokens that fit behind them, so that a long prompt does not shorten other continuations.
+def _groups(lengths: Sequence[int], max_new_tokens: int, context: int | None, way: Generation) -> list[tuple[int, list[int]]]:
+    """Group prompts into batches by the number of tokens that fit behind them, so that a long prompt shortens no other text.
+
+    Args:
+        lengths: tokens of each prompt.
+        max_new_tokens: largest number of new tokens.
+        context: the most tokens that the base reads.
+        way: which prompts may stand in one batch.
 
     Returns:
-        The indices of the prompts, by number of new tokens.
+        The number of new tokens and the indices of the prompts, for each batch.
     """
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - length)
         groups.setdefault(new_tokens, []).append(index)
-    return groups
+    return [
+        (new_tokens, [group[n] for n in batch])
+        for new_tokens, group in groups.items()
+        for batch in way.batches([lengths[index] for index in group])
+    ]
 
 
-@contextmanager
-def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Remove the model's own generation settings for the duration of the context.
-
-    transformers merges them with the settings of a call. A base's repetition penalty or beam search would change the result.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _note(backbone: Backbone, way: Generation, lengths: Sequence[int]) -> None:
+    kind = type(backbone.model).__name__
+    if way.batch == "equal" and len(set(lengths)) > 1:
+        _log.warning("note: the base, a %s, predicts otherwise behind padding; prompts of one length are written together", kind)
+    if way.batch == "single" and len(lengths) > 1:
+        _log.warning("note: the base, a %s, predicts otherwise in a batch; texts are written one by one", kind)
+    if not way.cached:
+        _log.warning("note: the base, a %s, predicts otherwise with its cache; texts are written without it, which is slow", kind)
 
 
 def _except_base_rows(change: Change, is_base: Tensor) -> Change:
@@ -189,22 +242,6 @@ def _except_base_rows(change: Change, is_base: Tensor) -> Change:
         return result
 
     return changed
-
-
-def _left_padded(documents: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, (rows, tokens), of documents padded on the left."""
-    longest = max(len(document) for document in documents)
-    input_ids = torch.full((len(documents), longest), _pad(tokenizer))
-    mask = torch.zeros_like(input_ids)
-    for row, document in enumerate(documents):
-        input_ids[row, longest - len(document) :] = document
-        mask[row, longest - len(document) :] = 1
-    return input_ids, mask
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(number for number in ids if number is not None)
 
 
 def _length(tokens: Tensor, ends: Collection[int]) -> int:
