@@ -32,7 +32,7 @@ class InputError(ValueError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A clause that suggests the valid name most like ``name``, or an empty string if none is similar.
+    """A clause that suggests the valid name most like ``name``, or an empty string if none is similar. A long name is cut.
 
     >>> nearest("txt", ["task", "text"])
     "; did you mean 'text'?"
@@ -40,7 +40,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     lower = {option.lower(): option for option in valid}
     match = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
-    return f"; did you mean {lower[match[0]]!r}?" if match else ""
+    return f"; did you mean {shown(lower[match[0]])}?" if match else ""
 
 
 def shown(value: object, *, characters: int = 60) -> str:

@@ -48,7 +48,10 @@ def blocks(language):
 
 
 def commands():
-    """(page, command) of every line of every block of bash, comments left out and continued lines joined."""
+    """(page, command) of every command of a table, and of every line of a block of bash without comments."""
+    for page in PAGES:
+        for text in re.findall(r"^\|.*\| `(bora [^`]*)` \|$", page.read_text(encoding="utf-8"), re.M):
+            yield page.name, shlex.split(text)
     for page, block in blocks("bash"):
         for text in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(text, comments=True):
@@ -60,7 +63,7 @@ COMMANDS = [*commands()]
 
 def script(words):
     """The script of a command and its arguments; None where it is none of ours."""
-    if words[0] == ".venv/bin/bora":
+    if words[0] in (".venv/bin/bora", "bora"):
         return f"scripts/{command(words[1]).script}", words[2:]
     place = next((n for n, word in enumerate(words) if word.startswith("scripts/")), None)
     return None if place is None else (words[place], words[place + 1 :])

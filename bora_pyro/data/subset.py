@@ -18,7 +18,7 @@ from torch import Tensor
 from bora_pyro.data.assign import task_generator
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import TokenSplit
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 
 
 def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | None = None, seed: int = 0) -> TaskData:
@@ -36,7 +36,7 @@ def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | N
     """
     for task in tasks:
         if task not in data.tasks:
-            raise InputError(f"task {task!r} is not in the data, which has {len(data.tasks)}{nearest(task, data.tasks)}")
+            raise InputError(f"task {shown(task)} is not in the data, which has {len(data.tasks)}{nearest(task, data.tasks)}")
     names = sorted(set(tasks))
     place = torch.full((len(data.tasks),), -1)
     place[[data.tasks.index(name) for name in names]] = torch.arange(len(names))

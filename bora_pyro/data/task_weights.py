@@ -47,13 +47,13 @@ def task_weights(
     for task, weight in (given if isinstance(given, Mapping) else _read(Path(given).expanduser(), label)).items():
         name = str(task)
         if name not in weights and name not in (known or ()):
-            raise InputError(f"{label}: there is no task {name!r} in the data{nearest(name, tasks)}")
+            raise InputError(f"{label}: there is no task {shown(name)} in the data{nearest(name, tasks)}")
         try:
             number = math.nan if isinstance(weight, bool) else float(weight)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not 0 < number < math.inf:
-            raise InputError(f"{label}: the weight of task {name!r} is {shown(weight)}; give a finite number above 0")
+            raise InputError(f"{label}: the weight of task {shown(name)} is {shown(weight)}; give a finite number above 0")
         if name in weights:
             weights[name] = number
     return torch.tensor([weights[task] for task in tasks], dtype=torch.float32)
@@ -97,5 +97,5 @@ def _read_weight_table(path: Path, label: str) -> Mapping[str, float]:
             raise InputError(f"{label} has no column {column!r}; give columns task and weight{nearest(column, table.columns)}")
     tasks = table["task"].map(str)  # 8 and "8" are the same task
     if len(twice := tasks[tasks.duplicated()]):
-        raise InputError(f"{label} has the task {twice.iloc[0]!r} twice; give each once")
+        raise InputError(f"{label} has the task {shown(twice.iloc[0])} twice; give each once")
     return dict(zip(tasks, table["weight"], strict=True))

@@ -253,7 +253,8 @@ def _token_notes(done: Sequence[Tokenised], content: Sequence[str], max_tokens: 
     what = "of text" if list(content) == ["text"] else f"to predict within {max_tokens}"
     notes, total = [], sum(part.num_documents for part in done)
     if num_dropped := sum(part.num_dropped for part in done):
-        notes.append(f"{num_dropped} documents without a token {what} were dropped")
+        was = "was" if num_dropped == 1 else "were"
+        notes.append(f"{counted(num_dropped, 'document')} without a token {what} {was} dropped")
     if num_cut := sum(part.num_cut for part in done):
         notes.append(f"{num_cut} of {total} documents are longer than {max_tokens} tokens and were cut")
     if num_split := sum(part.num_split for part in done):

@@ -210,7 +210,7 @@ def test_a_note_says_what_was_dropped():
     rows += [{"task": "a", "messages": CHAT[:1]}, {"task": "a", "messages": []}]
     data = load_tasks(table(rows), word_tokenizer(), messages_column="messages", chat_template=PLAIN, fractions=(1, 0, 0))
     assert "1 document with no messages was dropped" in data.notes
-    assert "1 documents without a token to predict within 256 were dropped" in data.notes
+    assert "1 document without a token to predict within 256 was dropped" in data.notes
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "saved", "list"])

@@ -221,7 +221,7 @@ def test_tasks_with_documents_but_no_token_on_a_side_are_named():
     rows[-2]["q"] = "red " * 9
     found = load(table(rows), split_column="side", prompt_column="q", completion_column="a", max_tokens=8)
     assert found.notes == [
-        "1 documents without a token to predict within 8 were dropped",
+        "1 document without a token to predict within 8 was dropped",
         "1 task has validation documents, but no token there to predict: 'b'",
     ]
 
@@ -263,3 +263,44 @@ def test_every_row_is_a_document_or_left_out_for_a_reason():
     assert str(found.counts).startswith(
         "35 rows read; 12 documents of 2 tasks: 8 train, 2 validation, 2 test (23 rows left out: 2 with"
     )
+
+
+# A task's name may be as long as its author likes
+
+LONG = "long " * 520
+
+
+def one_task(rows):
+    return [row | {"task": LONG} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (one_task(part("train", tasks="a")), {}),
+        (one_task(part("train", tasks="a", number=2)) + part("train", tasks="bc"), {}),
+        (one_task(part("train", tasks="a", number=2)), {"small_tasks": "drop"}),
+        (one_task(part("train", tasks="a")) + part("train", tasks="b"), {"task_weights": {"longer " * 400: 1.0}}),
+        (one_task(part("train", tasks="a")) + part("train", tasks="b"), {"task_weights": {LONG.strip(): -1.0}}),
+        ([row | {"side": "te" + LONG} for row in part("train")], {"split_column": "side"}),
+        (
+            [row | {"side": "train" if n else "test", "doc_id": LONG} for n, row in enumerate(part("train"))],
+            {"split_column": "side"},
+        ),
+    ],
+)
+def test_messages_on_long_names_are_short(rows, options):
+    with pytest.raises(InputError) as error:
+        load(table(rows), **options)
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+def test_notes_on_long_names_are_short():
+    rows = one_task(part("train", tasks="a", number=2)) + part("train", tasks="bc")
+    found = load(table(rows), small_tasks="drop")
+    assert found.notes
+    assert max(map(len, found.notes)) < 200
+    with pytest.raises(InputError) as error:
+        load(table(rows), split=ByRecord({"tasks": {LONG + "x": {"1": "train"}, "b": {}}}))
+    assert len(str(error.value)) < 500
