@@ -99,7 +99,7 @@ def show(config: PreviewConfig, found: Preview, *, file: TextIO | None = None) -
     assert data.counts is not None
     others = [name for name in data.counts.columns if name not in data.counts.used]
     lines = [
-        f"source: {escaped(str(config.data))}",
+        f"source: {escaped(config.data if isinstance(config.data, str) else ' '.join(config.data))}",
         f"columns: {listed(data.counts.used, most=20)}" + (f"; not read: {listed(others, most=20)}" if others else ""),
         f"form of the documents: {data.counts.form}",
         *data_lines(data),
