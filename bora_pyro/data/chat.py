@@ -152,20 +152,26 @@ def _read_unmarked(writer: ChatTemplate, chat: Chat) -> tuple[list[int], list[bo
     for n, predicted in enumerate(chat.predicted):
         if not predicted:
             continue
+        request: list[int] = []
         if n:
-            asked = written(messages[:n], ask=True)["input_ids"]
-            first = _common_prefix(ids, asked)
+            asked, before = written(messages[:n], ask=True)["input_ids"], written(messages[:n])["input_ids"]
+            first, request = _common_prefix(ids, asked), asked[_common_prefix(before, asked) :]
             # The generation prompt may hold more than the turn, such as the beginning of a thought. But it must begin where
             # the messages before it end.
-            differs = first < len(asked) and first < _common_prefix(written(messages[:n])["input_ids"], asked)
+            differs = first < len(asked) and first < len(asked) - len(request)
         else:  # there is no generation prompt before the first message: the turn begins with its text
             begin = _text_start(writer, chat)
             first, differs = sum(stop <= begin for stop in stops), False
         until = written(messages[: n + 1])["input_ids"]
         last = _common_prefix(ids, until)
         if last < len(until):  # the template adds an end of chat, or it writes the turn differently if others follow
-            ended = _common_prefix(until, written(messages[: n + 1], ask=True)["input_ids"])
+            goes_on = written(messages[: n + 1], ask=True)["input_ids"]
+            ended = _common_prefix(until, goes_on)
             differs, last = differs or last < ended, ended
+            # The last turn may end with another mark than the turns before it. Those end where the next generation prompt begins.
+            end = len(goes_on) - len(request)
+            if request and end > ended and goes_on[end:] == request and ids[:end] == goes_on[:end]:
+                last = end
         if differs:
             raise InputError(
                 f"the chat template writes message {n + 1} differently when others follow and does not mark what the assistant "

@@ -103,6 +103,13 @@ def test_both_ways_agree_with_transformers_own_mask():
             "{% if add_generation_prompt %}[assistant]\n(thinking){% endif %}",
             " green blue [end] two [end]",
         ),
+        # another end mark for the last turn than for those before it
+        (
+            "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' and loop.last and not "
+            "add_generation_prompt %} [return]{% else %} [end]{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<s>assistant:{% endif %}",
+            " green blue [end] two [return]",
+        ),
         # no request at all
         (
             "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]"

@@ -290,6 +290,25 @@ def test_what_a_tool_gives_is_json(tokenizer):  # noqa: F811
     assert len(notes) == 1
 
 
+@pytest.mark.parametrize("value", [[{"type": "sunny", "degrees": 7}], 7, False, []])
+def test_a_tool_may_give_any_value(tokenizer, value):  # noqa: F811
+    messages = chat()
+    messages[2]["content"] = value
+    found, _ = documents([{"messages": messages}], tokenizer, TO_JSON)
+    assert found == [(CALLED.replace("<tool>7", f"<tool>{json.dumps(value) if value != [] else ''}"), PREDICTED)]
+    messages[2]["content"] = [{"type": "image_url", "image_url": {"url": "x.png"}}]
+    with pytest.raises(InputError, match="message 3 holds a part of the type 'image_url'; only text is read"):
+        documents([{"messages": messages}], tokenizer, TO_JSON)
+
+
+def test_many_unwritten_keys_make_a_short_note(tokenizer):  # noqa: F811
+    extra = {f"key {n}\n" + "x" * 100: n for n in range(12)}
+    _, notes = documents([{"messages": [*ASKED, {**ANSWERED[1], **extra}]}], tokenizer)
+    assert notes[1].startswith(r"the chat template does not write the key 'key 0\nxxx")
+    assert notes[1].endswith(" and 2 more")
+    assert len(notes[1]) < 700
+
+
 def test_null_in_calls_is_missing_unless_arguments_are_json_text(tokenizer):  # noqa: F811
     found, notes = documents([{"messages": chat({"what": "x", "how": None})}], tokenizer, TO_JSON)
     assert found == [(CALLED, PREDICTED)]

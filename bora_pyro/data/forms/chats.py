@@ -26,6 +26,7 @@ from bora_pyro.data.forms.turns import (
     check_content,
     is_empty,
     is_parts,
+    is_value,
     joined_parts,
     says,
     take_mark,
@@ -37,6 +38,8 @@ from bora_pyro.errors import InputError, shown
 
 #: After so many chats in which a template does not write a kind of thing, it is taken not to write it at all.
 TRIES = 20
+#: So many kinds of things that a template does not write are named in a note.
+MOST_KINDS = 10
 
 
 class Chats:
@@ -82,7 +85,9 @@ class Chats:
         lines = [line for key, line in _LINES.items() if self._counts[key] for line in [_counted(self._counts[key], line)]]
         kinds = [kind for kind in self._unwritten if kind not in self._written]
         if kinds:
-            lines.append(f"the chat template does not write {', '.join(_UNWRITTEN[kind].format(name) for kind, name in kinds)}")
+            named = [_UNWRITTEN[kind].format(shown(name, characters=30)) for kind, name in kinds[:MOST_KINDS]]
+            more = f" and {len(kinds) - MOST_KINDS} more" if len(kinds) > MOST_KINDS else ""
+            lines.append(f"the chat template does not write {', '.join(named)}{more}")
         return lines
 
     def count_nulls(self, value: Any) -> None:
@@ -102,7 +107,7 @@ class Chats:
             message["content"] = ""
         if older and message["role"] == "function":
             message["role"] = "tool"
-        if message["role"] in ("tool", "function") and not isinstance(message.get("content", ""), str):
+        if message["role"] in ("tool", "function") and is_value(message.get("content")):
             message = self._tool_content(message)
         else:
             check_content(message, where)
@@ -125,7 +130,7 @@ class Chats:
     def _tool_content(self, message: Message) -> Message:
         """A tool's message. What the tool gives may be any value; it becomes JSON text if the template would not write JSON."""
         content, template = message["content"], self.template
-        if is_parts(content) or template is None or (isinstance(content, Mapping) and template.takes_objects):
+        if template is None or (isinstance(content, Mapping) and template.takes_objects):
             return message
         self._counts["objects"] += 1
         return {**message, "content": json_text(content)}
@@ -133,7 +138,7 @@ class Chats:
     def _with_content(self, message: Message) -> Message:
         """A message with its content as the template takes it: a text, a list of parts, or a list with one part."""
         content: Any = message.get("content")
-        template, parts = self.template, is_parts(content)
+        template, parts = self.template, is_parts(content) and not is_value(content)
         if not parts and not isinstance(content, str):
             return message
         if template is None or (template.takes_parts if parts else template.takes_texts):
@@ -190,11 +195,11 @@ def _variants(
 
 
 _UNWRITTEN = {
-    "tools": "the tools{}",
-    "role": "messages of the role '{}'",
-    "calls": "tool calls{}",
-    "beside calls": "the text of a turn that calls tools{}",
-    "key": "the key '{}' of messages",
+    "tools": "the tools",
+    "role": "messages of the role {}",
+    "calls": "tool calls",
+    "beside calls": "the text of a turn that calls tools",
+    "key": "the key {} of messages",
 }
 _LINES = {
     "marked": f"turn{{s}} of the assistant {{are}} marked with {', '.join(MARKS[:-1])} or {MARKS[-1]} as not to be predicted: "

@@ -17,7 +17,7 @@ from bora_pyro.data.forms.messages import holds_messages, messages_of, tool_colu
 from bora_pyro.data.forms.sharegpt import KEYS, mapped_turn
 from bora_pyro.data.forms.turns import Message
 from bora_pyro.data.forms.values import text_of
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 
 CHOSEN, REJECTED = "chosen", "rejected"
 #: Columns with what comes before the chosen answer.
@@ -52,7 +52,8 @@ class Preference:
         self.columns = [("document_form", name) for name in (prompt, CHOSEN) if name] + [("", name) for name in (tools,) if name]
         self.content: tuple[str, ...] = ("messages",) if chats else ("text",) if prompt is None else ("prompt", "text")
         before = f" after {prompt!r}" if prompt else ""
-        others = f"; not read: {', '.join(map(repr, unread))}" if unread else ""
+        more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
+        others = f"; not read: {', '.join(shown(name, characters=30) for name in unread[:10])}{more}" if unread else ""
         self.recognised = f"preferences: the answer in column {CHOSEN!r}{before} is predicted, {REJECTED!r} is ignored{others}"
 
     @classmethod

@@ -67,7 +67,8 @@ class ShareGPT:
         self.column, self.keys, self.chats, self.system, self.tools = column, keys, chats, system, tools
         self.columns = [(option, column), *(("", name) for name in (system, tools) if name)]
         others = [f"{what} in column {name!r}" for what, name in (("system prompts", system), ("tools", tools)) if name]
-        mapped = ", ".join(f"{role} -> {_shown_role(role)}" for role in roles or ("human", "gpt"))
+        known = [role for role in roles if role.strip().lower() in ROLES]
+        mapped = ", ".join(f"{role.strip()} -> {_shown_role(role)}" for role in known or ("human", "gpt"))
         self.recognised = (
             f"ShareGPT chats in column {column!r}{''.join(f', {other}' for other in others)} ({mapped}): "
             "the assistant's turns are predicted"
@@ -161,5 +162,5 @@ def _roles(cell: Any, key: str) -> list[str]:
 
 
 def _shown_role(role: str) -> str:
-    known = ROLES.get(role.strip().lower(), "?")
+    known = ROLES[role.strip().lower()]
     return "assistant's call" if known == "function_call" else known

@@ -21,6 +21,8 @@ Message = dict[str, Any]
 MARKS = ("weight", "loss_weight", "train", "loss")
 #: Types of the parts of a content that are texts.
 TEXT_PARTS = ("text", "input_text", "output_text")
+#: Types of parts, of which only texts are read.
+PARTS = (*TEXT_PARTS, "image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "refusal")
 #: Keys in which a turn of the assistant can say something, besides its content and its tool calls.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 #: The separator between joined parts of a content, as vLLM joins them for templates that take only texts.
@@ -129,6 +131,13 @@ def check_content(message: Message, where: str) -> None:
 def is_parts(content: Any) -> bool:
     """Whether a content is a list of parts, as ``[{"type": "text", "text": "Hi"}]``."""
     return isinstance(content, list) and bool(content) and all(isinstance(part, Mapping) and "type" in part for part in content)
+
+
+def is_value(content: Any) -> bool:
+    """Whether the content of a tool's message is a value that the tool gave, and neither a text nor a list of parts."""
+    if content is None or isinstance(content, str):
+        return False
+    return not (is_parts(content) and all(part["type"] in PARTS for part in content))
 
 
 def as_text_parts(content: list[Any]) -> list[Any]:
