@@ -19,23 +19,7 @@ TEXTS = st.text(max_size=6) | st.sampled_from(
     ["user", "assistant", "human", "gpt", "tool", "system", "text", "function_call", "[]", "{}"]
 )
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.binary(max_size=3)
-KEYS = st.sampled_from(
-    [
-        "role",
-        "content",
-        "from",
-        "value",
-        "weight",
-        "train",
-        "tool_calls",
-        "function_call",
-        "function",
-        "name",
-        "arguments",
-        "type",
-        "text",
-    ]
-)
+KEYS = st.sampled_from("role content from value weight train tool_calls function_call function name arguments type text".split())
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=12)
 MESSAGES = st.lists(
     st.fixed_dictionaries(

@@ -8,45 +8,12 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-from transformers import AutoTokenizer
 
-from bora_pyro.backbone.backbone import BUILTIN_BASES
 from bora_pyro.data import AllTrain, load_tasks, read_table, table
-from bora_pyro.data.chat_template import ChatTemplate
-from bora_pyro.data.columns import DOCUMENT_FORMS, Columns
-from bora_pyro.data.encode import encoder
+from bora_pyro.data.columns import DOCUMENT_FORMS
 from bora_pyro.data.forms import FORMS
-from bora_pyro.data.tables import read_documents
 from bora_pyro.errors import InputError
-
-CHATML = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-MARKED = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>{% endgeneration %}"
-    "{% else %}{{ m.content }}<end>{% endif %}{% endfor %}"
-)
-TASK = {"task": "a"}
-ASKED = [{"role": "user", "content": "Hi"}]
-ANSWERED = [*ASKED, {"role": "assistant", "content": "Yes?"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
-
-
-def documents(rows, tokenizer, template=CHATML, **columns):
-    """(what is read, what of it is predicted) of each document, and the notes."""
-    writer = ChatTemplate.find(tokenizer, template)
-    read = read_documents(pd.DataFrame([{**TASK, **row} for row in rows]), Columns.given(**columns), template=writer)
-    encoded = encoder(tokenizer, 4096, chat_template=template)({name: read.table[name][:] for name in ("task", *read.content)})
-    found = []
-    for n, ids in enumerate(encoded["input_ids"]):
-        observed = encoded["observed"][n] if "observed" in encoded else [False] + [True] * (len(ids) - 1)
-        predicted = [token for token, own in zip(ids, observed, strict=True) if own]
-        found.append((tokenizer.decode(ids), tokenizer.decode(predicted)))
-    return found, read.notes
+from tests.chat_documents import ANSWERED, ASKED, CHATML, MARKED, TASK, documents, nano_tokenizer
 
 
 def test_every_form_has_a_name_for_the_option():
@@ -58,12 +25,12 @@ def sharegpt(*turns):
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_sharegpt_chats(tokenizer, template):
+def test_sharegpt_chats(template):
     rows = [
         {"conversations": sharegpt(("system", "Be brief."), ("human", "Hi"), ("gpt", "Yes?"), ("human", "Bye"), ("gpt", "Bye!"))},
         {"conversations": sharegpt(("user", "Go on"), ("model", "No."), ("observation", "7"), ("Bot", "Seven."))},
     ]
-    found, notes = documents(rows, tokenizer, template)
+    found, notes = documents(rows, template)
     assert found == [
         ("<system>Be brief.<end><user>Hi<end><assistant>Yes?<end><user>Bye<end><assistant>Bye!<end>", "Yes?<end>Bye!<end>"),
         ("<user>Go on<end><assistant>No.<end><tool>7<end><assistant>Seven.<end>", "No.<end>Seven.<end>"),
@@ -87,29 +54,29 @@ def test_sharegpt_chats(tokenizer, template):
         ({"conversations": sharegpt(("human", "Hi"), ("gpt", "Yes?")), "system": ""}, "<user>Hi<end><assistant>Yes?<end>"),
     ],
 )
-def test_other_shapes_of_sharegpt_chats(tokenizer, row, text):
-    assert documents([row], tokenizer)[0] == [(text, "Yes?<end>")]
+def test_other_shapes_of_sharegpt_chats(row, text):
+    assert documents([row])[0] == [(text, "Yes?<end>")]
 
 
-def test_an_unknown_role_is_named(tokenizer):
+def test_an_unknown_role_is_named():
     rows = [{"conversations": sharegpt(("human", "Hi"), ("gpt", "Yes?"))}, {"conversations": sharegpt(("narrator", "Once"))}]
     with pytest.raises(InputError, match=r"row 2: column 'conversations', message 1 has the role 'narrator'; known: human, user"):
-        documents(rows, tokenizer)
+        documents(rows)
     with pytest.raises(InputError, match=r"row 1 has a system prompt in column 'system' and another one in the chat"):
-        documents([{"system": "Be long.", "conversations": sharegpt(("system", "Be brief."))}], tokenizer)
+        documents([{"system": "Be long.", "conversations": sharegpt(("system", "Be brief."))}])
 
 
 ALPACA = "Below is an instruction that describes a task"
 
 
-def test_alpaca_without_a_chat_template(tokenizer):
+def test_alpaca_without_a_chat_template():
     rows = [
         {"instruction": "Add.", "input": "1 + 1", "output": "2"},
         {"instruction": "Wait.", "input": "", "output": "I wait."},
         {"instruction": "Wait.", "input": "", "output": " "},
     ]
-    assert tokenizer.chat_template is None
-    found, notes = documents(rows, tokenizer, None)
+    assert nano_tokenizer().chat_template is None
+    found, notes = documents(rows, None)
     request = "Write a response that appropriately completes the request.\n\n"
     with_input = f"{ALPACA}, paired with an input that provides further context. {request}"
     assert found == [
@@ -123,51 +90,51 @@ def test_alpaca_without_a_chat_template(tokenizer):
     ]
 
 
-def test_alpaca_with_a_system_prompt_and_a_history(tokenizer):
+def test_alpaca_with_a_system_prompt_and_a_history():
     row = {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "Be brief.", "history": [["Hi", "Yes?"]]}
-    [(text, predicted)], notes = documents([row], tokenizer)
+    [(text, predicted)], notes = documents([row])
     assert text == "<system>Be brief.<end><user>Hi<end><assistant>Yes?<end><user>Add.\n1 + 1<end><assistant>2<end>"
     assert predicted == "2<end>"
     assert "(as chats, because there is a chat template): 'output' is predicted" in notes[0]
-    [(text, predicted)], _ = documents([row], tokenizer, None)
+    [(text, predicted)], _ = documents([row], None)
     turn = "### Instruction:\nHi\n\n### Response:\nYes?\n\n"
     assert text == f"</s>Be brief.\n\n{turn}### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n2</s>"
     assert predicted == "2</s>"
     with pytest.raises(InputError, match=r"row 1: column 'history' has \['Hi'\]; give a list of \[question, answer\]"):
-        documents([{**row, "history": [["Hi"]]}], tokenizer)
+        documents([{**row, "history": [["Hi"]]}])
 
 
-def test_dolly_s_names_of_the_columns(tokenizer):
+def test_dolly_s_names_of_the_columns():
     row = {"instruction": "Add.", "context": "1 + 1", "response": "2", "category": "sums"}
-    [(text, predicted)], notes = documents([row], tokenizer)
+    [(text, predicted)], notes = documents([row])
     assert (text, predicted) == ("<user>Add.\n1 + 1<end><assistant>2<end>", "2<end>")
     assert "columns 'instruction', 'context', 'response'" in notes[0]
 
 
-def test_prompts_and_completions(tokenizer):
-    found, notes = documents([{"prompt": "Is it?", "completion": " Yes."}], tokenizer, None)
+def test_prompts_and_completions():
+    found, notes = documents([{"prompt": "Is it?", "completion": " Yes."}], None)
     assert found == [("</s>Is it? Yes.</s>", " Yes.</s>")]
     assert notes == ["recognised prompts and completions in columns 'prompt' and 'completion': the completion is predicted"]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_prompts_and_completions_that_are_messages(tokenizer, template):
+def test_prompts_and_completions_that_are_messages(template):
     prompt = [*ANSWERED, {"role": "user", "content": "So?"}]
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "Yes."}]}
-    found, notes = documents([row], tokenizer, template)
+    found, notes = documents([row], template)
     assert found == [("<user>Hi<end><assistant>Yes?<end><user>So?<end><assistant>Yes.<end>", "Yes.<end>")]
     assert notes == ["recognised chats in two parts in columns 'prompt' and 'completion': the completion is predicted"]
     # the same columns under other names
     other = {"p": row["prompt"], "c": row["completion"]}
-    assert documents([other], tokenizer, template, prompt_column="p", completion_column="c") == (found, [])
+    assert documents([other], template, prompt_column="p", completion_column="c") == (found, [])
 
 
-def test_a_prompt_of_messages_with_a_completion_of_text_is_refused(tokenizer):
+def test_a_prompt_of_messages_with_a_completion_of_text_is_refused():
     with pytest.raises(InputError, match=r"has messages in column 'p' and texts in column 'c'; give both as lists of messages"):
-        documents([{"p": ASKED, "c": "Yes?"}], tokenizer, prompt_column="p", completion_column="c")
+        documents([{"p": ASKED, "c": "Yes?"}], prompt_column="p", completion_column="c")
 
 
-def test_good_and_bad_completions_are_not_mixed(tokenizer):
+def test_good_and_bad_completions_are_not_mixed():
     rows = [
         {"prompt": "Is it?", "completion": " Yes.", "label": True},
         {"prompt": "Is it?", "completion": " No.", "label": False},
@@ -175,14 +142,14 @@ def test_good_and_bad_completions_are_not_mixed(tokenizer):
     with pytest.raises(
         InputError, match=r"with a 'label' that is true or false, as for KTO: .*; keep the rows with true, or name"
     ):
-        documents(rows, tokenizer)
-    assert len(documents(rows, tokenizer, prompt_column="prompt", completion_column="completion")[0]) == 2
-    assert len(documents([{**rows[0], "label": "sports"}], tokenizer)[0]) == 1
+        documents(rows)
+    assert len(documents(rows, prompt_column="prompt", completion_column="completion")[0]) == 2
+    assert len(documents([{**rows[0], "label": "sports"}])[0]) == 1
 
 
-def test_pictures_beside_chats_are_named(tokenizer):
+def test_pictures_beside_chats_are_named():
     rows = [{"conversations": sharegpt(("human", "<image> What?"), ("gpt", "A cat.")), "image": "cat.png", "video": None}]
-    assert documents(rows, tokenizer)[1][1:] == ["only text is read: not the column 'image'"]
+    assert documents(rows)[1][1:] == ["only text is read: not the column 'image'"]
 
 
 REJECTED = {"rejected": "Perhaps."}
@@ -209,57 +176,57 @@ REJECTED = {"rejected": "Perhaps."}
         ),
     ],
 )
-def test_preferences(tokenizer, row, document):
-    found, notes = documents([{**row, **REJECTED}], tokenizer)
+def test_preferences(row, document):
+    found, notes = documents([{**row, **REJECTED}])
     assert found == [document]
     assert len(notes) == 1
     assert notes[0].startswith("recognised preferences: the answer in column 'chosen'")
     assert notes[0].endswith(" is predicted, 'rejected' is ignored")
 
 
-def test_preferences_say_what_else_is_not_read(tokenizer):
+def test_preferences_say_what_else_is_not_read():
     row = {"question": "Hi", "chosen": "Yes?", "rejected": "No", "score": 7}
-    _, notes = documents([row], tokenizer)
+    _, notes = documents([row])
     assert notes == [
         "recognised preferences: the answer in column 'chosen' after 'question' is predicted, 'rejected' is ignored; not read: "
         "'score'"
     ]
     with pytest.raises(InputError, match=r"row 1: the chat in column 'chosen' has turns of the user, but not the prompt"):
-        documents([{"prompt": "Else", "chosen": ANSWERED, "rejected": ANSWERED}], tokenizer)
+        documents([{"prompt": "Else", "chosen": ANSWERED, "rejected": ANSWERED}])
 
 
-def test_messages_are_recognised(tokenizer):
-    found, notes = documents([{"messages": ANSWERED}], tokenizer)
+def test_messages_are_recognised():
+    found, notes = documents([{"messages": ANSWERED}])
     assert found == [("<user>Hi<end><assistant>Yes?<end>", "Yes?<end>")]
     assert notes == ["recognised chats in column 'messages': the assistant's turns are predicted"]
-    assert documents([{"messages": ANSWERED}], tokenizer, messages_column="messages") == (found, [])
+    assert documents([{"messages": ANSWERED}], messages_column="messages") == (found, [])
 
 
-def test_a_named_column_of_sharegpt_chats(tokenizer):
+def test_a_named_column_of_sharegpt_chats():
     rows = [{"talk": sharegpt(("human", "Hi"), ("gpt", "Yes?"))}]
-    found, notes = documents(rows, tokenizer, messages_column="talk")
+    found, notes = documents(rows, messages_column="talk")
     assert found == [("<user>Hi<end><assistant>Yes?<end>", "Yes?<end>")]
     assert notes == [
         "recognised ShareGPT chats in column 'talk' (human -> user, gpt -> assistant): the assistant's turns are predicted"
     ]
 
 
-def test_the_column_text_is_read_unless_an_option_says_otherwise(tokenizer):
+def test_the_column_text_is_read_unless_an_option_says_otherwise():
     rows = [{"text": "Hello.", "conversations": sharegpt(("human", "Hi"), ("gpt", "Yes?"))}]
-    assert documents(rows, tokenizer) == (
+    assert documents(rows) == (
         [("</s>Hello.</s>", "Hello.</s>")],
         ["the column 'text' is read; to read ShareGPT chats in column 'conversations' (human -> user, gpt -> assistant) instead, "
          "give document_form sharegpt"],
     )  # fmt: skip
-    assert documents(rows, tokenizer, document_form="text") == ([("</s>Hello.</s>", "Hello.</s>")], [])
-    assert documents(rows, tokenizer, document_form="sharegpt") == ([("<user>Hi<end><assistant>Yes?<end>", "Yes?<end>")], [])
+    assert documents(rows, document_form="text") == ([("</s>Hello.</s>", "Hello.</s>")], [])
+    assert documents(rows, document_form="sharegpt") == ([("<user>Hi<end><assistant>Yes?<end>", "Yes?<end>")], [])
 
 
-def test_several_forms_are_not_guessed(tokenizer):
+def test_several_forms_are_not_guessed():
     rows = [{"messages": ANSWERED, "prompt": "Hi", "chosen": ANSWERED, "rejected": ANSWERED}]
     with pytest.raises(InputError, match=r"documents of several forms: messages \(.*\); preference \(.*\); name the one to read"):
-        documents(rows, tokenizer)
-    assert documents(rows, tokenizer, document_form="messages")[0][0][1] == "Yes?<end>"
+        documents(rows)
+    assert documents(rows, document_form="messages")[0][0][1] == "Yes?<end>"
 
 
 @pytest.mark.parametrize(
@@ -278,9 +245,9 @@ def test_several_forms_are_not_guessed(tokenizer):
         ({}, r"no column 'text' \(text_column\); its columns are task, other; name the column, or give the columns of"),
     ],
 )
-def test_forms_that_do_not_fit(tokenizer, options, message):
+def test_forms_that_do_not_fit(options, message):
     with pytest.raises(InputError, match=message) as caught:
-        documents([{"other": "x"}], tokenizer, **options)
+        documents([{"other": "x"}], **options)
     assert "\n" not in str(caught.value)
 
 
@@ -294,10 +261,10 @@ CELLS = {
 
 
 @pytest.mark.parametrize("cells", CELLS.values(), ids=CELLS)
-def test_streaming_reads_the_same_documents(tokenizer, cells):
+def test_streaming_reads_the_same_documents(cells):
     options = {"chat_template": CHATML, "split": AllTrain()}
-    plain = load_tasks(table([{**TASK, **cells}] * 2), tokenizer, **options)
-    streamed = load_tasks(table([{**TASK, **cells}] * 2), tokenizer, streaming=True, **options)
+    plain = load_tasks(table([{**TASK, **cells}] * 2), nano_tokenizer(), **options)
+    streamed = load_tasks(table([{**TASK, **cells}] * 2), nano_tokenizer(), streaming=True, **options)
     assert (streamed.digest, streamed.notes, streamed.chat_template) == (plain.digest, plain.notes, CHATML)
     assert any(note.startswith("recognised") for note in plain.notes)
 
