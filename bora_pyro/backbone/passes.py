@@ -24,6 +24,8 @@ from bora_pyro.backbone.configuration import special_tokens, token_rows
 
 #: Rows and tokens of a pass.
 ROWS, TOKENS = 3, 7
+#: Tokens of a pass that shows what a short one does not, such as layers that compress many tokens into one.
+MANY_TOKENS = 256
 #: The largest difference, relative to the largest value, that rounding makes in float32 and in shorter or quantised numbers.
 ROUNDING, COARSE_ROUNDING = 1e-3, 0.2
 
@@ -37,16 +39,19 @@ def ordinary_tokens(model: PreTrainedModel) -> Tensor:
     return allowed[torch.randperm(len(allowed), generator=Generator().manual_seed(0))]
 
 
-def probe_tokens(model: PreTrainedModel, device: torch.device, *, context: int | None = None) -> Tensor:
+def probe_tokens(
+    model: PreTrainedModel, device: torch.device, *, context: int | None = None, shape: tuple[int, int] = (ROWS, TOKENS)
+) -> Tensor:
     """Ordinary tokens, (rows, tokens) int64, all different if the vocabulary is large enough.
 
     Args:
         model: the base.
         device: the device of the tokens.
         context: the most tokens that the base reads.
+        shape: rows and tokens, if the base can read so many.
     """
-    ordinary, tokens = ordinary_tokens(model), TOKENS if not context or context < 1 else min(TOKENS, context)
-    return ordinary.repeat(-(-ROWS * tokens // len(ordinary)))[: ROWS * tokens].view(ROWS, tokens).to(device)
+    ordinary, rows, tokens = ordinary_tokens(model), shape[0], min(shape[1], context or shape[1])
+    return ordinary.repeat(-(-rows * tokens // len(ordinary)))[: rows * tokens].view(rows, tokens).to(device)
 
 
 def rounding_of(model: PreTrainedModel) -> float:

@@ -19,9 +19,9 @@ from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from bora_pyro.backbone.configuration import is_encoder, padding_token, token_rows
-from bora_pyro.backbone.passes import hooks, is_close, ordinary_tokens, probe_tokens, rounding_of
+from bora_pyro.backbone.passes import MANY_TOKENS, TOKENS, hooks, is_close, ordinary_tokens, probe_tokens, rounding_of
 from bora_pyro.backbone.probe_head import FirstPass, ends_with_head, record_head
-from bora_pyro.backbone.probe_layers import LayerCalls, unusable_layers
+from bora_pyro.backbone.probe_layers import NO_GRADIENT, LayerCalls, unusable_layers, without_gradient
 from bora_pyro.errors import InputError
 
 
@@ -57,7 +57,19 @@ def probe(
         return Findings()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return _probe(model, linear, probe_tokens(model, device, context=context))
+            found = _probe(model, linear, probe_tokens(model, device, context=context))
+            if torch.is_inference_mode_enabled():  # which allows no gradients
+                return found
+            usable = without = {path: module for path, module in linear.items() if path not in found.unusable}
+            for tokens in (TOKENS, MANY_TOKENS):
+                text = probe_tokens(model, device, context=context, shape=(1, tokens))
+                without = {path: linear[path] for path in without_gradient(model, without, text)}
+            if usable and len(without) == len(usable):
+                raise InputError(
+                    f"the base, a {type(model).__name__}, computes its backward pass without the adapters of its layers; give "
+                    "another base"
+                )
+            return Findings(found.ends_with_head, found.unusable | dict.fromkeys(without, NO_GRADIENT))
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the code of a model can raise any type of error

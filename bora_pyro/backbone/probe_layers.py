@@ -21,14 +21,16 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from transformers import PreTrainedModel
 
-from bora_pyro.backbone.passes import Hooks, is_close
+from bora_pyro.backbone.passes import Hooks, hooks, is_close
 from bora_pyro.backbone.slots import linear_shape
 
 #: Why an adapter cannot change a layer, as the end of "layers that ...".
 NOT_CALLED = "are not called when the base reads text"
 NO_TENSOR = "do not map one tensor to one tensor"
 MIXED_ROWS = "do not read all tokens of each row in order, for example routed experts"
+NO_GRADIENT = "pass no gradient to a prediction, for example because they only select what attention reads"
 # Inputs of other tokens differ by about their own size, rounding in a short precision by much less.
 _SAME = 0.1
 
@@ -94,3 +96,30 @@ def _same_row(calls: Sequence[Any], others: Sequence[Any]) -> bool:
     if [call.shape for call in calls] != [call.shape for call in others]:
         return False
     return all(is_close(x, y, _SAME) for x, y in zip(calls, others, strict=True))
+
+
+def without_gradient(model: PreTrainedModel, linear: Mapping[str, nn.Module], input_ids: Tensor) -> list[str]:
+    """The paths of the layers from whose outputs no gradient can come, so that their adapters would never change.
+
+    A gradient that is zero counts as one: it may become another number when other weights have changed.
+
+    Args:
+        model: the base.
+        linear: the layers, each called with a tensor.
+        input_ids: (rows, tokens).
+    """
+    if not linear:
+        return []
+    shifts = {path: torch.zeros((), requires_grad=True) for path in linear}
+
+    def add(shift: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+        return lambda module, args, output: output + shift.to(output)
+
+    with torch.enable_grad(), hooks() as hook:
+        for path, module in linear.items():
+            hook(module, add(shifts[path]))
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        if not logits.requires_grad:
+            return list(linear)
+        gradients = torch.autograd.grad(logits.float().sum(), list(shifts.values()), allow_unused=True)
+    return [path for path, gradient in zip(shifts, gradients, strict=True) if gradient is None]

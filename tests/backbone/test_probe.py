@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from bora_pyro import Backbone, BoRA, InputError, LoRA
 from bora_pyro.likelihoods import NextTokens
 from tests.tiny import TASKS, VOCABULARY, hooks_left, of_task, peft_model, random_ids, random_weights, tiny_model
+from tests.tiny_base import script
 
 _SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -283,7 +284,7 @@ def test_a_layer_whose_rows_cannot_be_told_apart_has_no_adapter(module, target):
         Backbone(model, targets=[target])
     backbone = Backbone(model, targets="all-linear")
     assert not any(target in path for slot in backbone.slots for path in slot.paths)
-    assert ["do not read all tokens of each row in order" in note for note in backbone.notes] == [True]
+    assert sum("do not read all tokens of each row in order" in note for note in backbone.notes) == 1
 
 
 def test_a_layer_that_is_called_twice_is_changed_twice():
@@ -307,9 +308,13 @@ def test_many_kinds_of_layers_read_whole_rows(model_type, dtype):
                    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4,
                    "moe_intermediate_size": 16, "first_k_dense_replace": 1}  # fmt: skip
     backbone = Backbone(base(model_type, **changes).to(dtype), targets="all-linear")
-    assert [note for note in backbone.notes if "dt_proj" not in note] == []
+    assert [note for note in left_out(backbone) if "dt_proj" not in note] == []
     alone = torch.cat([backbone.logits(random_ids()[[row]], doubled) for row in range(3)])
     torch.testing.assert_close(backbone.logits(random_ids(), doubled), alone, rtol=0.05, atol=0.05 * float(alone.abs().max()))
+
+
+def left_out(backbone):
+    return [note for note in backbone.notes if note.startswith("no adapter")]
 
 
 def doubled(slot, layer, x, output):
@@ -336,3 +341,35 @@ class Product(nn.Module):
 
     def forward(self, x):
         return x @ self.weight.mT
+
+
+def test_layers_without_a_gradient_have_no_adapter():
+    model = script("tiny_architectures").tiny_model("deepseek_v32")
+    with pytest.raises(InputError, match=r"target 'indexer.wk' only names layers that pass no gradient to a prediction"):
+        Backbone(model, targets="indexer.wk")
+    backbone = Backbone(model, targets="all-linear")
+    assert not any("indexer" in path for slot in backbone.slots for path in slot.paths)
+    [note] = left_out(backbone)
+    assert note.startswith("no adapter on 6 of the layers that the targets name; they pass no gradient to a prediction")
+    scales = {path: torch.ones((), requires_grad=True) for slot in backbone.slots for path in slot.paths}
+    backbone.logits(random_ids(), lambda slot, layer, x, out: out * scales[slot.paths[layer]]).square().mean().backward()
+    assert all(scale.grad is not None for scale in scales.values())
+
+
+def test_layers_that_only_a_longer_text_uses_have_an_adapter():
+    # they compress eight tokens into one
+    backbone = Backbone(script("tiny_architectures").tiny_model("deepseek_v4"), targets="all-linear")
+    paths = {path for slot in backbone.slots for path in slot.paths}
+    assert any(path.endswith("compressor.kv_proj") for path in paths)
+    assert any(path.endswith("compressor.gate_proj") for path in paths)
+
+
+def test_a_frozen_part_whose_gradient_is_zero_for_now_has_an_adapter():
+    model = tiny_model("llama")
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
+    assert [slot.layers for slot in Backbone(model).slots] == [2, 2]
+
+
+def test_a_base_whose_backward_pass_leaves_out_adapters_is_refused():
+    with pytest.raises(InputError, match="a ReformerModelWithLMHead, computes its backward pass without the adapters"):
+        Backbone(script("tiny_architectures").tiny_model("reformer"), targets="all-linear")
