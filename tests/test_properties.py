@@ -150,7 +150,11 @@ a_text = st.one_of(printed, words)
 positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 configs = st.builds(
     MapFitConfig,
-    data=a_text,
+    data=a_text | st.lists(a_text, min_size=2, max_size=3),
+    separator=st.sampled_from([None, "tab", "|"]),
+    quoting=st.sampled_from([None, "minimal", "none"]),
+    encoding=st.sampled_from([None, "utf-8", "latin-1"]),
+    header=st.booleans(),
     task_column=a_text,
     text_column=a_text,
     group_column=st.none() | a_text,

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.files.atomic import replace_file
 from bora_pyro.files.slugs import GLOBAL_MEAN, NAMELESS, task_slugs
 
@@ -61,7 +61,9 @@ class AdapterNames:
         twice = {task: name for name, task in found.items()}
         for name, task in found.items():
             if twice[task] != name:
-                raise InputError(f"{folder} has two folders of the task {task!r}, {name} and {twice[task]}; leave one of them")
+                raise InputError(
+                    f"{folder} has two folders of the task {shown(task)}, {name} and {twice[task]}; leave one of them"
+                )
         return cls(folders, found)
 
     def folder_of(self, name: str, *, among: Collection[str] | None = None) -> str | None:
@@ -87,7 +89,7 @@ class AdapterNames:
             return None
         if len(alike) > 1 or slug == NAMELESS:
             others = f"any of {', '.join(alike[:3])}{', ...' if len(alike) > 3 else ''}" if len(alike) > 1 else f"{slug}, or none"
-            raise InputError(f"the folder of the task {name!r} is not known: it may be {others}; name the folder instead")
+            raise InputError(f"the folder of the task {shown(name)} is not known: it may be {others}; name the folder instead")
         return slug
 
     def folders_of(self, names: Iterable[str], *, among: Collection[str] | None = None) -> dict[str, str | None]:
@@ -105,7 +107,9 @@ class AdapterNames:
         for name, folder in found.items():
             other = name if folder is None else first.setdefault(folder, name)
             if other != name and None in (self._known(name), self._known(other)):
-                raise InputError(f"{other!r} and {name!r} may each be the task of folder {folder}; name the folder instead")
+                raise InputError(
+                    f"{shown(other)} and {shown(name)} may each be the task of folder {folder}; name the folder instead"
+                )
         return found
 
     def nearest(self, name: str) -> str:

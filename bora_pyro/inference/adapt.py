@@ -223,9 +223,9 @@ def task_data(fitted: Fitted, texts: Mapping[str, Sequence[str]], *, max_tokens:
         if not isinstance(task, str):
             raise InputError(f"a task has the name {shown(task)}; give a text")
         if isinstance(task_texts, str):
-            raise InputError(f"task {task!r} has a single text; give a list of texts, for example [{task_texts!r:.40}]")
+            raise InputError(f"task {shown(task)} has a single text; give a list of texts, for example [{task_texts!r:.40}]")
         if not isinstance(task_texts, Iterable):
-            raise InputError(f"task {task!r} has {shown(task_texts)}; give a list of texts")
+            raise InputError(f"task {shown(task)} has {shown(task_texts)}; give a list of texts")
     tasks = sorted(texts)
     for d, task in enumerate(tasks):
         rows += [(d, text) for text in texts[task]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
 
 #: The name of the base without an adapter.
@@ -55,7 +55,7 @@ class Authors:
         of_folder = {folder: task for task, folder in adapter_folders(self.tasks).items()}
         if name not in of_folder:
             known = (*of_folder, *self.tasks, self.mean, self.base)
-            raise InputError(f"task {name!r} is not in this fit, which has {len(self.tasks)}{nearest(name, known)}")
+            raise InputError(f"task {shown(name)} is not in this fit, which has {len(self.tasks)}{nearest(name, known)}")
         return of_folder[name]
 
     def _plain(self, name: str) -> str:

@@ -63,7 +63,7 @@ class TaskCalibration:
             raise InputError(f"temperature is {self.temperature}; give a finite number above 0")
         for name, value in self.bias.items():
             if not math.isfinite(value):
-                raise InputError(f"the bias of task {name!r} is {value}; give a finite number")
+                raise InputError(f"the bias of task {shown(name)} is {value}; give a finite number")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TaskProbabilities:
         for name in self.calibration.bias:
             if name not in self.known:
                 raise InputError(
-                    f"the bias of task {name!r} is of none of the {len(self.known)} candidates{nearest(name, self.known)}"
+                    f"the bias of task {shown(name)} is of none of the {len(self.known)} candidates{nearest(name, self.known)}"
                 )
 
     @property
@@ -326,9 +326,11 @@ def _log_prior(fitted: Fitted, prior: str | Mapping[str, float]) -> Tensor:
     if isinstance(prior, Mapping):
         for name, value in prior.items():
             if name not in fitted.tasks:
-                raise InputError(f"task {name!r} is not in this fit, which has {len(fitted.tasks)}{nearest(name, fitted.tasks)}")
+                raise InputError(
+                    f"task {shown(name)} is not in this fit, which has {len(fitted.tasks)}{nearest(name, fitted.tasks)}"
+                )
             if not 0 <= value < math.inf:
-                raise InputError(f"the prior of task {name!r} is {value}; give a finite number from 0 up")
+                raise InputError(f"the prior of task {shown(name)} is {value}; give a finite number from 0 up")
         numbers = torch.tensor([float(prior.get(name, 0.0)) for name in fitted.tasks], dtype=torch.float64)
     elif prior == "documents":
         if not fitted.documents:

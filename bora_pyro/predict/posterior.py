@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bora_pyro.backbone.texts import token_split
 from bora_pyro.data.token_split import TokenSplit
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import Weights
 from bora_pyro.predict.mixture import Draws, TokenPredictions, predictive
@@ -192,7 +192,7 @@ class Posterior:
             InputError: if the task is unknown.
         """
         if task not in self.tasks:
-            raise InputError(f"task {task!r} is not in this fit, which has {len(self.tasks)}{nearest(task, self.tasks)}")
+            raise InputError(f"task {shown(task)} is not in this fit, which has {len(self.tasks)}{nearest(task, self.tasks)}")
         return self.tasks.index(task)
 
     def _draws(self, number: int) -> Draws:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 
@@ -236,3 +237,28 @@ def test_a_new_task_has_documents_of_the_same_form(inputs, tmp_path):
     assert run.metrics["train_documents"] == len(run.data.train) > 4  # in pieces
     assert (run.data.train.labels(0) == -100).sum() > 1
     assert run.fitted.model.likelihood.task_weights is None
+
+
+def test_several_files_read_in_their_own_way(inputs, tmp_path):
+    """A fit on two files with options of reading stores them, and is read back with the same documents; so are new tasks."""
+    options, _ = inputs
+    rows = [(task, f"{' '.join(words)} {n}") for task, words in WORDS.items() for n in range(6)]
+    first, second = tmp_path / "a.csv", tmp_path / "b.tsv.gz"
+    first.write_text("".join(f"{task}|{text}å\n" for task, text in rows[::2]), encoding="latin-1")
+    second.write_bytes(gzip.compress("".join(f"{task}|{text}å\n" for task, text in rows[1::2]).encode("latin-1")))
+    reading = {"separator": "pipe", "encoding": "latin-1", "header": "false", "task_column": 1, "text_column": 2}
+    run = tmp_path / "run"
+    main = command_main()
+    words = line({**options, **reading, "epochs": 1, "output_dir": run})
+    assert main([*words, "--data", str(first), str(tmp_path / "b.*")]) == 0
+    config = RunFolder.open(run).read_config()
+    assert config["data"] == [str(first), str(tmp_path / "b.*")]
+    saved = load_run(run, device="cpu")
+    assert sum(len(side) for side in (saved.data.train, saved.data.validation, saved.data.test)) == len(rows)
+    new = tmp_path / "new"
+    (new / "eve").mkdir(parents=True)
+    for n in range(3):
+        (new / "eve" / f"{n}.txt").write_text(f"{rows[0][1]} {n}", encoding="utf-8")
+    adapted = ["--data", str(new), "--task_from", "file", "--text_column", "text", "--steps", "3", "--device", "cpu"]
+    assert command_main("adapt")([str(run), *adapted, "--output_dir", str(tmp_path / "adapted")]) == 0
+    assert load_run(tmp_path / "adapted", device="cpu").data.tasks == ["eve"]

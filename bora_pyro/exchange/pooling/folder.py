@@ -17,7 +17,7 @@ import pandas as pd
 from torch import Tensor
 
 from bora_pyro.data.files import read_file
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.exchange.load import PeftAdapter, read_peft
 from bora_pyro.exchange.names import AdapterNames, write_task_names
 from bora_pyro.exchange.pooling.pool import Pooled
@@ -99,9 +99,9 @@ def read_documents(file: str, tasks: Sequence[str], names: AdapterNames | None =
         if (task := folders[name]) is None or task not in tasks:
             continue
         if task in found:
-            raise InputError(f"{file} names the task {task!r} twice; give each one row")
+            raise InputError(f"{file} names the task {shown(task)} twice; give each one row")
         if not 0 < number < math.inf:
-            raise InputError(f"{file} has no positive number of documents of the task {task!r}")
+            raise InputError(f"{file} has no positive number of documents of the task {shown(task)}")
         found[task] = float(number)
     if missing := [task for task in tasks if task not in found]:
         raise InputError(f"{file} has no row of the task {missing[0]!r}{nearest(missing[0], given)}")
