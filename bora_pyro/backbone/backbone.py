@@ -180,8 +180,11 @@ class Backbone:
 
     @cached_property
     def largest_token_id(self) -> int | None:
-        """The largest id that the tokenizer can give; None without a tokenizer."""
-        return None if self.tokenizer is None else max(self.tokenizer.get_vocab().values(), default=0)
+        """The largest id that the tokenizer can give; None if there is no tokenizer, or if it has no list of its tokens."""
+        try:
+            return None if self.tokenizer is None else max(self.tokenizer.get_vocab().values(), default=0)
+        except NotImplementedError:
+            return None
 
     @cached_property
     def pass_tokens(self) -> int:
