@@ -40,7 +40,7 @@ from bora_pyro.exchange.load import load_peft
 from bora_pyro.predict.generate import generate_side_by_side
 from bora_pyro.runs.folder import RunFolder
 
-OK, REFUSED, FAULT, SKIPPED = "ok", "refused", "fault", ""
+OK, REFUSED, FAULT = "ok", "refused", "fault"
 #: The checks in their order, which are the columns of the table.
 CHECKS = ("logits", "causality", "padding", "mixed_batch", "import", "all_linear", "generation", "checkpointing", "fit", "resume")
 #: Largest difference of two logits, as a fraction of their spread. Float32 gives 1e-6 to 1e-4; the caches of some state spaces
@@ -61,8 +61,8 @@ class Outcome:
         model_type: the type in transformers.
         kind: name of the model's class.
         targets: the kinds of layers that have an adapter by default.
-        cells: ``ok``, ``refused``, ``fault`` or nothing, by check.
-        line: the messages of all checks that are not ``ok``, and the notes.
+        cells: ``ok``, ``refused`` or ``fault`` by check; a check that was not made has none.
+        lines: the messages of all checks that are not ``ok``, and the notes.
     """
 
     model_type: str
@@ -225,6 +225,9 @@ def _same_losses(model: bp.BoRA, batch: Batch, own: list[Tensor]) -> None:
 
 @torch.no_grad()
 def _check_causality(case: Case) -> None:
+    context = case.model.backbone.context
+    if context is not None:  # the longest text that the library allows can be read
+        case.model.backbone.logits(torch.arange(context)[None] % (VOCABULARY - 5) + 5)
     one, other = case.model.backbone.logits(case.ids)
     _close(one[:6], other[:6].float(), "logits before the tokens that differ")
 

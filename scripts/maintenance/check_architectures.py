@@ -31,6 +31,8 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
 
+#: Longest remark of the page, in characters.
+LONGEST = 250
 COLUMNS = ("type", "class", "result", "targets", *CHECKS, "lines")
 
 
@@ -91,7 +93,8 @@ def _child(model_type: str, fits: bool, results: Connection) -> None:
 def row_of(outcome: Outcome) -> dict[str, str]:
     """The row of a type."""
     named = {"type": outcome.model_type, "class": outcome.kind, "result": outcome.result, "targets": outcome.targets}
-    return named | {check: outcome.cells.get(check, "") for check in CHECKS} | {"lines": " | ".join(outcome.lines)}
+    lines = re.sub(r"'/[^']*/base'", "'base'", " | ".join(outcome.lines))  # a temporary folder
+    return named | {check: outcome.cells.get(check, "") for check in CHECKS} | {"lines": lines}
 
 
 def rows(config: CheckConfig) -> Iterator[Outcome]:
@@ -112,12 +115,13 @@ _PAGE = """# Which architectures work
 loads, and checks it with this library. This page is made by the script from `results/architectures.csv` (transformers
 {transformers}, PEFT {peft}, torch {torch}).
 
-{total} types: **{works} work, {refused} are refused** with one line before anything is written, {fault} have a fault.
+{total} types, encoders as decoders (`is_decoder: true`) among them: **{works} work, {refused} are refused** with one line
+before anything is written, {fault} have a fault.
 
 A type works if all of this holds for its tiny model:
 
 - The losses of the base are those of the model's own forward pass, also where the embedding of token 0 or of the padding is zero.
-- A later token changes no earlier logit, and padding changes no logit of a text.
+- A later token changes no earlier logit, padding changes no logit of a text, and a text as long as the context can be read.
 - A batch with texts of two tasks gives the losses that PEFT gives with each exported adapter alone, for the usual targets and for
   `all-linear`; and an exported adapter is read back bit for bit.
 - Texts generated in a batch are those generated one at a time, with the log-probabilities of one pass over the whole text.
@@ -129,7 +133,7 @@ type; `--targets` chooses others.
 
 ## Types that work
 
-An entry "refused" under a remark is one option that this type does not have.
+The remarks name the checks that end in one line for this type, and the notes that a fit prints.
 
 {working}
 
@@ -159,9 +163,10 @@ def page(table: pd.DataFrame) -> str:
 
 
 def _remarks(row: pd.Series) -> str:
-    """The lines of a type, each once, without the name of the check that gave it first."""
-    lines = [re.sub(r"^logits: |^note: |^fit: error: ", "", line) for line in row["lines"].split(" | ") if line]
-    return "; ".join(dict.fromkeys(lines))
+    """The lines of a type, each once and not too long, with temporary folders left out."""
+    lines = [re.sub(r"^logits: |^note: |^fit: error: |^transformers cannot.*", "", line) for line in row["lines"].split(" | ")]
+    lines = [re.sub(r"base model '[^']*'", "the base", line) for line in lines]
+    return "; ".join(line if len(line) <= LONGEST else line[:LONGEST] + "..." for line in dict.fromkeys(lines) if line)
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -66,7 +66,8 @@ def test_the_sum_over_documents_is_the_gradient_of_the_whole():
 
 def test_a_layer_that_short_documents_do_not_use_has_no_gradient():
     """The base compresses keys in blocks of tokens, and these documents are shorter than a block."""
-    backbone = Backbone(script("tiny_architectures").tiny_model("deepseek_v4"))
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+    backbone = Backbone(script("tiny_architectures").tiny_model("deepseek_v4", compress_rates=rates))
     model, split = BoRA(backbone, 3, adapter=LoRA(rank=2)), tiny_split()
     [batch] = split.batches(token_budget=10_000)
     gradients = document_gradients(model, random_weights(model), batch)
