@@ -129,7 +129,6 @@ def calibrate(config: CalibrateConfig) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
-    print_data(run.data)
     predictor, tasks = Predictor(run, config), run.data.tasks
     if not len(run.data.test):
         raise InputError(f"the run in {run.folder.path} has no test documents; split the data so that some tasks have some")
@@ -139,6 +138,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     with _all_or_nothing(folder) as place, plots.style():
         if questions is not None:  # first, because a question may still name an unknown task
             write_questions(place, questions, predictor.answers(questions, tasks), tasks)
+        print_data(run.data)
         write_calibration(place, predictor.tokens(run.data.test), tasks)
         if foreign is not None:
             own = sample_texts(run.data.test, config.foreign_documents, seed=config.seed)

@@ -306,7 +306,7 @@ def test_texts_by_name(tmp_path):
         ({"a": ["red", None]}, "text 2 of 2 is None; give texts"),
         ({"a": 3}, "task 'a' has 3; give a list of texts"),
         ({1: ["red"]}, "a task has the name 1; give a text"),
-        (["red"], "data is a list; give a path"),
+        ([3], "data is a list; give a path"),
         ("none.csv", "file 'none.csv' does not exist"),
     ):
         with pytest.raises(InputError, match=words) as caught:

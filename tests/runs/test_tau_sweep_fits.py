@@ -47,7 +47,8 @@ def test_a_sweep_of_real_fits_tokenises_once(tiny, tmp_path, capsys, monkeypatch
 
 
 def test_data_without_validation_documents_is_refused_before_a_fit(tiny, tmp_path, capsys):
-    table = documents().assign(part=lambda rows: ["test" if n % 3 else "train" for n in range(len(rows))])
+    # of a single training document of a task, no validation document can be cut
+    table = documents().assign(part=lambda rows: ["test" if n % 10 else "train" for n in range(len(rows))])
     options = yaml.safe_load(tiny.read_text()) | {"data": write_table(tmp_path / "split.csv", table), "split_column": "part"}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(options))
     line = ["--fit_config", str(tmp_path / "fit.yaml"), "--runs_dir", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
