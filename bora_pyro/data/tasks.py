@@ -136,7 +136,7 @@ def load_tasks(
     if split is None:
         split = (AsGiven if "split" in read.table.column_names else ByGroup)(fractions, options.seed)
     found = split.split(read.table, options)
-    found, done = _with_training(found, lambda now: _tokenised(now, tokens, tokenizer, options), options)
+    found, done = _with_training(found, lambda now: _tokenised(now, tokens, tokenizer, options), options, read.notes)
     notes = [*read.notes, *found.notes, *_token_notes([*done.values()], read.content, options.max_tokens)]
     tasks = sorted(found.record["tasks"])
     if not len(done["train"].split):
@@ -185,7 +185,7 @@ def _tokenised(
 
 
 def _with_training(
-    found: Split, tokenised: Callable[[Split], dict[str, Tokenised]], options: DataOptions
+    found: Split, tokenised: Callable[[Split], dict[str, Tokenised]], options: DataOptions, notes: Sequence[str]
 ) -> tuple[Split, dict[str, Tokenised]]:
     """Tokenise. Refuse or drop tasks of which no training document has a token to predict."""
     done = tokenised(found)
@@ -194,10 +194,10 @@ def _with_training(
         return found, done
     if options.small_tasks == "error":
         documents = counted(Counter(found.parts["train"]["task"][:])[untrained[0]], "training document")
-        more = others(len(untrained) - 1, "nor")
+        more, why = others(len(untrained) - 1, "nor"), f" ({'; '.join(notes)})" if notes else ""
         raise InputError(
             f"task {shown(untrained[0])} has no training document left: none of its {documents} has a token to predict within "
-            f"max_tokens {options.max_tokens}{more}; raise max_tokens, or leave such tasks out with small_tasks=drop"
+            f"max_tokens {options.max_tokens}{more}{why}; raise max_tokens, or leave such tasks out with small_tasks=drop"
         )
     found = drop_tasks(found, untrained, f"of which no training document has a token to predict within {options.max_tokens}")
     return found, tokenised(found)

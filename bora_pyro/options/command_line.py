@@ -130,7 +130,9 @@ def _field(cls: type, name: str, kinds: dict[str, tuple[type, bool]]) -> tuple[t
     kind, optional = kinds[name]
     about = next(field.metadata for field in dataclasses.fields(cls) if field.name == name)
     expects = about.get("expects") or _EXPECTED[kind]
-    return kind, optional, expects + (" or none" if optional else ""), about.get("words", ()), about.get("whole", False)
+    # a choice that is called "none" is a value of its own, not the absence of one
+    words = (*about.get("words", ()), *(choice for choice in about.get("choices") or () if choice in _NONE))
+    return kind, optional, expects + (" or none" if optional else ""), words, about.get("whole", False)
 
 
 def _positional(cls: type) -> list[str]:
@@ -153,10 +155,10 @@ def _convert(value: Any, where: str, kind: type, optional: bool, expected: str, 
         value[0] if isinstance(value, list) and len(value) == 1 else value
     )  # the command line gives the texts of a list as a list
     word = alone.strip().lower() if isinstance(alone, str) else None
-    if optional and (value is None or (word in _NONE and not isinstance(value, Quoted))):
-        return None
     if word in words:
         return word
+    if optional and (value is None or (word in _NONE and not isinstance(value, Quoted))):
+        return None
     if kind is tuple:  # one text or several
         items = list(value) if isinstance(value, list | tuple) else [value]
         if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):

@@ -352,3 +352,15 @@ def test_json_texts_that_are_refused(text, message):
     with pytest.raises(InputError, match=message) as caught:
         read_table(pd.DataFrame([{**TASK, "m": text}]), messages_column="m")
     assert "\n" not in str(caught.value)
+
+
+def test_turns_that_another_name_of_the_assistant_speaks_are_named():
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "model", "content": "Oh."}]
+    rows = [{**TASK, "messages": turns}, {**TASK, "messages": turns}]
+    _, notes = read_table(pd.DataFrame(rows))
+    assert (
+        "turns of other roles than 'assistant' are only read, also those of 'model' (2); --document_form sharegpt knows other "
+        "names of the assistant" in notes
+    )
+    found, _ = read_table(pd.DataFrame(rows), document_form="sharegpt", messages_column="messages")
+    assert [message["role"] for message in json.loads(found["messages"][0])] == ["user", "assistant", "assistant"]

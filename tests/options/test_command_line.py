@@ -119,3 +119,12 @@ def test_ctrl_c_ends_with_a_line(capsys):
         run_script(main)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_choice_called_none_is_a_value(tmp_path):
+    assert parse("--quoting", "none").quoting == "none"
+    assert parse("--data", "a.csv").quoting is None
+    file = tmp_path / "fit.yaml"
+    for text in ("quoting: none\n", 'quoting: "none"\n', to_yaml(parse("--quoting", "none"))):
+        file.write_text(text)
+        assert parse("--config", str(file)).quoting == "none"

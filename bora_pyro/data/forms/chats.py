@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bora_pyro.data.chat_template import ASSISTANT, TEMPLATE_ERRORS, ChatTemplate, Messages
+from bora_pyro.data.chat_template import ASSISTANT, TEMPLATE_ERRORS, USER, ChatTemplate, Messages
 from bora_pyro.data.forms.turns import (
     MARKS,
     Message,
@@ -40,6 +40,8 @@ from bora_pyro.errors import InputError, shown
 TRIES = 20
 #: So many kinds of things that a template does not write are named in a note.
 MOST_KINDS = 10
+#: Roles of chats whose turns are only read. Another role may be another name of the assistant.
+READ_ROLES = ("system", "developer", USER, "tool", "function", "ipython")
 
 
 class Chats:
@@ -54,6 +56,7 @@ class Chats:
         self._counts: Counter[str] = Counter()
         self._written: set[tuple[str, str]] = set()
         self._unwritten: Counter[tuple[str, str]] = Counter()
+        self._other_roles: Counter[str] = Counter()
 
     def content(self, messages: Sequence[Any], tools: list[dict[str, Any]] | None, where: str, *, context: int = 0) -> str | None:
         """The JSON text of a chat; None for a chat without messages.
@@ -83,6 +86,13 @@ class Chats:
     def notes(self) -> list[str]:
         """One line for each kind of thing that was changed, left out or is not predicted."""
         lines = [line for key, line in _LINES.items() if self._counts[key] for line in [_counted(self._counts[key], line)]]
+        if others := [(role, number) for role, number in self._other_roles.items() if number]:
+            named = [f"{shown(role, characters=30)} ({number})" for role, number in others[:MOST_KINDS]]
+            more = f" and {len(others) - MOST_KINDS} more" if len(others) > MOST_KINDS else ""
+            lines.append(
+                f"turns of other roles than {ASSISTANT!r} are only read, also those of {', '.join(named)}{more}; "
+                "--document_form sharegpt knows other names of the assistant"
+            )
         kinds = [kind for kind in self._unwritten if kind not in self._written]
         if kinds:
             named = [_UNWRITTEN[kind].format(shown(name, characters=30)) for kind, name in kinds[:MOST_KINDS]]
@@ -120,6 +130,7 @@ class Chats:
     def _predicted(self, message: Message, mark: bool | None) -> bool:
         if message["role"] != ASSISTANT:
             self._counts["others"] += bool(mark)
+            self._other_roles[message["role"]] += message["role"] not in READ_ROLES
             return False
         if is_empty(message):
             self._counts["empty"] += mark is not False
