@@ -51,7 +51,10 @@ class Messages:
         column = table.columns.messages or "messages"
         if not table.has(column) or not holds_messages(table, column, "role", *SAYS):
             return None
-        return cls(column, tool_column(table), Chats(table.template))
+        found = cls(column, tool_column(table), Chats(table.template))
+        if table.has("system"):
+            found.recognised += "; column 'system' is not read (--document_form sharegpt reads it)"
+        return found
 
     def read(self, cells: Mapping[str, Any], where: str) -> Content | None:
         """The chat of one row."""
