@@ -101,12 +101,12 @@ def test_valid_files_are_read_and_damaged_ones_read_or_refused(fuzz, tmp_path, m
     assert len({reader.name for reader in found}) == len(found) > 15
     for reader in found:
         for valid in reader.valid:
-            raw = fuzz.damaged(FirstOfAll(), [valid], reader.form, packed=reader.file.suffix == ".gz")
+            raw = fuzz.damaged(FirstOfAll(), [valid], reader.form, packed=reader.file.suffix)
             reader.file.write_bytes(raw)
             reader.read(reader.file)
         dice = random.Random(0)
         for _ in range(3):
-            reader.file.write_bytes(fuzz.damaged(dice, reader.valid, reader.form, packed=reader.file.suffix == ".gz"))
+            reader.file.write_bytes(fuzz.damaged(dice, reader.valid, reader.form, packed=reader.file.suffix))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
