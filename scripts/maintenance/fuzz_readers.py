@@ -44,6 +44,7 @@ class Reader:
         read: function that reads the file at a path.
         share: share of the inputs, relative to the other readers.
         valid: contents of valid files, which are damaged.
+        foreign: whether these are valid files of other formats, which the reader may refuse.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Reader:
     read: Callable[[Path], object]
     share: float
     valid: list[bytes]
+    foreign: bool = False
 
 
 def readers(folder: Path) -> list[Reader]:
@@ -104,7 +106,7 @@ def _input_readers(folder: Path, rows: list[dict[str, str]], config: MapFitConfi
         Reader("table, other encoding", folder / "cp1252.csv", "csv", table_of(encoding="cp1252"), 3, [cp1252]),
         Reader("table, UTF-16", folder / "wide.csv", "text", read_table, 3, [wide]),
         Reader("table .csv, streamed", folder / "s.csv", "csv", _stream(folder), 2, [tables["csv"]]),
-        Reader("other files as .csv", folder / "other.csv", "text", read_table, 3, [*tables.values()]),
+        Reader("other files as .csv", folder / "other.csv", "text", read_table, 3, [*tables.values()], foreign=True),
         Reader("text documents", documents / "a.txt", "text", lambda _: read_table(
             documents.parent, reading=ReadingOptions(task_from="file")
         ), 3, [b"One.\nTwo.\n"]),

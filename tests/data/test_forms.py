@@ -367,7 +367,8 @@ def test_turns_that_another_name_of_the_assistant_speaks_are_named():
 
 
 def test_a_system_prompt_beside_messages_is_named():
-    rows = [{**TASK, "system": "Be brief.", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    rows = [{**TASK, "system": "Be brief.", "messages": turns}]
     _, notes = read_table(pd.DataFrame(rows))
     assert any(note.endswith("column 'system' is not read (--document_form sharegpt reads it)") for note in notes)
     found, _ = read_table(pd.DataFrame(rows), document_form="sharegpt", messages_column="messages")

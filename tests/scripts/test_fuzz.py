@@ -100,7 +100,7 @@ def test_valid_files_are_read_and_damaged_ones_read_or_refused(fuzz, tmp_path, m
     found = fuzz.readers(tmp_path / "files")
     assert len({reader.name for reader in found}) == len(found) > 15
     for reader in found:
-        for valid in reader.valid:
+        for valid in [] if reader.foreign else reader.valid:
             raw = fuzz.damaged(FirstOfAll(), [valid], reader.form, packed=reader.file.suffix)
             reader.file.write_bytes(raw)
             reader.read(reader.file)
