@@ -22,6 +22,7 @@ from bora_pyro.backbone.tokenizer import load_tokenizer
 from bora_pyro.data import DataOptions, TaskData, TokenSplit, load_tasks
 from bora_pyro.data.counts import counted, listed
 from bora_pyro.data.options import DATA
+from bora_pyro.data.readers.raw import column_of
 from bora_pyro.data.split_names import SPLITS
 from bora_pyro.data.tables import check_source
 from bora_pyro.errors import escaped
@@ -98,6 +99,9 @@ def show(config: PreviewConfig, found: Preview, *, file: TextIO | None = None) -
     file, data = file or sys.stdout, found.data
     assert data.counts is not None
     others = [name for name in data.counts.columns if name not in data.counts.used]
+    # a nested name or a number stands for a column of another name
+    roots = {column_of(name, others) for name in data.counts.used}
+    others = [name for name in others if name not in roots]
     lines = [
         f"source: {escaped(config.data if isinstance(config.data, str) else ' '.join(config.data))}",
         f"columns: {listed(data.counts.used, most=20)}" + (f"; not read: {listed(others, most=20)}" if others else ""),

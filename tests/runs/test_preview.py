@@ -125,3 +125,16 @@ def test_a_base_that_reads_less_is_noted(tmp_path):
     assert "note: max_tokens 256 is more than the base model reads; 16 is used" in printed(config)
     with pytest.raises(InputError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_columns_that_stand_for_others_are_read(base, tmp_path):
+    rows = [{"meta": {"speaker": f"{n % 2}"}, "text": "A set.", "date": "2001"} for n in range(6)]
+    nested = tmp_path / "t.jsonl"
+    nested.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"base_model": base, "max_tokens": 32}
+    lines = printed(PreviewConfig(data=str(nested), task_column="meta.speaker", **options)).splitlines()
+    assert lines[1] == "columns: 'meta.speaker', 'text'; not read: 'date'"
+    bare = tmp_path / "t.csv"
+    bare.write_text("0,A set.,x\n1,A set.,x\n" * 3)
+    lines = printed(PreviewConfig(data=str(bare), header=False, task_column="1", text_column="2", **options)).splitlines()
+    assert lines[1] == "columns: '1', '2'; not read: 'column3'"

@@ -78,7 +78,7 @@ class RawTable:
         >>> raw.column_of("meta.speaker"), raw.column_of("a.b"), raw.column_of("3"), raw.column_of("b")
         ('meta', 'a.b', 'column3', None)
         """
-        return _column_of(name, self.columns)
+        return column_of(name, self.columns)
 
     def with_nested(self, names: Sequence[str]) -> list[str]:
         """All columns, with those of ``names`` that lie in one of them, such as ``meta.speaker`` in ``meta``."""
@@ -99,7 +99,7 @@ class RawTable:
         for part in self.parts:
             own = [*part.columns, *part.fixed]
             for name in found._wanted:
-                if _column_of(name, own) is None and not (part.ragged and name in optional):
+                if column_of(name, own) is None and not (part.ragged and name in optional):
                     where = self.label if len(self.parts) == 1 else f"{self.label}: {part.name}"
                     raise InputError(f"{where} has no column {shown(name)}; it has {listed(own)}{nearest(name, own)}")
         return found
@@ -124,7 +124,7 @@ class RawTable:
         several = len(self.parts) > 1
         for part in self.parts:
             own = [*part.columns, *part.fixed]
-            roots = None if self._wanted is None else [_column_of(name, own) or name for name in self._wanted]
+            roots = None if self._wanted is None else [column_of(name, own) or name for name in self._wanted]
             narrow = self._wanted is not None and (roots != self._wanted)
             wanted = None if roots is None else [name for name in roots if name not in part.fixed]
             for place, cells in part.rows(wanted, notes):
@@ -143,7 +143,8 @@ def listed(names: Sequence[object], *, most: int = 20) -> str:
     return ", ".join(f"{name!s:.60}" for name in names[:most]) + more
 
 
-def _column_of(name: str, columns: Sequence[str]) -> str | None:
+def column_of(name: str, columns: Sequence[str]) -> str | None:
+    """The column in which ``name`` is found, as :meth:`RawTable.column_of` says."""
     if name in columns:
         return name
     if name.isdecimal() and f"column{name}" in columns:
@@ -157,7 +158,7 @@ def _value(name: str, cells: Mapping[str, Any], place: str) -> Any:
     """The cell of a column, or what lies at the nested name in it; None where the mappings end earlier."""
     if name in cells:
         return cells[name]
-    root = _column_of(name, list(cells))
+    root = column_of(name, list(cells))
     if root is None:
         return None
     value = cells[root]
