@@ -121,9 +121,7 @@ def placement_arguments(
         check_one_of("device_map", device_map, DEVICE_MAPS)
     if quantization is not None:
         _require("quantization", quantization, ("bitsandbytes", "accelerate"), extra="quantization")
-        # They warn for every layer and batch that inputs become float16, and about a missing kernel without a backward pass.
-        for noisy in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
+        quiet_bitsandbytes()
         return {
             "quantization_config": BitsAndBytesConfig(load_in_8bit=True)
             if quantization == "8bit"
@@ -134,6 +132,15 @@ def placement_arguments(
         _require("device_map", device_map, ("accelerate",), extra="peft")
         return {"device_map": device_map}
     return {}
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep bitsandbytes from its warnings, also those of its import, which peft does too.
+
+    It warns for every layer and batch that inputs become float16, and about a missing kernel without a backward pass.
+    """
+    for noisy in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def check_exact_products(model: PreTrainedModel) -> None:

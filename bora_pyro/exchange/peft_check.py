@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bora_pyro.backbone.backbone import Change
+from bora_pyro.backbone.loading import quiet_bitsandbytes
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.load import PeftAdapter, read_peft
@@ -100,6 +101,7 @@ def check_with_peft(
 
 def _loaded(folder: str | Path, model: BoRA, written: PeftAdapter) -> Any:
     """The base with the adapter through PEFT, after a check of its layers and matrices."""
+    quiet_bitsandbytes()
     from peft import PeftModel  # an optional package, and slow to import
 
     loaded = PeftModel.from_pretrained(model.backbone.model, str(folder)).eval()
