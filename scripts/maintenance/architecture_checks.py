@@ -41,6 +41,8 @@ from bora_pyro.predict.generate import generate_side_by_side
 from bora_pyro.runs.folder import RunFolder
 
 OK, REFUSED, FAULT = "ok", "refused", "fault"
+#: The beginning of the line of a type of which there is no tiny model.
+UNBUILT = "transformers cannot build a tiny one"
 #: The checks in their order, which are the columns of the table.
 CHECKS = ("logits", "causality", "padding", "mixed_batch", "import", "all_linear", "generation", "checkpointing", "fit", "resume")
 #: Largest difference of two logits, as a fraction of their spread. Float32 gives 1e-6 to 1e-4; the caches of some state spaces
@@ -91,7 +93,7 @@ def check_type(model_type: str, folder: Path, *, fits: bool) -> Outcome:
     try:
         case = Case(tiny_model(model_type), folder)
     except Exception as error:  # transformers cannot build it: the command line must say so in one line
-        outcome.lines.append(f"transformers cannot build a tiny one: {_shown(error)}")
+        outcome.lines.append(f"{UNBUILT}: {_shown(error)}")
         outcome.cells["fit"] = _run("fit", lambda: _check_unbuilt(model_type, folder), outcome)
         return outcome
     outcome.kind = type(case.base).__name__

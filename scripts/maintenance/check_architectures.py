@@ -24,7 +24,7 @@ import pandas as pd
 import peft
 import torch
 import transformers
-from architecture_checks import CHECKS, FAULT, REFUSED, Outcome, check_type
+from architecture_checks import CHECKS, FAULT, REFUSED, UNBUILT, Outcome, check_type
 from tiny_architectures import causal_types
 
 from bora_pyro.errors import InputError, nearest
@@ -116,7 +116,8 @@ loads, and checks it with this library. This page is made by the script from `re
 {transformers}, PEFT {peft}, torch {torch}).
 
 {total} types, encoders as decoders (`is_decoder: true`) among them: **{works} work, {refused} are refused** with one line
-before anything is written, {fault} have a fault.
+before anything is written, {fault} have a fault. Of the refused ones, {unbuilt} are types of which transformers could not build
+a tiny model here, so their adapters could not be tried.
 
 A type works if all of this holds for its tiny model:
 
@@ -157,6 +158,7 @@ def page(table: pd.DataFrame) -> str:
         works=counts.get("works", 0),
         refused=counts.get(REFUSED, 0),
         fault=counts.get(FAULT, 0) or "none",
+        unbuilt=int(table["lines"].str.contains(UNBUILT, regex=False).sum()) or "none",
         working=_markdown(("type", "class", "usual targets", "remarks"), working),
         refusing=_markdown(("type", "class", "the line"), refusing),
     )
