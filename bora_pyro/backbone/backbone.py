@@ -183,7 +183,7 @@ class Backbone:
         """The largest id that the tokenizer can give; None if there is no tokenizer, or if it has no list of its tokens."""
         try:
             return None if self.tokenizer is None else max(self.tokenizer.get_vocab().values(), default=0)
-        except NotImplementedError:
+        except NotImplementedError:  # the tokenizer has no list; the tokens of the documents are checked instead
             return None
 
     @cached_property

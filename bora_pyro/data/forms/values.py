@@ -21,6 +21,7 @@ import pandas as pd
 
 from bora_pyro.data.files import check_unicode, one_line
 from bora_pyro.errors import InputError, shown
+from bora_pyro.files.json_keys import RepeatedKeyError, without_repeats
 
 #: How deep values may be nested. The schema of a tool needs some ten levels.
 MOST_LEVELS = 60
@@ -77,19 +78,10 @@ def parse_json(text: str, where: str, *, give: str = "JSON text") -> Any:
     Raises:
         InputError: the text is not JSON, or an object in it has a key twice.
     """
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise InputError(f"{where} has the key {key[:60]!r} twice in one JSON object; keep one of them")
-            found[key] = value
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=without_duplicates)
-    except InputError:
-        raise
+        return json.loads(text, object_pairs_hook=without_repeats)
+    except RepeatedKeyError as error:
+        raise InputError(f"{where} has the key {error.key[:60]!r} twice in one JSON object; keep one of them") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON ({error.msg}); give {give}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists a thousand deep

@@ -104,6 +104,7 @@ class DataFile:
         """Turn the errors of damaged files into ``InputError``."""
         try:
             yield
+        # zipfile raises NotImplementedError for methods that it does not know, and RuntimeError for encrypted members
         except (zlib.error, lzma.LZMAError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
             raise self.damaged(error) from error
         except OSError as error:

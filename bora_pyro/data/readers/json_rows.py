@@ -24,6 +24,7 @@ from bora_pyro.data.readers.raw import Part, Row, listed
 from bora_pyro.data.readers.text_stream import TextStream
 from bora_pyro.data.readers.texts import check_unicode, kind_of, one_line
 from bora_pyro.errors import InputError, shown
+from bora_pyro.files.json_keys import RepeatedKeyError, without_repeats
 from bora_pyro.files.limits import check_cells
 
 _SPACE = " \t\n\r"
@@ -101,26 +102,14 @@ def open_json(file: DataFile, reading: ReadingOptions) -> Part:
     return Part(file.label, list(columns), rows, notes, ragged=True)
 
 
-class _TwiceError(ValueError):
-    """A key stands twice in one JSON object."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(next(name for name in names if names.count(name) > 1))
-    return found
-
-
-_STRICT = JSONDecoder(object_pairs_hook=_once)
+_STRICT = JSONDecoder(object_pairs_hook=without_repeats)
 
 
 def _object(line: str, where: str, *, strict: bool = False) -> dict[str, Any]:
     try:
         row = _STRICT.decode(line) if strict else json.loads(line)
-    except _TwiceError as error:
-        raise InputError(f"{where}: the key {shown(error.args[0])} stands twice in one object; write it once") from None
+    except RepeatedKeyError as error:
+        raise InputError(f"{where}: the key {shown(error.key)} stands twice in one object; write it once") from None
     except (ValueError, RecursionError) as error:  # RecursionError: lists a thousand deep
         what = getattr(error, "msg", None) or one_line(error)
         hint = "; for a list of objects name the file .json" if line.lstrip()[:1] == "[" else ""
@@ -134,8 +123,8 @@ def _decoded(text: str, start: int, label: str) -> tuple[Any, int]:
     where = f"{label}, line {text.count(chr(10), 0, start) + 1}"
     try:
         return _STRICT.raw_decode(text, start)
-    except _TwiceError as error:
-        raise InputError(f"{where}: the key {shown(error.args[0])} stands twice in one object; write it once") from None
+    except RepeatedKeyError as error:
+        raise InputError(f"{where}: the key {shown(error.key)} stands twice in one object; write it once") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{label}, line {error.lineno}: not JSON ({error.msg}); write a list of objects") from None
     except (ValueError, RecursionError) as error:

@@ -49,7 +49,7 @@ class TextStream:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.file.problems())
             self._bytes = stack.enter_context(contextlib.closing(self.file.open()))
-            head = self._bytes.peek(_HEAD)[:_HEAD]  # type: ignore[attr-defined]
+            head = self._bytes.peek(_HEAD)[:_HEAD]  # type: ignore[attr-defined]  # a BufferedReader
             mark = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
             self.encoding = self._encoding(mark)
             if self.given is None and mark not in (None, "utf-8-sig"):
@@ -65,7 +65,7 @@ class TextStream:
             with contextlib.suppress(OSError):
                 self._bytes.close()
             raise self._undecodable() from None
-        return self._closing.__exit__(kind, error, trace)  # type: ignore[arg-type]
+        return self._closing.__exit__(kind, error, trace)  # type: ignore[arg-type]  # the types of an exit are exact in contextlib
 
     def __iter__(self) -> Iterator[str]:
         pending = self.pending
@@ -82,7 +82,7 @@ class TextStream:
         """Say that the row of the pending lines is done: its bytes no longer count, unless the whole table is kept."""
         self.pending.clear()
         if not self.file.whole:
-            self._bytes.raw.budget.renew()  # type: ignore[attr-defined]
+            self._bytes.raw.budget.renew()  # type: ignore[attr-defined]  # its raw stream counts bytes
 
     def read(self) -> str:
         """The whole text."""
