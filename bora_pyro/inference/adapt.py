@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,10 @@ from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
 from bora_pyro.errors import InputError, check_at_least, check_one_of, nearest, shown
 from bora_pyro.guides import CURVATURE, GUIDES, make_parameters
+from bora_pyro.inference.clip_by_task import ClipByTask
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.task_groups import joined_history, joined_perplexity, of_group, task_groups
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
@@ -84,7 +87,8 @@ def adapt(
         max_tokens: longer texts are cut. Default and upper limit: the longest text that the base reads.
         scale: the initial standard deviations in units of the prior's, for guides that learn standard deviations.
         seed: seed of the order of the documents and of the guide's draws.
-        options: options of :func:`~bora_pyro.inference.fit.fit`, those in ``OPTIONS``.
+        options: options of :func:`~bora_pyro.inference.fit.fit`, those in ``OPTIONS``. ``gradient_clip`` is the largest norm of
+            each task's own gradient.
 
     Returns:
         A fit of the new tasks alone, with the same Θ and τ. If tasks were fitted in several groups, its history is the mean of
@@ -141,8 +145,9 @@ def fit_deviations(
             why = _NO_OPTIONS.get(name, f"the options of fit that it takes are {', '.join(OPTIONS)}")
             raise InputError(f"adapt has no option {name!r}: {why}{nearest(name, OPTIONS)}")
     options = {"patience": 0, "accumulate": 1} | options | {"learning_rate": learning_rate, "token_budget": token_budget}
-    options |= {"seed": seed, "task_subsampling": False}
-    # no callbacks: τ, masks and buffers stay as the fit has left them
+    # each task's gradient is clipped apart; no other callbacks: τ, masks and buffers stay as the fit has left them
+    callbacks = [ClipByTask(options.get("gradient_clip", FitOptions.gradient_clip))]
+    options |= {"seed": seed, "task_subsampling": False, "gradient_clip": math.inf}
     # a task without documents keeps these initial values: Θ, with the prior's standard deviation
     joint_guide = GUIDES[guide](model, scale=1.0)
     make_parameters(joint_guide, model)
@@ -151,10 +156,10 @@ def fit_deviations(
         group_model, group_data = of_group(model, data, group)
         batches = len(group_data.train.batches(token_budget=token_budget, seed=seed))
         options["epochs"] = -(-steps // -(-batches // options["accumulate"]))
-        group_fit = fit(group_model, group_data, callbacks=[], **options)
+        group_fit = fit(group_model, group_data, callbacks=callbacks, **options)
         if guide != "map":
             around = GUIDES[guide](group_model, group_fit.sites(), scale=scale)
-            group_fit = fit(group_model, group_data, guide=around, callbacks=[], **options)
+            group_fit = fit(group_model, group_data, guide=around, callbacks=callbacks, **options)
         _copy_rows(joint_guide, group, group_fit.guide)
         fits.append(group_fit)
         sizes.append((group_data.train.num_tokens, group_data.validation.num_tokens))

@@ -81,6 +81,9 @@ class Callback:
             InputError: the callback cannot work with this model or these documents.
         """
 
+    def before_step(self, loop: FitLoop) -> None:
+        """Called before each step of the optimiser. The gradient is complete and clipped; a callback may change it."""
+
     def after_step(self, loop: FitLoop) -> None:
         """Called after each step of the optimiser."""
 

@@ -222,8 +222,9 @@ class Loop:
         norm = all_reduce_gradient(self.processes, self.state.shared, self.state.own, sums)
         if not torch.stack([*sums, norm.to(sums)]).isfinite().all():
             raise self._non_finite(f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1})")
-        parameters = [value for value in (*self.state.shared, *self.state.own) if value.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.options.gradient_clip, norm)
+        torch.nn.utils.clip_grads_with_norm_([*self.state.shared, *self.state.own], self.options.gradient_clip, norm)
+        for callback in self.callbacks:
+            callback.before_step(self)
         self.state.step(rate)
         return sums.cpu()
 

@@ -14,6 +14,7 @@ import bora_pyro as bp
 from bora_pyro import (
     Backbone,
     BoRA,
+    CausalLM,
     HierarchicalNormal,
     Independent,
     InputError,
@@ -27,7 +28,10 @@ from bora_pyro import (
 )
 from bora_pyro.adapters import SharedPlusTaskLoRA
 from bora_pyro.data.subset import subset
+from bora_pyro.guides import map_guide
 from bora_pyro.inference.adapt import ALLOWED, given_model, load_new_tasks
+from bora_pyro.inference.callbacks import Callback
+from bora_pyro.inference.clip_by_task import ClipByTask
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.task_groups import task_groups
 from bora_pyro.priors import Given, HierarchicalNorm, RandomPrecision, with_shared
@@ -102,6 +106,7 @@ def test_the_family_of_the_fit_stays(fits):
 
 PRIORS = {
     "normal": lambda: HierarchicalNormal(30.0),
+    "weak": lambda: HierarchicalNormal(0.1),
     "centered": lambda: HierarchicalNormal(30.0, form="centered"),
     "learned": lambda: LearnedPrecision(start=30.0, every=2),
     "learned by task": lambda: LearnedPrecision("task", start=30.0, every=2),
@@ -183,15 +188,44 @@ def without(data, name):
     return dataclasses.replace(data, **{name: data.train.subset(torch.arange(0))})
 
 
-def test_a_task_is_as_it_is_alone_whatever_stands_beside_it(fits):
+@pytest.mark.parametrize("limit", [math.inf, 1.0, 0.05])
+@pytest.mark.parametrize("prior", ["normal", "weak"])
+def test_a_task_is_as_it_is_alone_whatever_stands_beside_it(fits, prior, limit):
     """Tasks of one batch, of several batches and without documents, to the last digits that a sum's order leaves."""
     data = without(tiny_data((2, 9, 0, 1, 3, 40)), "validation")
-    options = {"steps": 7, "token_budget": 36, "learning_rate": 0.05, "gradient_clip": math.inf}
-    beside = adapt(fits("normal"), data, **options).weights()[0]
+    options = {"steps": 7, "token_budget": 36, "learning_rate": 0.05, "gradient_clip": limit}
+    fitted = fits(prior)
+    beside, start = adapt(fitted, data, **options).weights()
     for d, task in enumerate(data.tasks):
-        alone = adapt(fits("normal"), subset(data, [task]), **options).weights()[0]
+        alone = adapt(fitted, subset(data, [task]), **options).weights()[0]
         for name, value in alone.items():
-            torch.testing.assert_close(beside[name][d], value[0], rtol=1e-3, atol=1e-4)
+            assert (beside[name][d] - value[0]).norm() <= 1e-4 * (value[0] - start[name]).norm()
+
+
+@pytest.mark.parametrize("unit", ["tokens", "documents"])
+def test_the_gradient_of_each_task_is_clipped_by_its_own_norm(fits, unit):
+    """It is that of the task's own objective, with its weight; a task without documents has none."""
+    data, weights = without(tiny_data((2, 0, 5)), "validation"), torch.tensor([2.0, 1.0, 0.5])
+    model = given_model(fits("weak"), 3)
+    model.likelihood = CausalLM(unit, task_weights=weights)
+    guide, limit, norms = map_guide(model), 0.1, []
+
+    class Norms(Callback):
+        def before_step(self, loop):
+            norms.append([float(torch.stack([p.grad[d].norm() for p in guide.parameters()]).norm()) for d in range(3)])
+
+    fit(model, data, guide=guide, epochs=1, callbacks=[Norms(), ClipByTask(limit), Norms()], gradient_clip=math.inf)
+    of_row = data.train.predicted if unit == "tokens" else torch.ones_like(data.train.predicted)
+    observations = weights * torch.zeros(3).index_add_(0, data.train.task, of_row.float())
+    (whole, clipped), total = norms, observations.sum()
+    for d in (0, 2):
+        own = whole[d] * float(total / observations[d])
+        assert own > limit
+        assert clipped[d] == pytest.approx(limit, rel=1e-3)
+    assert whole[1] == clipped[1] == 0
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(InputError, match=r"gradient_clip is .*; give a number above 0, or inf for no clipping"):
+            adapt(fits("weak"), data, gradient_clip=bad)
 
 
 def test_steps_are_those_of_each_task(fits):
