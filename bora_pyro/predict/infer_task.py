@@ -49,7 +49,8 @@ class TaskCalibration:
         temperature: T. The model treats the tokens of a text as independent evidence for a task. They are not, so p(d | text) is
             overconfident at T = 1.
         bias: b_d by name of the task, 0 for tasks without an entry. Adapters of tasks with many or general documents give a high
-            likelihood to every text. Without a bias the other tasks would rarely be inferred.
+            likelihood to every text. Without a bias the other tasks would rarely be inferred. Biases that were fitted have the
+            mean 0, which is also the bias of a text of no task.
 
     Raises:
         InputError: if the temperature is not a finite number above 0, or a bias is not finite.
@@ -103,14 +104,10 @@ class TaskProbabilities:
 
     @property
     def log_prob(self) -> Tensor:
-        """(texts, candidates) log p(d | text). The calibration only affects the known tasks, not p(unknown | text)."""
-        known = slice(len(self.known))
-        bias = torch.tensor([self.calibration.bias.get(task, 0.0) for task in self.known])
-        logits = self.log_likelihood[:, known] / self.calibration.temperature + self.log_prior[known] + bias
-        if not self.unknown:
-            return logits.log_softmax(1)
-        log_unknown = (self.log_likelihood + self.log_prior).log_softmax(1)[:, -1:]
-        return torch.cat([logits.log_softmax(1) + (-log_unknown.expm1()).log(), log_unknown], 1)
+        """(texts, candidates) log p(d | text), with one temperature for all candidates. The bias of ``unknown`` is 0."""
+        known = [self.calibration.bias.get(task, 0.0) for task in self.known]
+        bias = torch.tensor(known + [0.0] * self.unknown, dtype=torch.float64)
+        return (self.log_likelihood / self.calibration.temperature + self.log_prior + bias).log_softmax(1)
 
     @property
     def probabilities(self) -> Tensor:
@@ -145,7 +142,8 @@ class TaskProbabilities:
             task: (texts,) int64, the index of each text's true task.
 
         Returns:
-            The mode of the posterior of T and b. The candidate ``unknown`` is not used.
+            The mode of the posterior of T and b. There the mean of b is 0. No text here is of the candidate ``unknown``, so it is
+            not used; :attr:`log_prob` has the same T for it.
 
         Raises:
             InputError: if there is not one task per text, an index is not that of a known task, or a task has p(d) = 0.

@@ -140,10 +140,25 @@ def test_a_task_may_be_called_unknown():
     names, nothing = ["a", UNKNOWN, "none of the tasks"], torch.zeros(3, dtype=torch.float64)
     beside = TaskProbabilities(names, nothing.expand(4, 3), nothing, torch.ones(4), unknown=True)
     odds = beside.at(TaskCalibration(bias={UNKNOWN: 2.0})).log_prob[0]
-    known = torch.tensor([0.0, 2.0], dtype=torch.float64).softmax(0)
-    torch.testing.assert_close(odds.exp(), torch.cat([known * 2 / 3, torch.tensor([1 / 3], dtype=torch.float64)]))
+    torch.testing.assert_close(odds, torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64).log_softmax(0))
     with pytest.raises(InputError, match="the bias of task 'unknow' is of none of the 2 candidates; did you mean 'unknown'"):
         beside.at(TaskCalibration(bias={"unknow": 1.0}))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1e9])
+def test_one_temperature_holds_for_all_candidates(fitted, temperature):
+    """p(c | text) ∝ p(c) p(text | c)^(1/T) exp(b_c) for tasks and ``unknown`` alike, whose b is 0."""
+    split = tiny_split((3, 2, 4), seed=7)
+    bias = {"task 0": 0.7, "task 2": -0.4}
+    found = infer_task(fitted, split, unknown=0.25, draws=5, calibration=TaskCalibration(temperature, bias))
+    expected = found.log_prior.exp() * torch.tensor([math.exp(0.7), 1.0, math.exp(-0.4), 1.0], dtype=torch.float64)
+    expected = expected * found.log_likelihood.exp() ** (1 / temperature)
+    torch.testing.assert_close(found.probabilities, expected / expected.sum(1, keepdim=True))
+    # among the tasks it is the calibrated table without the candidate
+    known = infer_task(fitted, split, calibration=TaskCalibration(temperature, bias))
+    among = found.probabilities[:, :3] / found.probabilities[:, :3].sum(1, keepdim=True)
+    torch.testing.assert_close(among, known.probabilities)
+    assert found.table()["p unknown"].tolist() == pytest.approx(found.probabilities[:, 3].tolist())
 
 
 def test_unknown_has_no_part_in_the_calibration(fitted):
@@ -153,6 +168,7 @@ def test_unknown_has_no_part_in_the_calibration(fitted):
     assert set(beside.bias) == set(fitted.tasks)
     assert beside.temperature == pytest.approx(alone.temperature, rel=1e-4)
     assert beside.bias == pytest.approx(alone.bias, abs=1e-5)
+    assert sum(alone.bias.values()) == pytest.approx(0, abs=1e-6)  # the bias of ``unknown`` is their mean
     given = infer_task(fitted, split, prior="flat", calibration=alone)
     torch.testing.assert_close(given.log_prob, infer_task(fitted, split, prior="flat").at(alone).log_prob)
     with pytest.raises(InputError, match="9 tasks of 9 texts given; give the index of each, from 0 to 2"):
