@@ -1,0 +1,374 @@
+"""Compare BoRA with what else one would do with LoRA for many tasks, on the same documents, through PEFT and transformers.
+
+    python scripts/experiments/compare_peers.py --fit_config results/documentation.yaml --output results/peers_documentation.csv
+
+All arms have the same base, layers, rank, documents, batches in the same order, epochs, schedule and early stopping, and the same
+averaging of iterates (``--averaging false``: none has it). They are scored by the same code. The arms:
+
+- ``base``: no adapter.
+- ``bora_learned``, ``bora_inf`` (one adapter for all), ``bora_0`` (one a task), ``bora_100`` or any other τ.
+- ``peft_one``: one LoRA for all tasks.
+- ``peft_each``: one LoRA a task. Each is stopped by its own validation documents.
+- ``peft_one_then_each``: half of the epochs (rounded up) one LoRA for all, then the other half one a task from there.
+- ``peft_soup``, ``peft_soup_delta``: the mean over tasks of the adapters of ``peft_each``: of (A, B), and of the changes B A.
+- ``peft_task_id``: one LoRA, with the name of the task as the first line of each document. The name is read, not predicted.
+- ``peft_big``: one LoRA of rank D r, as many parameters as one a task have, or the largest rank that the layers have room for.
+- ``hydra``: an A for all tasks and a B for each, as in HydraLoRA without its router: the task is known.
+
+With the first seed each arm is fitted at several learning rates, and the one with the lowest validation perplexity is used for
+the other seeds (other splits, starts and orders). The test split is only reported. Every fit is a process of its own
+(``peer_fits.py``), and its rows are written when it ends. If the comparison is interrupted, the same command goes on. Rows store
+the options that matter; a table with other options is refused.
+
+The columns: ``averaged`` is the share of tasks whose kept state is an average; ``adapter_bytes`` are PEFT folders (with Θ, where
+there is one); ``training_tokens`` are predicted tokens of all steps; ``tau_A`` and ``tau_B`` are geometric means of τ over the
+entries of A and of B; ``tasks`` is JSON with each task's documents and perplexities. The soups have the cost of ``peft_each``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from peer_fits import BORA, PEFT_ARMS, SOUPS, FitOf
+from scipy import stats
+
+from bora_pyro.data.tables import check_source
+from bora_pyro.diagnostics.sweep_table import number_text
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import option
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.tau_sweep import SEARCHES
+from bora_pyro.runs.results_table import read_results, write_results
+from bora_pyro.runs.sweep import Fits, interrupts, next_rates
+
+ARMS = (
+    "base", "bora_learned", "bora_inf", "bora_0", "peft_one", "peft_each", "peft_one_then_each", *SOUPS, "peft_task_id",
+    "peft_big", "hydra",
+)  # fmt: skip
+REFERENCE = "bora_learned"
+KEYS = ["arm", "learning_rate", "seed"]
+COLUMNS = [
+    *KEYS, "validation_perplexity", "test_perplexity", "best_epoch", "averaged", "training_tokens", "trainable_parameters",
+    "rank", "adapter_bytes", "seconds", "peak_memory_bytes", "tau_A", "tau_B", "logit_difference", "documents_digest", "options",
+    "tasks",
+]  # fmt: skip
+#: Options of a fit that an arm sets itself, or that do not change its result.
+NOT_SHARED = {
+    "tau", "tau_per", "tau_start", "prior", "prior_option", "prior_form", "penalty", "start_as", "learning_rate", "seed",
+    "output_dir", "overwrite", "resume", "threads", "device", "trackers", "export_adapters", "checkpoint_every",
+    "checkpoint_minutes", "keep_checkpoints", "task_memory",
+}  # fmt: skip
+BOOTSTRAP = 10_000
+
+
+class Run(NamedTuple):
+    """One fit; ``arm`` is the arm that is trained."""
+
+    arm: str
+    rate: str
+    seed: int
+
+
+@dataclass(kw_only=True)
+class PeersConfig(FitOf):
+    """Compare BoRA with other uses of LoRA for many tasks, through PEFT and transformers."""
+
+    arms: list[str] = option([*ARMS], f"which arms; bora_ with any tau is one, as bora_100 (default: {' '.join(ARMS)})")
+    rates: list[str] = option(
+        ["0.001", "0.003", "0.01", "0.03", "0.1"], "the grid of learning rates (default: 0.001 0.003 0.01 0.03 0.1)"
+    )
+    search: str = option("climb", "climb: from the grid's middle to the nearest minimum; grid: all rates", choices=SEARCHES)
+    seeds: int = option(3, "number of seeds, from 0", least=1)
+    jobs: int = option(1, "fits that run at the same time, each with --threads threads", least=1)
+    output: str = option("results/peers_documentation.csv", "the table, one row a fit and arm; fits that it has are not repeated")
+
+    def validate(self) -> None:
+        """Check the values."""
+        super().validate()
+        for arm in self.arms:
+            check_arm(arm)
+        try:
+            self.rates = sorted({number_text(rate) for rate in self.rates}, key=float)
+            usable = all(0 < float(rate) < math.inf for rate in self.rates)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise InputError(f"rates has {' '.join(self.rates)}; give finite numbers above 0")
+        self.fit()
+
+
+def check_arm(arm: str) -> None:
+    """Raise ``InputError`` if there is no such arm.
+
+    >>> check_arm("bora_1e3")
+    >>> check_arm("bora_fast")
+    Traceback (most recent call last):
+    bora_pyro.errors.InputError: arm bora_fast has no tau; give a number from 0 up, inf or learned, as in bora_100
+    """
+    if arm.startswith(BORA) and arm not in ARMS:
+        try:
+            usable = float(arm.removeprefix(BORA)) >= 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise InputError(f"arm {arm} has no tau; give a number from 0 up, inf or learned, as in bora_100")
+    elif arm not in ARMS:
+        raise InputError(f"arm {arm!r} is not known; known: {', '.join(ARMS)}{nearest(arm, ARMS)}")
+
+
+def trained_arm(arm: str) -> str:
+    """The arm whose fit gives an arm.
+
+    >>> trained_arm("peft_soup"), trained_arm("peft_one")
+    ('peft_each', 'peft_one')
+    """
+    return "peft_each" if arm in SOUPS else arm
+
+
+def shared_options(config: FitOf) -> dict[str, Any]:
+    """What must be the same in all rows: the options of the fits that are not the defaults, and the averaging."""
+    fit, usual = config.fit(), MapFitConfig()
+    found = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit) if field.name not in NOT_SHARED}
+    found = {name: value for name, value in found.items() if value != getattr(usual, name)}
+    found["data"] = [Path(name).name for name in (fit.data if isinstance(fit.data, list) else [fit.data])]  # the digest says more
+    return found | {"averaging": config.averaging}
+
+
+def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first option that differs, in words.
+
+    >>> first_difference({"epochs": 3}, {"epochs": 4}), first_difference({}, {"rank": 4}), first_difference({}, {})
+    ('epochs 3 instead of 4', 'the usual rank instead of 4', None)
+    """
+    for name in sorted({*stored, *now}):
+        if (old := stored.get(name)) != (new := now.get(name)):
+            was = f"the usual {name}" if name not in stored else f"{name} {old}"
+            return f"{was} instead of {new if name in now else 'the usual one'}"
+    return None
+
+
+class Comparison:
+    """The table, and the fits that fill it."""
+
+    def __init__(self, config: PeersConfig) -> None:
+        self.config, self.options = config, shared_options(config)
+        self.table = read_results(config.output, KEYS)
+        if len(self.table):
+            missing = [name for name in COLUMNS if name not in self.table]
+            if missing:
+                raise InputError(f"output {config.output} has no column {missing[0]!r}; give another file for the table")
+            for stored in self.table.options.unique():
+                if difference := first_difference(json.loads(stored), json.loads(json.dumps(self.options))):
+                    raise InputError(f"output {config.output} has rows with {difference}; give another --output, or move it away")
+        self.failed: dict[Run, str] = {}
+        self.started: set[Run] = set()
+
+    def scores(self, arm: str, seed: int) -> dict[str, float]:
+        """Validation perplexity by learning rate of the fits that were tried."""
+        rows = self.table[(self.table.arm == arm) & (self.table.seed == seed)].to_dict("records") if len(self.table) else []
+        found = {number_text(row["learning_rate"]): float(row["validation_perplexity"]) for row in rows}
+        failed = {run.rate: math.inf for run in self.failed if run.arm == trained_arm(arm) and run.seed == seed}
+        return failed | found
+
+    def best_rate(self, arm: str) -> str | None:
+        """The learning rate of lowest validation perplexity with the first seed."""
+        scores = {rate: score for rate, score in self.scores(arm, 0).items() if score < math.inf}
+        return min(scores, key=lambda rate: scores[rate]) if scores else None
+
+    def next_runs(self, arm: str) -> list[Run]:
+        """The fits of an arm to do next."""
+        config, middle = self.config, self.config.rates[(len(self.config.rates) - 1) // 2]
+        if arm == "base":
+            wanted = [Run(arm, middle, seed) for seed in range(config.seeds) if not self.scores(arm, seed)]
+        else:
+            tried = {rate: score for rate, score in self.scores(arm, 0).items() if rate in config.rates}
+            wanted = [Run(trained_arm(arm), rate, 0) for rate in next_rates(config.rates, tried, config.search)]
+            best = self.best_rate(arm)
+            if not wanted and best is not None:
+                seeds = [seed for seed in range(1, config.seeds) if best not in self.scores(arm, seed)]
+                wanted = [Run(trained_arm(arm), best, seed) for seed in seeds]
+        return [run for run in wanted if run not in self.started]
+
+    def run_all(self) -> None:
+        """Do all fits that the table does not have.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; finished fits are in the table.
+        """
+        config = self.config
+        fits, waiting = Fits((str(Path(__file__).with_name("peer_fits.py")),), config.jobs), dict[Future[str | None], Run]()
+        with tempfile.TemporaryDirectory() as folder, interrupts() as interrupted:
+
+            def file(run: Run) -> Path:
+                return Path(folder) / f"{run.arm}-{run.rate}-{run.seed}.json"
+
+            def begin() -> None:
+                for arm in config.arms:
+                    for run in self.next_runs(arm):
+                        self.started.add(run)
+                        waiting[fits.start(self.words(run, file(run)))] = run
+
+            try:
+                begin()
+                while waiting:
+                    done = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+                    for future in done:
+                        run = waiting.pop(future)
+                        if reason := future.result():
+                            self.failed[run] = reason
+                            which = f"{run.arm}, rate {run.rate}, seed {run.seed}"
+                            print(f"error: the fit of {which} failed: {reason}", file=sys.stderr, flush=True)
+                        else:
+                            self.add(run, json.loads(file(run).read_text(encoding="utf-8")))
+                        begin()
+            finally:
+                fits.stop()
+
+    def words(self, run: Run, result: Path) -> list[str]:
+        """The command line of a fit."""
+        config = self.config
+        given = {field.name: getattr(config, field.name) for field in dataclasses.fields(FitOf)}
+        given |= {"arm": run.arm, "learning_rate": run.rate, "seed": run.seed, "result": result}
+        given = {name: value for name, value in given.items() if value is not None}
+        pairs = ((f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in given.items())
+        return [word for pair in pairs for word in pair]
+
+    def add(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the rows of a finished fit."""
+        for row in rows:
+            if len(self.table):
+                own = self.table[self.table.seed == run.seed]
+                if (own.documents_digest != row["documents_digest"]).any():
+                    raise InputError(
+                        f"output {self.config.output} has fits of seed {run.seed} to other documents; give another --output"
+                    )
+            about = {"learning_rate": float(run.rate), "seed": run.seed, "options": json.dumps(self.options, sort_keys=True)}
+            whole = dict.fromkeys(COLUMNS) | about | dict(row) | {"tasks": json.dumps(row["tasks"], ensure_ascii=False)}
+            new = pd.DataFrame([whole])[COLUMNS]
+            self.table = pd.concat([self.table, new.astype(object)], ignore_index=True) if len(self.table) else new
+            scores = f"validation {row['validation_perplexity']:.3f}, test {row['test_perplexity']:.3f}"
+            print(f"{row['arm']:<20} rate {run.rate:>6}  seed {run.seed}: {scores}  ({row['seconds']:.0f} s)", flush=True)
+        write_results(self.table, self.config.output)
+
+    def chosen(self, arm: str) -> pd.DataFrame:
+        """The rows of an arm at its best rate, one a seed, by seed."""
+        rate = self.best_rate(arm)
+        rows = self.table[(self.table.arm == arm) & (self.table.seed < self.config.seeds)]
+        at = rows.learning_rate.astype(float) == (math.nan if rate is None else float(rate))
+        return (rows if arm == "base" else rows[at]).drop_duplicates("seed").set_index("seed").sort_index()
+
+    def summary(self) -> str:
+        """The table in Markdown."""
+        chosen = {arm: rows for arm in self.config.arms if len(rows := self.chosen(arm))}
+        reference = chosen.get(REFERENCE, self.chosen(REFERENCE))
+        header = ["arm", "rate", "validation", "test", "by seed (95 %)", "by task (95 %)"]
+        header += ["trained parameters", "MB", "seconds", "peak GiB", "fits"]
+        lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+        for arm, rows in sorted(chosen.items(), key=lambda item: float(item[1].validation_perplexity.astype(float).mean())):
+            rate = "" if arm == "base" else number_text(float(rows.learning_rate.iloc[0]))
+            perplexities = [_mean_sd(rows[f"{name}_perplexity"]) for name in ("validation", "test")]
+            paired = ["", ""] if arm == REFERENCE else [by_seed(rows, reference), by_task(rows, reference)]
+            numbers = rows[["trainable_parameters", "adapter_bytes", "seconds", "peak_memory_bytes"]].astype(float)
+            parameters, size, seconds, _ = numbers.mean()
+            cost = [f"{parameters:,.0f}", f"{size / 1e6:.2f}", f"{seconds:.0f}", f"{numbers.peak_memory_bytes.max() / 2**30:.2f}"]
+            lines.append(f"| {' | '.join([arm, rate, *perplexities, *paired, *cost, str(len(rows))])} |")
+        return "\n".join([*lines, *self.notes(chosen)])
+
+    def notes(self, chosen: Mapping[str, pd.DataFrame]) -> Iterator[str]:
+        """What to know of the table."""
+        yield (
+            "by seed, by task: 100 (test perplexity of the arm / that of bora_learned - 1), paired by seed, with an interval "
+            "over seeds (Student's t) or over tasks (bootstrap); above 0: bora_learned is better"
+        )
+        rates = self.config.rates
+        for arm in chosen:
+            if arm != "base" and len(rates) > 1 and (rate := self.best_rate(arm)) in (rates[0], rates[-1]):
+                yield f"note: {arm} is best at the learning rate {rate}, an end of the grid {' '.join(rates)}"
+        if REFERENCE in chosen and len(rows := chosen[REFERENCE]):
+            for factor in "AB":
+                values = rows[f"tau_{factor}"].astype(float)
+                yield f"tau of {factor} in bora_learned: {', '.join(f'{value:.3g}' for value in values)} (by seed)"
+        for arm in chosen:
+            if arm in PEFT_ARMS:
+                rank, apart = float(chosen[arm]["rank"].iloc[0]), float(chosen[arm]["logit_difference"].astype(float).max())
+                yield f"{arm}: rank {rank:g}; logits through PEFT and through this library are {apart:.1g} of their size apart"
+
+
+def by_seed(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
+    """The ratio of test perplexities, paired by seed: its geometric mean, with Student's 95 % interval over seeds.
+
+    >>> table = pd.DataFrame({"test_perplexity": [11.0, 12.1]}, index=[0, 1])
+    >>> by_seed(table, pd.DataFrame({"test_perplexity": [10.0, 11.0]}, index=[0, 1]))
+    '+10.0 % (+10.0 to +10.0)'
+    """
+    logs = np.log((rows.test_perplexity / reference.test_perplexity).dropna().astype(float).to_numpy())
+    if not len(logs):
+        return ""
+    middle = logs.mean()
+    if len(logs) < 2:
+        return _percent(middle)
+    reach = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    return f"{_percent(middle)} % ({_percent(middle - reach)} to {_percent(middle + reach)})".replace("% %", "%")
+
+
+def by_task(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
+    """The ratio of the tasks' test perplexities, paired by seed and task: its geometric mean, with a bootstrap 95 % interval.
+
+    The bootstrap draws tasks. A task's value is its mean over the seeds.
+    """
+    logs: dict[str, list[float]] = {}
+    for seed in rows.index.intersection(reference.index):
+        ours, theirs = (json.loads(str(table.tasks[seed])) for table in (reference, rows))
+        for task, of_task in ours.items():
+            if of_task["test"] is not None and theirs[task]["test"] is not None:
+                logs.setdefault(task, []).append(math.log(theirs[task]["test"] / of_task["test"]))
+    if not logs:
+        return ""
+    values = np.array([np.mean(of_task) for of_task in logs.values()])
+    draws = np.random.default_rng(0).choice(values, (BOOTSTRAP, len(values))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{_percent(values.mean())} % ({_percent(low)} to {_percent(high)})"
+
+
+def _percent(log_ratio: float) -> str:
+    return f"{100 * math.expm1(log_ratio):+.1f}"
+
+
+def _mean_sd(values: pd.Series) -> str:
+    values = values.astype(float)
+    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+
+
+def main(argv: list[str]) -> int:
+    """Run the comparison, and print its table."""
+    try:
+        config = parse_config(PeersConfig, argv, prog="compare_peers.py")
+        check_source(config.fit().data)
+        comparison = Comparison(config)
+        comparison.run_all()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(comparison.summary() if len(comparison.table) else "no fit has finished")
+    if comparison.failed:
+        print(f"error: {len(comparison.failed)} fits failed; the same command tries them again", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
