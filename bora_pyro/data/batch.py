@@ -32,6 +32,8 @@ class Batch:
         tasks: the subset of tasks that the batch updates; None means all tasks of the model.
         share: the factor of the batch's loss. It is 1/k if k batches make one step.
         own_rows: whether the weights have one row for each document of the batch, in order, instead of one for each task.
+        piece_share: (rows,) float32, for pieces of long documents: the share of each row in the predicted tokens of its document.
+            None: each row is a whole document.
     """
 
     input_ids: Tensor
@@ -43,6 +45,7 @@ class Batch:
     tasks: TaskDraw | None = None
     share: float = 1.0
     own_rows: bool = False
+    piece_share: Tensor | None = None
 
     @property
     def row(self) -> Tensor:
@@ -75,6 +78,7 @@ class Batch:
             width = int(self.attention_mask[of_part].sum(-1).max())
             part = {name: getattr(self, name)[of_part, :width] for name in ("input_ids", "attention_mask", "labels")}
             part |= {name: getattr(self, name)[of_part] for name in ("task", "index")}
+            part |= {} if self.piece_share is None else {"piece_share": self.piece_share[of_part]}
             parts.append(replace(self, **part, scale=self.scale * k, share=self.share / k))
         return parts
 
@@ -90,6 +94,7 @@ class Batch:
             tasks=None if self.tasks is None else self.tasks.to(device),
             share=self.share,
             own_rows=self.own_rows,
+            piece_share=None if self.piece_share is None else self.piece_share.to(device),
         )
 
 

@@ -175,6 +175,7 @@ class TokenFile:
             pad_token_id=pad_token_id(tokenizer),
             observed=self.observed,
             offsets=torch.from_numpy(self._offsets[places]),
+            document_index=torch.from_numpy(np.repeat(np.arange(len(pieces)), pieces)) if pieces.max(initial=0) > 1 else None,
         )
         return Tokenised(
             split,

@@ -44,7 +44,11 @@ def subset(data: TaskData, tasks: Sequence[str], *, max_train_documents: int | N
     def part(split: TokenSplit, limit: int | None = None) -> TokenSplit:
         kept = (place[split.task] >= 0).nonzero()[:, 0]
         if limit is not None:
-            kept = torch.cat([_some(kept[place[split.task[kept]] == d], limit, names[d], seed) for d in range(len(names))])
+            # whole documents, so that pieces of a long one stay together
+            firsts = split.first_pieces
+            own = [firsts[place[split.task[firsts]] == d] for d in range(len(names))]
+            firsts = torch.cat([_some(documents, limit, names[d], seed) for d, documents in enumerate(own)])
+            kept = torch.isin(split.document_of, split.document_of[firsts]).nonzero()[:, 0]
         some = split.subset(kept.sort().values)
         return some.replace(task=place[some.task], num_tasks=len(names))
 

@@ -85,7 +85,7 @@ class TaskData:
 
     def __repr__(self) -> str:
         names = ", ".join(shown(task) for task in self.tasks[:3]) + (", ..." if len(self.tasks) > 3 else "")
-        counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in SPLITS)
+        counts = ", ".join(f"{getattr(self, name).num_documents} {name}" for name in SPLITS)
         return f"TaskData({len(self.tasks)} tasks: {names}; documents: {counts})"
 
 

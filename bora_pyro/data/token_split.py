@@ -6,11 +6,14 @@ Some tokens of a document are never predicted: its first token, a prompt, and in
 TokenSplit(2 documents, 3 predicted tokens, 2 tasks)
 >>> TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2, read=[2, 1])
 TokenSplit(2 documents, 2 predicted tokens, 2 tasks)
+>>> TokenSplit.from_documents([[0, 5, 6], [0, 7], [0, 8]], task=[1, 1, 0], num_tasks=2, document_index=[4, 4, 9])
+TokenSplit(2 documents in 3 pieces, 4 predicted tokens, 2 tasks)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any, overload
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bora_pyro.data.batch import IGNORED, Batch
+from bora_pyro.data.packing import pack
 from bora_pyro.errors import InputError
 
 # Documents are sorted by length within chunks. A chunk must be large, so that the documents of a batch have nearly the same
@@ -30,6 +34,10 @@ _MIN_CHUNKS = 4
 class TokenSplit:
     """The tokens of one split: all documents in one flat tensor, with offsets.
 
+    A row is a document, or a piece of a document that was split because it is long (``long_documents: split``). The model reads
+    each row by itself, so what is said of documents here is true of pieces too. Where documents are counted, pieces of one
+    document count once: ``num_documents``, ``documents_per_task``. The number of rows is ``len(split)``.
+
     Args:
         tokens: (all tokens,) the token ids of the documents, in memory or in a memory-mapped file.
         lengths: (documents,) number of tokens of each document, at least 2, because the first is never predicted.
@@ -40,6 +48,8 @@ class TokenSplit:
         observed: (all tokens,) bool, whether a token is predicted. None: all are, except the first of each document.
         offsets: (documents,) position in ``tokens`` of the first token of each document. ``tokens`` may then have further
             tokens. None: the documents follow one another.
+        document_index: (rows,) a number for each row. Rows with the same number are pieces of one document, in order. None: each
+            row is a document.
 
     Attributes:
         predicted: (documents,) int64, number of predicted tokens of each document.
@@ -59,6 +69,7 @@ class TokenSplit:
         pad_token_id: int = 0,
         observed: Tensor | None = None,
         offsets: Tensor | None = None,
+        document_index: Tensor | None = None,
     ) -> None:
         if not len(lengths) == len(task) == len(characters) or (offsets is None and int(lengths.sum()) != len(tokens)):
             raise InputError(
@@ -93,6 +104,12 @@ class TokenSplit:
         self.predicted = _predicted(observed, self.offsets, self.lengths)
         if len(lengths) and int(self.predicted.min()) < 1:
             raise InputError(f"document {int(self.predicted.argmin())} has no token to predict; leave it out")
+        self.document_index = document_index
+        if document_index is not None:
+            if len(document_index) != len(lengths):
+                raise InputError(f"document_index has {len(document_index)} entries for {len(lengths)} rows; give one a row")
+            if bool((self.task[self.first_pieces][self.document_of] != self.task).any()):
+                raise InputError("document_index gives rows of several tasks the same number; a document has one task")
 
     @classmethod
     def from_documents(
@@ -104,6 +121,7 @@ class TokenSplit:
         characters: Sequence[int] | None = None,
         pad_token_id: int = 0,
         read: Sequence[int] | None = None,
+        document_index: Sequence[int] | None = None,
     ) -> TokenSplit:
         """Make a split from lists of token ids.
 
@@ -114,6 +132,7 @@ class TokenSplit:
             characters: number of characters of the predicted tokens of each document; default: one for each token.
             pad_token_id: the padding token of a batch.
             read: number of first tokens of each document that are not predicted; default: 1, the start.
+            document_index: a number for each document; those with the same number are pieces of one. None: each is a whole one.
         """
         lengths = torch.tensor([len(document) for document in documents], dtype=torch.int64)
         observed = None
@@ -129,11 +148,12 @@ class TokenSplit:
             num_tasks=num_tasks,
             pad_token_id=pad_token_id,
             observed=observed,
+            document_index=None if document_index is None else torch.tensor(document_index, dtype=torch.int64),
         )
 
     def subset(self, documents: Tensor) -> TokenSplit:
         """The split of the documents at positions ``documents`` (n,), in that order. The tokens are not copied."""
-        names = ("lengths", "task", "characters", "offsets")
+        names = ("lengths", "task", "characters", "offsets", *(["document_index"] if self.document_index is not None else []))
         return self.replace(**{name: getattr(self, name)[documents] for name in names})
 
     def replace(self, **changes: Any) -> TokenSplit:
@@ -143,13 +163,46 @@ class TokenSplit:
         >>> split.replace(lengths=split.lengths.clamp(max=2)).document(0).tolist()
         [0, 5]
         """
-        names = ("tokens", "lengths", "task", "characters", "num_tasks", "pad_token_id", "observed", "offsets")
+        names = ("tokens", "lengths", "task", "characters", "num_tasks", "pad_token_id", "observed", "offsets", "document_index")
         return TokenSplit(**{name: getattr(self, name) for name in names} | changes)
 
     @property
     def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.lengths)
+        """Number of documents. Pieces of one document count once; ``len(split)`` is the number of pieces."""
+        return len(self.first_pieces)
+
+    @cached_property
+    def document_of(self) -> Tensor:
+        """(rows,) int64: the position of each row's document among all documents, from 0 to ``num_documents`` - 1."""
+        if self.document_index is None:
+            return torch.arange(len(self))
+        return self.document_index.unique(return_inverse=True)[1]
+
+    @cached_property
+    def first_pieces(self) -> Tensor:
+        """(documents,) int64: the position of the first row of each document. ``subset`` of them cuts every document."""
+        rows = torch.arange(len(self))
+        if self.document_index is None or not len(self):
+            return rows
+        return rows.new_zeros(int(self.document_of.max()) + 1).scatter_reduce(
+            0, self.document_of, rows, "amin", include_self=False
+        )
+
+    @cached_property
+    def piece_share(self) -> Tensor | None:
+        """(rows,) float64: the share of each row in the predicted tokens of its document; None if each row is a document.
+
+        The shares of the pieces of a document add up to 1, so that a sum of shares counts documents.
+        """
+        if self.document_index is None:
+            return None
+        return self.predicted / self.sum_by_document(self.predicted)[self.document_of].double()
+
+    def sum_by_document(self, values: Tensor) -> Tensor:
+        """Sum the values of the pieces of each document: (rows, ...) to (documents, ...), in the order of ``first_pieces``."""
+        if self.document_index is None:
+            return values
+        return values.new_zeros((self.num_documents, *values.shape[1:])).index_add_(0, self.document_of, values)
 
     @property
     def num_tokens(self) -> int:
@@ -158,8 +211,8 @@ class TokenSplit:
 
     @property
     def documents_per_task(self) -> list[int]:
-        """N_d, the number of documents of each task."""
-        return torch.bincount(self.task, minlength=self.num_tasks).tolist()
+        """N_d, the number of documents of each task. Pieces of one document count once."""
+        return torch.bincount(self.task[self.first_pieces], minlength=self.num_tasks).tolist()
 
     @property
     def tokens_per_task(self) -> Tensor:
@@ -167,10 +220,11 @@ class TokenSplit:
         return torch.zeros(self.num_tasks, dtype=torch.int64).index_add_(0, self.task, self.lengths)
 
     def __len__(self) -> int:
-        return self.num_documents
+        return len(self.lengths)
 
     def __repr__(self) -> str:
-        return f"TokenSplit({self.num_documents} documents, {self.num_tokens} predicted tokens, {self.num_tasks} tasks)"
+        pieces = f" in {len(self)} pieces" if self.num_documents < len(self) else ""
+        return f"TokenSplit({self.num_documents} documents{pieces}, {self.num_tokens} predicted tokens, {self.num_tasks} tasks)"
 
     def document(self, index: int) -> Tensor:
         """(tokens,) int64, the token ids of one document."""
@@ -284,19 +338,5 @@ class Batches(Sequence[Batch]):
             task=split.task[index],
             index=index,
             scale=float(len(self)),
+            piece_share=None if split.piece_share is None else split.piece_share[index].float(),
         )
-
-
-def pack(lengths: np.ndarray, order: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Cut ``order`` into consecutive parts, as long as possible, with rows times longest document at most ``token_budget``."""
-    members: list[np.ndarray] = []
-    start = longest = 0
-    for position, length in enumerate(lengths[order]):
-        widened = max(longest, int(length))
-        if position > start and (position - start + 1) * widened > token_budget:
-            members.append(order[start:position].copy())
-            start, widened = position, int(length)
-        longest = widened
-    if len(order):
-        members.append(order[start:].copy())
-    return members

@@ -32,7 +32,7 @@ class Tokenised(NamedTuple):
     """The tokens of one split, and counts of the documents that were changed.
 
     Attributes:
-        split: the tokens. Each piece of a document that was split is a document here.
+        split: the tokens. Each piece of a document that was split is a row.
         num_documents: number of rows of the table that have tokens.
         num_cut: number of these rows that were cut.
         num_split: number of these rows that were split.
@@ -102,6 +102,8 @@ def tokenise(
         return Tokenised(empty, num_documents=0, num_cut=0, num_split=0, num_dropped=len(dataset))
     columns = encoded.with_format("arrow")[:]
     documents = columns.column("input_ids").combine_chunks()
+    row = _tensor(columns.column("row"))
+    pieces = row.unique(return_counts=True)[1]
     split = TokenSplit(
         _tensor(documents.flatten()),
         _tensor(documents.value_lengths()),
@@ -110,8 +112,8 @@ def tokenise(
         num_tasks=len(task_index),
         pad_token_id=pad,
         observed=_tensor(columns.column("observed").combine_chunks().flatten()) if masked else None,
+        document_index=row if len(pieces) < len(row) else None,
     )
-    pieces = np.unique(columns.column("row").to_numpy(), return_counts=True)[1]
     return Tokenised(
         split,
         num_documents=len(pieces),

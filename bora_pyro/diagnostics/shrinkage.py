@@ -281,22 +281,23 @@ def _by_task(values: Tensor) -> xr.DataArray:
 
 def _log_likelihood(fitted: Fitted, split: TokenSplit, theta: Weights) -> xr.Dataset:
     (scores,) = evaluate(fitted.model, split, theta)
-    return xr.Dataset({"documents": ("document", scores.log_likelihood.numpy())})
+    return xr.Dataset({"documents": ("document", split.sum_by_document(scores.log_likelihood).numpy())})
 
 
 def _constant(fitted: Fitted, data: TaskData, split: str) -> xr.Dataset:
     """The group ``constant_data``: the documents of a split, and the number of documents of each task."""
     documents: TokenSplit = getattr(data, split)
+    names = [fitted.tasks[d] for d in documents.task[documents.first_pieces].tolist()]
     return xr.Dataset(
         {
             "train_documents": ("task", data.train.documents_per_task),
             "test_documents": ("task", data.test.documents_per_task),
-            "document_task": ("document", np.array([fitted.tasks[d] for d in documents.task.tolist()], dtype=np.str_)),
-            "document_tokens": ("document", documents.predicted.numpy()),
+            "document_task": ("document", np.array(names, dtype=np.str_)),
+            "document_tokens": ("document", documents.sum_by_document(documents.predicted).numpy()),
             "document_checksum": ("document", _checksums(documents)),
             "parameters": sum(start.numel() for start in fitted.model.starts.values()),
         },
-        coords={"task": fitted.tasks, "document": np.arange(len(documents))},
+        coords={"task": fitted.tasks, "document": np.arange(documents.num_documents)},
     )
 
 
@@ -313,11 +314,11 @@ def _as_draw(draws: int | None, array: xr.DataArray) -> xr.DataArray:
 
 
 def _checksums(split: TokenSplit) -> np.ndarray:
-    """A CRC-32 checksum of each document, to tell different documents apart: (documents,)."""
+    """A CRC-32 checksum of each document, to tell different documents apart: (documents,). That of pieces is their sum."""
     sums = (zlib.crc32(split.document(n).numpy().tobytes()) for n in range(len(split)))
     if split.observed is not None:  # documents differ too if the same tokens have other labels
         sums = (zlib.crc32(split.labels(n).numpy().tobytes(), checksum) for n, checksum in enumerate(sums))
-    return np.fromiter(sums, dtype=np.int64, count=len(split))
+    return split.sum_by_document(torch.from_numpy(np.fromiter(sums, dtype=np.int64, count=len(split)))).numpy()
 
 
 def _check_same_documents(containers: Mapping[str, Any]) -> int:

@@ -36,6 +36,8 @@ SCORES = {
 def sample_texts(split: TokenSplit, number: int, *, seed: int = 0) -> TokenSplit:
     """Draw at most ``number`` documents of a split at random; they keep the order of the split.
 
+    Of a document that was split into pieces, the first piece is taken: the text as it is cut elsewhere.
+
         >>> split = TokenSplit.from_documents([[0, 5], [0, 6], [0, 7]], task=[0, 1, 1], num_tasks=2)
         >>> sample_texts(split, 2)
         TokenSplit(2 documents, 2 predicted tokens, 2 tasks)
@@ -50,7 +52,8 @@ def sample_texts(split: TokenSplit, number: int, *, seed: int = 0) -> TokenSplit
     """
     if number < 1:
         raise InputError(f"number of texts is {number}; give a whole number from 1 up")
-    return split.subset(torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(split))[:number])))
+    chosen = np.sort(np.random.default_rng(seed).permutation(split.num_documents)[:number])
+    return split.subset(split.first_pieces[torch.from_numpy(chosen)].sort().values)
 
 
 def best_task(model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: int = 8192) -> Tensor:
@@ -95,7 +98,7 @@ def text_scores(model: BoRA, split: TokenSplit, centre: Weights, draws: Draws, *
         InputError: if there are no texts or no draws.
     """
     task = best_task(model, split, centre, token_budget=token_budget)
-    predictions = predictive(model, split.replace(task=task), draws, token_budget=token_budget)
+    predictions = predictive(model, split.replace(task=task, document_index=None), draws, token_budget=token_budget)
     (base,) = evaluate(model, split, None, token_budget=token_budget)
     tokens = torch.bincount(predictions.document, minlength=len(split)).double()
 

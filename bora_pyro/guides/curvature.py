@@ -12,6 +12,7 @@ torch.Size([2, 4, 256, 2])
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,8 @@ from bora_pyro.model import BoRA, Weights
 def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
     """∇ log p(w_n | θ_d) of each document with respect to the weights of its own task.
 
-    The gradients contain neither the scale of the mini-batch nor the weight of the task.
+    The gradients contain neither the scale of the mini-batch nor the weight of the task. A piece of a long document has the
+    gradient of its own part; `gradients_of` adds the pieces up.
 
     Args:
         model: the BoRA model.
@@ -50,9 +52,50 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
     return dict(zip(rows, gradients, strict=True))
 
 
-def _weighted(model: BoRA, batch: Batch, values: Tensor) -> Tensor:
-    """The values of each document, (rows, ...), times the weight of its task."""
-    weight = model.likelihood.task_weight(batch.task)
+def gradients_of(model: BoRA, theta: Weights, split: TokenSplit, *, token_budget: int = 4096) -> Iterator[tuple[Tensor, Weights]]:
+    """Yield `document_gradients` of all documents of a split, some at a time, with their tasks, (documents,).
+
+    The gradient of a long document that was split is the sum over its pieces: log p(w_n | θ_d) is the sum of theirs.
+
+    Args:
+        model: the BoRA model.
+        theta: θ of all tasks, (D, layers, *shape) by name.
+        split: the documents.
+        token_budget: tokens of a batch, padding included.
+    """
+    device = model.backbone.device
+    pieces = torch.bincount(split.document_of)[split.document_of] if len(split) else torch.zeros(0)
+    for batch in split.batches(token_budget=token_budget, documents=(pieces == 1).nonzero()[:, 0]):
+        batch = batch.to(device)
+        yield batch.task, document_gradients(model, theta, batch)
+    for rows in _whole_documents(split, (pieces > 1).nonzero()[:, 0], token_budget):
+        documents, of_row = split.document_of[rows].unique(return_inverse=True)
+        place = torch.zeros(len(split), dtype=torch.int64).index_put((rows,), of_row)
+        sums: Weights = {}
+        for batch in split.batches(token_budget=token_budget, documents=rows):
+            for name, value in document_gradients(model, theta, batch.to(device)).items():
+                sums.setdefault(name, value.new_zeros((len(documents), *value.shape[1:])))
+                sums[name].index_add_(0, place[batch.index].to(device), value)
+        yield split.task[split.first_pieces[documents]].to(device), sums
+
+
+def _whole_documents(split: TokenSplit, rows: Tensor, token_budget: int) -> Iterator[Tensor]:
+    """The rows in groups that hold whole documents: as many documents as fit into a batch, or one."""
+    rows = rows[split.document_of[rows].argsort(stable=True)]
+    group: list[Tensor] = []
+    for document in rows.split(split.document_of[rows].unique_consecutive(return_counts=True)[1].tolist()):
+        longest = int(split.lengths[torch.cat([*group, document])].max())
+        if group and (sum(map(len, group)) + len(document)) * longest > token_budget:
+            yield torch.cat(group)
+            group = []
+        group.append(document)
+    if group:
+        yield torch.cat(group)
+
+
+def _weighted(model: BoRA, task: Tensor, values: Tensor) -> Tensor:
+    """The values of each document, (documents, ...), times the weight of its task."""
+    weight = model.likelihood.task_weight(task)
     return values * weight.view(-1, *[1] * (values.dim() - 1))
 
 
@@ -69,10 +112,9 @@ def diagonal_fisher(model: BoRA, theta: Weights, split: TokenSplit, *, token_bud
         h: (D, layers, *shape) by name; 0 for a task without documents.
     """
     fisher = {name: torch.zeros(value.shape, device=value.device) for name, value in theta.items()}
-    for batch in split.batches(token_budget=token_budget):
-        on_device = batch.to(model.backbone.device)
-        for name, gradient in document_gradients(model, theta, on_device).items():
-            fisher[name].index_add_(0, on_device.task, _weighted(model, on_device, gradient.square()))
+    for task, gradients in gradients_of(model, theta, split, token_budget=token_budget):
+        for name, gradient in gradients.items():
+            fisher[name].index_add_(0, task, _weighted(model, task, gradient.square()))
     return fisher
 
 
@@ -106,12 +148,11 @@ def kronecker_fisher(
         r, n = sorted(value.shape[-2:])
         factors[f"{name}.short"] = value.new_zeros((*value.shape[:-2], r, r))
         factors[f"{name}.long"] = value.new_zeros((*value.shape[:-2], n))
-    for batch in split.batches(token_budget=token_budget) if split is not None else []:
-        on_device = batch.to(model.backbone.device)
-        for name, gradient in document_gradients(model, theta, on_device).items():
+    for task, gradients in gradients_of(model, theta, split, token_budget=token_budget) if split is not None else []:
+        for name, gradient in gradients.items():
             g = gradient if gradient.shape[-2] <= gradient.shape[-1] else gradient.mT  # (documents, layers, r, n)
-            factors[f"{name}.short"].index_add_(0, on_device.task, _weighted(model, on_device, g @ g.mT))
-            factors[f"{name}.long"].index_add_(0, on_device.task, _weighted(model, on_device, g.square().sum(-2)))
+            factors[f"{name}.short"].index_add_(0, task, _weighted(model, task, g @ g.mT))
+            factors[f"{name}.long"].index_add_(0, task, _weighted(model, task, g.square().sum(-2)))
     for name in theta:
         trace = factors[f"{name}.long"].sum(-1)[..., None, None]
         short = factors[f"{name}.short"] / (temperature * trace)

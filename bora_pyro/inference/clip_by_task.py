@@ -32,7 +32,8 @@ class ClipByTask(Callback):
         self.limit = limit
 
     def begin(self, model: BoRA, data: TaskData) -> None:
-        observations = torch.tensor([_observations(model, data, d) for d in range(len(data.tasks))])
+        of_task = [data.train.subset((data.train.task == d).nonzero()[:, 0]) for d in range(len(data.tasks))]
+        observations = torch.tensor([model.likelihood.observations_of(split) for split in of_task])
         # a task without observations has no gradient but the prior's
         self.factor = (observations.sum() / observations.where(observations > 0, 1)).to(model.backbone.device)
 
@@ -48,8 +49,3 @@ class ClipByTask(Callback):
 
     def __repr__(self) -> str:
         return f"ClipByTask({self.limit:g})"
-
-
-def _observations(model: BoRA, data: TaskData, task: int) -> float:
-    own, weight = data.train.task == task, float(model.likelihood.task_weight(torch.tensor([task])))
-    return model.likelihood.observations(weight * int(own.sum()), weight * int(data.train.predicted[own].sum()))

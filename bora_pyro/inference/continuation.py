@@ -74,11 +74,17 @@ def check_continues(
         processes: number of processes of the resumed fit.
 
     Raises:
-        InputError: as for `check_same`, `check_packing` and `as_before`.
+        InputError: as for `check_same`, `check_packing` and `as_before`; or the same rows are pieces of other documents.
     """
     checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)})
     as_before(checkpoint, options.task_subsampling, processes=processes)
     check_same(checkpoint.progress, data, backbone, what=f"checkpoint {str(checkpoint.path)!r}")
+    # older versions stored no number, and counted rows
+    if checkpoint.progress.get("documents", len(data.train)) != data.train.num_documents:
+        raise InputError(
+            f"checkpoint {str(checkpoint.path)!r} counts documents in another way: the {len(data.train)} pieces are of "
+            f"{data.train.num_documents} documents; start afresh with --overwrite true"
+        )
     packing = {name: getattr(options, name) for name in ("token_budget", "accumulate", "seed")}
     check_packing(checkpoint, packing | {"processes": processes})
 

@@ -88,8 +88,8 @@ def evaluate(
     Returns:
         One :class:`Scores` for each of ``adapters``.
     """
-    log_likelihood = [torch.zeros(split.num_documents, dtype=torch.float64) for _ in adapters]
-    tokens = torch.zeros(split.num_documents, dtype=torch.int64)
+    log_likelihood = [torch.zeros(len(split), dtype=torch.float64) for _ in adapters]
+    tokens = torch.zeros(len(split), dtype=torch.int64)
     for batch in lockstep(split.batches(token_budget=token_budget, documents=documents)):
         if batch is None:
             for _ in adapters:

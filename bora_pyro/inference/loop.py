@@ -86,7 +86,7 @@ class Loop:
         self.options = options = with_changes(options or FitOptions(), changes)
         self.model, self.data, self.guide = model, data, guide
         self.device, self.elbo = model.backbone.device, TemperedELBO(options.temperature)
-        self.observations = self._observations(data.train.task, data.train.predicted)
+        self.observations = model.likelihood.observations_of(data.train)
         self.callbacks = checked_callbacks(usual_callbacks(model) if callbacks is None else callbacks, model, data)
         self.processes = processes or Processes()
         subsampling = options.task_subsampling if continues is None else draws_tasks(continues)
@@ -213,7 +213,7 @@ class Loop:
             if batch is None:
                 self.model.backbone.dummy_pass(backward=True)
                 continue
-            counts = [self._observations(batch.task, batch.predicted), int(batch.predicted.sum())]
+            counts = [self.model.likelihood.observations_of(batch), int(batch.predicted.sum())]
             loss = self.backward(batch.to(self.device), validate=validate)
             # divide by batch.scale: the log-likelihood of the batch alone, not its estimate for all documents
             sums[:2] += torch.stack([loss, self.elbo.log_likelihood / batch.scale]).to(sums.dtype)
@@ -227,11 +227,6 @@ class Loop:
             callback.before_step(self)
         self.state.step(rate)
         return sums.cpu()
-
-    def _observations(self, task: Tensor, predicted: Tensor) -> float:
-        """Number of observations of documents with these tasks and numbers of predicted tokens, weighted by task."""
-        weight = self.model.likelihood.task_weight(task).double()
-        return self.model.likelihood.observations(weight.sum().item(), (weight * predicted).sum().item())
 
     def backward(self, batch: Batch, *, validate: bool) -> Tensor:
         """Add the batch's part of the gradient of −ELBO per training observation, and return its part of the loss."""
@@ -311,7 +306,7 @@ class Loop:
         if not self.processes.rank:
             groups["callbacks"] = {f"{c.name}.{key}": value for c in self.callbacks for key, value in c.state().items()}
             progress = {"steps": self.steps_done, "epoch": self.epoch, "within": self.within}
-            progress |= digests(self.data, self.model.backbone)
+            progress |= digests(self.data, self.model.backbone) | {"documents": self.data.train.num_documents}
             progress |= {name: getattr(self.fitted, name) for name in _RECORD}
             store.save(self.steps_done, groups, progress)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.data.batch import Batch
+from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.likelihoods.distribution import NextTokens
 
@@ -69,6 +70,12 @@ class Likelihood(ABC):
 
         The reported loss is per observation. Both numbers may be weighted by the tasks' weights.
         """
+
+    def observations_of(self, rows: Batch | TokenSplit) -> float:
+        """Number of observations of a batch or split, weighted by task. The pieces of a long document count once together."""
+        weight = self.task_weight(rows.task).double()
+        documents = weight if rows.piece_share is None else weight * rows.piece_share
+        return self.observations(documents.sum().item(), (weight * rows.predicted).sum().item())
 
     def score(self, model: LanguageModel, weights: dict[str, Tensor] | None, batch: Batch) -> Tensor:
         """Log-likelihood of each document in nats, (rows,), for evaluation; by default that of its next tokens.

@@ -20,6 +20,8 @@ class NextTokens(TorchDistribution):
         logits: (rows, tokens, vocabulary); position i holds the logits of token i + 1. A ``LazyLogits`` computes them in chunks,
             so that the logits of all tokens never exist at once.
         per_token: divide a document's log-density by the number of its observed tokens.
+        piece_share: with ``per_token``, for pieces of long documents: (rows,) the share of each row in the observed tokens of its
+            document. The log-densities of the pieces then add up to that of the document. None: each row is a document.
 
     Values are labels (rows, tokens). Entry i is the token at position i, or -100 if it is not observed. Position 0 is given and
     never predicted. The log-density is float32 for logits of any precision.
@@ -30,12 +32,20 @@ class NextTokens(TorchDistribution):
     support = constraints.independent(constraints.integer_interval(IGNORED, 2**31 - 1), 1)
     has_rsample = False
 
-    def __init__(self, logits: Tensor | LazyLogits, *, per_token: bool = False, validate_args: bool | None = None) -> None:
-        self.logits, self.per_token = logits, per_token
+    def __init__(
+        self,
+        logits: Tensor | LazyLogits,
+        *,
+        per_token: bool = False,
+        piece_share: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.logits, self.per_token, self.piece_share = logits, per_token, piece_share
         super().__init__(logits.shape[:1], logits.shape[1:2], validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None) -> NextTokens:
-        return NextTokens(self.logits.expand(*batch_shape, *self.logits.shape[1:]), per_token=self.per_token)
+        logits = self.logits.expand(*batch_shape, *self.logits.shape[1:])
+        return NextTokens(logits, per_token=self.per_token, piece_share=self.piece_share)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw each next token given the *observed* prefix; position 0 has no distribution and is -100."""
@@ -55,4 +65,6 @@ class NextTokens(TorchDistribution):
         log_likelihood = -loss.view(rows, tokens).sum(-1)
         if self.per_token:
             log_likelihood = log_likelihood / (value[:, 1:] != IGNORED).sum(-1).clamp(min=1)
+            if self.piece_share is not None:
+                log_likelihood = log_likelihood * self.piece_share
         return log_likelihood

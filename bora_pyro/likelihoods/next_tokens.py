@@ -34,7 +34,8 @@ class CausalLM(Likelihood):
 
     Args:
         unit: ``tokens`` is the paper's likelihood. ``documents`` takes each document's mean log-likelihood per token, so that
-            every document counts once, whatever its length; the released code does this.
+            every document counts once, whatever its length; the released code does this. The pieces of a document that was split
+            count once together.
         task_weights: (D,) float32 above 0: the factor w_d of each task's log-likelihood, Π_d p(documents of d | θ_d)^w_d. It has
             the effect of w_d copies of each document of the task. None: 1 for all. Perplexities are not weighted.
 
@@ -48,7 +49,8 @@ class CausalLM(Likelihood):
         self.task_weights = self.with_task_weights(task_weights).task_weights
 
     def __call__(self, model: LanguageModel, weights: dict[str, Tensor] | None, batch: Batch) -> None:
-        observed = NextTokens(model.lazy_logits(batch, weights), per_token=self.unit == "documents")
+        logits = model.lazy_logits(batch, weights)
+        observed = NextTokens(logits, per_token=self.unit == "documents", piece_share=batch.piece_share)
         # the sum over the batch times batch.scale is an unbiased estimate of the sum over all documents
         scale = batch.scale if self.task_weights is None else batch.scale * self.task_weight(batch.task)
         with pyro.plate("documents", len(batch.labels), dim=-1), poutine.scale(scale=scale):

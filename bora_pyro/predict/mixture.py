@@ -35,7 +35,7 @@ class TokenPredictions:
     The probability of a token under the mixture is the mean of its probabilities under the draws, given the tokens before it.
 
     Attributes:
-        document: (tokens,) int64, index of the token's document in the split.
+        document: (tokens,) int64, index of the token's row in the split: a document, or a piece of a long one.
         task: (tokens,) int64, index of the document's task.
         label: (tokens,) int64, id of the observed token.
         log_prob: (tokens,) log-probability of the label under the mixture, in nats.
@@ -105,7 +105,9 @@ def predictive(model: BoRA, split: TokenSplit, draws: Draws, *, token_budget: in
     by_document = torch.argsort(torch.cat(order))
     merged = {name: value[sort] for name, value in merged.items()}
     return TokenPredictions(
-        **merged, task=split.task[merged["document"]], log_likelihood=torch.cat(likelihoods, 1)[:, by_document]
+        **merged,
+        task=split.task[merged["document"]],
+        log_likelihood=split.sum_by_document(torch.cat(likelihoods, 1)[:, by_document].mT).mT,
     )
 
 

@@ -39,9 +39,9 @@ def check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], metad
     Raises:
         InputError: the data differ from those of the fit, or the files of the run contradict each other.
     """
-    found: dict[str, Any] = {"train_documents": data.train.num_documents, "test_documents": data.test.num_documents}
-    for name, number in found.items():
-        if number != metrics[name]:
+    for name, split in (("train_documents", data.train), ("test_documents", data.test)):
+        number = split.num_documents
+        if metrics[name] not in (number, len(split)):  # older versions counted the pieces of long documents
             raise InputError(
                 f"the run in {folder.path} had {metrics[name]} {name.replace('_', ' ')}, but the data now have {number}; "
                 "use the documents of the fit, or fit again"

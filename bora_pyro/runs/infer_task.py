@@ -74,8 +74,9 @@ def _calibration(config: InferTaskConfig, run: SavedRun) -> TaskCalibration:
     validation = run.data.validation
     if not len(validation):
         raise InputError(f"the run in {config.run} has no validation documents to calibrate with; give --temperature instead")
-    some = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:CALIBRATION_DOCUMENTS].sort().values
-    validation = validation.subset(some)
+    # of a document in pieces only the first, because a text that is too long is cut as well
+    order = torch.randperm(validation.num_documents, generator=torch.Generator().manual_seed(0))
+    validation = validation.subset(validation.first_pieces[order[:CALIBRATION_DOCUMENTS]].sort().values)
     return infer_task(run.fitted, validation, prior=config.prior).calibrate(validation.task)
 
 

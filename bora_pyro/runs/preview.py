@@ -114,7 +114,9 @@ def show(config: PreviewConfig, found: Preview, *, file: TextIO | None = None) -
     for d in trained[: config.documents]:
         n = data.train.task.tolist().index(d)
         tokens, predicted = counted(int(data.train.lengths[n]), "token"), int(data.train.predicted[n])
-        shown.append(Text(f"{name_line(data.tasks[d])}: {tokens}, {predicted:,} of them predicted: {' '.join(signs)}"))
+        pieces = int((data.train.document_of == data.train.document_of[n]).sum())
+        what = f"{name_line(data.tasks[d])}{f', the first of {pieces:,} pieces' if pieces > 1 else ''}"
+        shown.append(Text(f"{what}: {tokens}, {predicted:,} of them predicted: {' '.join(signs)}"))
         shown.append(Text.assemble(document_text(data.train, n, found.tokenizer, signs), "\n"))
     print_fitted(*shown, file=file)
 

@@ -76,7 +76,8 @@ def test_pieces_are_on_the_side_of_their_document_and_noted():
 def test_the_number_of_documents_that_are_kept_is_of_whole_ones():
     rows = [{"task": task, "text": " ".join([WORDS[n]] * 5)} for task in "ab" for n in range(6)]
     data = load_tasks(table(rows), word_tokenizer(), max_tokens=4, long_documents="split", max_train_documents=1)
-    assert data.train.documents_per_task == [2, 2]  # one, in two pieces
+    assert data.train.documents_per_task == [1, 1]
+    assert len(data.train) == 4  # in two pieces each
 
 
 def test_another_way_is_refused():

@@ -51,6 +51,16 @@ def test_the_preview_of_a_table(base, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [tmp_path / "t.csv"]
 
 
+def test_pieces_of_a_long_document_are_told_where_one_is_shown(base, tmp_path):
+    data = write_table(tmp_path / "t.csv", documents().assign(text="red green blue one " * 9))  # 37 tokens to predict
+    config = PreviewConfig(data=data, base_model=str(base), max_tokens=16, long_documents="split")
+    out = printed(config)
+    pieces = len(preview(config).data.train) // 18
+    assert pieces > 1
+    assert f"Ada, the first of {pieces} pieces: 16 tokens, 15 of them predicted" in out
+    assert [row.split()[1:4] for row in out.splitlines() if row.startswith("  Cleo")] == [["6", "2", "2"]]
+
+
 def test_it_counts_as_a_fit_counts(tmp_path):
     options = quick_fit(tmp_path)
     fit = parse_config(MapFitConfig, line(options | {"output_dir": tmp_path / "run", "epochs": 1}))
