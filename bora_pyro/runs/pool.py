@@ -51,7 +51,9 @@ class PoolConfig:
     """Pool independently trained LoRA adapters of one base under one hierarchy."""
 
     folder: str = option("", "folder with a PEFT folder for each task", positional=True)
-    base_model: str = option("builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano")
+    base_model: str = option(
+        "builtin:nano", "the frozen language model: a folder, a GGUF file, a hub id, builtin:nano or builtin:smollm2"
+    )
     trust_remote_code: bool = option(
         False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
     )

@@ -82,7 +82,7 @@ def load_base(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Backbone:
-    """Load a frozen base: one of ``RANDOM_BASES`` with weights drawn from the seed, a path, a hub id, or builtin:nano.
+    """Load a frozen base: one of ``RANDOM_BASES`` with weights drawn from the seed, a path, a hub id, or an embedded base.
 
     Raises:
         InputError: the base does not exist, or has no such targets.

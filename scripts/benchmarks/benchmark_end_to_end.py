@@ -42,7 +42,9 @@ class EndToEndConfig:
     max_tokens: int = option(128, "tokens of a document that are read")
     max_train_documents: int | None = option(16, "largest number of training documents of a task, or none for all")
     max_eval_documents: int | None = option(12, "largest number of validation documents of a task, or none for all")
-    base_model: str = option("builtin:nano", "the frozen language model, with its tokenizer: a path, a hub id, or builtin:nano")
+    base_model: str = option(
+        "builtin:nano", "the frozen language model, with its tokenizer: a path, a hub id, builtin:nano or builtin:smollm2"
+    )
     targets: list[str] | None = option(
         None, "layers that get an adapter, by the last part of their names (default: the architecture's usual ones)"
     )

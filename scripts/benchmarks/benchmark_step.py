@@ -61,7 +61,7 @@ class BenchmarkConfig:
     """Time one training step of BoRA against one of PEFT's LoRA, in the same run."""
 
     base_model: str = option(
-        "builtin:nano", f"the frozen language model: {', '.join(RANDOM_BASES)}, a path, a hub id, or builtin:nano"
+        "builtin:nano", f"the frozen language model: {', '.join(RANDOM_BASES)}, a path, a hub id, builtin:nano or builtin:smollm2"
     )
     num_tasks: int = option(25, "tasks of the BoRA model")
     rows: int = option(25, "documents of the batch; row i belongs to task i modulo num_tasks")

@@ -41,7 +41,7 @@ class TasksConfig:
     """Measure time and memory of a step for growing numbers of tasks."""
 
     tasks: list[str] = option(["25", "1000", "10000"], "numbers of tasks")
-    base: str = option("builtin:nano", "the base: a path, a hub id, builtin:nano, or a random one as random:40m")
+    base: str = option("builtin:nano", "the base: a path, a hub id, builtin:nano, builtin:smollm2, or a random one as random:40m")
     guide: str = option("map", "the guide")
     tau: float = option(1000.0, "the precision of the prior")
     rank: int = option(8, "rank of the adapters")

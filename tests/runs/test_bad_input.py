@@ -179,7 +179,7 @@ def test_a_name_for_the_hub_without_the_hub(main, inputs, tmp_path, capsys, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(line({**inputs, "output_dir": tmp_path / "run", "base_model": "no-such-base-anywhere"})) == 2
     error = one_error(capsys.readouterr().err)
-    assert "base model 'no-such-base-anywhere' cannot be loaded: give builtin:nano, a folder" in error
+    assert "base model 'no-such-base-anywhere' cannot be loaded: give builtin:nano, builtin:smollm2, a folder" in error
     assert not (tmp_path / "run").exists()
 
 

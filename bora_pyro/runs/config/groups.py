@@ -64,7 +64,10 @@ class BaseOptions:
     """The frozen language model, its device and precision, and the adapter."""
 
     base_model: str = option(
-        "builtin:nano", "the frozen language model: a path, a hub id, or builtin:nano", group=MODEL, filled=True
+        "builtin:nano",
+        "the frozen language model: a folder, a GGUF file, a hub id, builtin:nano or builtin:smollm2",
+        group=MODEL,
+        filled=True,
     )
     trust_remote_code: bool = option(
         False,
