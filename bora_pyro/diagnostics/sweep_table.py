@@ -44,10 +44,14 @@ _TASK_TYPES: dict[str, type] = {
     "task": str, "task_train_documents": int, "task_test_documents": int, "task_base_test_perplexity": float,
     "task_test_perplexity": float, "deviation_norm": float,
 }  # fmt: skip
+# Columns that only some tables have: accuracies, for documents with options to choose from.
+_MORE_RUN_TYPES: dict[str, type] = {"test_accuracy": float, "base_test_accuracy": float}
+_MORE_TASK_TYPES: dict[str, type] = {"task_test_accuracy": float, "task_base_test_accuracy": float}
 _TYPES = _RUN_TYPES | _TASK_TYPES
+_MORE_TYPES = _MORE_RUN_TYPES | _MORE_TASK_TYPES
 _ALLOWED = {int: "whole numbers", float: "numbers", str: "texts"}
-#: The columns of the table, in order.
-COLUMNS = [*_TYPES]
+#: The columns of every table, in order, and those that a table may also have.
+COLUMNS, MORE_COLUMNS = [*_TYPES], [*_MORE_TYPES]
 _REMEDY = "make it again with tau_sweep.py"
 
 
@@ -99,7 +103,9 @@ def rows_of_metrics(
             "learning_rate": number_text(metrics["learning_rate"] if learning_rate is None else learning_rate),
             "fitted_tau": float(metrics["tau"]),
         }
-        own = ("base_test_perplexity", "test_perplexity", "train_documents", "test_documents")
+        values |= {name: metrics[name] for name in _MORE_RUN_TYPES if name in metrics}
+        own = ["base_test_perplexity", "test_perplexity", "train_documents", "test_documents"]
+        own += [name for name in _MORE_RUN_TYPES if name in metrics]
         rows = [
             values
             | {"task": task["name"], "deviation_norm": task["deviation_norm"]}
@@ -110,7 +116,8 @@ def rows_of_metrics(
         raise InputError(f"{where} lacks {error}; {remedy}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where} cannot be used ({error}); {remedy}") from None
-    return _typed(pd.DataFrame(rows, columns=COLUMNS, dtype=object), where, remedy)
+    columns = [*COLUMNS, *(name for name in MORE_COLUMNS if any(name in row for row in rows))]
+    return _typed(pd.DataFrame(rows, columns=columns, dtype=object), where, remedy)
 
 
 def sweep_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -165,7 +172,8 @@ def read_sweep(path: str | Path) -> pd.DataFrame:
 
 def runs(table: pd.DataFrame) -> pd.DataFrame:
     """The table with one row per run, without the columns of the tasks."""
-    return table.drop_duplicates(KEY)[[*_RUN_TYPES]].reset_index(drop=True)
+    columns = [*_RUN_TYPES, *(name for name in _MORE_RUN_TYPES if name in table)]
+    return table.drop_duplicates(KEY)[columns].reset_index(drop=True)
 
 
 def best_rates(table: pd.DataFrame) -> dict[str, str]:
@@ -223,21 +231,33 @@ def summary(table: pd.DataFrame) -> str:
     Raises:
         InputError: if no run has a validation perplexity.
     """
-    lines = [
-        "| τ | learning rate | validation perplexity | test perplexity | to the base's | fits |",
-        "|---|---|---|---|---|---|",
-    ]
     chosen = runs(at_best_rates(table))
+    has_accuracy = "test_accuracy" in chosen
+    header = [
+        "τ",
+        "learning rate",
+        "validation perplexity",
+        "test perplexity",
+        "to the base's",
+        *["accuracy"] * has_accuracy,
+        "fits",
+    ]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for tau, rate in best_rates(table).items():
         rows = chosen[chosen.tau == tau]
         name = "∞" if tau == "inf" else tau
         if tau == LEARNED:
             name = f"learned, {float(f'{np.exp(np.log(rows.fitted_tau).mean()):.3g}'):g}"
         ratio = _mean_sd(rows.test_perplexity / rows.base_test_perplexity, 3)
-        perplexities = f"{_mean_sd(rows.validation_perplexity, 2)} | {_mean_sd(rows.test_perplexity, 2)}"
-        lines.append(f"| {name} | {rate} | {perplexities} | {ratio} | {len(rows)} |")
-    base = chosen.drop_duplicates("seed").base_test_perplexity
-    return "\n".join([*lines, f"| base | | | {_mean_sd(base, 2)} | 1 | |"])
+        cells = [name, rate, _mean_sd(rows.validation_perplexity, 2), _mean_sd(rows.test_perplexity, 2), ratio]
+        cells += [_mean_sd(rows.test_accuracy, 3)] if has_accuracy else []
+        lines.append(f"| {' | '.join([*cells, str(len(rows))])} |")
+    base = chosen.drop_duplicates("seed")
+    accuracy = ""
+    if has_accuracy:
+        known = chosen.dropna(subset="base_test_accuracy").drop_duplicates("seed")
+        accuracy = f" {_mean_sd(known.base_test_accuracy, 3)} |"
+    return "\n".join([*lines, f"| base | | | {_mean_sd(base.base_test_perplexity, 2)} | 1 |{accuracy} |"])
 
 
 def _mean_sd(values: pd.Series, digits: int) -> str:
@@ -259,7 +279,7 @@ def _typed(table: pd.DataFrame, where: str, remedy: str) -> pd.DataFrame:
     if table.empty:
         raise InputError(f"{where} has no row; {remedy}")
     typed = {}
-    for name, kind in _TYPES.items():
+    for name, kind in (_TYPES | {name: kind for name, kind in _MORE_TYPES.items() if name in table}).items():
         try:
             values = [_value(cell, name) for cell in table[name].tolist()]
         except (TypeError, ValueError, OverflowError) as error:
@@ -269,7 +289,7 @@ def _typed(table: pd.DataFrame, where: str, remedy: str) -> pd.DataFrame:
 
 
 def _value(cell: Any, name: str) -> Any:
-    kind, missing = _TYPES[name], cell is None or cell == "" or cell != cell
+    kind, missing = (_TYPES | _MORE_TYPES)[name], cell is None or cell == "" or cell != cell
     try:
         if kind is float:
             return math.nan if missing else float(cell)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.texts import check_token_ids
 from bora_pyro.data.encode import encoder
 from bora_pyro.data.token_split import TokenSplit
@@ -145,9 +146,7 @@ def choose(
     if normalise not in NORMALISE:
         raise InputError(f"normalise is {normalise!r}; it can be {' or '.join(NORMALISE)}{nearest(str(normalise), NORMALISE)}")
     task = _task_indices(model, questions, tasks)
-    tokenizer = model.backbone.tokenizer
-    if tokenizer is None:
-        raise InputError("the backbone has no tokenizer to read the questions with; give it one: Backbone(model, tokenizer)")
+    tokenizer = _tokenizer(model.backbone)
     rows, prompts = _tokens(tokenizer, model.backbone.context, questions)
     options = torch.tensor([len(question.options) for question in questions])
     row_task = task.repeat_interleave(options).tolist()
@@ -166,6 +165,21 @@ def choose(
     logits = log_likelihood / option_tokens if normalise == "tokens" else log_likelihood
     label = torch.tensor([question.correct for question in questions])
     return _mixture(logits.log_softmax(-1), log_likelihood, task, label)
+
+
+def check_questions(backbone: Backbone, questions: Sequence[Question]) -> None:
+    """Check that a base can read questions, so that nobody learns it after a fit.
+
+    Raises:
+        InputError: the backbone has no tokenizer, an option has no token, or prompt and option are longer than the context.
+    """
+    _tokens(_tokenizer(backbone), backbone.context, questions)
+
+
+def _tokenizer(backbone: Backbone) -> PreTrainedTokenizerBase:
+    if backbone.tokenizer is None:
+        raise InputError("the backbone has no tokenizer to read the questions with; give it one: Backbone(model, tokenizer)")
+    return backbone.tokenizer
 
 
 def _mixture(log_p: Tensor, log_likelihood: Tensor, task: Tensor, label: Tensor) -> ChoicePredictions:

@@ -18,6 +18,7 @@ from bora_pyro.runs.checks import stored_result
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.fitting import fit_into, start_tracking
 from bora_pyro.runs.plan import Plan, prepare
+from bora_pyro.runs.questions import questions_of, with_accuracy
 from bora_pyro.runs.results import metrics_of
 from bora_pyro.runs.resume import say_nothing_is_left
 from bora_pyro.runs.run import Run
@@ -42,6 +43,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
     with prepare(config, quiet=quiet) as plan:
         model, data, checkpoints, start = build(plan)
         config, folder, standing, team = plan.config, plan.folder, plan.standing, plan.team
+        questions = [] if team.rank else questions_of(config, model.backbone, data)
         if not standing.steps_left:
             if not plan.quiet:
                 say_nothing_is_left(standing)
@@ -72,7 +74,7 @@ def run_map_fit(config: MapFitConfig, *, quiet: bool = False) -> dict[str, Any]:
                 found = metrics_of(
                     fitted, data, tau=config.tau, learning_rate=config.learning_rate, seed=config.seed, processes=team
                 )
-                return found | {"predicted_memory_bytes": memory.total}
+                return with_accuracy(found, fitted, questions) | {"predicted_memory_bytes": memory.total}
 
             run = Run(folder, config.base_model, quiet=plan.quiet, adapters=config.export_adapters)
             return run.save(fitted, data, measure, tracking=tracking)

@@ -22,7 +22,8 @@ the options that matter; a table with other options is refused.
 
 The columns: ``averaged`` is the share of tasks whose kept state is an average; ``adapter_bytes`` are PEFT folders (with Θ, where
 there is one); ``training_tokens`` are predicted tokens of all steps; ``tau_A`` and ``tau_B`` are geometric means of τ over the
-entries of A and of B; ``tasks`` is JSON with each task's documents and perplexities. The soups have the cost of ``peft_each``.
+entries of A and of B; ``test_accuracy`` is that of ``options_column``, if ``fit_config`` has it; ``tasks`` is JSON with each
+task's documents, perplexities and accuracy. The soups have the cost of ``peft_each``.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ ARMS = (
 REFERENCE = "bora_learned"
 KEYS = ["arm", "learning_rate", "seed"]
 COLUMNS = [
-    *KEYS, "validation_perplexity", "test_perplexity", "best_epoch", "averaged", "training_tokens", "trainable_parameters",
-    "rank", "adapter_bytes", "seconds", "peak_memory_bytes", "tau_A", "tau_B", "logit_difference", "documents_digest", "options",
-    "tasks",
+    *KEYS, "validation_perplexity", "test_perplexity", "test_accuracy", "best_epoch", "averaged", "training_tokens",
+    "trainable_parameters", "rank", "adapter_bytes", "seconds", "peak_memory_bytes", "tau_A", "tau_B", "logit_difference",
+    "documents_digest", "options", "tasks",
 ]  # fmt: skip
 #: Options of a fit that an arm sets itself, or that do not change its result.
 NOT_SHARED = {
@@ -276,7 +277,8 @@ class Comparison:
         chosen = {arm: rows for arm in self.config.arms if len(rows := self.chosen(arm))}
         reference = chosen.get(REFERENCE, self.chosen(REFERENCE))
         header = ["arm", "rate", "validation", "test", "by seed (95 %)", "by task (95 %)"]
-        header += ["trained parameters", "MB", "seconds", "peak GiB", "fits"]
+        has_accuracy = bool(self.table.test_accuracy.notna().any())
+        header += ["accuracy"] * has_accuracy + ["trained parameters", "MB", "seconds", "peak GiB", "fits"]
         lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
         for arm, rows in sorted(chosen.items(), key=lambda item: float(item[1].validation_perplexity.astype(float).mean())):
             rate = "" if arm == "base" else number_text(float(rows.learning_rate.iloc[0]))
@@ -285,7 +287,8 @@ class Comparison:
             numbers = rows[["trainable_parameters", "adapter_bytes", "seconds", "peak_memory_bytes"]].astype(float)
             parameters, size, seconds, _ = numbers.mean()
             cost = [f"{parameters:,.0f}", f"{size / 1e6:.2f}", f"{seconds:.0f}", f"{numbers.peak_memory_bytes.max() / 2**30:.2f}"]
-            lines.append(f"| {' | '.join([arm, rate, *perplexities, *paired, *cost, str(len(rows))])} |")
+            accuracy = [_mean_sd(rows.test_accuracy, 3)] if has_accuracy else []
+            lines.append(f"| {' | '.join([arm, rate, *perplexities, *paired, *accuracy, *cost, str(len(rows))])} |")
         return "\n".join([*lines, *self.notes(chosen)])
 
     def notes(self, chosen: Mapping[str, pd.DataFrame]) -> Iterator[str]:
@@ -348,9 +351,9 @@ def _percent(log_ratio: float) -> str:
     return f"{100 * math.expm1(log_ratio):+.1f}"
 
 
-def _mean_sd(values: pd.Series) -> str:
+def _mean_sd(values: pd.Series, digits: int = 2) -> str:
     values = values.astype(float)
-    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def main(argv: list[str]) -> int:

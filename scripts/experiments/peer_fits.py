@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -56,9 +56,11 @@ from bora_pyro.inference.task_rows import BETAS, EPS
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import check_fields, option, part_of
+from bora_pyro.predict.multiple_choice import Question
 from bora_pyro.priors import ByLatent, HierarchicalNormal, Independent, LearnedPrecision, Pooled, Prior, prior_from_tau
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.questions import accuracies, questions_of
 
 #: The newest iterate has the weight (ETA + 1)/(t + ETA) in the anytime average, so that the last part counts most.
 ETA = 2.0
@@ -696,21 +698,24 @@ def fit_arm(arm: str, template: BoRA, data: TaskData, config: MapFitConfig, *, a
     return [outcome, *(through.soups(outcome) if arm == "peft_each" else [])]
 
 
-def row_of(outcome: Outcome, data: TaskData) -> dict[str, Any]:
-    """The numbers of an arm: perplexities over all documents and by task, and what they cost."""
+def row_of(outcome: Outcome, data: TaskData, questions: Sequence[Question]) -> dict[str, Any]:
+    """The numbers of an arm: perplexities and accuracies over all documents and by task, and what they cost."""
     own = outcome.data or data
     [test], [validation] = (evaluate(outcome.model, split, outcome.theta) for split in (own.test, own.validation))
-    documents = data.train.documents_per_task
+    if own is not data:  # the questions are asked as the documents are read
+        questions = [dataclasses.replace(question, prompt=f"{question.task}\n{question.prompt}") for question in questions]
+    right, documents = accuracies(outcome.model, questions, outcome.theta, data.tasks), data.train.documents_per_task
 
-    def of_task(d: int) -> dict[str, Any]:
-        return {"documents": documents[d], "validation": _rounded(validation, d), "test": _rounded(test, d)}
+    def of_task(d: int, name: str) -> dict[str, Any]:
+        scores = {"documents": documents[d], "validation": _rounded(validation, d), "test": _rounded(test, d)}
+        return scores | ({"accuracy": right.get(name)} if questions else {})
 
     return {
         "arm": outcome.arm, "validation_perplexity": outcome.validation, "test_perplexity": test.perplexity(),
-        "best_epoch": outcome.epoch, "averaged": outcome.averaged, "training_tokens": outcome.tokens,
-        "trainable_parameters": outcome.parameters, "adapter_bytes": outcome.adapter_bytes,
+        "test_accuracy": right[None], "best_epoch": outcome.epoch, "averaged": outcome.averaged,
+        "training_tokens": outcome.tokens, "trainable_parameters": outcome.parameters, "adapter_bytes": outcome.adapter_bytes,
         "seconds": round(outcome.seconds, 2), **outcome.more, "documents_digest": data.digest[:16],
-        "tasks": {name: of_task(d) for d, name in enumerate(data.tasks)},
+        "tasks": {name: of_task(d, name) for d, name in enumerate(data.tasks)},
     }  # fmt: skip
 
 
@@ -726,9 +731,10 @@ def run(config: PeerFitConfig) -> list[dict[str, Any]]:
     template, data = build_run(options, quiet=True)
     if not data.validation.num_tokens:
         raise InputError("there is no validation document to choose learning rates by; give data with a validation split")
+    questions = questions_of(options, template.backbone, data)
     outcomes = fit_arm(config.arm, template, data, options, averaging=config.averaging)
     memory = peak_memory_bytes(template.backbone.device)
-    return [row_of(outcome, data) | {"peak_memory_bytes": memory} for outcome in outcomes]
+    return [row_of(outcome, data, questions) | {"peak_memory_bytes": memory} for outcome in outcomes]
 
 
 def main(argv: list[str]) -> int:

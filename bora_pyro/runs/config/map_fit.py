@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bora_pyro.data.options import DataOptions
+from bora_pyro.data.options import DATA, DataOptions
 from bora_pyro.errors import InputError
 from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
 from bora_pyro.options.command_line import parse_config, to_yaml
@@ -27,6 +27,13 @@ __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
 class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOptions, SourceOptions):
     """Fit BoRA by MAP: one frozen language model, one adapter for each task, all under one hierarchical Normal."""
 
+    options_column: str | None = option(
+        None,
+        "column with the options of each prompt, a list of texts or its JSON, one of which is the completion: metrics.json then "
+        "has the accuracy on the test documents (default: no options)",
+        group=DATA,
+        filled=True,
+    )
     scale_learning_rate_with_tau: bool = option(
         False, "the paper's rule: learning rate proportional to tau; for --prior_form centered only", group=OPTIMISATION
     )
@@ -55,6 +62,8 @@ class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOption
                 f"token_budget is {self.token_budget}, less than one document of max_tokens {self.max_tokens}; "
                 f"give token_budget {self.max_tokens} or more, or lower max_tokens"
             )
+        if self.options_column is not None and self.shard_base:
+            raise InputError("options_column and shard_base are both given; leave one of them out")
         if self.scale_learning_rate_with_tau and (self.prior_form != "centered" or self.tau in (0, math.inf, LEARNED)):
             raise InputError(
                 "scale_learning_rate_with_tau is only for the centred prior with a given tau above 0 and below inf; "

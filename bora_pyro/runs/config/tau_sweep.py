@@ -46,6 +46,10 @@ class SweepConfig:
 
     fit_config: str = option("results/documentation.yaml", "YAML file of the options that all fits share")
     data: str | list[str] | None = option(None, "the documents (default: as in fit_config)")
+    base_model: str | None = option(None, "the frozen language model (default: as in fit_config)")
+    precision: str | None = option(
+        None, "arithmetic of the frozen model (default: as in fit_config)", choices=("float32", "bfloat16")
+    )
     taus: list[str] = option(
         ["0", "1", "10", "100", "1000", "10000", "inf", LEARNED],
         "precisions of the prior: numbers, inf or learned (default: 0 1 10 100 1000 10000 inf learned)",
@@ -101,7 +105,8 @@ class SweepConfig:
         """The command line of ``bora map-fit`` for a run."""
         folder = Path(self.runs_dir) / self.stem.name / run.folder
         own = {"tau": run.tau, "learning_rate": run.rate, "seed": run.seed, "threads": 1, "output_dir": folder}
-        own |= {} if self.data is None else {"data": self.data}
+        given = {name: getattr(self, name) for name in ("data", "base_model", "precision")}
+        own |= {name: value for name, value in given.items() if value is not None}
         words = ((f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in own.items())
         return ["--config", self.fit_config, *(word for option in words for word in option)]
 
