@@ -7,7 +7,7 @@ paper's numbers and ours.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from bora_pyro.diagnostics.rank_correlation import rank_correlation
 from bora_pyro.diagnostics.sweep_table import at_best_rates, best_tau, read_sweep, sweep_table
 from bora_pyro.errors import InputError
 from bora_pyro.options.command_line import parse_config
@@ -163,6 +164,23 @@ def read_table(path: str, columns: Sequence[str], *, made_by: str) -> pd.DataFra
     return table
 
 
+def trend(documents: Any, values: Any) -> str:
+    """Spearman's rank correlation of a value of each task with its N_d, with its interval, as a text.
+
+    >>> trend([4, 8, 16], [3.0, 2.0, 1.0]), trend([4, 8], [1.0, 2.0])
+    ('ρ = −1.00 (95 %: −1.00 to −1.00; 3 tasks)', 'ρ: too few tasks')
+    """
+    try:
+        return str(rank_correlation(documents, values))
+    except InputError:
+        return "ρ: too few tasks"
+
+
+def with_trends(path: str, trends: Mapping[str, str]) -> str:
+    """The path of a figure, and a line for each rank correlation that it shows."""
+    return "\n".join([path, *(f"{name}: {text}" for name, text in trends.items())])
+
+
 def corpus(sweep: str) -> str:
     """The name of a sweep's corpus in a figure: the file name of the table.
 
@@ -190,4 +208,5 @@ def mean_sd(values: pd.Series, digits: int = 2) -> str:
 __all__ = [
     "PAPER_BEST", "PAPER_INDEPENDENT", "PAPER_POOLED", "best_between_limits", "corpus", "markdown", "mean_sd", "means_by_task",
     "output_option", "read_sweep", "read_table", "reported", "reported_sweep", "run", "save", "save_text", "sweep_option",
+    "trend", "with_trends",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
     python paper_figures/draw_all.py
 
 The presidents' sweep gives ``figure2.png`` and so on. The documentation's sweep gives ``figure2_documentation.png`` and so on.
+So do the sweeps of `MORE_SWEEPS` whose tables are there.
 If a results table is missing, the other figures are still drawn. The errors are printed at the end, and the exit code is 2.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +35,8 @@ from bora_pyro.errors import InputError
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import option
 
+#: Sweeps that are drawn if their tables are there.
+MORE_SWEEPS = ("presidents_full", "smollm2_documentation", "smollm2_presidents", "smollm2_crossfit")
 _SWEEP_SCRIPTS: tuple[ModuleType, ...] = (figure1, figure2, figure3, figure4, figure5, table1, table2)
 
 
@@ -47,13 +51,16 @@ class DrawAllConfig:
 def jobs(config: DrawAllConfig) -> Iterator[tuple[str, Callable[[Any], str], Any]]:
     """Yields (path of the output, function that writes it, options of the function)."""
     results, output = config.results, config.output
-    for corpus, ending in (("presidents", ""), ("documentation", "_documentation")):
+    more = ((name, f"_{name}") for name in MORE_SWEEPS if Path(f"{results}/{name}.parquet").is_file())
+    for corpus, ending in (("presidents", ""), ("documentation", "_documentation"), *more):
         for module in _SWEEP_SCRIPTS:
             name = module.__name__
             path = f"{output}/{name}{ending}.{'md' if name.startswith('table') else 'png'}"
             config_class = getattr(module, f"{name.capitalize()}Config")
             yield path, module.draw, config_class(sweep=f"{results}/{corpus}.parquet", output=path)
         path = f"{output}/pca{ending}.png"
+        if corpus in MORE_SWEEPS and not Path(f"{results}/{corpus}_gram.csv").is_file():
+            continue
         yield path, pca_figure.draw, pca_figure.PcaConfig(gram=f"{results}/{corpus}_gram.csv", output=path)
     forms, fidelity, model = f"{output}/forms.png", f"{output}/fidelity.md", f"{output}/model.png"
     yield forms, forms_figure.draw, forms_figure.FormsConfig(forms=f"{results}/forms.csv", output=forms)

@@ -6,6 +6,8 @@ The paper reports no numbers for this figure, so there is no panel of the paper 
 which is not the best τ.
 
 The first panel shows a sweep's best τ between the limits, the second all τ. A stronger prior keeps the tasks nearer to Θ.
+Are tasks with many documents farther away? The title has Spearman's rank correlation ρ of distance and N_d over tasks, with a
+bootstrap interval. The script prints it for every τ.
 
     python paper_figures/figure4.py --sweep results/presidents.parquet
 """
@@ -16,11 +18,22 @@ import sys
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
-from common import best_between_limits, corpus, output_option, read_sweep, run, save, sweep_option
+from common import (
+    best_between_limits,
+    corpus,
+    means_by_task,
+    output_option,
+    read_sweep,
+    run,
+    save,
+    sweep_option,
+    trend,
+    with_trends,
+)
 
 from bora_pyro.diagnostics.plots import deviation_by_documents, style
 from bora_pyro.diagnostics.plots.style import tau_text
-from bora_pyro.diagnostics.sweep_table import at_best_rates
+from bora_pyro.diagnostics.sweep_table import at_best_rates, tau_order
 
 
 @dataclass(kw_only=True)
@@ -33,15 +46,19 @@ class Figure4Config:
 
 def draw(config: Figure4Config) -> str:
     """Draw the figure and return the path of its file."""
-    table = read_sweep(config.sweep)
-    best, chosen = best_between_limits(table), at_best_rates(table)
+    table, name = read_sweep(config.sweep), corpus(config.sweep)
+    best, chosen, trends = best_between_limits(table), at_best_rates(table), dict[str, str]()
+    for tau in sorted(set(chosen["tau"]) - {"inf"}, key=tau_order):
+        tasks = means_by_task(table, tau)
+        trends[tau] = trend(tasks["task_train_documents"], tasks["deviation_norm"])
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
-        axes[0].set_title(f"{corpus(config.sweep)}, τ = {tau_text(best)}")
-        axes[1].set_title(f"{corpus(config.sweep)}, every τ")
+        axes[0].set_title(f"{name}, τ = {tau_text(best)}\n{trends[best]}", fontsize="small")
+        axes[1].set_title(f"{name}, every τ", fontsize="small")
         deviation_by_documents(chosen, axes[1])
         deviation_by_documents(chosen[chosen["tau"] == best], axes[0])
-        return save(figure, config.output)
+        path = save(figure, config.output)
+    return with_trends(path, {f"{name}, τ = {tau}, distance against N_d": text for tau, text in trends.items()})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The original has a point for each speaker at τ = 100. It has no trend: a speaker with many documents is not predicted better.
 Three speakers are far above the others. Here the paper's panel is from its Table 2, and the sweep's panel is at its best τ
-between the limits.
+between the limits. The titles have Spearman's rank correlation ρ of perplexity and N_d over tasks, with a bootstrap interval. The
+script also prints that of a learned τ, where the sweep has one.
 
     python paper_figures/figure5.py --sweep results/presidents.parquet
 """
@@ -25,12 +26,15 @@ from common import (
     run,
     save,
     sweep_option,
+    trend,
+    with_trends,
 )
 from matplotlib.axes import Axes
 
 from bora_pyro.diagnostics.plots import place_labels, style
 from bora_pyro.diagnostics.plots.style import tau_text
 from bora_pyro.diagnostics.plots.sweeps import documents_axis
+from bora_pyro.diagnostics.sweep_table import LEARNED
 
 
 @dataclass(kw_only=True)
@@ -43,15 +47,27 @@ class Figure5Config:
 
 def draw(config: Figure5Config) -> str:
     """Draw the figure and return the path of its file."""
-    table = read_sweep(config.sweep)
-    best = best_between_limits(table)
+    table, trends = read_sweep(config.sweep), dict[str, str]()
+    best, name = best_between_limits(table), corpus(config.sweep)
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
-        axes[0].set_title(f"BoRA paper: Talk of Norway, τ = {PAPER_BEST}")
-        axes[1].set_title(f"this sweep: {corpus(config.sweep)}, τ = {tau_text(best)}")
-        perplexity_by_documents(means_by_task(reported_sweep(), PAPER_BEST), axes[0])
-        perplexity_by_documents(means_by_task(table, best), axes[1])
-        return save(figure, config.output)
+        for ax, title, sweep, tau in (
+            (axes[0], "BoRA paper: Talk of Norway", reported_sweep(), PAPER_BEST),
+            (axes[1], f"this sweep: {name}", table, best),
+        ):
+            tasks = means_by_task(sweep, tau)
+            trends[f"{title}, τ = {tau}"] = text = perplexity_trend(tasks)
+            ax.set_title(f"{title}, τ = {tau_text(tau)}\n{text}", fontsize="small")
+            perplexity_by_documents(tasks, ax)
+        path = save(figure, config.output)
+    if LEARNED in set(table["tau"]):
+        trends[f"this sweep: {name}, learned τ"] = perplexity_trend(means_by_task(table, LEARNED))
+    return with_trends(path, {f"{title}, perplexity against N_d": text for title, text in trends.items()})
+
+
+def perplexity_trend(tasks: pd.DataFrame) -> str:
+    """The rank correlation of the tasks' perplexities with their numbers of documents."""
+    return trend(tasks["task_train_documents"], tasks["task_test_perplexity"])
 
 
 def perplexity_by_documents(tasks: pd.DataFrame, ax: Axes) -> Axes:
