@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("bora_pyro.runs.generate:COMMAND", "continue a prompt by several tasks' adapters, side by side"),
     "infer-task": ("bora_pyro.runs.infer_task:COMMAND", "say which task of a finished run a text is of"),
     "export-adapters": ("bora_pyro.report.export:COMMAND", "export a run's adapters as PEFT folders with model cards"),
+    "fold": ("bora_pyro.runs.fold:COMMAND", "fold several fits of the same tasks into one adapter a task"),
     "pool-adapters": ("bora_pyro.runs.pool:COMMAND", "pool LoRA adapters that were trained independently"),
 }
 

@@ -78,6 +78,13 @@ class DataOptions(ReadingOptions, Seeded):
         group=DATA,
         filled=True,
     )
+    split_seed: int | None = option(
+        None,
+        "seed of the split and of the documents that are kept; fits with other seeds then have the same ones (default: seed)",
+        group=DATA,
+        least=0,
+        most=2**32 - 1,
+    )
     small_tasks: str = option(
         "error",
         "what becomes of a task with too few documents to split, or none to train on",
@@ -100,6 +107,11 @@ class DataOptions(ReadingOptions, Seeded):
     max_eval_documents: int | None = option(
         None, "at most so many validation and so many test documents of a task (default: all)", group=DATA, least=1
     )
+
+    @property
+    def seed_of_split(self) -> int:
+        """The seed of the split."""
+        return self.seed if self.split_seed is None else self.split_seed
 
     @property
     def column_options(self) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def load_tasks(
     options = replace(options, chat_template=load_chat_template(options.chat_template))
     read, tokens = _read(source, tokenizer, options)
     if split is None:
-        split = (AsGiven if "split" in read.table.column_names else ByGroup)(fractions, options.seed)
+        split = (AsGiven if "split" in read.table.column_names else ByGroup)(fractions, options.seed_of_split)
     found = split.split(read.table, options)
     found, done = _with_training(found, lambda now: _tokenised(now, tokens, tokenizer, options), options, read.notes)
     notes = [*read.notes, *found.notes, *_token_notes([*done.values()], read.content, options.max_tokens)]
@@ -176,7 +176,7 @@ def _tokenised(
     task_index, done = {task: index for index, task in enumerate(sorted(found.record["tasks"]))}, {}
     for name in SPLITS:
         limit = options.max_train_documents if name == "train" else options.max_eval_documents
-        part = found.parts[name] if limit is None else _at_most(found.parts[name], limit, seed=options.seed, split=name)
+        part = found.parts[name] if limit is None else _at_most(found.parts[name], limit, seed=options.seed_of_split, split=name)
         if tokens is None:
             done[name] = tokenise(part, tokenizer, task_index=task_index, **_form(options))
         else:

@@ -297,7 +297,7 @@ def _parser(cls: type, kinds: dict[str, tuple[type, bool]], prog: str | None) ->
         name = f"--{field.name}"
         if about.get("positional"):
             # optional for argparse: the YAML file may give it, and the configuration checks that it is there
-            name, metavar, arity = field.name, field.name.upper(), {"nargs": "?"}
+            name, metavar, arity = field.name, field.name.upper(), {"nargs": "*" if kind is list else "?"}
         action: Any = "extend" if about.get("whole") else _StoreOnce
         groups[heading].add_argument(name, action=action, metavar=metavar, help=help_text.replace("%", "%%"), **arity)
     return parser

@@ -41,6 +41,7 @@ from bora_pyro.runs.layout import (  # fmt: skip
     CHECKPOINTS,
     CONFIG,
     FIT,
+    FOLD,
     HEADER,
     LOCK,
     LOG,
@@ -302,6 +303,10 @@ class RunFolder:
             check_links(self.path, "output_dir")
         if resume and CONFIG not in names:
             raise InputError(f"output_dir {self.path} holds no run to resume; check the path, or leave --resume out to start one")
+        if resume and FOLD in names:
+            raise InputError(
+                f"output_dir {self.path} holds a fold of several fits, which cannot go on; give another --output_dir"
+            )
         foreign = foreign_entries(self.path, names, within=overwrite and not resume)
         if foreign and not (resume and is_ours(self.path)):
             raise InputError(

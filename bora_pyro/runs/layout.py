@@ -17,6 +17,8 @@ from pathlib import Path
 CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "metrics.json", "split.json"
 #: Identifies the MAP fit that a posterior was made around.
 SOURCE = "source.json"
+#: The record of a fold: what was folded, and what it costs.
+FOLD = "fold.json"
 #: Name of the tensors of the adapter that a fit started from.
 START = "start"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"

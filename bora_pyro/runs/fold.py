@@ -1,0 +1,237 @@
+"""Fold several MAP fits of the same tasks into one adapter a task: the mean of their ΔW.
+
+    bora fold runs/seed-0 runs/seed-1 runs/seed-2 --output_dir runs/folded
+
+The fits may have other seeds, orders of the documents, starts or learning rates. The mean of K changes of rank r is one adapter
+of rank K r, so nothing is lost; ``--rank`` cuts it. The command measures what folding costs: the test perplexity of each fit, of
+the mixture of their predictions, and of the folded adapters.
+
+The folder has ``adapters/<task>/`` in PEFT form, ``metrics.json`` and ``fold.json``. If nothing is cut and the fits are alike, it
+is also a run, with the rank K r, that every command reads.
+
+Two seeds split the documents in two ways, unless the fits have one ``split_seed``. The fold therefore has a split of its own: a
+document is for testing if no fit trained on it or chose an epoch by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from pyro import poutine
+
+from bora_pyro.adapters import LoRA
+from bora_pyro.data import ByRecord, TaskData
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.errors import InputError, shown
+from bora_pyro.exchange.factors import LoraForm
+from bora_pyro.exchange.fold import mean_form, stacked
+from bora_pyro.exchange.save import check_exportable
+from bora_pyro.files.atomic import check_place, whole_folder, write_record
+from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
+from bora_pyro.guides import make_parameters, map_guide
+from bora_pyro.inference.evaluate import evaluate
+from bora_pyro.inference.fitted import Fitted
+from bora_pyro.model import BoRA
+from bora_pyro.options.field import check_fields, option
+from bora_pyro.predict.mixture import predictive
+from bora_pyro.priors import HierarchicalNormal
+from bora_pyro.runs.build import build_run
+from bora_pyro.runs.command import Command
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.fold_members import Member, check_alike, joint_split, not_a_run
+from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.layout import FOLD
+from bora_pyro.runs.results import metrics_of, write_adapters, write_posterior
+from bora_pyro.runs.resume import as_written
+
+
+@dataclass(kw_only=True)
+class FoldConfig:
+    """Fold several MAP fits of the same tasks into one adapter a task, the mean of their changes."""
+
+    runs: list[str] = option([], "folders of two or more finished MAP fits", positional=True, whole=True)
+    output_dir: str = option("", "the folder to make")
+    rank: int | None = option(
+        None, "cut the adapters to this rank (default: the sum of the fits' ranks, which is exact)", least=1
+    )
+    mixture: bool = option(True, "also measure the mixture of the fits' predictions, which takes a pass for each fit")
+    token_budget: int = option(4096, "tokens of a batch, padding included", least=1)
+    overwrite: bool = option(False, "replace an earlier result")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    trust_remote_code: bool = option(
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
+    )
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)", least=1)
+
+    def validate(self) -> None:
+        """Check the values."""
+        check_fields(self)
+        if len(self.runs) < 2:
+            raise InputError(f"{len(self.runs)} runs are given; name the folders of two or more fits, as in fold runs/a runs/b")
+        places = [Path(run).absolute().resolve() for run in self.runs]
+        if twice := [run for n, run in enumerate(self.runs) if places[n] in places[:n]]:
+            raise InputError(f"the run {shown(twice[0])} is given twice; give each once")
+        if not self.output_dir.strip():
+            raise InputError("no output_dir is given; name the folder to make, as in --output_dir folded")
+
+
+def fold(config: FoldConfig) -> dict[str, Any]:
+    """Read the fits, fold them, measure, and write the folder.
+
+    Returns:
+        The content of ``fold.json``.
+
+    Raises:
+        InputError: a run cannot be read, the runs differ in their base, layers, tasks or documents, or the folder is taken.
+    """
+    check_place(config.output_dir, record=FOLD, overwrite=config.overwrite)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    members = [Member.read(path, device=config.device, trust_remote_code=config.trust_remote_code) for path in config.runs]
+    check_alike(members)
+    record, same_split = joint_split(members)
+    forms = [mean_form(of_task, rank=config.rank) for of_task in zip(*(member.forms for member in members), strict=True)]
+    exact = sum(member.forms[0].rank for member in members)
+    reason = not_a_run(members, cut=forms[0].rank < exact)
+    fit = _fit_config(members[0].config, config.output_dir, forms[0])
+    prior = None if reason is None else HierarchicalNormal(1.0)
+    model, data = build_run(fit, quiet=True, split=ByRecord(record), prior=prior)
+    check_exportable(model.backbone)
+    fitted = _fitted(model, data, forms, members if reason is None else [])
+    metrics = metrics_of(fitted, data, tau=fit.tau, learning_rate=fit.learning_rate, seed=fit.seed)
+    if reason is not None:
+        _without_prior(metrics)
+    notes = _notes(members, data, same_split)
+    metrics["notes"] = [*metrics["notes"], *notes]
+    found = {
+        "rank": forms[0].rank,
+        "run": reason is None,
+        **({} if reason is None else {"not_a_run": reason}),
+        "same_split": same_split,
+        "base": members[0].base,
+        "test_documents": data.test.num_documents,
+        "test_perplexity": metrics["test_perplexity"],
+        **_perplexities(members, model, data.test, config),
+        "relative_error": dict(zip([*_folders(data)], (form.relative_error for form in forms), strict=True)),
+        "notes": notes,
+    }
+    with whole_folder(config.output_dir, record=FOLD, overwrite=config.overwrite) as aside:
+        folder = RunFolder(aside)
+        if reason is None:
+            folder.write_config(as_written(fit))
+            folder.write_split(record)
+            write_posterior(folder, fitted, data, "map")
+        write_adapters(folder, fitted, fit.base_model)
+        folder.write_metrics(metrics)
+        write_record(aside, FOLD, found)
+    return found
+
+
+def _fit_config(config: MapFitConfig, output_dir: str, form: LoraForm) -> MapFitConfig:
+    """The configuration of the folded fit: that of the first one, with LoRA of the new rank."""
+    return dataclasses.replace(
+        config, adapter="lora", adapter_option=None, rank=form.rank, alpha=form.alpha, start_from=None, start_as="theta",
+        output_dir=output_dir, overwrite=False, resume=False, trackers=None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _fitted(model: BoRA, data: TaskData, forms: Sequence[LoraForm], members: Sequence[Member]) -> Fitted:
+    """The folded fit. A learned τ is the geometric mean of the members' τ."""
+    with poutine.seed(rng_seed=0):
+        model.weights()  # a prior that learns creates its tensors when it is sampled for the first time
+    taus = {name: [member.precisions[name] for member in members] for name in (members[0].precisions if members else {})}
+    model.prior.load_state({name: torch.stack(of).log().mean(0).exp().to(model.backbone.device) for name, of in taus.items()})
+    theta, mean = stacked(model, forms[:-1]), {name: value[0] for name, value in stacked(model, forms[-1:]).items()}
+    guide = map_guide(model, model.sites_given(theta, mean))
+    make_parameters(guide, model)
+    (validation,) = evaluate(model, data.validation, theta)
+    return Fitted(
+        model,
+        guide,
+        data.tasks,
+        validation_perplexity=validation.perplexity(),
+        documents=data.train.documents_per_task,
+        chat_template=data.chat_template,
+    )
+
+
+def _without_prior(metrics: dict[str, Any]) -> None:
+    """Drop what depends on the prior, or on a common basis of the adapters."""
+    for name in ("tau", "tau_by_group"):
+        metrics.pop(name, None)
+    for row in metrics["tasks"].values():
+        row.pop("deviation_norm")
+
+
+def _perplexities(members: Sequence[Member], model: BoRA, test: TokenSplit, config: FoldConfig) -> dict[str, Any]:
+    """The test perplexity of each member, and of the mixture of their predictions."""
+    rank = max(form.rank for member in members for form in member.forms)
+    plain = BoRA(model.backbone, model.num_tasks, adapter=LoRA(rank), likelihood=model.likelihood)
+    # with scale 1 and one rank, so that one model can have the adapters of all
+    weights = [stacked(plain, [form.with_rank([rank]) for form in member.forms[:-1]]) for member in members]
+    rows = []
+    for member, theta in zip(members, weights, strict=True):
+        (scores,) = evaluate(plain, test, theta, token_budget=config.token_budget)
+        about = {"run": member.path, "posterior_sha256": member.digest, "seed": member.config.seed}
+        rows.append(about | {"test_perplexity": scores.perplexity()})
+    found: dict[str, Any] = {"members": rows}
+    if config.mixture and len(test):
+        found["mixture_test_perplexity"] = predictive(plain, test, lambda: weights, token_budget=config.token_budget).perplexity()
+    return found
+
+
+def _folders(data: TaskData) -> list[str]:
+    slugs = adapter_folders(data.tasks)
+    return [*(slugs[task] for task in data.tasks), GLOBAL_MEAN]
+
+
+def _notes(members: Sequence[Member], data: TaskData, same_split: bool) -> list[str]:
+    """What the user should know about the documents of the perplexities."""
+    if same_split:
+        return []
+    number, own = data.test.num_documents, members[0].data.test.num_documents
+    if not number:
+        return [
+            "the fits split the documents in different ways, and none is left that no fit trained on or chose an epoch by: there "
+            "are no test perplexities; fits with one --split_seed have one split"
+        ]
+    notes = [
+        f"the fits split the documents in different ways: the perplexities are over the {number} of {own} test documents that no "
+        "fit trained on or chose an epoch by"
+    ]
+    read = {key for member in members for split in (member.data.train, member.data.validation) for key in _keys(split)}
+    if again := sum(key in read for key in _keys(data.test)):
+        notes.append(f"{again} of these documents have the same text as a document that a fit trained on or chose an epoch by")
+    return notes
+
+
+def _keys(split: TokenSplit) -> list[bytes]:
+    return [split.document(n).numpy().tobytes() for n in split.first_pieces.tolist()]
+
+
+def show(config: FoldConfig, found: Mapping[str, Any]) -> None:
+    """Print the perplexities, the error of a cut, and what can read the folder."""
+    for note in found["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    rows = {row["run"]: row["test_perplexity"] for row in found["members"]}
+    if "mixture_test_perplexity" in found:
+        rows["mixture of their predictions"] = found["mixture_test_perplexity"]
+    rows[f"folded, rank {found['rank']}"] = found["test_perplexity"]
+    if found["test_documents"]:
+        print(f"test perplexity of {found['test_documents']:,} documents:")
+        print(pd.Series(rows).to_string(float_format="{:.2f}".format))
+    if error := max(found["relative_error"].values()):
+        print(f"relative error of the cut: up to {error:.3g} (by task in {FOLD})")
+    readers = "a run of rank {rank}, which every command reads" if found["run"] else "PEFT adapters; no run, because {not_a_run}"
+    print(f"folded: {config.output_dir} ({readers.format(**found)})")
+
+
+COMMAND = Command("fold", FoldConfig, fold, show)
