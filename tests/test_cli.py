@@ -18,7 +18,7 @@ import bora_pyro
 from bora_pyro import cli
 from bora_pyro.options.command_line import to_yaml
 from bora_pyro.runs.command import Command
-from bora_pyro.runs.config.demo import DemoConfig
+from bora_pyro.runs.config.demo import DemoConfig, DemoSmolLM2Config
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from tests.tiny_base import SCRIPTS, script_main
@@ -110,9 +110,38 @@ def test_the_demo_is_a_map_fit_with_other_defaults():
     assert not demo["overwrite"]  # a second demo does not replace a run unasked
 
 
+def test_the_demo_of_smollm2_is_a_map_fit_with_other_defaults():
+    usual, demo = dataclasses.asdict(MapFitConfig()), dataclasses.asdict(DemoSmolLM2Config())
+    assert list(usual) == list(demo)
+    changed = {
+        "base_model": "builtin:smollm2", "num_tasks": 12, "max_train_documents": 12, "max_eval_documents": 4, "max_tokens": 96,
+        "token_budget": 1024, "epochs": 3, "precision": "auto", "output_dir": "runs/demo-smollm2",
+    }  # fmt: skip
+    assert demo == usual | changed
+
+
+def test_the_demo_of_smollm2_runs_on_any_base(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--num_tasks", "2", "--max_train_documents", "2", "--max_eval_documents", "1", "--max_tokens", "16", "--epochs", "1"]
+    assert cli.run(["demo-smollm2", "--base_model", "builtin:nano", *sizes, "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"^precision: (float32|bfloat16) \(products in bfloat16 are [\d.]+ times as fast", printed.err, re.M)
+    assert re.search(
+        r"run folder: runs/demo-smollm2\n1 epochs in \d+ s, [\d,]+ training tokens a second, \w+, \d+ CPU threads\n$", printed.out
+    )
+    written = Path("runs/demo-smollm2/config.yaml").read_text(encoding="utf-8")
+    [precision] = re.findall(r"^precision: (.*)$", written, re.M)
+    assert precision in ("float32", "bfloat16")
+    assert f"precision: {precision} (" in printed.err
+
+
 def test_make_demo_is_the_command():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^demo:.*\n\t\$\(BIN\)/python scripts/demo\.py --overwrite true\n\n", makefile, re.M)
+    assert re.search(
+        r"^demo-smollm2: smollm2 .*\n\t\$\(BIN\)/python scripts/demo_smollm2\.py --overwrite true\n\n", makefile, re.M
+    )
+    assert re.search(r"^smollm2: setup ", makefile, re.M)
 
 
 def in_a_process_of_its_own(code, *words):
