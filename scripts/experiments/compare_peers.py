@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from peer_fits import BORA, PEFT_ARMS, SOUPS, FitOf
+from peer_options import BORA, SOUPS, THROUGH_PEFT, FitOf
 from scipy import stats
 
 from bora_pyro.data.tables import check_source
@@ -306,9 +306,9 @@ class Comparison:
                 values = rows[f"tau_{factor}"].astype(float)
                 yield f"tau of {factor} in bora_learned: {', '.join(f'{value:.3g}' for value in values)} (by seed)"
         for arm in chosen:
-            if arm in PEFT_ARMS:
+            if arm in THROUGH_PEFT:
                 rank, apart = float(chosen[arm]["rank"].iloc[0]), float(chosen[arm]["logit_difference"].astype(float).max())
-                yield f"{arm}: rank {rank:g}; logits through PEFT and through this library are {apart:.1g} of their size apart"
+                yield f"{arm}: rank {rank:g}; its logits through PEFT and through this library agree to {apart:.1g}"
 
 
 def by_seed(rows: pd.DataFrame, reference: pd.DataFrame) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peer_options import BORA, SOUPS, THROUGH_PEFT, FitOf
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
@@ -55,7 +56,7 @@ from bora_pyro.inference.steps import EpochSteps
 from bora_pyro.inference.task_rows import BETAS, EPS
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import check_fields, option, part_of
+from bora_pyro.options.field import option, part_of
 from bora_pyro.predict.multiple_choice import Question
 from bora_pyro.priors import ByLatent, HierarchicalNormal, Independent, LearnedPrecision, Pooled, Prior, prior_from_tau
 from bora_pyro.runs.build import build_run
@@ -67,54 +68,6 @@ ETA = 2.0
 #: Largest relative difference of PEFT's logits from ours (root mean squares), by the precision of the base.
 CLOSE = {torch.float32: 1e-4}
 CLOSE_IN_HALF = 0.1
-#: Options of a fit that must have their defaults.
-NOT_IN_PEFT = ("adapter", "router", "likelihood", "likelihood_unit", "task_weights", "accumulate", "start_from", "temperature")
-BORA = "bora_"
-#: Arms that come with ``peft_each``: the mean of (A, B) over tasks, and the mean of the changes B A.
-SOUPS = ("peft_soup", "peft_soup_delta")
-
-
-@dataclass(kw_only=True)
-class FitOf:
-    """The options that all fits of a comparison share."""
-
-    fit_config: str = option("results/documentation.yaml", "YAML file of the options that all fits share")
-    data: str | list[str] | None = option(None, "the documents (default: as in fit_config)")
-    base_model: str | None = option(None, "the frozen language model (default: as in fit_config)")
-    precision: str | None = option(
-        None, "arithmetic of the frozen model (default: as in fit_config)", choices=("float32", "bfloat16")
-    )
-    averaging: bool = option(
-        True, "average the iterates of every arm, and keep the better of the last state and the average at each epoch"
-    )
-    threads: int = option(1, "CPU threads of a fit", least=1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-
-    def validate(self) -> None:
-        """Check the values."""
-        check_fields(self)
-        if not Path(self.fit_config).is_file():
-            raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
-
-    def words(self) -> list[str]:
-        """The command line of ``map_fit.py`` for what is shared."""
-        given = {name: getattr(self, name) for name in ("data", "base_model", "precision", "threads", "device")}
-        given = {name: value for name, value in given.items() if value is not None}
-        pairs = ((f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in given.items())
-        return ["--config", self.fit_config, *chain.from_iterable(pairs)]
-
-    def fit(self, **changes: Any) -> MapFitConfig:
-        """The configuration of a fit.
-
-        Raises:
-            InputError: it has an option that the arms through PEFT do not have.
-        """
-        config = dataclasses.replace(parse_config(MapFitConfig, self.words()), **changes)
-        usual = MapFitConfig()
-        for name in NOT_IN_PEFT:
-            if (value := getattr(config, name)) != getattr(usual, name):
-                raise InputError(f"{name} is {value} in {self.fit_config}; the arms through PEFT do not have it: leave it out")
-        return config
 
 
 @dataclass(kw_only=True)
@@ -675,13 +628,9 @@ def with_names(data: TaskData, backbone: Backbone) -> TaskData:
 
 
 #: The arms through PEFT: a function of :class:`Peft` and the name of the arm.
-PEFT_ARMS: dict[str, Callable[[Peft, str], Outcome]] = {
-    "peft_one": Peft.one,
-    "peft_each": Peft.each,
-    "peft_one_then_each": Peft.one_then_each,
-    "peft_task_id": Peft.task_id,
-    "peft_big": Peft.big,
-}
+PEFT_ARMS: dict[str, Callable[[Peft, str], Outcome]] = dict(
+    zip(THROUGH_PEFT, (Peft.one, Peft.each, Peft.one_then_each, Peft.task_id, Peft.big), strict=True)
+)
 
 
 def fit_arm(arm: str, template: BoRA, data: TaskData, config: MapFitConfig, *, averaging: bool) -> list[Outcome]:

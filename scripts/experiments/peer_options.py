@@ -1,0 +1,65 @@
+"""What ``compare_peers.py`` and each of its fits share: the options of the fits, and the names of the arms. Quick to import."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from bora_pyro.errors import InputError
+from bora_pyro.options.command_line import parse_config
+from bora_pyro.options.field import check_fields, option
+from bora_pyro.runs.config.map_fit import MapFitConfig
+
+#: Arms through PEFT that are trained.
+THROUGH_PEFT = ("peft_one", "peft_each", "peft_one_then_each", "peft_task_id", "peft_big")
+#: Options of a fit that must have their defaults.
+NOT_IN_PEFT = ("adapter", "router", "likelihood", "likelihood_unit", "task_weights", "accumulate", "start_from", "temperature")
+BORA = "bora_"
+#: Arms that come with ``peft_each``: the mean of (A, B) over tasks, and the mean of the changes B A.
+SOUPS = ("peft_soup", "peft_soup_delta")
+
+
+@dataclass(kw_only=True)
+class FitOf:
+    """The options that all fits of a comparison share."""
+
+    fit_config: str = option("results/documentation.yaml", "YAML file of the options that all fits share")
+    data: str | list[str] | None = option(None, "the documents (default: as in fit_config)")
+    base_model: str | None = option(None, "the frozen language model (default: as in fit_config)")
+    precision: str | None = option(
+        None, "arithmetic of the frozen model (default: as in fit_config)", choices=("float32", "bfloat16")
+    )
+    averaging: bool = option(
+        True, "average the iterates of every arm, and keep the better of the last state and the average at each epoch"
+    )
+    threads: int = option(1, "CPU threads of a fit", least=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+
+    def validate(self) -> None:
+        """Check the values."""
+        check_fields(self)
+        if not Path(self.fit_config).is_file():
+            raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
+
+    def words(self) -> list[str]:
+        """The command line of ``map_fit.py`` for what is shared."""
+        given = {name: getattr(self, name) for name in ("data", "base_model", "precision", "threads", "device")}
+        given = {name: value for name, value in given.items() if value is not None}
+        pairs = ((f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in given.items())
+        return ["--config", self.fit_config, *chain.from_iterable(pairs)]
+
+    def fit(self, **changes: Any) -> MapFitConfig:
+        """The configuration of a fit.
+
+        Raises:
+            InputError: it has an option that the arms through PEFT do not have.
+        """
+        config = dataclasses.replace(parse_config(MapFitConfig, self.words()), **changes)
+        usual = MapFitConfig()
+        for name in NOT_IN_PEFT:
+            if (value := getattr(config, name)) != getattr(usual, name):
+                raise InputError(f"{name} is {value} in {self.fit_config}; the arms through PEFT do not have it: leave it out")
+        return config
