@@ -67,8 +67,8 @@ COLUMNS = [
 ]  # fmt: skip
 #: Options of a fit that an arm sets itself, or that do not change its result.
 NOT_SHARED = {
-    "tau", "tau_per", "tau_start", "prior", "prior_option", "prior_form", "penalty", "start_as", "learning_rate", "seed",
-    "output_dir", "overwrite", "resume", "threads", "device", "trackers", "export_adapters", "checkpoint_every",
+    "average", "tau", "tau_per", "tau_start", "prior", "prior_option", "prior_form", "penalty", "start_as", "learning_rate",
+    "seed", "output_dir", "overwrite", "resume", "threads", "device", "trackers", "export_adapters", "checkpoint_every",
     "checkpoint_minutes", "keep_checkpoints", "task_memory",
 }  # fmt: skip
 BOOTSTRAP = 10_000

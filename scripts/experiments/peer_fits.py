@@ -202,16 +202,21 @@ class Outcome:
 def fit_ours(arm: str, template: BoRA, data: TaskData, config: MapFitConfig, *, averaging: bool) -> Outcome:
     """Fit an arm of this library."""
     model = BoRA(template.backbone, data.num_tasks, adapter=template.adapter, prior=prior_of(arm), seed=config.seed)
+    options: Any = part_of(config, FitOptions)
     average, guide, start = AveragedTheta(), map_guide(model), time.perf_counter()
-    callbacks = [*usual_callbacks(model), *([average] if averaging else [])]
+    callbacks = usual_callbacks(model)
+    if hasattr(options, "average"):  # the fit averages by itself
+        options = dataclasses.replace(options, average=averaging)
+    elif averaging:
+        callbacks = [*callbacks, average]
     try:
-        fitted = fit(model, data, part_of(config, FitOptions), guide=guide, callbacks=callbacks)
+        fitted = fit(model, data, options, guide=guide, callbacks=callbacks)
     except NonFiniteLossError as error:
         fitted = error.fitted
     seconds = time.perf_counter() - start
     theta, centre = fitted.weights()
     found = float("nan") if fitted.validation_perplexity is None else fitted.validation_perplexity
-    best = Best(theta, found, fitted.best_epoch)
+    best = Best(theta, found, fitted.best_epoch, getattr(fitted, "averaged", False))
     tau = tau_by_group(model, fitted.sites())
     if average.best.perplexity < found:
         best = average.best
