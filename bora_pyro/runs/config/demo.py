@@ -35,7 +35,7 @@ FASTEST = "auto"
 @by_heading(*HEADINGS)
 @dataclass(kw_only=True)
 class DemoSmolLM2Config(MapFitConfig):
-    """Fit SmolLM2-135M-Instruct, a real language model, to a part of the embedded data: about eight minutes on two cores."""
+    """Fit SmolLM2-135M-Instruct, a real language model, to a part of the embedded data: under ten minutes on two cores."""
 
     base_model: str = changed(MapFitConfig, "base_model", "builtin:smollm2")
     num_tasks: int | None = changed(MapFitConfig, "num_tasks", 12)
