@@ -101,6 +101,12 @@ def make_parameters(guide: AutoGuide, model: BoRA) -> None:
         guide(document.batches()[0].to(model.backbone.device))
 
 
+def task_sites(guide: AutoGuide) -> list[str]:
+    """The sites of a guide that are inside the plate of tasks."""
+    nodes = guide.prototype_trace.iter_stochastic_nodes()
+    return [name for name, site in nodes if any(frame.name == "tasks" for frame in site["cond_indep_stack"])]
+
+
 def begins_at_sites(guide: AutoGuide) -> bool:
     """Whether a guide has values of all tasks to start from, and has not run yet."""
     location = getattr(guide, "init_loc_fn", getattr(guide, "_location", None))

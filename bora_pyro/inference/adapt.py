@@ -40,7 +40,9 @@ from bora_pyro.priors import Given
 #: Guides of the new deviations: all that are fitted by an ELBO.
 ALLOWED = tuple(name for name in GUIDES if name not in CURVATURE)
 #: The options of ``fit`` that an adaptation accepts.
-OPTIONS = ("warmup", "accumulate", "gradient_clip", "temperature", "patience", "on_step", "on_epoch")
+OPTIONS = (
+    "warmup", "accumulate", "gradient_clip", "temperature", "patience", "deviation_reach", "average", "on_step", "on_epoch",
+)  # fmt: skip
 # Options of ``fit`` that an adaptation does not accept, and the reason for the error message.
 _NO_OPTIONS = {"epochs": "give steps instead", "checkpoints": "an adaptation takes seconds and writes none"}
 

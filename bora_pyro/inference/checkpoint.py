@@ -132,7 +132,7 @@ class Checkpoint:
         """
         with self.errors():
             for name, kind in kinds.items():
-                if not isinstance(self.progress[name], kind) or isinstance(self.progress[name], bool):
+                if not isinstance(self.progress[name], kind) or (isinstance(self.progress[name], bool) and bool not in kind):
                     raise ValueError(f"its {name} is {shown(self.progress[name])}")
 
     def group(self, group: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:

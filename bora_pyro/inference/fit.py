@@ -166,8 +166,7 @@ def _run(
     loop.request = request
     while not is_over(loop.epoch, fitted.best_epoch, epochs=options.epochs, patience=options.patience):
         report = loop.run_epoch(on_step, on_request=act)
-        if (perplexity := loop.keep_best()) is not None:
-            report["validation_perplexity"] = perplexity
+        report |= loop.keep_best()
         fitted.seconds = report["seconds"] = time.perf_counter() - start
         fitted.history.append(report)
         if on_epoch:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bora_pyro.data.batch import loaded_tasks
 from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.guides.base import task_sites
 from bora_pyro.inference.evaluate import Scores, evaluate
 from bora_pyro.inference.processes import Processes
-from bora_pyro.inference.task_rows import task_sites
 from bora_pyro.model import BoRA, Weights
 
 # Number of tasks whose adapters are computed at one time.
@@ -41,6 +41,7 @@ class Fitted:
         history: one entry per epoch (loss in nats per training observation, validation perplexity, tokens per second, ...; also
             the path of τ, if the prior learns it).
         best_epoch: the epoch whose state was kept; 0 is the start.
+        averaged: whether that state is the mean of the steps up to then, and not the last of them.
         validation_perplexity: perplexity of the state that was kept; None if there are no validation documents.
         seconds: time in training steps and validation.
         documents: N_d, the number of training documents of each task; empty if unknown.
@@ -52,6 +53,7 @@ class Fitted:
     tasks: list[str]
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
+    averaged: bool = False
     validation_perplexity: float | None = None
     seconds: float = 0.0
     documents: list[int] = field(default_factory=list)

@@ -18,6 +18,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.guides.curvature import document_gradients
 from bora_pyro.inference.callbacks import Callback, FitLoop
 from bora_pyro.inference.fitted import tau_by_group
+from bora_pyro.inference.optimizer import gradient_factors
 from bora_pyro.inference.task_rows import MANY_TASKS
 from bora_pyro.model import BoRA, Weights
 
@@ -67,7 +68,13 @@ class LearnTau(Callback):
             gradients.append(document_gradients(model, theta, batch))
             deviations.append({name: (value - average[name]).index_select(0, batch.row) for name, value in theta.items()})
             tasks.append(batch.task)
+        before = self._tau(loop)
         model.prior.learn(_joined(deviations), _joined(gradients), torch.cat(tasks), all_reduce=loop.processes.all_reduce)
+        loop.state.rescale(gradient_factors(before, self._tau(loop)))
+
+    @staticmethod
+    def _tau(loop: FitLoop) -> Weights:
+        return {name: loop.model.prior.precision(name, start) for name, start in loop.model.starts.items()}
 
 
 def tau_of_path(loop: FitLoop) -> dict[str, Any]:

@@ -24,15 +24,16 @@ from bora_pyro.inference.callbacks import Callback, checked_callbacks
 from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.continuation import check_packing, digests
 from bora_pyro.inference.elbo import TemperedELBO
-from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.learn_tau import LearnTau
+from bora_pyro.inference.optimizer import deviation_rate
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, all_reduce_gradient
 from bora_pyro.inference.schedule import epoch_seed, schedule, step_seed
 from bora_pyro.inference.start import first_state, partition_of
 from bora_pyro.inference.state import draws_tasks
 from bora_pyro.inference.steps import EpochSteps, StepsOfEpoch
+from bora_pyro.inference.validation import draw_is_finite, validation_perplexity
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import with_changes
 
@@ -51,6 +52,7 @@ _RECORD = {
     "best_epoch": (int,),
     "validation_perplexity": (float, int, type(None)),
     "seconds": (float, int),
+    "averaged": (bool,),
 }
 
 
@@ -103,9 +105,10 @@ class Loop:
         self.packing = {name: getattr(options, name) for name in ("token_budget", "accumulate", "seed")}
         self.packing |= {"processes": self.processes.size, "steps_per_epoch": self.steps_per_epoch}
         self.total_steps = self.steps_per_epoch * options.epochs
+        self._deviation_rate = deviation_rate(options.learning_rate, options.deviation_reach, self.total_steps, options.warmup)
         self.fitted = Fitted(model, guide, data.tasks, chat_template=data.chat_template)
         self.fitted.documents = data.train.documents_per_task
-        #: Numbers of completed steps and completed epochs, and the number of the last step.
+        #: numbers of completed steps and epochs, and the number of the last step
         self.steps_done = self.epoch = self.step_number = 0
         #: The progress within an unfinished epoch, JSON-able; empty between epochs.
         self.within: dict[str, Any] = {}
@@ -168,12 +171,13 @@ class Loop:
         totals, start = torch.tensor(within["totals"], dtype=torch.float64), time.perf_counter() - within["seconds"]
         for number in range(within["steps"], len(steps)):
             self.step_number = step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
-            rate = self.options.learning_rate * schedule(step, self.total_steps, self.options.warmup)
+            part = schedule(step, self.total_steps, self.options.warmup)
+            rate = part * self.options.learning_rate
             reduced = self.processes.reduced_bytes
             # the seed depends only on the step, so a resumed fit draws the same numbers
             with poutine.seed(rng_seed=step_seed(self.options.seed, self.epoch, number)):
                 # Pyro checks shapes and supports in the first step only
-                sums = self.step(steps[number], rate, step, validate=step == 0)
+                sums = self.step(steps[number], rate, step, of_deviations=part * self._deviation_rate, validate=step == 0)
                 for callback in self.callbacks:
                     callback.after_step(self)
             totals = totals + sums[:4]
@@ -197,8 +201,10 @@ class Loop:
         self.epoch, self.within = self.epoch + 1, {}
         return report
 
-    def step(self, batches: Sequence[Batch], rate: float, step: int, *, validate: bool = False) -> Tensor:
-        """Take one step on the given batches.
+    def step(
+        self, batches: Sequence[Batch], rate: float, step: int, *, of_deviations: float | None = None, validate: bool = False
+    ) -> Tensor:
+        """Take one step on the given batches, with a rate of its own for whitened deviations.
 
         Returns:
             (5,) float64, sums over all processes: loss, log-likelihood, observations, predicted tokens, and requests.
@@ -225,7 +231,7 @@ class Loop:
         torch.nn.utils.clip_grads_with_norm_([*self.state.shared, *self.state.own], self.options.gradient_clip, norm)
         for callback in self.callbacks:
             callback.before_step(self)
-        self.state.step(rate)
+        self.state.step(rate, rate if of_deviations is None else of_deviations)
         return sums.cpu()
 
     def backward(self, batch: Batch, *, validate: bool) -> Tensor:
@@ -247,53 +253,48 @@ class Loop:
             self.fitted,
         )
 
-    def _validation_perplexity(self) -> float | None:
-        if not self.data.validation.num_tokens:
-            return None
-        if self.processes.size == 1:
-            (scores,) = evaluate(self.model, self.data.validation, self.state.adapters())
-            return scores.perplexity()
-        (scores,) = evaluate(
-            self.model,
-            self.data.validation,
-            self.state.adapters(),
-            documents=self._validation_documents[0],
-            lockstep=self.processes.lockstep,
-        )
-        log_likelihood, tokens = self.processes.all_reduce(
-            torch.stack([scores.log_likelihood.sum(), scores.tokens.sum().double()])
-        )
-        return math.exp(min(-float(log_likelihood) / float(tokens), 700.0))
+    def _perplexity(self) -> float | None:
+        return validation_perplexity(self.model, self.data.validation, self.state, self._validation_documents, self.processes)
 
-    def keep_best(self) -> float | None:
-        """Compute the validation perplexity, and keep the state if the perplexity is the lowest so far, including the start."""
-        perplexity = self._validation_perplexity()
-        if perplexity is not None and math.isnan(perplexity):
+    def keep_best(self) -> dict[str, float]:
+        """Compute the validation perplexity, and keep the state if the perplexity is the lowest so far, including the start.
+
+        Returns:
+            ``validation_perplexity``, the lower one of ``validation_perplexity_last``, of the current state, and
+            ``validation_perplexity_averaged``, of the mean of the steps; empty if there are no validation documents.
+        """
+        last = self._perplexity()
+        if last is not None and math.isnan(last):
             when = f"after epoch {self.epoch}" if self.epoch else "before the first step: the base model gives NaN"
             raise self._non_finite(f"the validation perplexity is not a number {when}")
         if not self._draw_is_finite():
             raise self._non_finite(f"a draw of the guide gives NaN or inf logits after epoch {self.epoch}: its scales diverge")
-        best = self.fitted.validation_perplexity
         # without validation documents, the last epoch is the best
+        self._keep_if_best(last, averaged=False)
+        if last is None:
+            return {}
+        report = {"validation_perplexity": last, "validation_perplexity_last": last}
+        if self.options.average and self.epoch:
+            with self.state.averaged():
+                if (averaged := self._perplexity()) is not None and math.isfinite(averaged) and self._draw_is_finite():
+                    self._keep_if_best(averaged, averaged=True)
+                    report |= {"validation_perplexity": min(last, averaged), "validation_perplexity_averaged": averaged}
+        return report
+
+    def _keep_if_best(self, perplexity: float | None, *, averaged: bool) -> None:
+        best = self.fitted.validation_perplexity
         if perplexity is None or best is None or perplexity < best:
-            self.fitted.best_epoch, self.fitted.validation_perplexity = self.epoch, perplexity
+            self.fitted.best_epoch, self.fitted.validation_perplexity, self.fitted.averaged = self.epoch, perplexity, averaged
             if self.epoch:  # the start is kept as it is
                 self.state.keep()
-        return perplexity
 
-    @torch.no_grad()
     def _draw_is_finite(self) -> bool:
-        """Whether the logits of one short document are finite under a draw of the guide; the validation uses its centre only."""
         if isinstance(self.guide, AutoDelta):
-            return True
+            return True  # the validation uses the guide's centre, which is its only value
         document = self.data.train.batches(token_budget=1, documents=self._documents_by_part(self.data.train)[0])[0]
         if self.partition is not None:
             (document,) = self.state.begin([replace(document, tasks=loaded_tasks(document.task))])
-        document = document.to(self.device)
-        with poutine.seed(rng_seed=self.options.seed):
-            theta, _ = self.model.weights_given(self.guide(document), document.tasks)
-        finite = self.model.logits(document, theta).isfinite().all()
-        return not self.processes.all_reduce((~finite).float().reshape(1).cpu()).any()
+        return draw_is_finite(self.model, self.guide, document.to(self.device), self.processes, seed=self.options.seed)
 
     def finish(self) -> None:
         """Restore the guide's best state, with the rows of all tasks in the process of rank 0."""

@@ -71,6 +71,7 @@ def estimate_memory(
     task_subsampling: bool | None = None,
     task_memory: float = 4.0,
     accumulate: int = 1,
+    average: bool = True,
     processes: int = 1,
     process: int = 0,
 ) -> MemoryEstimate:
@@ -83,8 +84,8 @@ def estimate_memory(
     base.
 
     - The base: its parameters and buffers as they are stored.
-    - The state, during the whole fit: 4 (4 G + D P + P), for the guide, two moments of AdamW, the copy of the best state, θ that
-      the guide keeps from its first run, and the common start.
+    - The state, during the whole fit: 4 (5 G + D P + P), for the guide, two moments of AdamW, the copy of the best state, the
+      mean of the steps, θ that the guide keeps from its first run, and the common start. Without the mean it is 4 G less.
     - A step at its loss: T (L kept + 6 h b) for the layers, 4 R P for the documents' adapters, and 12 C V for the logits of the C
       tokens whose logits exist at one time (``head.chunk_tokens``; all T tokens if the model caps its logits). The 12 bytes are
       the logits in float32, their log-softmax, and the logits and their gradient in the base's precision. ``kept`` is the memory
@@ -97,8 +98,8 @@ def estimate_memory(
     - A step at the end of its backward pass: 4 (G + D P + R P), for the gradients of the guide, of θ and of the batch's adapters.
     - An evaluation of 8192 tokens: 4 D P for θ, the batch's adapters, 8 C V for logits and one layer's scratch space.
 
-    If a step draws tasks, D in all these terms is the number n ≤ R of tasks of a batch. The rows of all tasks are added: 16 D P
-    for values, moments and best values. Beyond ``task_memory`` they lie in files, and only ``task_memory`` is held.
+    If a step draws tasks, D in all these terms is the number n ≤ R of tasks of a batch. The rows of all tasks are added: 20 D P
+    for values, moments, best values and means. Beyond ``task_memory`` they lie in files, and only ``task_memory`` is held.
 
     On an accelerator the estimate is the base and the state plus the largest of the last four items. On CPUs their terms add up,
     because glibc returns only blocks above its mmap threshold (at most 32 MiB: the logits of a usual batch) to the system. The
@@ -114,6 +115,7 @@ def estimate_memory(
         task_subsampling: whether a step draws tasks, as for ``fit``.
         task_memory: GiB of memory for task rows, if a step draws tasks.
         accumulate: batches of a step.
+        average: whether the fit keeps the mean of its steps.
         processes: number of processes that share the tasks; the estimate is for the first one, which gathers all rows.
         process: bytes held before the model is loaded; 0 for an accelerator.
     """
@@ -127,15 +129,16 @@ def estimate_memory(
     chunk = chunk_tokens(backbone.device, vocabulary) if backbone.ends_with_head else sys.maxsize
     others = (model.tensors.fixed, model.tensors.buffers, model.tensors.masks)
     fixed = sum(t.numel() * t.element_size() for store in others for t in store.values())
-    throughout = FLOAT * (4 * guide + all_tasks + size) + fixed
+    copies = 5 if average else 4
+    throughout = FLOAT * (copies * guide + all_tasks + size) + fixed
     drawn = (model.num_tasks > MANY_TASKS or processes > 1) if task_subsampling is None else task_subsampling
     of_one = _guide_numbers(model, 2) - _guide_numbers(model, 1)
     of_all = guide - model.num_tasks * of_one
     if drawn:
-        held, budget = 4 * FLOAT * model.num_tasks * of_one, round(task_memory * 2**30)
+        held, budget = copies * FLOAT * model.num_tasks * of_one, round(task_memory * 2**30)
         if held > budget:  # files are mapped into the memory of the process, not of an accelerator
             held = budget if backbone.device.type == "cpu" else 0
-        throughout = FLOAT * (4 * of_all + 2 * size) + held + fixed
+        throughout = FLOAT * (copies * of_all + 2 * size) + held + fixed
 
     # (state, activations, logits) of each batch's phases
     phases = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bora_pyro.errors import InputError
@@ -24,12 +25,24 @@ class FitOptions(Seeded):
 
     The help of each field is its documentation, here and on the command line. The learning rate rises over the fraction
     ``warmup`` of the steps to its largest value, ``learning_rate``, and then falls to 0 as a cosine. In the non-centred form,
-    deviations are in units of their prior's scale, so that one learning rate suits every τ.
+    deviations are in units of their prior's scale, so that one learning rate suits every τ. In a short fit it is too small for
+    them to get there, so they have a larger one (:func:`~bora_pyro.inference.optimizer.deviation_rate`).
     """
 
     epochs: int = option(6, "largest number of passes over the training documents", group=OPTIMISATION, least=1)
     learning_rate: float = option(1e-2, "AdamW's largest learning rate", group=OPTIMISATION, positive=True)
     warmup: float = option(0.1, "fraction of all steps in which the learning rate rises from 0", group=OPTIMISATION)
+    deviation_reach: float = option(
+        4.0,
+        "how far the deviations can move in a fit, in standard deviations of their prior; their learning rate is raised if "
+        "learning_rate is too small for it; 0: one rate for all",
+        group=OPTIMISATION,
+    )
+    average: bool = option(
+        True,
+        "measure the mean of the steps beside the last step after each epoch, and keep the better one",
+        group=OPTIMISATION,
+    )
     token_budget: int = option(4096, "tokens of a batch, padding included", group=OPTIMISATION, least=2)
     accumulate: int = option(1, "number of batches that contribute to one step", group=OPTIMISATION, least=1)
     gradient_clip: float = option(1.0, "largest norm of the whole gradient; inf: no clipping", group=OPTIMISATION)
@@ -73,5 +86,7 @@ class FitOptions(Seeded):
             raise InputError(f"task_memory is {self.task_memory}; give GiB from 0 (all in files) up")
         if not self.gradient_clip > 0:
             raise InputError(f"gradient_clip is {self.gradient_clip}; give a number above 0, or inf for no clipping")
+        if not 0 <= self.deviation_reach < math.inf:
+            raise InputError(f"deviation_reach is {self.deviation_reach}; give a finite number from 0 (one rate for all) up")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"warmup is {self.warmup}; give a fraction of the steps, from 0 to 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,14 +12,16 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from bora_pyro.data.batch import Batch
+from bora_pyro.data.batch import Batch, TaskDraw
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
 from bora_pyro.guides.base import begins_at_sites
+from bora_pyro.inference.all_tasks import AllTasks
+from bora_pyro.inference.drawn_tasks import DrawnTasks
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, partition_tasks
-from bora_pyro.inference.state import AllTasks, DrawnTasks, FitState
-from bora_pyro.inference.task_rows import MANY_TASKS, set_up
+from bora_pyro.inference.state import FitState
+from bora_pyro.inference.task_rows import MANY_TASKS
 from bora_pyro.model import BoRA
 
 
@@ -72,11 +75,21 @@ def first_state(
     with torch.no_grad(), poutine.seed(rng_seed=options.seed):
         if own is None:
             guide(document)
-            return AllTasks(model, guide)
+            return AllTasks(model, guide, average=options.average)
         budget = options.task_memory * 2**30
         numbers = sum(start.numel() for start in model.starts.values())
-        all_rows = 16 * numbers * model.num_tasks <= budget or begins_at_sites(guide)
-        set_up(model, guide, document, all_rows=all_rows)
+        all_rows = (20 if options.average else 16) * numbers * model.num_tasks <= budget or begins_at_sites(guide)
+        _set_up(model, guide, document, all_rows=all_rows)
         place = Path(tempfile.gettempdir()) if folder is None else folder
         tasks = torch.cat([*own]).unique()
-        return DrawnTasks(model, guide, own=tasks, budget=budget, folder=place, keep_sums=keep_sums)
+        average = options.average
+        return DrawnTasks(model, guide, own=tasks, budget=budget, folder=place, keep_sums=keep_sums, average=average)
+
+
+def _set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> None:
+    """Run a guide for the first time, with one row for each task (``all_rows``) or one row for all tasks."""
+    if guide.prototype_trace is None:
+        device = model.backbone.device
+        index = torch.arange(model.num_tasks, device=device) if all_rows else batch.task.unique()[:1]
+        draw = TaskDraw(index, torch.ones(len(index), device=device), rows_loaded=True)
+        guide(replace(batch, task=index[:1].expand(len(batch.task)), tasks=draw))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from torch.optim.adamw import adamw
 from bora_pyro.data.batch import Batch, TaskDraw, loaded_tasks
 from bora_pyro.errors import InputError
 from bora_pyro.files.row_file import RowTensor
+from bora_pyro.guides.base import task_sites
+from bora_pyro.inference.averaging import GROUP, weight_sum
+from bora_pyro.inference.optimizer import BETAS, DEVIATION_BETAS, EPS, deviation_parameters
 from bora_pyro.model import BoRA, Weights
 
 #: With more tasks than this, a step changes only the tasks of its documents by default.
 MANY_TASKS = 64
-#: AdamW's settings, the same for all parameters.
-BETAS, EPS = (0.9, 0.999), 1e-12
 
 
 class TaskRows:
@@ -31,6 +33,9 @@ class TaskRows:
     A row's moments and its number of steps change only in steps that draw the row, as in ``torch.optim.SparseAdam``. In contrast
     to it, each row has its own bias correction. Between steps the guide's parameters hold the rows that were loaded last.
 
+    The mean of a row over the steps of the fit (`averaging`) is brought up to date when a step changes the row, and before it is
+    read: a row that stayed the same from step s to step t adds its value with weight W_t − W_s.
+
     Args:
         model: the BoRA model.
         guide: the guide after its first run. Its parameters have one row for each task, or one row that all tasks start with.
@@ -38,34 +43,48 @@ class TaskRows:
         budget: bytes of memory for the rows. If they need more, they lie in memory-mapped files.
         folder: folder of these files.
         keep_sums: keep the sums of the sites' central values over tasks up to date.
+        average: keep the mean of each row over the steps.
 
     Raises:
         InputError: the guide has no tensors of single tasks, or the disk of ``folder`` is too full.
     """
 
     def __init__(
-        self, model: BoRA, guide: AutoGuide, *, own: Tensor, budget: float, folder: Path, keep_sums: bool = False
+        self,
+        model: BoRA,
+        guide: AutoGuide,
+        *,
+        own: Tensor,
+        budget: float,
+        folder: Path,
+        keep_sums: bool = False,
+        average: bool = True,
     ) -> None:
         self.model, self.guide, self.own, self.budget = model, guide, own, budget
         self.parameters = _task_parameters(model, guide)
         row_bytes = sum(value[0].numel() * value.element_size() for value in self.parameters.values())
-        tasks = model.num_tasks
-        self.mapped = 4 * row_bytes * tasks > budget
+        tasks, stores = model.num_tasks, 5 if average else 4
+        self.mapped = stores * row_bytes * tasks > budget
         place = folder if self.mapped else None
         if self.mapped:
-            _check_space(folder, 4 * row_bytes * tasks)
+            _check_space(folder, stores * row_bytes * tasks)
         self.values = {name: RowTensor(value, tasks, folder=place) for name, value in self.parameters.items()}
         self.best = {name: RowTensor(value, tasks, folder=place) for name, value in self.parameters.items()}
         zeros = {name: torch.zeros_like(value[:1]) for name, value in self.parameters.items()}
         self.moments = [{name: RowTensor(zero, tasks, folder=place) for name, zero in zeros.items()} for _ in BETAS]
-        self.count = torch.zeros(tasks)
+        self.means = {name: RowTensor(zeros[name], tasks, folder=place) for name in self.parameters if average}
+        self.latent_of = deviation_parameters(guide)
+        #: By latent: the stored moments are multiples of this factor and its square, which change with τ for all rows at once.
+        self.units: dict[str, Tensor] = {}
+        #: The number of steps of each row; the number of steps of the fit, and that of each row's mean.
+        self.count, self.steps, self.steps_of_mean = torch.zeros(tasks), 0, torch.zeros(tasks, dtype=torch.int64)
         _drop_first_run(guide, 1)
         self._bytes_mapped, self.loaded = 0.0, own[:1]
         self.load(self.loaded)
         self.sums: Weights | None = {} if keep_sums else None
 
     def _stores(self) -> Iterator[RowTensor]:
-        for group in (self.values, self.best, *self.moments):
+        for group in (self.values, self.best, self.means, *self.moments):
             yield from group.values()
 
     def load(self, index: Tensor) -> None:
@@ -87,44 +106,91 @@ class TaskRows:
         ]
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Take AdamW's step on the loaded rows that have gradients."""
+    def step(self, rate: float, of_deviations: float) -> None:
+        """Take AdamW's step on the loaded rows that have gradients, and add their new values to their means."""
+        self.steps += 1
         names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         if not names:
             return
         before = None if self.sums is None else self.centres()
-        parameters = [self.parameters[name] for name in names]
-        first, second = (
-            [group[name].read(self.loaded).to(self.parameters[name].device) for name in names] for group in self.moments
-        )
-        steps = [self.count[self.loaded].to(parameter.device) for parameter in parameters]
+        self._extend_means(self.steps - 1)
+        for name in names:
+            self._step_of(name, of_deviations if name in self.latent_of else rate)
+        self.count[self.loaded] += 1
+        self._extend_means(self.steps)
+        for name in names:
+            self.parameters[name].grad = None
+        if self.sums is not None and before is not None:
+            for name, value in self.centres().items():
+                self.sums[name] += (value - before[name]).sum(0, dtype=torch.float64)
+        self._limit_mapped(7)
+
+    def _step_of(self, name: str, rate: float) -> None:
+        parameter, unit = self.parameters[name], self._unit(name)
+        first, second = (group[name].read(self.loaded).to(parameter.device) for group in self.moments)
+        if unit is not None:
+            first, second = first * unit, second * unit.square()
+        beta1, beta2 = DEVIATION_BETAS if name in self.latent_of else BETAS
         adamw(
-            _rows(parameter.data for parameter in parameters),
-            _rows(parameter.grad for parameter in parameters if parameter.grad is not None),
-            _rows(first),
-            _rows(second),
+            _rows([parameter.data]),
+            _rows([parameter.grad] if parameter.grad is not None else []),
+            _rows([first]),
+            _rows([second]),
             [],
-            _rows(steps),
+            _rows([self.count[self.loaded].to(parameter.device)]),
             fused=True,
             amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
+            beta1=beta1,
+            beta2=beta2,
             lr=rate,
             weight_decay=0.0,
             eps=EPS,
             maximize=False,
         )
-        for number, name in enumerate(names):
-            self.values[name].write(self.loaded, parameters[number].detach())
-            self.moments[0][name].write(self.loaded, first[number])
-            self.moments[1][name].write(self.loaded, second[number])
-        self.count[self.loaded] += 1
-        for parameter in parameters:
-            parameter.grad = None
-        if self.sums is not None and before is not None:
-            for name, value in self.centres().items():
-                self.sums[name] += (value - before[name]).sum(0, dtype=torch.float64)
-        self._limit_mapped(5)
+        self.values[name].write(self.loaded, parameter.detach())
+        self.moments[0][name].write(self.loaded, first if unit is None else first / unit)
+        self.moments[1][name].write(self.loaded, second if unit is None else second / unit.square())
+
+    def _unit(self, name: str) -> Tensor | None:
+        """The factor of the stored moments of a parameter, which broadcasts against the loaded rows; None if τ never changed."""
+        unit = self.units.get(self.latent_of.get(name, ""))
+        if unit is None or unit.dim() < self.parameters[name].dim():
+            return unit
+        return unit[self.loaded.to(unit.device)]  # each task has its own τ
+
+    def rescale(self, factors: Weights) -> None:
+        """Multiply AdamW's first moments of the whitened deviations by these factors, and the second ones by their squares."""
+        for latent in self.latent_of.values():
+            self.units[latent] = self.units[latent] * factors[latent] if latent in self.units else factors[latent]
+
+    def _extend_means(self, steps: int) -> None:
+        """Bring the means of the loaded rows from their own step to ``steps``; since then the rows have had these values."""
+        if not self.means:
+            return
+        kept = weight_sum(self.steps_of_mean[self.loaded]) / weight_sum(max(steps, 1))
+        for name, store in self.means.items():
+            value = self.parameters[name].detach()
+            old = store.read(self.loaded).to(value)
+            weight = (1 - kept).to(value).view(-1, *[1] * (value.dim() - 1))
+            store.write(self.loaded, old.lerp(value, weight))
+        self.steps_of_mean[self.loaded] = steps
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block, the values of the rows are their means; no row changes in it."""
+        for index in self.own.split(64):
+            self.load(index)
+            self._extend_means(self.steps)
+            self._limit_mapped(2)
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        self.values, self.means = self.means, self.values
+        self.load(self.loaded)
 
     def _limit_mapped(self, accesses: int) -> None:
         """Count the bytes of mapped files that were read or written, and free their memory when they exceed the budget.
@@ -207,18 +273,30 @@ class TaskRows:
         _drop_first_run(self.guide, self.model.num_tasks)
 
     def tensors(self) -> dict[str, dict[str, RowTensor]]:
-        """The rows by group and name, for a checkpoint; a checkpoint also needs ``count``."""
-        return {"parameters": self.values, "best": self.best, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
+        """The rows by group and name, for a checkpoint; a checkpoint also needs ``counts`` and ``units``."""
+        rows = {"parameters": self.values, "best": self.best, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
+        return rows | ({GROUP: self.means} if self.means else {})
+
+    def counts(self) -> dict[str, Tensor]:
+        """The numbers of steps of each task of this process; 0 for the tasks of other processes."""
+        return {"steps": self.count, "mean": self.steps_of_mean}
+
+    def load_counts(self, counts: Mapping[str, Tensor], units: Mapping[str, Tensor], steps: int) -> None:
+        """Restore the numbers of steps of this process's tasks, and the units of the moments.
+
+        Args:
+            counts: what ``counts`` returned, summed over processes.
+            units: the units by latent.
+            steps: the number of steps of the fit.
+        """
+        for name, value in self.counts().items():
+            value.zero_()
+            value[self.own] = counts.get(name, value)[self.own]
+        self.units, self.steps = {name: value.to(self.model.backbone.device) for name, value in units.items()}, steps
 
 
 def _rows(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [row for tensor in tensors for row in tensor.unbind(0)]
-
-
-def task_sites(guide: AutoGuide) -> list[str]:
-    """The sites of a guide that are inside the plate of tasks."""
-    nodes = guide.prototype_trace.iter_stochastic_nodes()
-    return [name for name, site in nodes if any(frame.name == "tasks" for frame in site["cond_indep_stack"])]
 
 
 def _task_parameters(model: BoRA, guide: AutoGuide) -> dict[str, Parameter]:
@@ -254,15 +332,6 @@ def _check_space(folder: Path, size: int) -> None:
             f"the tasks' state takes {size / 2**30:.1f} GiB in files, and {above} has {free / 2**30:.1f} GiB free; give a larger "
             "task_memory, or a folder on another disk"
         )
-
-
-def set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> None:
-    """Run a guide for the first time, with one row for each task (``all_rows``) or one row for all tasks."""
-    if guide.prototype_trace is None:
-        device = model.backbone.device
-        index = torch.arange(model.num_tasks, device=device) if all_rows else batch.task.unique()[:1]
-        draw = TaskDraw(index, torch.ones(len(index), device=device), rows_loaded=True)
-        guide(replace(batch, task=index[:1].expand(len(batch.task)), tasks=draw))
 
 
 def _drop_first_run(guide: AutoGuide, rows: int) -> None:

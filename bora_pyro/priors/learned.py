@@ -17,7 +17,7 @@ PER = ("site", "layer", "task", "model")
 #: τ stays between these bounds: identical tasks reach the upper one, tasks with nothing in common the lower one.
 BOUNDS = (1e-3, 1e9)
 # The weight of earlier values in the running sums, and the number of documents with slope 0 that are added to shrink the mean.
-_DECAY, _SHRINKAGE = 0.7, 4.0
+_DECAY, _SHRINKAGE = 0.5, 2.0
 
 
 class LearnedPrecision(PerLatent):
@@ -38,12 +38,15 @@ class LearnedPrecision(PerLatent):
 
     For a linear-Gaussian hierarchy the expected slope is zero exactly at the true τ₀ of the tasks, for any number of tasks: with
     r_d = ȳ_d − ȳ and δ_d = g r_d, E Σ_d r_d (θ_d − ȳ − g r_d) = (D − 1)(1/τ₀ − g (1/τ₀ + 1/h)), which is zero for
-    g = h/(h + τ₀). In contrast to the evidence at an optimum (MacKay's γ/Σδ²), the slope requires neither a converged fit nor a
-    diagonal curvature.
+    g = h/(h + τ₀). This is the g of the MAP under τ₀. So the learned τ is the prior's where the deviations are at their optimum
+    for the present τ. Deviations that have not moved enough would be too small under τ₀, and τ would fall instead. So a fit gives
+    them a rate with which they reach the prior's scale (``deviation_reach``). No diagonal curvature is needed, in contrast to the
+    evidence at an optimum (MacKay's γ/Σδ²).
 
     The step in log τ is ``rate`` times the mean slope of the last documents, divided by their root mean square slope. The step is
     large if the documents agree, small if they do not, and never larger than ``rate``. It does not shrink with the learning rate,
-    because the best τ keeps rising while a fit begins to overfit.
+    because the best τ keeps rising while a fit begins to overfit. So the last τ varies from step to step. The mean of the steps
+    (``average``) has the geometric mean of τ.
 
     Args:
         per: what has its own τ: each ``site`` (a kind of layer and a factor, for example ``q_proj.lora_A``); each ``layer`` of
@@ -57,7 +60,7 @@ class LearnedPrecision(PerLatent):
             finite.
     """
 
-    def __init__(self, per: str = "site", start: float = 100.0, *, every: int = 4, rate: float = 1.0) -> None:
+    def __init__(self, per: str = "site", start: float = 100.0, *, every: int = 4, rate: float = 1.5) -> None:
         check_one_of("per", per, PER)
         if not BOUNDS[0] <= start <= BOUNDS[1]:
             raise InputError(f"start {start} is not allowed; tau is learned between {BOUNDS[0]:g} and {BOUNDS[1]:g}")

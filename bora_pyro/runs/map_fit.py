@@ -90,6 +90,7 @@ def _memory(plan: Plan, model: BoRA, data: TaskData) -> MemoryEstimate:
         task_subsampling=options.task_subsampling,
         task_memory=options.task_memory,
         accumulate=options.accumulate,
+        average=options.average,
         processes=plan.team.size,
         process=plan.resident,
     )

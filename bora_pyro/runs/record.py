@@ -30,7 +30,10 @@ NUMBERS_OF_TASK = (
     "deviation_norm", "train_documents", "test_documents",
 )  # fmt: skip
 #: The same for a line of ``metrics.jsonl``.
-NUMBERS_OF_RECORD = ("loss", "validation_perplexity", "learning_rate", "training_tokens_per_second", "seconds")
+NUMBERS_OF_RECORD = (
+    "loss", "validation_perplexity", "validation_perplexity_last", "validation_perplexity_averaged", "learning_rate",
+    "training_tokens_per_second", "seconds",
+)  # fmt: skip
 COUNTS_OF_RECORD = ("epoch", "step")
 _LARGEST = 1e300  # metrics of a fit that diverged can be almost as large
 _PRECISIONS = (1e-45, 1e39)  # range of float32, the type of learned precisions

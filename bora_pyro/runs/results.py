@@ -107,6 +107,7 @@ def metrics_of(
         "learning_rate": learning_rate,
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
+        "averaged": fitted.averaged,
         "fit_seconds": round(fitted.seconds, 2),
         "training_tokens_per_second": _mean_speed(fitted),
         "peak_memory_bytes": peak_memory_bytes(fitted.model.backbone.device),

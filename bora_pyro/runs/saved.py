@@ -153,6 +153,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         data.tasks,
         history=folder.read_log(),
         best_epoch=metrics.get("best_epoch") or 0,
+        averaged=bool(metrics.get("averaged")),
         validation_perplexity=metrics.get("validation_perplexity"),
         seconds=metrics.get("fit_seconds") or 0.0,
         documents=data.train.documents_per_task,

@@ -27,8 +27,8 @@ from bora_pyro.adapters import LoRA
 from bora_pyro.data import TaskData, TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.guides import GUIDES
+from bora_pyro.inference.drawn_tasks import DrawnTasks
 from bora_pyro.inference.loop import Loop
-from bora_pyro.inference.state import DrawnTasks
 from bora_pyro.inference.steps import EpochSteps
 from bora_pyro.model import BoRA
 from bora_pyro.options.command_line import parse_config, run_script

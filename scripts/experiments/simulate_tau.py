@@ -2,20 +2,25 @@
 
     python scripts/experiments/simulate_tau.py --output results/simulated_tau.csv
 
-Each simulation has 25 tasks with θ_d ~ Normal(Θ, I/τ), and y_dn ~ Normal(θ_d, σ² I) for 4 to 40 training documents a task and 8
-validation documents. The noise is chosen so that the documents of an average task have as much information about θ_d as the
-prior (N σ⁻² = τ). The MAP is fitted by ``AutoDelta`` and AdamW as in a fit, and τ is learned by
-:class:`~bora_pyro.LearnedPrecision` from the same start for every true τ. The table has the average of τ over the second half of
-the fit, because each update of τ uses only few documents.
+Each simulation has tasks with θ_d ~ Normal(Θ, I/τ) of 100 entries, training documents y_dn ~ Normal(θ_d, σ² I) and some
+validation documents. The noise is chosen so that the documents of an average task have as much information about θ_d as the prior
+(N σ⁻² = τ). The MAP is fitted as ``fit`` does it: the whitened form, AdamW with its warm-up and cosine, the deviations' own rate,
+and :class:`~bora_pyro.LearnedPrecision` with a look at 16 validation documents every 4 steps. The learned τ is the mean over the
+steps that ``fit`` keeps (:class:`~bora_pyro.inference.averaging.TrajectoryMean`).
+
+The grid crosses learning rates, numbers of steps, true τ and starts of τ. Further cases have unequal N_d, two or three tasks, or
+one validation document a task.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyro
@@ -27,12 +32,33 @@ from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
 from bora_pyro import InputError, LearnedPrecision
+from bora_pyro.errors import check_at_least
 from bora_pyro.guides import init_to_start
+from bora_pyro.inference.averaging import TrajectoryMean
+from bora_pyro.inference.optimizer import (
+    adamw,
+    deviation_parameters,
+    deviation_rate,
+    gradient_factors,
+    rescale,
+    take_step,
+)
+from bora_pyro.inference.options import FitOptions
+from bora_pyro.inference.schedule import schedule
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
 
 NAME, LAYERS, WIDTH = "x", 2, 50
-LEARNING_RATE = 0.05
+LOOK = 16  # validation documents of one look
+TRUTH = "truth"
+#: (tasks, least and most training documents a task, validation documents a task) by name of the case
+CASES = {
+    "grid": (25, (8, 8), 8),
+    "unequal": (25, (4, 40), 8),
+    "two tasks": (2, (8, 8), 8),
+    "three tasks": (3, (8, 8), 8),
+    "one validation document": (25, (8, 8), 1),
+}
 
 
 @dataclass(kw_only=True)
@@ -40,25 +66,37 @@ class SimulateConfig:
     """Simulate linear-Gaussian hierarchies and learn their tau."""
 
     taus: list[str] = option(["1", "100", "10000"], "the true precisions (default: 1 100 10000)")
-    draws: int = option(50, "simulated hierarchies for each tau")
-    tasks: int = option(25, "tasks of each hierarchy")
-    per: str = option("model", "what has a tau of its own", choices=("site", "layer", "task", "model"))
-    start: float = option(100.0, "initial tau")
-    steps: int = option(600, "steps of each fit")
+    starts: list[str] = option([TRUTH, "1", "100", "10000"], "where tau starts (default: truth 1 100 10000)")
+    rates: list[str] = option(["0.003", "0.01", "0.03"], "learning rates (default: 0.003 0.01 0.03)")
+    steps: list[str] = option(["60", "200", "600", "2000"], "steps of a fit (default: 60 200 600 2000)")
+    draws: int = option(4, "simulated hierarchies for each cell of the grid")
+    case_draws: int = option(20, "the same for the small and unequal designs, at rate 0.01 and 60 and 200 steps")
+    reach: float = option(FitOptions().deviation_reach, "deviation_reach of the fits; 0: one rate for all")
     output: str = option("results/simulated_tau.csv", "the table, one row for each simulation")
 
     def validate(self) -> None:
         """Check the values."""
-        for name, least in (("draws", 1), ("tasks", 2), ("steps", 8)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; give a whole number from {least} up")
-        for tau in self.taus:
-            try:
-                good = 0 < float(tau) < math.inf
-            except ValueError:
-                good = False
-            if not good:
-                raise InputError(f"taus has {tau!r}; give finite numbers above 0")
+        check_at_least("draws", self.draws, 1)
+        check_at_least("case_draws", self.case_draws, 1)
+        starts = [start for start in self.starts if start != TRUTH]
+        for name, values in (("taus", self.taus), ("starts", starts), ("rates", self.rates), ("steps", self.steps)):
+            for value in values:
+                if not is_positive(value, whole=name == "steps"):
+                    kind = "a whole number" if name == "steps" else "a finite number"
+                    raise InputError(f"{name} has {value!r}; give {kind} above 0")
+
+
+def is_positive(text: str, *, whole: bool) -> bool:
+    """Whether a text is a finite number above 0, or a whole one.
+
+    >>> is_positive("0.5", whole=False), is_positive("0.5", whole=True), is_positive("x", whole=False)
+    (True, False, False)
+    """
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        return False
+    return 0 < value < math.inf
 
 
 @dataclass(frozen=True)
@@ -66,93 +104,116 @@ class Hierarchy:
     """Documents of tasks that were drawn with a known τ.
 
     Attributes:
-        y: (documents, layers, width) training documents.
-        task: (documents,) their tasks.
+        y: (tasks, layers, width) mean of each task's training documents.
+        count: (tasks,) their numbers, N_d.
         held_out: (documents, layers, width) validation documents.
         held_out_task: (documents,) their tasks.
         noise: σ.
-        tasks: number of tasks.
     """
 
     y: Tensor
-    task: Tensor
+    count: Tensor
     held_out: Tensor
     held_out_task: Tensor
     noise: float
-    tasks: int
 
 
-def draw(tau: float, *, tasks: int, seed: int) -> Hierarchy:
+def draw(tau: float, *, tasks: int, documents: tuple[int, int], held_out: int, seed: int) -> Hierarchy:
     """Simulate a hierarchy."""
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(4, 41, (tasks,), generator=generator)
-    noise = math.sqrt(22 / tau)
+    count = torch.randint(documents[0], documents[1] + 1, (tasks,), generator=generator)
+    noise = math.sqrt(sum(documents) / 2 / tau)
     centre = torch.randn((LAYERS, WIDTH), generator=generator)
     theta = centre + tau**-0.5 * torch.randn((tasks, LAYERS, WIDTH), generator=generator)
-    task = torch.arange(tasks).repeat_interleave(counts)
-    held_out_task = torch.arange(tasks).repeat(8)
-
-    def documents(of: Tensor) -> Tensor:
-        return theta[of] + noise * torch.randn((len(of), LAYERS, WIDTH), generator=generator)
-
-    return Hierarchy(documents(task), task, documents(held_out_task), held_out_task, noise, tasks)
+    of_mean = noise / count.sqrt().view(-1, 1, 1)
+    y = theta + of_mean * torch.randn((tasks, LAYERS, WIDTH), generator=generator)
+    task = torch.arange(tasks).repeat_interleave(held_out)
+    return Hierarchy(y, count, theta[task] + noise * torch.randn((len(task), LAYERS, WIDTH), generator=generator), task, noise)
 
 
-def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int) -> float:
-    """Fit the hierarchy by MAP while the prior learns τ. Returns the geometric mean of τ over the second half of the steps."""
-    start = hierarchy.y.mean(0)
+def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int, rate: float, reach: float) -> tuple[float, float]:
+    """Fit the hierarchy by MAP while the prior learns τ. Returns the mean of τ over the steps, and the last τ."""
+    tasks, warmup = len(hierarchy.count), FitOptions().warmup
+    start = (hierarchy.y * hierarchy.count.view(-1, 1, 1)).sum(0) / hierarchy.count.sum()
 
     def theta() -> Tensor:
-        return prior.sample_latent(NAME, start, pyro.plate("tasks", hierarchy.tasks, dim=-1))
+        return prior.sample_latent(NAME, start, pyro.plate("tasks", tasks, dim=-1))
 
     def model() -> None:
         value = theta()
-        with pyro.plate("documents", len(hierarchy.y), dim=-1):
-            pyro.sample("y", dist.Normal(value[hierarchy.task], hierarchy.noise).to_event(2), obs=hierarchy.y)
+        with pyro.plate("means", tasks, dim=-1):
+            scale = (hierarchy.noise / hierarchy.count.sqrt()).view(-1, 1, 1)
+            pyro.sample("y", dist.Normal(value, scale).to_event(2), obs=hierarchy.y)
 
     guide, elbo = AutoDelta(model, init_loc_fn=init_to_start), TraceMeanField_ELBO()
     guide()
-    optimizer = torch.optim.AdamW(guide.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    order = torch.randperm(len(hierarchy.held_out), generator=torch.Generator().manual_seed(0)).split(16)
-    path = []
+    parameters = dict(guide.named_parameters())
+    own = [parameters[name] for name in deviation_parameters(guide)]
+    optimizer, of_deviations = adamw(parameters.values(), own), deviation_rate(rate, reach, steps, warmup)
+    looks = torch.randperm(len(hierarchy.held_out), generator=torch.Generator().manual_seed(0)).split(LOOK)
+    mean = TrajectoryMean({NAME: torch.tensor(math.log(prior.start))})
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        part = schedule(step, steps, warmup)
         with pyro.validation_enabled(False):
-            elbo.differentiable_loss(model, guide).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            (elbo.differentiable_loss(model, guide) / hierarchy.count.sum()).backward()
+        take_step(optimizer, part * rate, part * of_deviations)
         if (step + 1) % prior.every == 0:
-            chosen = order[(step // prior.every) % len(order)]
-            sites = guide.median()
-            with torch.no_grad():
-                values = poutine.condition(theta, data=sites)()
-                task = hierarchy.held_out_task[chosen]
-                gradients = (hierarchy.held_out[chosen] - values[task]) / hierarchy.noise**2
-                prior.learn({NAME: (values - values.mean(0))[task]}, {NAME: gradients}, task)
-            path.append(float(prior.precision(NAME, start).log().mean()))
-    return math.exp(statistics.fmean(path[len(path) // 2 :]))
+            before = prior.precision(NAME, start)
+            look(hierarchy, prior, theta, guide, looks[(step // prior.every) % len(looks)])
+            factor = gradient_factors({NAME: before}, {NAME: prior.precision(NAME, start)})[NAME]
+            rescale(optimizer, ((parameter, factor) for parameter in own))
+        mean.add({NAME: prior.precision(NAME, start).log()})
+    return float(mean.values[NAME].exp()), float(prior.precision(NAME, start))
+
+
+@torch.no_grad()
+def look(hierarchy: Hierarchy, prior: LearnedPrecision, theta: Any, guide: AutoDelta, chosen: Tensor) -> None:
+    """Show the prior some validation documents."""
+    values = poutine.condition(theta, data=guide.median())()
+    task = hierarchy.held_out_task[chosen]
+    gradients = (hierarchy.held_out[chosen] - values[task]) / hierarchy.noise**2
+    prior.learn({NAME: (values - values.mean(0))[task]}, {NAME: gradients}, task)
+
+
+def simulations(config: SimulateConfig) -> Iterator[dict[str, Any]]:
+    """The settings of all simulations."""
+    for case in CASES:
+        grid = case == "grid"
+        rates, steps = (config.rates, config.steps) if grid else (["0.01"], ["60", "200"])
+        draws = config.draws if grid else config.case_draws
+        for tau, rate, number, start in itertools.product(config.taus, rates, steps, config.starts):
+            for seed in range(draws):
+                cell = {"case": case, "tau": float(tau), "rate": float(rate), "steps": int(number), "start": start}
+                yield cell | {"seed": seed}
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """learned / true by case, rate and steps: the lowest and highest cell, each the geometric mean of its draws."""
+    rows = rows.assign(log_ratio=(rows["learned"] / rows["tau"]).map(math.log))
+    cells = rows.groupby(["case", "rate", "steps", "tau", "start"], sort=False)["log_ratio"].mean().map(math.exp)
+    return cells.groupby(["case", "rate", "steps"], sort=False).agg(["min", "median", "max"])
 
 
 def main(argv: list[str]) -> int:
     """Simulate, learn, write the table, and print how far the learned τ is from the true τ."""
     try:
         config = parse_config(SimulateConfig, argv, prog="simulate_tau.py")
-        LearnedPrecision(config.per, config.start)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows = []
-    print("| true τ | learned / true, geometric mean | mean absolute error of log τ | draws within 10 % |\n|---|---|---|---|")
-    for tau in map(float, config.taus):
-        for seed in range(config.draws):
-            hierarchy = draw(tau, tasks=config.tasks, seed=seed)
-            prior = LearnedPrecision(config.per, config.start)
-            rows.append({"tau": tau, "seed": seed, "learned": learn(hierarchy, prior, steps=config.steps)})
-        ratio = pd.Series([math.log(row["learned"] / tau) for row in rows if row["tau"] == tau])
-        within = (ratio.abs() < math.log(1.1)).mean()
-        print(f"| {tau:g} | {math.exp(ratio.mean()):.3f} | {ratio.abs().mean():.3f} | {within:.0%} |", flush=True)
+    for cell in simulations(config):
+        tasks, documents, held_out = CASES[cell["case"]]
+        hierarchy = draw(cell["tau"], tasks=tasks, documents=documents, held_out=held_out, seed=cell["seed"])
+        start = cell["tau"] if cell["start"] == TRUTH else float(cell["start"])
+        prior = LearnedPrecision("model", start)
+        learned, last = learn(hierarchy, prior, steps=cell["steps"], rate=cell["rate"], reach=config.reach)
+        rows.append(cell | {"learned": learned, "last": last})
+    table = pd.DataFrame(rows)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(config.output, index=False, float_format="%.6g")
+    table.to_csv(config.output, index=False, float_format="%.6g")
+    print("learned / true; the lowest, middle and highest cell (true tau x start), each a geometric mean over draws")
+    print(summary(table).to_string(float_format="{:.2f}".format))
     return 0
 
 

@@ -194,6 +194,7 @@ def test_a_task_is_as_it_is_alone_whatever_stands_beside_it(fits, prior, limit):
     """Tasks of one batch, of several batches and without documents, to the last digits that a sum's order leaves."""
     data = without(tiny_data((2, 9, 0, 1, 3, 40)), "validation")
     options = {"steps": 7, "token_budget": 36, "learning_rate": 0.05, "gradient_clip": limit}
+    options |= {"deviation_reach": 0.0}  # larger steps amplify the last digits
     fitted = fits(prior)
     beside, start = adapt(fitted, data, **options).weights()
     for d, task in enumerate(data.tasks):

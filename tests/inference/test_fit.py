@@ -25,7 +25,7 @@ from bora_pyro.data import TokenSplit
 from tests.inference.fit_state import assert_same, parameters
 from tests.tiny_base import toy_data, toy_model, toy_split
 
-MODULE = importlib.import_module("bora_pyro.inference.loop")
+MODULE = importlib.import_module("bora_pyro.inference.validation")
 NOTHING = TokenSplit.from_documents([], task=[], num_tasks=3)
 STILL = {"learning_rate": 1e-30, "token_budget": 64}  # steps that move nothing
 
@@ -36,7 +36,10 @@ def data():
 
 
 def scripted(monkeypatch, perplexities):
-    """Validation perplexities that are what the test says, after a start that any epoch beats."""
+    """Validation perplexities that are what the test says, after a start that any epoch beats.
+
+    With ``average=True`` an epoch takes two: of its last state, and of the mean of the steps.
+    """
     values = iter([math.inf, *perplexities])
 
     class Score:
@@ -79,7 +82,7 @@ def test_with_scripted_perplexities_the_state_is_that_of_the_best_epoch(data, mo
     def keep(report):
         states.append({name: value.detach().clone() for name, value in guide.named_parameters()})
 
-    fitted = fit(model, data, guide=guide, epochs=4, token_budget=128, patience=0, on_epoch=keep)
+    fitted = fit(model, data, guide=guide, epochs=4, token_budget=128, patience=0, average=False, on_epoch=keep)
     assert fitted.guide is guide
     assert fitted.best_epoch == 2  # the first of two that are equally good
     assert_same(parameters(fitted), states[1])
@@ -92,7 +95,7 @@ def test_with_scripted_perplexities_the_state_is_that_of_the_best_epoch(data, mo
 )
 def test_early_stopping_after_patience_epochs_without_a_better_one(data, monkeypatch, patience, epochs):
     scripted(monkeypatch, [5.0, 4.0, 4.5, 3.5, 3.5, 3.6, 3.4, 9.0])
-    fitted = fit(toy_model(), data, epochs=8, patience=patience, token_budget=400)
+    fitted = fit(toy_model(), data, epochs=8, patience=patience, token_budget=400, average=False)
     assert len(fitted.history) == epochs
     assert [entry["epoch"] for entry in fitted.history] == [*range(1, epochs + 1)]
     assert fitted.best_epoch == {1: 2, 2: 4, 3: 7, 0: 7}[patience]
@@ -139,7 +142,12 @@ def test_reports_of_steps_and_epochs(data):
     assert all(set(step) == keys for step in steps)
     assert all(step["total"] == 2 * per_epoch for step in steps)
     assert len(epochs) == 2
-    assert all(set(epoch) == {*keys, "validation_perplexity", "seconds"} for epoch in epochs)
+    of_validation = {f"validation_perplexity{of}" for of in ("", "_last", "_averaged")}
+    assert all(set(epoch) == {*keys, *of_validation, "seconds"} for epoch in epochs)
+    assert all(
+        epoch["validation_perplexity"] == min(epoch["validation_perplexity_last"], epoch["validation_perplexity_averaged"])
+        for epoch in epochs
+    )
     assert epochs == fitted.history
     assert epochs[0]["loss"] > epochs[1]["loss"]
     assert 0 < epochs[0]["seconds"] < epochs[1]["seconds"] == fitted.seconds

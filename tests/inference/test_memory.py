@@ -58,7 +58,8 @@ def test_the_state_is_the_bytes_of_the_tensors_of_a_fit(adapter, prior):
     moments = [loop.state.optimizer.state[p][key] for p in loop.state.shared for key in ("exp_avg", "exp_avg_sq")]
     best = [value for name, value in loop.state.best.items() if name in loop.state.parameters]
     gradients = [p.grad for p in loop.state.shared]
-    held = [*loop.state.shared, *moments, *best, *model.starts.values(), *model.fixed.values()]
+    means = [loop.state.mean.values[name] for name in loop.state.parameters]
+    held = [*loop.state.shared, *moments, *best, *means, *model.starts.values(), *model.fixed.values()]
     every_task = sum(4 * value.numel() for value in theta.values())
     throughout = sum(t.numel() * t.element_size() for t in held) + every_task
     in_backward = sum(t.numel() * t.element_size() for t in gradients) + every_task

@@ -15,11 +15,11 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from bora_pyro import CausalLM, HierarchicalNormal, Independent, InputError, Pooled, evaluate, fit
 from bora_pyro.data.batch import TaskDraw
 from bora_pyro.guides import GUIDES
+from bora_pyro.guides.base import task_sites
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.inference.fit import NonFiniteLossError
 from bora_pyro.inference.loop import Loop
 from bora_pyro.inference.steps import EpochSteps
-from bora_pyro.inference.task_rows import task_sites
 from bora_pyro.priors import HierarchicalNorm, LearnedPrecision, RandomPrecision
 from tests.tiny import tiny_batch, tiny_bora, tiny_data, tiny_split
 

@@ -45,12 +45,12 @@ def shrink(prior, times=1, **options):
 def test_one_step_by_hand():
     prior = prepared(LearnedPrecision("model", start=100.0, rate=0.5))
     shrink(prior)
-    # 8 documents that agree wholly: the mean slope over its root mean square is -1, shrunk by 4 documents of slope 0
-    assert prior.tau["x"].item() == pytest.approx(100 * math.exp(0.5 * 8 / (8 + 4)), rel=1e-6)
+    # 8 documents that agree wholly: the mean slope over its root mean square is -1, shrunk by 2 documents of slope 0
+    assert prior.tau["x"].item() == pytest.approx(100 * math.exp(0.5 * 8 / (8 + 2)), rel=1e-6)
     shrink(prior)
-    # the first look counts 0.7 times beside the second
-    more = 8 * 1.7 / (8 * 1.7 + 4)
-    assert prior.tau["x"].item() == pytest.approx(100 * math.exp(0.5 * (8 / 12 + more)), rel=1e-6)
+    # the first look counts half beside the second
+    more = 8 * 1.5 / (8 * 1.5 + 2)
+    assert prior.tau["x"].item() == pytest.approx(100 * math.exp(0.5 * (8 / 10 + more)), rel=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -197,7 +197,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(tmp_path):
 
 def test_the_best_state_has_its_own_tau():
     """θ of the epoch that is kept is built with the τ of that epoch."""
-    fitted = learned_fit(epochs=6, learning_rate=0.3)
+    fitted = learned_fit(epochs=6, learning_rate=0.3, average=False)
     assert fitted.best_epoch < 6
     if fitted.best_epoch:
         kept = fitted.history[fitted.best_epoch - 1]["tau_path"][-1]["tau"]

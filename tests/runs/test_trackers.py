@@ -84,7 +84,7 @@ def test_event_files_have_the_numbers_of_the_run_folder(tracked):
     assert set(groups) == set(metrics["tau_by_group"])
     for group, points in groups.items():
         assert points == close({record["step"]: record["tau_path"][-1]["tau"][group] for record in log})
-    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in metrics.items() if type(value) in (int, float)}
     assert {"test_perplexity", "base_test_perplexity", "tau", "fit_seconds", "peak_memory_bytes"} <= set(numbers)
     final = {tag.removeprefix("final/"): points for tag, points in found.items() if tag.startswith("final/")}
     assert final == {key: close({log[-1]["step"]: value}) for key, value in numbers.items()}

@@ -1,0 +1,107 @@
+"""The state of a fit whose steps change the adapters of all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+from torch.nn import Parameter
+
+from bora_pyro.data.batch import Batch
+from bora_pyro.inference.averaging import GROUP, STEPS, TrajectoryMean, check_has_mean, log_tau
+from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
+from bora_pyro.inference.optimizer import adamw, deviation_parameters, rescale, take_step
+from bora_pyro.inference.processes import Processes
+from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes, shapes
+from bora_pyro.model import BoRA, Weights
+
+
+class AllTasks:
+    """The state of a fit whose steps change the adapters of all tasks: one fused AdamW over all parameters of the guide.
+
+    Args:
+        model: the BoRA model.
+        guide: the guide after its first run.
+        average: keep the mean of all steps.
+    """
+
+    def __init__(self, model: BoRA, guide: AutoGuide, *, average: bool = True) -> None:
+        self.model, self.guide = model, guide
+        self.parameters = dict(guide.named_parameters())
+        self.shared: list[Parameter] = [*self.parameters.values()]
+        self.own: list[Parameter] = []
+        self.latent_of = deviation_parameters(guide)
+        self.optimizer = adamw(self.shared, [self.parameters[name] for name in self.latent_of])
+        self.mean = TrajectoryMean(self.parameters) if average else None
+        self.best: dict[str, Tensor] = {}
+
+    def begin_epoch(self) -> None:
+        """Nothing to prepare."""
+
+    def begin(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return batches
+
+    def step(self, rate: float, of_deviations: float) -> None:
+        take_step(self.optimizer, rate, of_deviations)
+        if self.mean is not None:
+            self.mean.add({**self.parameters, **log_tau(self.model)})
+
+    def rescale(self, factors: Weights) -> None:
+        rescale(self.optimizer, ((self.parameters[name], factors[latent]) for name, latent in self.latent_of.items()))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        assert self.mean is not None
+        return self.mean.in_place_of(self.parameters, self.model)
+
+    def sites(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.guide.median().items()}
+
+    def adapters(self) -> Weights:
+        return self.model.weights_given(self.sites())[0]
+
+    def totals(self, processes: Processes) -> Weights:
+        return {}
+
+    def view(self, batch: Batch, totals: Weights) -> tuple[Batch, Weights, Weights]:
+        theta = self.adapters()
+        return batch, theta, {name: value.mean(0, keepdim=True) for name, value in theta.items()}
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.parameters.items()} | self.model.state()
+
+    def keep(self) -> None:
+        self.best = self._copy()
+
+    def restore(self) -> None:
+        self._put(self.best)
+
+    def _put(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(state[name])
+        self.model.load_state({name: value for name, value in state.items() if name.startswith(MODEL)})
+
+    def complete(self, processes: Processes) -> None:
+        """The guide always holds all tasks."""
+
+    def save(self, processes: Processes) -> dict[str, dict[str, Tensor]]:
+        groups = {"parameters": self._copy(), "optimizer": optimizer_tensors(self.optimizer), "best": self.best}
+        return groups | ({} if self.mean is None else {GROUP: self.mean.save()})
+
+    def load(self, checkpoint: Checkpoint, processes: Processes) -> None:
+        check_kind(checkpoint, drawn=False)
+        parameters, best = checkpoint.group("parameters"), checkpoint.group("best")
+        groups = [parameters, best]
+        if self.mean is not None:
+            check_has_mean(checkpoint)
+            groups.append(checkpoint.group(GROUP, without=[STEPS]))
+        check_shapes(checkpoint, [shapes(self.parameters)] * len(groups), [shapes(group) for group in groups])
+        check_model_state(checkpoint, self.model, parameters, best)
+        self._put(parameters)
+        load_optimizer_tensors(self.optimizer, checkpoint.group("optimizer"))
+        if self.mean is not None:
+            self.mean.load(checkpoint.group(GROUP))
+        self.best = best

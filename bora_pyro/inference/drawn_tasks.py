@@ -1,0 +1,168 @@
+"""The state of a fit whose steps change Θ and only the adapters of the tasks that they draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from bora_pyro.data.batch import Batch
+from bora_pyro.files.row_file import RowTensor
+from bora_pyro.inference.averaging import GROUP, STEPS, TrajectoryMean, check_has_mean, log_tau
+from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
+from bora_pyro.inference.optimizer import adamw, take_step
+from bora_pyro.inference.processes import Processes
+from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes
+from bora_pyro.inference.task_rows import TaskRows
+from bora_pyro.model import BoRA, Weights
+
+
+class DrawnTasks:
+    """The state of a fit whose steps change Θ and only the adapters of the tasks that they draw.
+
+    Args:
+        model: the BoRA model.
+        guide: the guide after its first run, with one row for each task or one row for all.
+        own: the tasks of this process.
+        budget: bytes of memory for task rows.
+        folder: folder of the files for task rows beyond the budget.
+        keep_sums: keep the sums over all tasks up to date, for ``totals``.
+        average: keep the mean of all steps.
+    """
+
+    def __init__(
+        self,
+        model: BoRA,
+        guide: AutoGuide,
+        *,
+        own: Tensor,
+        budget: float,
+        folder: Path,
+        keep_sums: bool = False,
+        average: bool = True,
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, keep_sums=keep_sums, average=average)
+        task_parameters = {id(parameter) for parameter in self.rows.parameters.values()}
+        self.of_all = {name: value for name, value in guide.named_parameters() if id(value) not in task_parameters}
+        self.shared, self.own = [*self.of_all.values()], [*self.rows.parameters.values()]
+        self.optimizer = adamw(self.shared) if self.shared else None
+        self.mean = TrajectoryMean(self.of_all) if average else None
+        self.best: dict[str, Tensor] = {}
+
+    def begin_epoch(self) -> None:
+        self.rows.follow_sums()
+
+    def begin(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return self.rows.begin(batches)
+
+    def step(self, rate: float, of_deviations: float) -> None:
+        if self.optimizer is not None:
+            take_step(self.optimizer, rate, of_deviations)
+        if self.mean is not None:
+            self.mean.add({**self.of_all, **log_tau(self.model)})
+        self.rows.step(rate, of_deviations)
+
+    def rescale(self, factors: Weights) -> None:
+        self.rows.rescale(factors)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        assert self.mean is not None
+        with self.mean.in_place_of(self.of_all, self.model), self.rows.averaged():
+            yield
+
+    def sites(self) -> dict[str, Tensor]:
+        return self.rows.sites()
+
+    def adapters(self) -> Callable[[Tensor], Weights]:
+        return self.rows.weights
+
+    def totals(self, processes: Processes) -> Weights:
+        assert self.rows.sums is not None
+        message = processes.all_reduce(torch.cat([value.flatten() for value in self.rows.sums.values()]).float())
+        parts = message.split([value.numel() for value in self.rows.sums.values()])
+        return {name: part.view(value.shape) for (name, value), part in zip(self.rows.sums.items(), parts, strict=True)}
+
+    def view(self, batch: Batch, totals: Weights) -> tuple[Batch, Weights, Weights]:
+        (batch,) = self.rows.begin([batch])
+        return batch, self.rows.weights(self.rows.loaded), self.rows.average_weights(totals)
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.of_all.items()} | self.model.state()
+
+    def keep(self) -> None:
+        self.best = self._copy()
+        self.rows.keep()
+
+    def restore(self) -> None:
+        self._put(self.best)
+        self.rows.restore()
+
+    def _put(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self.of_all.items():
+                value.copy_(state[name])
+        self.model.load_state({name: value for name, value in state.items() if name.startswith(MODEL)})
+
+    def complete(self, processes: Processes) -> None:
+        for store in self.rows.values.values():
+            processes.gather_rows(store, self.rows.own)
+        if not processes.rank:
+            self.rows.complete()
+
+    def save(self, processes: Processes) -> dict[str, dict[str, Tensor | RowTensor]]:
+        rows = self.rows.tensors()
+        for group in rows.values():
+            for store in group.values():
+                processes.gather_rows(store, self.rows.own)
+        count = {name: processes.all_reduce(value.clone()) for name, value in self.rows.counts().items()}
+        sums = {name: processes.all_reduce(value.clone()) for name, value in (self.rows.sums or {}).items()}
+        if processes.rank:
+            return {}
+        groups: dict[str, dict[str, Tensor | RowTensor]] = {name: {**group} for name, group in rows.items()}
+        groups["parameters"] |= self._copy()
+        groups["best"] |= self.best
+        groups["optimizer"] = {**optimizer_tensors(self.optimizer)} if self.optimizer is not None else {}
+        if self.mean is not None:
+            groups[GROUP] |= self.mean.save()
+        groups["count"], groups["sums"], groups["units"] = {**count}, {**sums}, {**self.rows.units}
+        return groups
+
+    def load(self, checkpoint: Checkpoint, processes: Processes) -> None:
+        check_kind(checkpoint, drawn=True)
+        tasks = self.model.num_tasks
+        shapes = {name: value.shape for name, value in self.of_all.items()}
+        shapes |= {name: torch.Size((tasks, *value.shape[1:])) for name, value in self.rows.parameters.items()}
+        groups = self.rows.tensors()
+        row_shapes = {name: torch.Size((tasks, *value.shape[1:])) for name, value in self.rows.parameters.items()}
+        expected = {"parameters": shapes, "best": shapes, "exp_avg": row_shapes, "exp_avg_sq": row_shapes}
+        found = {group: checkpoint.shapes(group) for group in expected}
+        if self.mean is not None:
+            check_has_mean(checkpoint)
+            expected[GROUP] = shapes
+            found[GROUP] = {name: shape for name, shape in checkpoint.shapes(GROUP).items() if name != STEPS}
+        check_shapes(checkpoint, [*expected.values()], [*found.values()])
+        for group, stores in groups.items():
+            for name, store in stores.items():
+                for index in self.rows.own.split(64):
+                    store.write(index, checkpoint.rows(group, name, index))
+                store.release_memory()
+        self.rows.load(self.rows.own[:1])
+        parameters, self.best = (checkpoint.group(group, without=[*row_shapes]) for group in ("parameters", "best"))
+        check_model_state(checkpoint, self.model, parameters, self.best)
+        self._put(parameters)
+        if self.mean is not None:
+            self.mean.load(checkpoint.group(GROUP, without=[*row_shapes]))
+        steps = 0 if self.mean is None else self.mean.steps
+        self.rows.load_counts(checkpoint.group("count"), checkpoint.group("units"), steps)
+        if self.rows.sums is not None:
+            # rank 0 gets the sums over all tasks and the others 0, because only the sum over processes is used
+            device, factor = self.model.backbone.device, float(processes.rank == 0)
+            self.rows.sums |= {name: factor * value.to(device) for name, value in checkpoint.group("sums").items()}
+        if self.optimizer is not None:
+            load_optimizer_tensors(self.optimizer, checkpoint.group("optimizer"))

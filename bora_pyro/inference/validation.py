@@ -1,0 +1,57 @@
+"""Checks of a state of a fit after each epoch: its validation perplexity, and whether a draw of its guide is finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from bora_pyro.data.batch import Batch
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.inference.evaluate import evaluate
+from bora_pyro.inference.processes import Processes
+from bora_pyro.inference.state import FitState
+from bora_pyro.model import BoRA
+
+
+def validation_perplexity(
+    model: BoRA, split: TokenSplit, state: FitState, documents: Sequence[Tensor | None], processes: Processes
+) -> float | None:
+    """The perplexity of the validation documents of all processes at the guide's centre; None if there are no documents.
+
+    Args:
+        model: the BoRA model.
+        split: the validation documents.
+        state: the state of the fit.
+        documents: with several processes, the documents of the tasks of this process.
+        processes: the processes of the fit.
+    """
+    if not split.num_tokens:
+        return None
+    if processes.size == 1:
+        (scores,) = evaluate(model, split, state.adapters())
+        return scores.perplexity()
+    (scores,) = evaluate(model, split, state.adapters(), documents=documents[0], lockstep=processes.lockstep)
+    log_likelihood, tokens = processes.all_reduce(torch.stack([scores.log_likelihood.sum(), scores.tokens.sum().double()]))
+    return math.exp(min(-float(log_likelihood) / float(tokens), 700.0))
+
+
+@torch.no_grad()
+def draw_is_finite(model: BoRA, guide: AutoGuide, document: Batch, processes: Processes, *, seed: int) -> bool:
+    """Whether the logits of a short document are finite under a draw of the guide, in all processes.
+
+    Args:
+        model: the BoRA model.
+        guide: the guide, with the rows of the document's task.
+        document: the document.
+        processes: the processes of the fit.
+        seed: seed of the draw.
+    """
+    with poutine.seed(rng_seed=seed):
+        theta, _ = model.weights_given(guide(document), document.tasks)
+    finite = model.logits(document, theta).isfinite().all()
+    return not processes.all_reduce((~finite).float().reshape(1).cpu()).any()

@@ -1,0 +1,151 @@
+"""The optimiser of a fit: which parameters are deviations, their rate, and their moments when τ changes."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta
+
+from bora_pyro import HierarchicalNormal, Independent, InputError, LearnedPrecision, Pooled, fit
+from bora_pyro.guides import GUIDES, init_to_start, make_parameters
+from bora_pyro.inference.averaging import TrajectoryMean
+from bora_pyro.inference.loop import Loop
+from bora_pyro.inference.optimizer import (
+    adamw,
+    deviation_parameters,
+    deviation_rate,
+    gradient_factors,
+    rescale,
+    take_step,
+)
+from bora_pyro.inference.options import FitOptions
+from bora_pyro.inference.schedule import schedule
+from tests.tiny import tiny_bora
+from tests.tiny_base import toy_data, toy_model
+
+LATENTS = {"q_proj.lora_A", "q_proj.lora_B"}
+
+
+@pytest.mark.parametrize("kind", ["map", "normal", "low_rank", "auto_normal"])
+@pytest.mark.parametrize(
+    ("prior", "whitened"),
+    [
+        (HierarchicalNormal(10.0), True), (LearnedPrecision(), True), (HierarchicalNormal(10.0, "centered"), False),
+        (Independent(), False), (Pooled(), False),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_centres_of_whitened_deviations_are_found_in_every_guide(kind, prior, whitened):
+    model = tiny_bora(targets=["q_proj"], tasks=2, prior=prior)
+    guide = GUIDES[kind](model)
+    make_parameters(guide, model)
+    found = deviation_parameters(guide)
+    assert set(found.values()) == (LATENTS if whitened else set())
+    assert len(found) == (2 if whitened else 0)
+    shapes = {name: value.shape for name, value in guide.named_parameters()}
+    for name, latent in found.items():
+        assert shapes[name][1:] == model.starts[latent].shape
+        assert "scale" not in name
+
+
+def test_deviations_can_move_the_whole_reach():
+    for steps, rate in ((60, 0.003), (200, 0.01), (1, 0.5)):
+        largest = deviation_rate(rate, 4.0, steps, 0.1)
+        assert sum(largest * schedule(step, steps, 0.1) for step in range(steps)) == pytest.approx(4.0)
+    assert deviation_rate(0.01, 4.0, 10_000, 0.1) == 0.01  # far enough without help
+    assert deviation_rate(0.01, 0.0, 60, 0.1) == 0.01
+
+
+def test_a_fit_moves_deviations_at_their_own_rate():
+    model, data = toy_model(prior=HierarchicalNormal(tau=1)), toy_data()
+    moved = {}
+    for reach in (0.0, 4.0):
+        loop = Loop(model, data, GUIDES["map"](model), epochs=1, learning_rate=1e-6, token_budget=64, deviation_reach=reach)
+        loop.run_epoch()
+        sites = loop.state.sites()
+        z = torch.cat([value.flatten() for name, value in sites.items() if name.endswith("_decentered")])
+        moved[reach] = float(z.abs().max())
+    assert moved[0.0] <= 1e-6 * loop.total_steps < 1e-3 < moved[4.0] <= 4.0
+
+
+@pytest.mark.parametrize("reach", [-1.0, math.inf, math.nan])
+def test_a_reach_that_is_not_allowed_is_refused(reach):
+    with pytest.raises(InputError, match=r"deviation_reach is .*; give a finite number from 0 \(one rate for all\) up"):
+        fit(toy_model(), toy_data(), deviation_reach=reach)
+
+
+def test_rescaled_moments_are_those_of_rescaled_gradients():
+    gradients, factor = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor(0.1)
+    first, second = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizers = [adamw([], [parameter]) for parameter in (first, second)]
+    for gradient in gradients:
+        for parameter, optimizer, scale in ((first, optimizers[0], 1.0), (second, optimizers[1], factor)):
+            parameter.grad = scale * gradient
+            take_step(optimizer, 0.0, 0.01)
+    rescale(optimizers[0], [(first, factor)])
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(optimizers[0].state[first][key], optimizers[1].state[second][key])
+    rescale(adamw([], [first]), [(first, factor)])  # before the first step there is nothing to rescale
+
+
+def test_the_gradient_of_whitened_deviations_goes_with_the_inverse_root_of_tau():
+    z, factor = torch.tensor([0.3, -0.2]), gradient_factors({"x": torch.tensor(4.0)}, {"x": torch.tensor(100.0)})["x"]
+    gradients = []
+    for tau in (4.0, 100.0):
+        value = z.clone().requires_grad_()
+        (3 * value / math.sqrt(tau)).sum().backward()
+        gradients.append(value.grad)
+    torch.testing.assert_close(gradients[1], gradients[0] * factor)
+
+
+def learned_over_true(true, start, *, rate, steps, seed):
+    """τ learned for a linear-Gaussian hierarchy of 25 tasks, 8 training and 8 validation documents each, over the true one."""
+    tasks, count, generator = 25, 8, torch.Generator().manual_seed(seed)
+    noise = math.sqrt(count / true)
+    theta = true**-0.5 * torch.randn((tasks, 1, 100), generator=generator)
+    y = theta + noise * count**-0.5 * torch.randn((tasks, 1, 100), generator=generator)
+    task = torch.arange(tasks).repeat_interleave(8)
+    held_out = theta[task] + noise * torch.randn((len(task), 1, 100), generator=generator)
+    prior = LearnedPrecision("model", start)
+
+    def weights():
+        return prior.sample_latent("x", y.mean(0), pyro.plate("tasks", tasks, dim=-1))
+
+    def model():
+        value = weights()
+        with pyro.plate("means", tasks, dim=-1):
+            pyro.sample("y", dist.Normal(value, noise * count**-0.5).to_event(2), obs=y)
+
+    guide, elbo, warmup = AutoDelta(model, init_loc_fn=init_to_start), TraceMeanField_ELBO(), FitOptions().warmup
+    guide()
+    parameters = dict(guide.named_parameters())
+    own = [parameters[name] for name in deviation_parameters(guide)]
+    optimizer, largest = adamw(parameters.values(), own), deviation_rate(rate, FitOptions().deviation_reach, steps, warmup)
+    looks, mean = torch.randperm(len(task), generator=generator).split(16), TrajectoryMean({"tau": torch.tensor(math.log(start))})
+    for step in range(steps):
+        with pyro.validation_enabled(False):
+            elbo.differentiable_loss(model, guide).backward()
+        take_step(optimizer, rate * schedule(step, steps, warmup), largest * schedule(step, steps, warmup))
+        if (step + 1) % prior.every == 0:
+            with torch.no_grad():
+                values, chosen = poutine.condition(weights, data=guide.median())(), looks[step // prior.every % len(looks)]
+            before, documents = prior.precision("x", y), task[chosen]
+            gradients = (held_out[chosen] - values[documents]) / noise**2
+            prior.learn({"x": (values - values.mean(0))[documents]}, {"x": gradients}, documents)
+            rescale(optimizer, ((parameter, (before / prior.precision("x", y)).sqrt()) for parameter in own))
+        mean.add({"tau": prior.precision("x", y).log()})
+    return float(mean.values["tau"].exp()) / true
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(60, 1.5), (200, 1.2)])
+@pytest.mark.parametrize("start", [1.0, 1e4])
+@pytest.mark.parametrize(("true", "rate"), [(1.0, 0.003), (1e4, 0.03)])
+def test_a_short_fit_learns_the_tau_of_the_tasks(true, rate, start, steps, factor):
+    logs = [math.log(learned_over_true(true, start, rate=rate, steps=steps, seed=seed)) for seed in range(3)]
+    assert abs(sum(logs) / 3) < math.log(factor)
