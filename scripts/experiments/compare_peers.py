@@ -3,7 +3,7 @@
     python scripts/experiments/compare_peers.py --fit_config results/documentation.yaml --output results/peers_documentation.csv
 
 All arms have the same base, layers, rank, documents, batches in the same order, epochs, schedule and early stopping, and the same
-averaging of iterates (``--averaging false``: none has it). They are scored by the same code. The arms:
+mean of their steps (``--average false``: none has it). They are scored by the same code. The arms:
 
 - ``base``: no adapter.
 - ``bora_learned``, ``bora_inf`` (one adapter for all), ``bora_0`` (one a task), ``bora_100`` or any other τ.
@@ -20,9 +20,9 @@ the other seeds (other splits, starts and orders). The test split is only report
 (``peer_fits.py``), and its rows are written when it ends. If the comparison is interrupted, the same command goes on. Rows store
 the options that matter; a table with other options is refused.
 
-The columns: ``averaged`` is the share of tasks whose kept state is an average; ``adapter_bytes`` are PEFT folders (with Θ, where
-there is one); ``training_tokens`` are predicted tokens of all steps; ``tau_A`` and ``tau_B`` are geometric means of τ over the
-entries of A and of B; ``test_accuracy`` is that of ``options_column``, if ``fit_config`` has it; ``tasks`` is JSON with each
+The columns: ``averaged`` is the share of tasks whose kept state is a mean of steps; ``adapter_bytes`` are PEFT folders (and Θ,
+where there is one); ``training_tokens`` are predicted tokens of all steps; ``tau_A`` and ``tau_B`` are geometric means of τ over
+the entries of A and of B; ``test_accuracy`` is that of ``options_column``, if ``fit_config`` has it; ``tasks`` is JSON with each
 task's documents, perplexities and accuracy. The soups have the cost of ``peft_each``.
 """
 
@@ -67,7 +67,7 @@ COLUMNS = [
 ]  # fmt: skip
 #: Options of a fit that an arm sets itself, or that do not change its result.
 NOT_SHARED = {
-    "average", "tau", "tau_per", "tau_start", "prior", "prior_option", "prior_form", "penalty", "start_as", "learning_rate",
+    "tau", "tau_per", "tau_start", "prior", "prior_option", "prior_form", "penalty", "start_as", "learning_rate",
     "seed", "output_dir", "overwrite", "resume", "threads", "device", "trackers", "export_adapters", "checkpoint_every",
     "checkpoint_minutes", "keep_checkpoints", "task_memory",
 }  # fmt: skip
@@ -139,12 +139,12 @@ def trained_arm(arm: str) -> str:
 
 
 def shared_options(config: FitOf) -> dict[str, Any]:
-    """What must be the same in all rows: the options of the fits that are not the defaults, and the averaging."""
+    """What must be the same in all rows: the options of the fits that are not the defaults."""
     fit, usual = config.fit(), MapFitConfig()
     found = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit) if field.name not in NOT_SHARED}
     found = {name: value for name, value in found.items() if value != getattr(usual, name)}
     found["data"] = [Path(name).name for name in (fit.data if isinstance(fit.data, list) else [fit.data])]  # the digest says more
-    return found | {"averaging": config.averaging}
+    return found
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -44,11 +44,10 @@ from bora_pyro.errors import InputError
 from bora_pyro.exchange.save import save_peft
 from bora_pyro.files.atomic import replace_file
 from bora_pyro.guides import map_guide
-from bora_pyro.inference.callbacks import Callback, FitLoop
+from bora_pyro.inference.averaging import TrajectoryMean
 from bora_pyro.inference.evaluate import Scores, evaluate
 from bora_pyro.inference.fit import NonFiniteLossError, fit
 from bora_pyro.inference.fitted import tau_by_group
-from bora_pyro.inference.loop import usual_callbacks
 from bora_pyro.inference.memory import peak_memory_bytes
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.schedule import epoch_seed, schedule
@@ -63,8 +62,6 @@ from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.questions import accuracies, questions_of
 
-#: The newest iterate has the weight (ETA + 1)/(t + ETA) in the anytime average, so that the last part counts most.
-ETA = 2.0
 #: Largest relative difference of PEFT's logits from ours (root mean squares), by the precision of the base.
 CLOSE = {torch.float32: 1e-4}
 CLOSE_IN_HALF = 0.1
@@ -78,34 +75,6 @@ class PeerFitConfig(FitOf):
     learning_rate: float = option(0.01, "AdamW's largest learning rate", positive=True)
     seed: int = option(0, "seed of the split, the start and the order of the documents", least=0)
     result: str = option("peer_fit.json", "the JSON file to write", filled=True)
-
-
-# the average of the iterates
-
-
-class AnytimeMean:
-    """Anytime polynomial average: mean_t = mean_{t−1} + (η + 1)/(t + η) (x_t − mean_{t−1}).
-
-    >>> mean = AnytimeMean()
-    >>> for x in (8.0, 4.0):
-    ...     mean.update({"x": torch.tensor(x)})
-    >>> mean.value["x"].item()  # 8 + 3/4 (4 - 8)
-    5.0
-    """
-
-    def __init__(self) -> None:
-        self.value: Weights = {}
-        self.steps = 0
-
-    def update(self, new: Mapping[str, Tensor]) -> None:
-        """Add the state after a step."""
-        self.steps += 1
-        share = (ETA + 1) / (self.steps + ETA)
-        for name, value in new.items():
-            if name in self.value:
-                self.value[name].lerp_(value.detach(), share)
-            else:
-                self.value[name] = value.detach().clone()
 
 
 @dataclass
@@ -146,26 +115,6 @@ def prior_of(arm: str) -> Prior:
     return LearnedPrecision() if text == "learned" else prior_from_tau(float(text))
 
 
-class AveragedTheta(Callback):
-    """Averages θ and Θ over the steps of a fit, and keeps the best average by validation perplexity."""
-
-    name = "averaged_theta"
-
-    def __init__(self) -> None:
-        self.mean, self.best = AnytimeMean(), Best({}, math.inf)
-        self.prior: Weights = {}
-
-    def after_step(self, loop: FitLoop) -> None:
-        theta, centre = loop.model.weights_given(loop.state.sites())
-        self.mean.update(theta | {f"centre/{name}": value for name, value in centre.items()})
-
-    def after_epoch(self, loop: FitLoop) -> None:
-        theta = {name: value for name, value in self.mean.value.items() if not name.startswith("centre/")}
-        perplexity = evaluate(loop.model, loop.data.validation, theta)[0].perplexity()
-        if perplexity is not None and self.best.offer(self.mean.value, perplexity, loop.epoch + 1, averaged=True):
-            self.prior = {name: value.clone() for name, value in loop.model.prior.state().items()}
-
-
 @dataclass
 class Outcome:
     """The adapters of an arm and how they were found.
@@ -180,7 +129,7 @@ class Outcome:
         tokens: predicted tokens of all training steps.
         seconds: training and validation.
         epoch: the epoch that was kept, a mean over tasks where each has its own.
-        averaged: the share of the tasks whose kept state is an average.
+        averaged: the share of the tasks whose kept state is a mean of steps.
         more: further columns.
         data: the documents, if they differ from those of the other arms.
     """
@@ -199,31 +148,18 @@ class Outcome:
     data: TaskData | None = None
 
 
-def fit_ours(arm: str, template: BoRA, data: TaskData, config: MapFitConfig, *, averaging: bool) -> Outcome:
+def fit_ours(arm: str, template: BoRA, data: TaskData, config: MapFitConfig) -> Outcome:
     """Fit an arm of this library."""
     model = BoRA(template.backbone, data.num_tasks, adapter=template.adapter, prior=prior_of(arm), seed=config.seed)
-    options: Any = part_of(config, FitOptions)
-    average, guide, start = AveragedTheta(), map_guide(model), time.perf_counter()
-    callbacks = usual_callbacks(model)
-    if hasattr(options, "average"):  # the fit averages by itself
-        options = dataclasses.replace(options, average=averaging)
-    elif averaging:
-        callbacks = [*callbacks, average]
+    guide, start = map_guide(model), time.perf_counter()
     try:
-        fitted = fit(model, data, options, guide=guide, callbacks=callbacks)
+        fitted = fit(model, data, part_of(config, FitOptions), guide=guide)
     except NonFiniteLossError as error:
         fitted = error.fitted
     seconds = time.perf_counter() - start
     theta, centre = fitted.weights()
-    found = float("nan") if fitted.validation_perplexity is None else fitted.validation_perplexity
-    best = Best(theta, found, fitted.best_epoch, getattr(fitted, "averaged", False))
-    tau = tau_by_group(model, fitted.sites())
-    if average.best.perplexity < found:
-        best = average.best
-        theta = {name: value for name, value in best.weights.items() if not name.startswith("centre/")}
-        centre = {name: best.weights[f"centre/{name}"] for name in theta}
-        model.load_state({f"prior/{name}": value for name, value in average.prior.items()})
-        tau = tau_by_group(model, fitted.sites())
+    perplexity, tau = fitted.validation_perplexity, tau_by_group(model, fitted.sites())
+    assert perplexity is not None  # there are validation documents
     adapters = [one(theta, d) for d in range(1 if isinstance(model.prior, Pooled) else data.num_tasks)]
     if isinstance(model.prior, HierarchicalNormal | LearnedPrecision):
         adapters.append(centre)
@@ -231,13 +167,13 @@ def fit_ours(arm: str, template: BoRA, data: TaskData, config: MapFitConfig, *, 
         arm,
         model,
         theta,
-        best.perplexity,
+        perplexity,
         parameters=sum(parameter.numel() for parameter in guide.parameters()),
         adapter_bytes=sum(folder_bytes(model, weights) for weights in adapters),
         tokens=len(fitted.history) * data.train.num_tokens,
         seconds=seconds,
-        epoch=best.epoch,
-        averaged=float(best.averaged),
+        epoch=fitted.best_epoch,
+        averaged=float(fitted.averaged),
         more={f"tau_{factor}": geometric_mean(tau, model, f"lora_{factor}") for factor in "AB"},
     )
 
@@ -316,12 +252,12 @@ class InOrder(Trainer):
 
 
 class Epochs(TrainerCallback):
-    """Averages the iterates, measures both states after each epoch, keeps the better one, and stops when none is better."""
+    """Averages the steps, measures both states after each epoch, keeps the better one, and stops when none is better."""
 
-    def __init__(self, of: Lora, batches: Batches, score: Callable[[Weights], float], *, patience: int, averaging: bool) -> None:
+    def __init__(self, of: Lora, batches: Batches, score: Callable[[Weights], float], *, patience: int, average: bool) -> None:
         self.of, self.batches, self.score, self.patience = of, batches, score, patience
-        self.mean = AnytimeMean() if averaging else None
         start = of.weights()
+        self.mean = TrajectoryMean(start) if average else None
         self.best = Best({name: value.clone() for name, value in start.items()}, score(start))
         self.tokens = 0
 
@@ -330,7 +266,7 @@ class Epochs(TrainerCallback):
         weights = self.of.weights()
         self.tokens += int(self.batches.batches[state.global_step - 1].predicted.sum())
         if self.mean is not None:
-            self.mean.update(weights)
+            self.mean.add(weights)
         epoch = self.batches.ends.get(state.global_step)
         if epoch is None:
             return
@@ -339,7 +275,7 @@ class Epochs(TrainerCallback):
             return
         self.best.offer(weights, self.score(weights), epoch)
         if self.mean is not None:
-            self.best.offer(self.mean.value, self.score(self.mean.value), epoch, averaged=True)
+            self.best.offer(self.mean.values, self.score(self.mean.values), epoch, averaged=True)
         finite = all(bool(value.isfinite().all()) for value in weights.values())
         if not finite or (self.patience and epoch - self.best.epoch >= self.patience):
             control.should_training_stop = True
@@ -420,11 +356,9 @@ class Lora:
             raise InputError(f"PEFT's logits differ from ours by {found:.2g} of their size; the arms are not comparable")
         return found
 
-    def train(
-        self, batches: Batches, score: Callable[[Weights], float], config: MapFitConfig, *, averaging: bool
-    ) -> tuple[Best, int]:
+    def train(self, batches: Batches, score: Callable[[Weights], float], config: MapFitConfig) -> tuple[Best, int]:
         """Train by a ``Trainer``; returns the best state and the number of predicted tokens of all steps."""
-        epochs = Epochs(self, batches, score, patience=config.patience, averaging=averaging)
+        epochs = Epochs(self, batches, score, patience=config.patience, average=config.average)
         if not len(batches):
             return epochs.best, 0
         optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, betas=BETAS, eps=EPS, weight_decay=0.0)
@@ -478,8 +412,8 @@ class _Alone(Pooled):
 class Peft:
     """The arms through PEFT of one seed and learning rate."""
 
-    def __init__(self, template: BoRA, data: TaskData, config: MapFitConfig, *, averaging: bool) -> None:
-        self.data, self.config, self.averaging, self.backbone = data, config, averaging, template.backbone
+    def __init__(self, template: BoRA, data: TaskData, config: MapFitConfig) -> None:
+        self.data, self.config, self.backbone = data, config, template.backbone
         self.starts = template.starts
         self.scaling = 1.0 if config.alpha is None else config.alpha / config.rank
 
@@ -512,7 +446,7 @@ class Peft:
         rank, epochs, start = rank or self.config.rank, epochs or self.config.epochs, time.perf_counter()
         lora, documents = self.lora(rank), data or self.data
         batches = Batches.of(documents.train, self.data.train, self.config, range(epochs), None)
-        best, tokens = lora.train(batches, self.score(documents), self.config, averaging=self.averaging)
+        best, tokens = lora.train(batches, self.score(documents), self.config)
         seconds = time.perf_counter() - start
         difference = lora.difference(documents.train.document(0)[None])
         self.last = lora
@@ -535,7 +469,7 @@ class Peft:
         for task in range(self.data.num_tasks):
             lora.load(start_at or lora.start)
             batches = Batches.of(self.data.train, self.data.train, self.config, range(first, self.config.epochs), task)
-            best, seen = lora.train(batches, self.score(self.data, task), self.config, averaging=self.averaging)
+            best, seen = lora.train(batches, self.score(self.data, task), self.config)
             found.append(best)
             tokens += seen
         seconds, number = time.perf_counter() - start, len(found)
@@ -638,7 +572,7 @@ PEFT_ARMS: dict[str, Callable[[Peft, str], Outcome]] = dict(
 )
 
 
-def fit_arm(arm: str, template: BoRA, data: TaskData, config: MapFitConfig, *, averaging: bool) -> list[Outcome]:
+def fit_arm(arm: str, template: BoRA, data: TaskData, config: MapFitConfig) -> list[Outcome]:
     """Fit an arm, and the arms that come with it."""
     if arm == "base":
         [scores] = evaluate(template, data.validation, None)
@@ -646,8 +580,8 @@ def fit_arm(arm: str, template: BoRA, data: TaskData, config: MapFitConfig, *, a
         assert perplexity is not None
         return [Outcome(arm, template, None, perplexity)]
     if arm not in PEFT_ARMS:
-        return [fit_ours(arm, template, data, config, averaging=averaging)]
-    through = Peft(template, data, config, averaging=averaging)
+        return [fit_ours(arm, template, data, config)]
+    through = Peft(template, data, config)
     outcome = PEFT_ARMS[arm](through, arm)
     return [outcome, *(through.soups(outcome) if arm == "peft_each" else [])]
 
@@ -686,7 +620,7 @@ def run(config: PeerFitConfig) -> list[dict[str, Any]]:
     if not data.validation.num_tokens:
         raise InputError("there is no validation document to choose learning rates by; give data with a validation split")
     questions = questions_of(options, template.backbone, data)
-    outcomes = fit_arm(config.arm, template, data, options, averaging=config.averaging)
+    outcomes = fit_arm(config.arm, template, data, options)
     memory = peak_memory_bytes(template.backbone.device)
     return [row_of(outcome, data, questions) | {"peak_memory_bytes": memory} for outcome in outcomes]
 

@@ -32,8 +32,8 @@ class FitOf:
     precision: str | None = option(
         None, "arithmetic of the frozen model (default: as in fit_config)", choices=("float32", "bfloat16")
     )
-    averaging: bool = option(
-        True, "average the iterates of every arm, and keep the better of the last state and the average at each epoch"
+    average: bool = option(
+        True, "measure the mean of the steps beside the last step after each epoch, in every arm, and keep the better one"
     )
     threads: int = option(1, "CPU threads of a fit", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
@@ -46,7 +46,7 @@ class FitOf:
 
     def words(self) -> list[str]:
         """The command line of ``map_fit.py`` for what is shared."""
-        given = {name: getattr(self, name) for name in ("data", "base_model", "precision", "threads", "device")}
+        given = {name: getattr(self, name) for name in ("data", "base_model", "precision", "average", "threads", "device")}
         given = {name: value for name, value in given.items() if value is not None}
         pairs = ((f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in given.items())
         return ["--config", self.fit_config, *chain.from_iterable(pairs)]
