@@ -10,6 +10,7 @@ import torch
 from bora_pyro import HierarchicalNormal, InputError, LearnedPrecision, fit
 from bora_pyro.guides import GUIDES
 from bora_pyro.inference.loop import Loop
+from bora_pyro.inference.optimum import gradient_norms
 from bora_pyro.inference.processes import processes
 from tests.tiny import tiny_bora, tiny_data
 
@@ -28,11 +29,12 @@ def loop(prior, guide, tasks=COUNTS, **options):
 
 
 def run(own, epochs):
-    """Epochs until there were 20 steps; the reports and the guide's values."""
+    """Epochs until there were 20 steps; the reports, the norms of the gradient after them, and the loop."""
     reports = [own.run_epoch(None) for _ in range(epochs)]
+    norms = gradient_norms(own)
     own.state.keep()
     own.finish()
-    return reports, own
+    return reports, norms, own
 
 
 def main(what, folder):
@@ -58,15 +60,15 @@ def main(what, folder):
             model = tiny_bora(targets=["q_proj"], tasks=len(COUNTS), prior=PRIORS[prior]())
             options = {"epochs": int(epochs), "token_budget": 12, "patience": 0, "checkpoints": folder / "checkpoints"}
             fitted = fit(model, tiny_data(COUNTS), processes=team, **options)
-            result = {"history": fitted.history, "best": fitted.best_epoch}
+            result = {"history": fitted.history, "best": fitted.best_epoch, "norms": fitted.gradient_norms}
             if not team.rank:
                 torch.save(fitted.sites(), folder / "sites.pt")
         else:
             prior, guide = what.split()
             own = loop(prior, guide, processes=team)
             epochs = -(-20 // own.steps_per_epoch)
-            reports, own = run(own, epochs)
-            result = {"objective": [r["objective"] for r in reports], "steps": epochs * own.steps_per_epoch}
+            reports, norms, own = run(own, epochs)
+            result = {"objective": [r["objective"] for r in reports], "steps": epochs * own.steps_per_epoch, "norms": norms}
             result["tau"] = own.fitted.tau_by_group() if not team.rank else None
             if not team.rank:
                 torch.save(own.fitted.sites(), folder / "sites.pt")

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide, init_to_mean
 from pyro.nn import PyroParam
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.nn import Parameter
 
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import TokenSplit
@@ -105,6 +107,23 @@ def task_sites(guide: AutoGuide) -> list[str]:
     """The sites of a guide that are inside the plate of tasks."""
     nodes = guide.prototype_trace.iter_stochastic_nodes()
     return [name for name, site in nodes if any(frame.name == "tasks" for frame in site["cond_indep_stack"])]
+
+
+def parameters_of_tasks(guide: AutoGuide, *args: Any) -> list[Parameter]:
+    """The parameters of a guide that it reads inside the plate of tasks, which have a row for each task.
+
+    Args:
+        guide: the guide after its first run.
+        args: arguments of the guide, for one run without gradients.
+    """
+    with torch.no_grad(), poutine.seed(rng_seed=0):
+        trace = poutine.trace(guide).get_trace(*args)
+    inside = set()
+    for node in trace.nodes.values():
+        if node["type"] == "param" and any(frame.name == "tasks" for frame in node["cond_indep_stack"]):
+            value = node["value"]
+            inside.add(id(value.unconstrained() if hasattr(value, "unconstrained") else value))
+    return [parameter for parameter in guide.parameters() if id(parameter) in inside]
 
 
 def begins_at_sites(guide: AutoGuide) -> bool:

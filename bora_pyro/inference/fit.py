@@ -29,6 +29,7 @@ from bora_pyro.inference.checkpoint import Checkpoints
 from bora_pyro.inference.continuation import Continuation, is_over
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.loop import Loop, NonFiniteLossError
+from bora_pyro.inference.optimum import measure_end, measure_start
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, is_first
 from bora_pyro.inference.steps import StepsOfEpoch
@@ -129,19 +130,24 @@ def fit(
         continues=newest,
         steps=steps,
     )
-    return _run(loop, options, None if checkpoints is None else checkpoints.store, stop, on_step, on_epoch)
+    measure = options.gradient_norm and steps is None  # steps of another kind need not come from the training documents
+    return _run(loop, options, measure, None if checkpoints is None else checkpoints.store, stop, on_step, on_epoch)
 
 
 def _run(
     loop: Loop,
     options: FitOptions,
+    measure: bool,
     store: Checkpoints | None,
     stop: Callable[[], bool] | None,
     on_step: Callable[[dict[str, Any]], None] | None,
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> Fitted:
     """Run epochs until the fit is over; write checkpoints if there is a store for them."""
-    fitted, saved = loop.fitted, time.monotonic()
+    fitted = loop.fitted
+    if measure:
+        measure_start(loop)
+    saved = time.monotonic()
     start = time.perf_counter() - fitted.seconds
 
     def request() -> float:
@@ -173,5 +179,7 @@ def _run(
             on_epoch(report)
         if loop.epoch % options.checkpoint_every == 0 or loop.epoch == options.epochs:
             save()
+    if measure:
+        measure_end(loop)
     loop.finish()
     return fitted

@@ -44,6 +44,7 @@ class Fitted:
         averaged: whether that state is the mean of the steps up to then, and not the last of them.
         validation_perplexity: perplexity of the state that was kept; None if there are no validation documents.
         seconds: time in training steps and validation.
+        gradient_norms: the norm of the objective's gradient at the ``start`` and the ``end`` (`optimum`); empty if not measured.
         documents: N_d, the number of training documents of each task; empty if unknown.
         chat_template: the template of the training documents, if they are chats; prompts are formatted with it too.
     """
@@ -56,6 +57,7 @@ class Fitted:
     averaged: bool = False
     validation_perplexity: float | None = None
     seconds: float = 0.0
+    gradient_norms: dict[str, Any] = field(default_factory=dict)
     documents: list[int] = field(default_factory=list)
     chat_template: str | None = None
 

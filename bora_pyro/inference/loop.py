@@ -53,6 +53,7 @@ _RECORD = {
     "validation_perplexity": (float, int, type(None)),
     "seconds": (float, int),
     "averaged": (bool,),
+    "gradient_norms": (dict,),
 }
 
 

@@ -61,6 +61,11 @@ class FitOptions(Seeded):
     patience: int = option(
         3, "stop after this many epochs without a better validation perplexity; 0 never stops early", group=OPTIMISATION, least=0
     )
+    gradient_norm: bool = option(
+        True,
+        "measure the norm of the objective's gradient at the start and at the end, on a part of the training documents",
+        group=OPTIMISATION,
+    )
 
     task_memory: float = option(
         4.0,

@@ -31,6 +31,10 @@ class FitState(Protocol):
     shared: list[Parameter]
     own: list[Parameter]
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """AdamW of the shared parameters; None if there are none."""
+
     def begin_epoch(self) -> None:
         """Prepare an epoch."""
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.nn import Parameter
@@ -18,7 +17,7 @@ from torch.optim.adamw import adamw
 from bora_pyro.data.batch import Batch, TaskDraw, loaded_tasks
 from bora_pyro.errors import InputError
 from bora_pyro.files.row_file import RowTensor
-from bora_pyro.guides.base import task_sites
+from bora_pyro.guides.base import parameters_of_tasks, task_sites
 from bora_pyro.inference.averaging import GROUP, weight_sum
 from bora_pyro.inference.optimizer import BETAS, DEVIATION_BETAS, EPS, deviation_parameters
 from bora_pyro.model import BoRA, Weights
@@ -303,13 +302,7 @@ def _task_parameters(model: BoRA, guide: AutoGuide) -> dict[str, Parameter]:
     """The guide's parameters with one row per task: those that it reads inside the plate of tasks."""
     rows = {len(site["value"]) for name, site in guide.prototype_trace.iter_stochastic_nodes() if name in task_sites(guide)}
     draw = loaded_tasks(torch.arange(max(rows, default=1), device=model.backbone.device))
-    with torch.no_grad(), poutine.seed(rng_seed=0):
-        trace = poutine.trace(guide).get_trace(draw)
-    inside = set()
-    for node in trace.nodes.values():
-        if node["type"] == "param" and any(frame.name == "tasks" for frame in node["cond_indep_stack"]):
-            value = node["value"]
-            inside.add(id(value.unconstrained() if hasattr(value, "unconstrained") else value))
+    inside = {id(parameter) for parameter in parameters_of_tasks(guide, draw)}
     found = {name: parameter for name, parameter in guide.named_parameters() if id(parameter) in inside}
     if task_sites(guide) and not found:
         raise InputError(

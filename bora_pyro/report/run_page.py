@@ -205,6 +205,11 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     if metrics.get("fit_seconds") is not None:
         speed = metrics.get("training_tokens_per_second")
         yield Number("fit", duration_text(metrics["fit_seconds"]), f"{speed:,.0f} tokens/s" if speed else "")
+    norms = metrics.get("gradient_norm") or {}
+    if norms.get("ratio") is not None:
+        parts = {"Θ": norms.get("prior_mean_ratio"), "deviations": norms.get("deviations_ratio")}
+        note = ", ".join(f"{name} {value:.2g}" for name, value in parts.items() if value is not None)
+        yield Number("gradient, end / start", f"{norms['ratio']:.2g}", f"{note}; 0 at the optimum" if note else "")
     if metrics.get("peak_memory_bytes"):
         predicted = metrics.get("predicted_memory_bytes")
         note = f"predicted {predicted / 2**30:.2f} GiB" if predicted else ""

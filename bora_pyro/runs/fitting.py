@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from bora_pyro.data import TaskData
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.fit import FitStopped, fit
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.optimum import still_falling
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, is_first
 from bora_pyro.model import BoRA
@@ -59,7 +61,7 @@ def fit_into(
     Args:
         folder: the run folder; this process must have taken it.
         model: the model.
-        data: the documents.
+        data: the documents; a note about the end of the fit is added to their notes.
         options: options of the fit.
         checkpoints: the checkpoints of the run, already checked.
         quiet: show no progress.
@@ -111,7 +113,11 @@ def fit_into(
             raise RunStopped(f"{stopped}; go on with --resume true", stop.exit_code) from None
         if stop() and (processes is None or processes.size == 1):  # with several processes, the others did not get the signal
             raise RunStopped("stopped after the last step; --resume true evaluates the fit", stop.exit_code)
-        return fitted
+    if note := still_falling(fitted, options.epochs):
+        data.notes.append(note)
+        if not quiet and is_first():
+            print(f"note: {note}", file=sys.stderr)
+    return fitted
 
 
 def _newest_tau(model: BoRA, report: Mapping[str, Any]) -> float | None:

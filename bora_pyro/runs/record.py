@@ -48,6 +48,7 @@ def strange_metric(metrics: Mapping[str, Any]) -> str | None:
     """
     kinds: dict[str, Callable[[Any], bool]] = dict.fromkeys(NUMBERS, _is_number)
     kinds |= {"tau": _is_tau, "tau_by_group": _is_tau_by_group, "notes": _is_list_of_texts, "versions": _is_texts_by_name}
+    kinds |= {"gradient_norm": _is_numbers_by_name}
     kinds |= {"mean": _is_calibration, "mixture": _is_calibration, "tasks": lambda tasks: isinstance(tasks, Mapping)}
     if problem := _strange(metrics, kinds):
         return problem
@@ -80,6 +81,10 @@ def _strange(found: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], bool]
 
 def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST)
+
+
+def _is_numbers_by_name(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and _is_number(number) for key, number in value.items())
 
 
 def _is_count(value: Any) -> bool:

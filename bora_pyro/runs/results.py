@@ -16,6 +16,7 @@ from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
 from bora_pyro.inference.continuation import digests
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.memory import peak_memory_bytes
+from bora_pyro.inference.optimum import gradient_summary
 from bora_pyro.inference.processes import Processes
 from bora_pyro.runs.config.groups import LEARNED
 from bora_pyro.runs.description import describe
@@ -108,6 +109,7 @@ def metrics_of(
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
         "averaged": fitted.averaged,
+        **({"gradient_norm": gradient} if (gradient := gradient_summary(fitted.gradient_norms)) else {}),
         "fit_seconds": round(fitted.seconds, 2),
         "training_tokens_per_second": _mean_speed(fitted),
         "peak_memory_bytes": peak_memory_bytes(fitted.model.backbone.device),

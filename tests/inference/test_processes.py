@@ -50,10 +50,11 @@ def test_two_processes_take_the_steps_of_one(prior, tmp_path):
     assert len(parts[0]) != len(parts[1])
     one = loop(prior, guide, partition=parts)
     assert one.steps_per_epoch > 2
-    reports, one = run(one, -(-20 // one.steps_per_epoch))
+    reports, norms, one = run(one, -(-20 // one.steps_per_epoch))
     assert first["steps"] >= 20
     assert first["objective"] == second["objective"]
     assert first["objective"] == pytest.approx([report["objective"] for report in reports], rel=1e-5)
+    assert first["norms"] == second["norms"] == pytest.approx(norms, rel=1e-4)
     sites = torch.load(tmp_path / "sites.pt")
     for name, value in one.fitted.sites().items():
         torch.testing.assert_close(sites[name], value, rtol=1e-5, atol=1e-5)

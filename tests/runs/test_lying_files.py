@@ -96,6 +96,7 @@ METRICS_LIES = [
     {"tasks": {"ada": {"test_perplexity": 1.0}}}, {"tasks": {"ada": {"name": ["Ada"]}}}, {"tasks": {"ada": 3}},
     {"tasks": {"ada": {"name": "Ada", "test_perplexity": "x"}}}, {"tau": "abc"}, {"tau": -1}, {"tau_by_group": {"q": -1}},
     {"tau_by_group": [1]}, {"tau_by_group": {"$x^{": 1}}, {"fit_seconds": "1"}, {"peak_memory_bytes": "1"}, {"draws": True},
+    {"gradient_norm": 3}, {"gradient_norm": {"ratio": "x"}},
     {"notes": 3}, {"notes": [3]}, {"notes": "abc"}, {"versions": "abc"}, {"versions": {"torch": 2}}, {"mean": {"ece": "x"}},
     {"test_perplexity": 10**400},
 ]  # fmt: skip

@@ -241,7 +241,7 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
         env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "default"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    data, adapters, memory, *progress = done.stderr.splitlines()
+    data, adapters, memory, *progress, note = done.stderr.splitlines()
     assert data.startswith("data: 30 rows read; ")
     assert adapters == "adapters: on 4 layers: v_proj x 2, fc2 x 2"
     assert memory.startswith("memory: about ")
@@ -253,6 +253,9 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[-1] == f"run folder: {folder}"
     metrics = RunFolder.open(folder).read_metrics()
+    assert note == f"note: {metrics['notes'][-1]}"
+    assert "still falling" in note
+    assert set(metrics["gradient_norm"]) == {"start", "end", "ratio", "prior_mean_ratio", "deviations_ratio", "documents"}
     assert lines[-2] == f"learned τ: {metrics['tau']:g} (geometric mean; by group in metrics.json)"
     assert f"{metrics['test_perplexity']:,.2f}" in lines[-3]
     assert [text.split()[0] for text in lines[3:6]] == ["Ada", "Børge", "Cleo"]

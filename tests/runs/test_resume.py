@@ -202,7 +202,8 @@ def test_notes_of_a_resumed_run_are_those_of_the_run(main, inputs, tmp_path):
     options = {**inputs, "data": write_table(tmp_path / "t.csv", rows), "small_tasks": "drop"}
     notes = finished_run(main, options, tmp_path / "run", epochs=1).read_metrics()["notes"]
     assert notes == ["1 task with fewer than 3 documents left out: 'Bo'"]
-    assert finished_run(main, options, tmp_path / "run", epochs=2, resume="true").read_metrics()["notes"] == notes
+    again = finished_run(main, options, tmp_path / "run", epochs=2, resume="true").read_metrics()["notes"]
+    assert [note for note in again if "still falling" not in note] == notes
 
 
 def test_with_nothing_left_a_run_says_what_it_was(main, inputs, tmp_path, capsys):
