@@ -38,7 +38,7 @@ class FitLoop(Protocol):
     total_steps: int
 
     def validation_batches(self) -> list[Batches]:
-        """Batches of the validation documents with half the token budget: a ``Batches`` for each part of this process's tasks."""
+        """Batches of the documents that teach τ, with half the token budget, for each part of the tasks of this process."""
 
     @property
     def draws_tasks(self) -> bool:

@@ -25,6 +25,7 @@ from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.continuation import check_packing, digests
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.folds import Folds
 from bora_pyro.inference.learn_tau import LearnTau
 from bora_pyro.inference.optimizer import deviation_rate
 from bora_pyro.inference.options import FitOptions
@@ -117,7 +118,9 @@ class Loop:
         self.report: dict[str, Any] = {}
         #: Returns what this process requests after a step, as a number. The numbers of all processes are summed.
         self.request: Callable[[], float] = lambda: 0.0
-        self._validation_documents = self._documents_by_part(data.validation)
+        folds = Folds.of(data.validation, options.tau_documents, learns_tau=bool(model.prior.every))
+        self._validation_documents = self._documents_by_part(data.validation, folds.choosing)
+        self._tau_documents = self._documents_by_part(data.validation, folds.teaching)
         self.state.keep()
         self.keep_best()
         if continues is not None:
@@ -140,17 +143,17 @@ class Loop:
         )
 
     def validation_batches(self) -> list[Batches]:
-        """Batches of the validation documents with half the token budget, for each part of the tasks of this process."""
-        budget = -(-self.options.token_budget // 2)
-        validation, seed, by_part = self.data.validation, self.options.seed, self._validation_documents
-        return [validation.batches(token_budget=budget, seed=seed, documents=documents) for documents in by_part]
+        """Batches of the documents that teach τ with half the token budget, for each part of the tasks of this process."""
+        budget, seed = -(-self.options.token_budget // 2), self.options.seed
+        return [self.data.validation.batches(token_budget=budget, seed=seed, documents=rows) for rows in self._tau_documents]
 
-    def _documents_by_part(self, split: TokenSplit) -> list[Tensor | None]:
-        """The documents of each part of the tasks that this process has; None: all documents."""
+    def _documents_by_part(self, split: TokenSplit, among: Tensor | None = None) -> list[Tensor | None]:
+        """The documents, all or some, of each part of the tasks that this process has; None: all documents."""
         if self.partition is None:
-            return [None]
-        parts = self.mine or range(len(self.partition))
-        return [torch.isin(split.task, self.partition[number]).nonzero()[:, 0] for number in parts]
+            return [among]
+        parts = [self.partition[number] for number in self.mine or range(len(self.partition))]
+        rows = torch.arange(len(split)) if among is None else among
+        return [rows[torch.isin(split.task[rows], part)] for part in parts]
 
     def run_epoch(
         self,

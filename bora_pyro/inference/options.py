@@ -11,6 +11,8 @@ from bora_pyro.options.seed import Seeded
 
 #: Groups of options in ``--help``: how the objective is optimised, and how the run is carried out.
 OPTIMISATION, RUN = "optimisation", "run"
+#: The values of ``tau_documents``.
+ALL, HALF = "all", "half"
 
 
 @dataclass(kw_only=True)
@@ -60,6 +62,13 @@ class FitOptions(Seeded):
     )
     patience: int = option(
         3, "stop after this many epochs without a better validation perplexity; 0 never stops early", group=OPTIMISATION, least=0
+    )
+    tau_documents: str = option(
+        ALL,
+        "which validation documents teach a learned tau: all of them; or every other one (half), and the others alone choose "
+        "the epoch",
+        group=OPTIMISATION,
+        choices=(ALL, HALF),
     )
     gradient_norm: bool = option(
         True,

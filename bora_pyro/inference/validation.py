@@ -27,13 +27,17 @@ def validation_perplexity(
         model: the BoRA model.
         split: the validation documents.
         state: the state of the fit.
-        documents: with several processes, the documents of the tasks of this process.
+        documents: the documents that count, for each part of the tasks of this process; None: all.
         processes: the processes of the fit.
     """
     if not split.num_tokens:
         return None
     if processes.size == 1:
-        (scores,) = evaluate(model, split, state.adapters())
+        rows = None if documents[0] is None else torch.cat([part for part in documents if part is not None])
+        if rows is None or len(rows) == len(split):
+            (scores,) = evaluate(model, split, state.adapters())
+        else:
+            (scores,) = evaluate(model, split, state.adapters(), documents=rows)
         return scores.perplexity()
     (scores,) = evaluate(model, split, state.adapters(), documents=documents[0], lockstep=processes.lockstep)
     log_likelihood, tokens = processes.all_reduce(torch.stack([scores.log_likelihood.sum(), scores.tokens.sum().double()]))

@@ -11,6 +11,7 @@ from bora_pyro.data import TaskData
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.fit import FitStopped, fit
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.folds import Folds
 from bora_pyro.inference.optimum import still_falling
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, is_first
@@ -61,7 +62,7 @@ def fit_into(
     Args:
         folder: the run folder; this process must have taken it.
         model: the model.
-        data: the documents; a note about the end of the fit is added to their notes.
+        data: the documents; notes about the fit are added to their notes.
         options: options of the fit.
         checkpoints: the checkpoints of the run, already checked.
         quiet: show no progress.
@@ -73,6 +74,12 @@ def fit_into(
         RunStopped: the process got Ctrl-C or SIGTERM; the state of the fit is saved.
     """
     bar, tracking = Progress(0, epochs=options.epochs, enabled=not quiet), tracking or Tracking()
+
+    def add_note(note: str | None) -> None:
+        if note is not None:
+            data.notes.append(note)
+            if not quiet and is_first():
+                print(f"note: {note}", file=sys.stderr)
 
     def show(report: dict[str, Any]) -> None:
         bar.total_steps = int(report["total"])
@@ -96,6 +103,7 @@ def fit_into(
         tracking.epoch(report)
         show(report)
 
+    add_note(Folds.of(data.validation, options.tau_documents, learns_tau=bool(model.prior.every)).note(data.validation))
     with bar, StopSignals(quiet=quiet or not is_first()) as stop:
         try:
             fitted = fit(
@@ -113,10 +121,7 @@ def fit_into(
             raise RunStopped(f"{stopped}; go on with --resume true", stop.exit_code) from None
         if stop() and (processes is None or processes.size == 1):  # with several processes, the others did not get the signal
             raise RunStopped("stopped after the last step; --resume true evaluates the fit", stop.exit_code)
-    if note := still_falling(fitted, options.epochs):
-        data.notes.append(note)
-        if not quiet and is_first():
-            print(f"note: {note}", file=sys.stderr)
+    add_note(still_falling(fitted, options.epochs))
     return fitted
 
 
