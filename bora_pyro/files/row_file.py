@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bora_pyro.errors import InputError
 from bora_pyro.files.atomic import unwritable
 
 # The number of rows that are copied at a time.
@@ -114,6 +116,21 @@ class RowTensor:
         """Release the memory pages of the mapped file; the values stay in the file. Rows in memory are not affected."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Check that a disk has room for mapped files. Writing to a mapped file on a full disk kills the process without a message.
+
+    Raises:
+        InputError: the disk has fewer than ``size`` free bytes.
+    """
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(above).free
+    if size > free:
+        raise InputError(
+            f"the tasks' state takes {size / 2**30:.1f} GiB in files, and {above} has {free / 2**30:.1f} GiB free; give a larger "
+            "task_memory, or a folder on another disk"
+        )
 
 
 def _mapped_file(size: int, folder: Path) -> mmap.mmap:

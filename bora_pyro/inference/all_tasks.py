@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from bora_pyro.data.batch import Batch
 from bora_pyro.inference.averaging import GROUP, STEPS, TrajectoryMean, check_has_mean, log_tau
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
-from bora_pyro.inference.optimizer import adamw, deviation_parameters, rescale, take_step
+from bora_pyro.inference.optimizer import Rates, adamw, deviation_parameters, rescale, take_step
 from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes, shapes
 from bora_pyro.model import BoRA, Weights
@@ -44,8 +44,8 @@ class AllTasks:
     def begin(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         return batches
 
-    def step(self, rate: float, of_deviations: float) -> None:
-        take_step(self.optimizer, rate, of_deviations)
+    def step(self, rates: Rates) -> None:
+        take_step(self.optimizer, rates)
         if self.mean is not None:
             self.mean.add({**self.parameters, **log_tau(self.model)})
 

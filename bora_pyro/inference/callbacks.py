@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from bora_pyro.data.tasks import TaskData
@@ -68,11 +69,13 @@ class Callback:
 
     Attributes:
         name: names the callback's tensors in a checkpoint.
+        gradient_factor: what ``before_step`` multiplies the gradient of each task by, apart from clipping: a number, or (D,).
         needs_sums: whether it needs averages over all tasks (``loop.state.totals``), even if a step draws only some tasks.
     """
 
     name: str = "callback"
     needs_sums: bool = False
+    gradient_factor: Tensor = torch.ones(())
 
     def begin(self, model: BoRA, data: TaskData) -> None:
         """Called before the first step.

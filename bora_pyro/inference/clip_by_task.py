@@ -35,14 +35,14 @@ class ClipByTask(Callback):
         of_task = [data.train.subset((data.train.task == d).nonzero()[:, 0]) for d in range(len(data.tasks))]
         observations = torch.tensor([model.likelihood.observations_of(split) for split in of_task])
         # a task without observations has no gradient but the prior's
-        self.factor = (observations.sum() / observations.where(observations > 0, 1)).to(model.backbone.device)
+        self.gradient_factor = (observations.sum() / observations.where(observations > 0, 1)).to(model.backbone.device)
 
     @torch.no_grad()
     def before_step(self, loop: FitLoop) -> None:
         gradients = [value.grad for value in (*loop.state.shared, *loop.state.own) if value.grad is not None]
         # every parameter has one row for each task: (tasks, ...)
         squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
-        factor = self.factor.to(squares)
+        factor = self.gradient_factor.to(squares)
         factor = factor * (self.limit / (factor * squares.sqrt() + 1e-6)).clamp(max=1)
         for gradient in gradients:
             gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))

@@ -14,7 +14,7 @@ from bora_pyro.data.batch import Batch
 from bora_pyro.files.row_file import RowTensor
 from bora_pyro.inference.averaging import GROUP, STEPS, TrajectoryMean, check_has_mean, log_tau
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
-from bora_pyro.inference.optimizer import adamw, take_step
+from bora_pyro.inference.optimizer import Rates, adamw, take_step
 from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes
 from bora_pyro.inference.task_rows import TaskRows
@@ -60,12 +60,12 @@ class DrawnTasks:
     def begin(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         return self.rows.begin(batches)
 
-    def step(self, rate: float, of_deviations: float) -> None:
+    def step(self, rates: Rates) -> None:
         if self.optimizer is not None:
-            take_step(self.optimizer, rate, of_deviations)
+            take_step(self.optimizer, rates)
         if self.mean is not None:
             self.mean.add({**self.of_all, **log_tau(self.model)})
-        self.rows.step(rate, of_deviations)
+        self.rows.step(rates)
 
     def rescale(self, factors: Weights) -> None:
         self.rows.rescale(factors)
@@ -131,6 +131,7 @@ class DrawnTasks:
         if self.mean is not None:
             groups[GROUP] |= self.mean.save()
         groups["count"], groups["sums"], groups["units"] = {**count}, {**sums}, {**self.rows.units}
+        groups["units"] |= {STEPS: torch.tensor(self.rows.steps)}
         return groups
 
     def load(self, checkpoint: Checkpoint, processes: Processes) -> None:
@@ -158,8 +159,8 @@ class DrawnTasks:
         self._put(parameters)
         if self.mean is not None:
             self.mean.load(checkpoint.group(GROUP, without=[*row_shapes]))
-        steps = 0 if self.mean is None else self.mean.steps
-        self.rows.load_counts(checkpoint.group("count"), checkpoint.group("units"), steps)
+        units = checkpoint.group("units")
+        self.rows.load_counts(checkpoint.group("count"), units, steps=int(units.pop(STEPS)))
         if self.rows.sums is not None:
             # rank 0 gets the sums over all tasks and the others 0, because only the sum over processes is used
             device, factor = self.model.backbone.device, float(processes.rank == 0)

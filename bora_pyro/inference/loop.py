@@ -27,7 +27,7 @@ from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.folds import Folds
 from bora_pyro.inference.learn_tau import LearnTau
-from bora_pyro.inference.optimizer import deviation_rate
+from bora_pyro.inference.optimizer import largest_rates
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, all_reduce_gradient
 from bora_pyro.inference.schedule import epoch_seed, schedule, step_seed
@@ -107,7 +107,8 @@ class Loop:
         self.packing = {name: getattr(options, name) for name in ("token_budget", "accumulate", "seed")}
         self.packing |= {"processes": self.processes.size, "steps_per_epoch": self.steps_per_epoch}
         self.total_steps = self.steps_per_epoch * options.epochs
-        self._deviation_rate = deviation_rate(options.learning_rate, options.deviation_reach, self.total_steps, options.warmup)
+        factors = [callback.gradient_factor for callback in self.callbacks]
+        self._rates = largest_rates(options, self.observations, self.steps_per_epoch, factors)
         self.fitted = Fitted(model, guide, data.tasks, chat_template=data.chat_template)
         self.fitted.documents = data.train.documents_per_task
         #: numbers of completed steps and epochs, and the number of the last step
@@ -175,13 +176,12 @@ class Loop:
         totals, start = torch.tensor(within["totals"], dtype=torch.float64), time.perf_counter() - within["seconds"]
         for number in range(within["steps"], len(steps)):
             self.step_number = step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
-            part = schedule(step, self.total_steps, self.options.warmup)
-            rate = part * self.options.learning_rate
+            rate = self.options.learning_rate * schedule(step, self.total_steps, self.options.warmup)
             reduced = self.processes.reduced_bytes
             # the seed depends only on the step, so a resumed fit draws the same numbers
             with poutine.seed(rng_seed=step_seed(self.options.seed, self.epoch, number)):
                 # Pyro checks shapes and supports in the first step only
-                sums = self.step(steps[number], rate, step, of_deviations=part * self._deviation_rate, validate=step == 0)
+                sums = self.step(steps[number], rate, step, validate=step == 0)
                 for callback in self.callbacks:
                     callback.after_step(self)
             totals = totals + sums[:4]
@@ -205,10 +205,8 @@ class Loop:
         self.epoch, self.within = self.epoch + 1, {}
         return report
 
-    def step(
-        self, batches: Sequence[Batch], rate: float, step: int, *, of_deviations: float | None = None, validate: bool = False
-    ) -> Tensor:
-        """Take one step on the given batches, with a rate of its own for whitened deviations.
+    def step(self, batches: Sequence[Batch], rate: float, step: int, *, validate: bool = False) -> Tensor:
+        """Take one step on the given batches. The rate of whitened deviations rises and falls with ``rate``.
 
         Returns:
             (5,) float64, sums over all processes: loss, log-likelihood, observations, predicted tokens, and requests.
@@ -235,7 +233,7 @@ class Loop:
         torch.nn.utils.clip_grads_with_norm_([*self.state.shared, *self.state.own], self.options.gradient_clip, norm)
         for callback in self.callbacks:
             callback.before_step(self)
-        self.state.step(rate, rate if of_deviations is None else of_deviations)
+        self.state.step(replace(self._rates, part=rate / self._rates.shared))
         return sums.cpu()
 
     def backward(self, batch: Batch, *, validate: bool) -> Tensor:

@@ -4,13 +4,20 @@ The deviations are δ_d = z_d/√τ. AdamW moves an entry of z by at most its ra
 0.01 moves z by 0.3 of the prior's standard deviation at most. The deviations would then be too small for their τ, and a τ that is
 learned from them would be too small. So z has a rate of its own if necessary (:func:`deviation_rate`).
 
+Under a small τ the prior is much wider than the posterior, and such a rate would be far too large. AdamW's step has about the
+same size r in every entry, and mostly random signs. It then raises a task's −log p(documents) by about r² t/2, where t is the
+trace of the task's Fisher information with respect to z. The moments that AdamW keeps give t: it is the variance of the
+gradient over the steps of an epoch, times their number. The rate is limited so that a step costs a task ``NATS`` at most
+(:meth:`Rates.of_deviations`).
+
 When τ changes, the gradient with respect to z changes by the same factor as τ^-1/2. The moments of AdamW are multiplied by this
 factor (:func:`rescale`). Otherwise the large gradients at an early, small τ would hold z back for hundreds of steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from pyro.infer.autoguide import AutoGuide
@@ -18,8 +25,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bora_pyro.guides.base import task_sites, tensor_key
+from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.schedule import schedule
 
+#: The largest rise of a task's −log p(documents) that the noise of one step may cause.
+NATS = 10.0
+#: The largest rate that a reach gives to deviations, in standard deviations of their prior.
+LARGEST = 0.15
 #: AdamW's settings. The second moment of the deviations has a shorter memory, because their scale changes with τ.
 BETAS, DEVIATION_BETAS, EPS = (0.9, 0.999), (0.9, 0.98), 1e-12
 # The ending that Pyro's LocScaleReparam gives a site of whitened values.
@@ -44,7 +56,7 @@ def deviation_parameters(guide: AutoGuide) -> dict[str, str]:
 
 
 def deviation_rate(learning_rate: float, reach: float, total_steps: int, warmup: float) -> float:
-    """The largest rate of the whitened deviations.
+    """The largest rate of the whitened deviations: with it an entry can move the distance ``reach``, if the fit is not too short.
 
         >>> deviation_rate(0.01, 4.0, 60, 0.1)  # the schedule's mean is about a half
         0.13...
@@ -57,7 +69,74 @@ def deviation_rate(learning_rate: float, reach: float, total_steps: int, warmup:
         total_steps: steps of the fit.
         warmup: fraction of the steps in which the rate rises.
     """
-    return max(learning_rate, reach / sum(schedule(step, total_steps, warmup) for step in range(total_steps)))
+    whole = reach / sum(schedule(step, total_steps, warmup) for step in range(total_steps))
+    return max(learning_rate, min(whole, LARGEST))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of one step.
+
+        >>> rates = Rates(part=0.5, shared=0.01, deviations=0.06, per_square=torch.tensor(1e6))
+        >>> rates.of_deviations(noise=torch.tensor([1e-4, 0.2]))
+        tensor([0.0300, 0.0050])
+
+    Attributes:
+        part: the rate as a fraction of its largest value, from the schedule.
+        shared: largest rate of all parameters but the whitened deviations.
+        deviations: largest rate of the whitened deviations.
+        per_square: N²/S, with N training observations and S steps in an epoch; one number, or one for each task, (D,). The loss
+            is in nats per observation, so this factor turns the variance of a task's gradient over the steps into the trace of
+            its Fisher information.
+    """
+
+    part: float
+    shared: float
+    deviations: float
+    per_square: Tensor
+
+    def of_deviations(self, noise: Tensor) -> Tensor:
+        """The rate of each task's whitened deviations, limited so that a step costs the task at most ``NATS``.
+
+        It is that of all other parameters as long as the variance of a task's gradient is not known.
+
+        Args:
+            noise: variance over the steps of each task's gradient with respect to z, summed over its entries, (tasks,).
+        """
+        trace = self.per_square.to(noise) * noise
+        limited = (2 * NATS / trace).sqrt().clamp(max=self.deviations)
+        return self.part * torch.where(trace > 0, limited, self.shared)
+
+
+def largest_rates(options: FitOptions, observations: float, steps_per_epoch: int, factors: Sequence[Tensor] = ()) -> Rates:
+    """The rates of a fit at the top of its schedule.
+
+    Args:
+        options: the options of the fit.
+        observations: N, the number of training observations.
+        steps_per_epoch: S, the number of steps in an epoch.
+        factors: what callbacks multiply the gradient of each task by, apart from clipping.
+    """
+    steps = steps_per_epoch * options.epochs
+    of_deviations = deviation_rate(options.learning_rate, options.deviation_reach, steps, options.warmup)
+    per_square = torch.tensor(observations**2 / steps_per_epoch)
+    for factor in factors:
+        per_square = per_square / factor.to(per_square).square()
+    return Rates(1.0, options.learning_rate, of_deviations, per_square)
+
+
+def variance(first: Tensor, second: Tensor, steps: Tensor) -> Tensor:
+    """The variance of a task's gradient over the steps, summed over the entries, from AdamW's moments of deviations: (tasks,).
+
+    A gradient that stays the same has none: it is a signal, and no noise.
+
+    Args:
+        first: mean of the gradients, (tasks, ...).
+        second: mean of their squares, (tasks, ...).
+        steps: number of steps of each task, (tasks,) or one number.
+    """
+    mean = first.square().flatten(1).sum(1) / (1 - DEVIATION_BETAS[0] ** steps).square()
+    return (second.flatten(1).sum(1) / (1 - DEVIATION_BETAS[1] ** steps) - mean).clamp(min=0)
 
 
 def adamw(parameters: Iterable[Parameter], deviations: Collection[Parameter] = ()) -> torch.optim.AdamW:
@@ -71,12 +150,29 @@ def adamw(parameters: Iterable[Parameter], deviations: Collection[Parameter] = (
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, eps=EPS, fused=True)
 
 
-def take_step(optimizer: torch.optim.Optimizer, rate: float, of_deviations: float) -> None:
+@torch.no_grad()
+def take_step(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
     """Take a step with these rates, and delete the gradients."""
+    before, parts = [], torch.ones(())
     for group in optimizer.param_groups:
-        group["lr"] = of_deviations if group["betas"] == DEVIATION_BETAS else rate
+        group["lr"] = rates.part * rates.shared
+        if group["betas"] == DEVIATION_BETAS:
+            limited = rates.of_deviations(_noise(optimizer, group["params"]))
+            group["lr"] = largest = float(limited.max())
+            if largest > float(limited.min()):  # fused AdamW has one rate; tasks with a lower one go only a part of the way
+                before, parts = [(value, value.detach().clone()) for value in group["params"]], limited / largest
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    for value, old in before:
+        value.copy_(old.lerp(value, parts.view(-1, *[1] * (value.dim() - 1)).expand_as(value)))
+
+
+def _noise(optimizer: torch.optim.Optimizer, parameters: list[Parameter]) -> Tensor:
+    """The variance of each task's gradient, (tasks,), over all parameters (tasks, ...)."""
+    noise = torch.zeros(len(parameters[0]), device=parameters[0].device)
+    for state in (optimizer.state[parameter] for parameter in parameters if parameter in optimizer.state):
+        noise += variance(state["exp_avg"], state["exp_avg_sq"], state["step"].to(noise))
+    return noise
 
 
 @torch.no_grad()

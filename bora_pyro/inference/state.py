@@ -18,6 +18,7 @@ from bora_pyro.data.batch import Batch
 from bora_pyro.errors import InputError
 from bora_pyro.files.row_file import RowTensor
 from bora_pyro.inference.checkpoint import Checkpoint
+from bora_pyro.inference.optimizer import Rates
 from bora_pyro.inference.processes import Processes
 from bora_pyro.model import BoRA, Weights
 
@@ -41,8 +42,8 @@ class FitState(Protocol):
     def begin(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Prepare a step on some batches, and return the batches for the model."""
 
-    def step(self, rate: float, of_deviations: float) -> None:
-        """Take AdamW's step, with a rate of its own for whitened deviations, and delete the gradients."""
+    def step(self, rates: Rates) -> None:
+        """Take AdamW's step and delete the gradients."""
 
     def rescale(self, factors: Weights) -> None:
         """Multiply AdamW's moments of the whitened deviations, by latent, as their gradients change when τ changes."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch.optim.adamw import adamw
 
 from bora_pyro.data.batch import Batch, TaskDraw, loaded_tasks
 from bora_pyro.errors import InputError
-from bora_pyro.files.row_file import RowTensor
+from bora_pyro.files.row_file import RowTensor, check_space
 from bora_pyro.guides.base import parameters_of_tasks, task_sites
 from bora_pyro.inference.averaging import GROUP, weight_sum
-from bora_pyro.inference.optimizer import BETAS, DEVIATION_BETAS, EPS, deviation_parameters
+from bora_pyro.inference.optimizer import BETAS, DEVIATION_BETAS, EPS, Rates, deviation_parameters, variance
 from bora_pyro.model import BoRA, Weights
 
 #: With more tasks than this, a step changes only the tasks of its documents by default.
@@ -66,7 +65,7 @@ class TaskRows:
         self.mapped = stores * row_bytes * tasks > budget
         place = folder if self.mapped else None
         if self.mapped:
-            _check_space(folder, stores * row_bytes * tasks)
+            check_space(folder, stores * row_bytes * tasks)
         self.values = {name: RowTensor(value, tasks, folder=place) for name, value in self.parameters.items()}
         self.best = {name: RowTensor(value, tasks, folder=place) for name, value in self.parameters.items()}
         zeros = {name: torch.zeros_like(value[:1]) for name, value in self.parameters.items()}
@@ -105,7 +104,7 @@ class TaskRows:
         ]
 
     @torch.no_grad()
-    def step(self, rate: float, of_deviations: float) -> None:
+    def step(self, rates: Rates) -> None:
         """Take AdamW's step on the loaded rows that have gradients, and add their new values to their means."""
         self.steps += 1
         names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
@@ -113,8 +112,9 @@ class TaskRows:
             return
         before = None if self.sums is None else self.centres()
         self._extend_means(self.steps - 1)
+        limited = rates.of_deviations(self._noise())
         for name in names:
-            self._step_of(name, of_deviations if name in self.latent_of else rate)
+            self._step_of(name, limited.tolist() if name in self.latent_of else [rates.part * rates.shared] * len(self.loaded))
         self.count[self.loaded] += 1
         self._extend_means(self.steps)
         for name in names:
@@ -124,28 +124,46 @@ class TaskRows:
                 self.sums[name] += (value - before[name]).sum(0, dtype=torch.float64)
         self._limit_mapped(7)
 
-    def _step_of(self, name: str, rate: float) -> None:
+    def _noise(self) -> Tensor:
+        """The variance of each loaded task's gradient over the steps, drawn or not, summed over its entries: (loaded,)."""
+        steps = self.count[self.loaded]
+        noise = torch.zeros(len(self.loaded))
+        for name in self.latent_of:
+            first, second = (group[name].read(self.loaded).cpu() for group in self.moments)
+            if (unit := self._unit(name)) is not None:
+                first, second = first * unit.cpu(), second * unit.cpu().square()
+            noise += variance(first, second, steps.clamp(min=1))
+        return noise * steps / max(self.steps - 1, 1)  # times the part of the earlier steps that drew the task
+
+    def _step_of(self, name: str, rates: Sequence[float]) -> None:
         parameter, unit = self.parameters[name], self._unit(name)
         first, second = (group[name].read(self.loaded).to(parameter.device) for group in self.moments)
         if unit is not None:
             first, second = first * unit, second * unit.square()
         beta1, beta2 = DEVIATION_BETAS if name in self.latent_of else BETAS
-        adamw(
-            _rows([parameter.data]),
-            _rows([parameter.grad] if parameter.grad is not None else []),
-            _rows([first]),
-            _rows([second]),
-            [],
-            _rows([self.count[self.loaded].to(parameter.device)]),
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=rate,
-            weight_decay=0.0,
-            eps=EPS,
-            maximize=False,
-        )
+        assert parameter.grad is not None
+        steps = self.count[self.loaded].to(parameter.device)
+        for rate in dict.fromkeys(rates):
+            rows = [row for row, own in enumerate(rates) if own == rate]
+            values, gradients, firsts, seconds, counts = (
+                [value[row] for row in rows] for value in (parameter.data, parameter.grad, first, second, steps)
+            )
+            adamw(
+                values,
+                gradients,
+                firsts,
+                seconds,
+                [],
+                counts,
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=rate,
+                weight_decay=0.0,
+                eps=EPS,
+                maximize=False,
+            )
         self.values[name].write(self.loaded, parameter.detach())
         self.moments[0][name].write(self.loaded, first if unit is None else first / unit)
         self.moments[1][name].write(self.loaded, second if unit is None else second / unit.square())
@@ -294,10 +312,6 @@ class TaskRows:
         self.units, self.steps = {name: value.to(self.model.backbone.device) for name, value in units.items()}, steps
 
 
-def _rows(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [row for tensor in tensors for row in tensor.unbind(0)]
-
-
 def _task_parameters(model: BoRA, guide: AutoGuide) -> dict[str, Parameter]:
     """The guide's parameters with one row per task: those that it reads inside the plate of tasks."""
     rows = {len(site["value"]) for name, site in guide.prototype_trace.iter_stochastic_nodes() if name in task_sites(guide)}
@@ -310,21 +324,6 @@ def _task_parameters(model: BoRA, guide: AutoGuide) -> dict[str, Parameter]:
             "use a guide with a distribution for each site, or task_subsampling=False"
         )
     return found
-
-
-def _check_space(folder: Path, size: int) -> None:
-    """Check that a disk has room for mapped files. Writing to a mapped file on a full disk kills the process without a message.
-
-    Raises:
-        InputError: the disk has fewer than ``size`` free bytes.
-    """
-    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(above).free
-    if size > free:
-        raise InputError(
-            f"the tasks' state takes {size / 2**30:.1f} GiB in files, and {above} has {free / 2**30:.1f} GiB free; give a larger "
-            "task_memory, or a folder on another disk"
-        )
 
 
 def _drop_first_run(guide: AutoGuide, rows: int) -> None:

@@ -43,17 +43,17 @@ class LearnedPrecision(PerLatent):
     them a rate with which they reach the prior's scale (``deviation_reach``). No diagonal curvature is needed, in contrast to the
     evidence at an optimum (MacKay's γ/Σδ²).
 
-    The step in log τ is ``rate`` times the mean slope of the last documents, divided by their root mean square slope. The step is
-    large if the documents agree, small if they do not, and never larger than ``rate``. It does not shrink with the learning rate,
-    because the best τ keeps rising while a fit begins to overfit. So the last τ varies from step to step. The mean of the steps
-    (``average``) has the geometric mean of τ.
+    The step in log τ is ``rate`` a (1 + a²), where a is the mean slope of the last documents divided by their root mean square
+    slope, from −1 to 1. The step is large if the documents agree and small if they do not. If all agree, τ is still far away, and
+    the step is twice ``rate``. It does not shrink with the learning rate, because the best τ keeps rising while a fit begins to
+    overfit. So the last τ varies from step to step. The mean of the steps (``average``) has the geometric mean of τ.
 
     Args:
         per: what has its own τ: each ``site`` (a kind of layer and a factor, for example ``q_proj.lora_A``); each ``layer`` of
             each site; each ``task`` (times a τ of the site); or the whole ``model``.
         start: τ before the first step.
         every: steps between two updates of τ; one update costs about as much as a training step.
-        rate: largest change of log τ in one update.
+        rate: half the largest change of log τ in one update.
 
     Raises:
         InputError: ``per`` is unknown, ``start`` is outside the bounds, ``every`` is below 1, or ``rate`` is not positive and
@@ -145,7 +145,8 @@ class LearnedPrecision(PerLatent):
         new = torch.stack([slopes / scale, counts])
         self._sums[key] = new + _DECAY * self._sums.get(key, torch.zeros_like(new))
         total, documents = self._sums[key]
-        return self.rate * total / (documents + _SHRINKAGE)
+        agreement = total / (documents + _SHRINKAGE)
+        return self.rate * agreement * (1 + agreement.square())
 
     def state(self) -> dict[str, Tensor]:
         tau = {f"tau.{name}": value.clone() for name, value in self.tau.items()}

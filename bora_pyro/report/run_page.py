@@ -189,7 +189,9 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         if isinstance(metrics.get(name), dict) and metrics[name].get("ece") is not None:
             yield Number(label, number_text(metrics[name]["ece"], 3), "expected (ECE); 0 is calibrated")
     if metrics.get("validation_perplexity") is not None:
-        note = f"after epoch {metrics.get('best_epoch')} of {metrics.get('epochs')}"
+        note = f"after epoch {metrics.get('best_epoch')} of {metrics.get('epochs')}" + ", mean of the steps" * bool(
+            metrics.get("averaged")
+        )
         yield Number("validation perplexity", number_text(metrics["validation_perplexity"]), note)
     if metrics.get("test_bits_per_character") is not None:
         bits = metrics.get("base_test_bits_per_character")

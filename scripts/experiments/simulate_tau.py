@@ -36,6 +36,7 @@ from bora_pyro.errors import check_at_least
 from bora_pyro.guides import init_to_start
 from bora_pyro.inference.averaging import TrajectoryMean
 from bora_pyro.inference.optimizer import (
+    Rates,
     adamw,
     deviation_parameters,
     deviation_rate,
@@ -69,8 +70,8 @@ class SimulateConfig:
     starts: list[str] = option([TRUTH, "1", "100", "10000"], "where tau starts (default: truth 1 100 10000)")
     rates: list[str] = option(["0.003", "0.01", "0.03"], "learning rates (default: 0.003 0.01 0.03)")
     steps: list[str] = option(["60", "200", "600", "2000"], "steps of a fit (default: 60 200 600 2000)")
-    draws: int = option(4, "simulated hierarchies for each cell of the grid")
-    case_draws: int = option(20, "the same for the small and unequal designs, at rate 0.01 and 60 and 200 steps")
+    draws: int = option(2, "simulated hierarchies for each cell of the grid")
+    case_draws: int = option(20, "the same for the small and unequal designs: rate 0.01, 60 and 200 steps, tau starts at 100")
     reach: float = option(FitOptions().deviation_reach, "deviation_reach of the fits; 0: one rate for all")
     output: str = option("results/simulated_tau.csv", "the table, one row for each simulation")
 
@@ -156,7 +157,7 @@ def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int, rate: fl
         part = schedule(step, steps, warmup)
         with pyro.validation_enabled(False):
             (elbo.differentiable_loss(model, guide) / hierarchy.count.sum()).backward()
-        take_step(optimizer, part * rate, part * of_deviations)
+        take_step(optimizer, Rates(part, rate, of_deviations, per_square=hierarchy.count.sum().square().float()))
         if (step + 1) % prior.every == 0:
             before = prior.precision(NAME, start)
             look(hierarchy, prior, theta, guide, looks[(step // prior.every) % len(looks)])
@@ -179,9 +180,9 @@ def simulations(config: SimulateConfig) -> Iterator[dict[str, Any]]:
     """The settings of all simulations."""
     for case in CASES:
         grid = case == "grid"
-        rates, steps = (config.rates, config.steps) if grid else (["0.01"], ["60", "200"])
+        rates, steps, starts = (config.rates, config.steps, config.starts) if grid else (["0.01"], ["60", "200"], ["100"])
         draws = config.draws if grid else config.case_draws
-        for tau, rate, number, start in itertools.product(config.taus, rates, steps, config.starts):
+        for tau, rate, number, start in itertools.product(config.taus, rates, steps, starts):
             for seed in range(draws):
                 cell = {"case": case, "tau": float(tau), "rate": float(rate), "steps": int(number), "start": start}
                 yield cell | {"seed": seed}

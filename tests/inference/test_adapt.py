@@ -138,7 +138,7 @@ def fits():
 def test_a_new_task_is_theta_until_there_are_documents(fits, prior):
     fitted = fits(prior)
     before = {name: value.clone() for name, value in fitted.sites().items()}
-    data = tiny_data((2, 0))
+    data = without(tiny_data((2, 0)), "validation")
     new = adapt(fitted, data, steps=6, learning_rate=0.1)
     (theta, mean), (_, of_fit) = new.weights(), fitted.weights()
     for name, value in of_fit.items():

@@ -63,8 +63,8 @@ def test_the_mean_of_a_fit_is_that_of_its_states(data, prior, drawn):
     taus = []
     step = loop.state.step
 
-    def recorded(*rates):
-        step(*rates)
+    def recorded(rates):
+        step(rates)
         values, tau = all_values()
         states.append(values)
         taus.append(tau)

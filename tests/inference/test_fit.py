@@ -27,7 +27,7 @@ from tests.tiny_base import toy_data, toy_model, toy_split
 
 MODULE = importlib.import_module("bora_pyro.inference.validation")
 NOTHING = TokenSplit.from_documents([], task=[], num_tasks=3)
-STILL = {"learning_rate": 1e-30, "token_budget": 64}  # steps that move nothing
+STILL = {"learning_rate": 1e-30, "deviation_reach": 0.0, "token_budget": 64}  # steps that move nothing
 
 
 @pytest.fixture(scope="module")

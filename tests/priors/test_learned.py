@@ -46,11 +46,13 @@ def test_one_step_by_hand():
     prior = prepared(LearnedPrecision("model", start=100.0, rate=0.5))
     shrink(prior)
     # 8 documents that agree wholly: the mean slope over its root mean square is -1, shrunk by 2 documents of slope 0
-    assert prior.tau["x"].item() == pytest.approx(100 * math.exp(0.5 * 8 / (8 + 2)), rel=1e-6)
+    first = 8 / (8 + 2)
+    assert prior.tau["x"].item() == pytest.approx(100 * math.exp(0.5 * first * (1 + first**2)), rel=1e-6)
     shrink(prior)
     # the first look counts half beside the second
     more = 8 * 1.5 / (8 * 1.5 + 2)
-    assert prior.tau["x"].item() == pytest.approx(100 * math.exp(0.5 * (8 / 10 + more)), rel=1e-6)
+    steps = sum(agreement * (1 + agreement**2) for agreement in (first, more))
+    assert prior.tau["x"].item() == pytest.approx(100 * math.exp(0.5 * steps), rel=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
