@@ -16,10 +16,9 @@ from pathlib import Path
 import pandas as pd
 
 from bora_pyro import InputError
-from bora_pyro.errors import check_at_least
 from bora_pyro.inference.options import ALL, HALF
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import option
+from bora_pyro.options.field import check_fields, option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.map_fit import run_map_fit
 
@@ -33,14 +32,14 @@ class FoldsConfig:
 
     fit_config: str = option("results/documentation.yaml", "YAML of the options that all fits share")
     learning_rate: float = option(0.03, "learning rate of the fits", positive=True)
-    seeds: list[int] = option([0, 1, 2], "the seeds (default: 0 1 2)")
-    most: int = option(1000, "stop after so many new fits")
+    seeds: int = option(3, "number of seeds, from 0", least=1)
+    most: int = option(1000, "stop after so many new fits", least=1)
     runs_dir: str = option("runs/tau_folds", "folder of the runs")
     output: str = option("results/tau_folds.csv", "the table, one row for each fit")
 
     def validate(self) -> None:
         """Check the values."""
-        check_at_least("most", self.most, 1)
+        check_fields(self)
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         output = Path(config.output)
         rows = pd.read_csv(output).to_dict("records") if output.exists() else []
         done = {tuple(row[name] for name in KEY) for row in rows}
-        missing = [key for seed in config.seeds for key in ((ALL, seed), (HALF, seed)) if key not in done]
+        missing = [key for seed in range(config.seeds) for key in ((ALL, seed), (HALF, seed)) if key not in done]
         for key in missing[: config.most]:
             options = {**dict(zip(KEY, key, strict=True)), "learning_rate": config.learning_rate, "overwrite": "true"}
             options |= {"export_adapters": "false", "output_dir": Path(config.runs_dir, "{}-seed{}".format(*key))}
