@@ -48,19 +48,27 @@ class LearnedPrecision(PerLatent):
     the step is twice ``rate``. It does not shrink with the learning rate, because the best τ keeps rising while a fit begins to
     overfit. So the last τ varies from step to step. The mean of the steps (``average``) has the geometric mean of τ.
 
+    The slope of a task grows with its deviation. So one task that differs from all others can lower τ for all of them. With
+    ``robust`` the slopes of a document are multiplied by min(1, m²/|δ_d − δ̄|²), where m is the mean of |δ_d − δ̄| over the
+    documents. A task then counts at most as much as a typical one (Huber's weights). The expected slope of a task given its
+    deviation is zero at the true τ₀ in a linear-Gaussian hierarchy, so weights that depend on the deviation do not move the zero.
+
     Args:
         per: what has its own τ: each ``site`` (a kind of layer and a factor, for example ``q_proj.lora_A``); each ``layer`` of
             each site; each ``task`` (times a τ of the site); or the whole ``model``.
         start: τ before the first step.
         every: steps between two updates of τ; one update costs about as much as a training step.
         rate: half the largest change of log τ in one update.
+        robust: limit what a task with large deviations contributes to a τ that it shares with others.
 
     Raises:
         InputError: ``per`` is unknown, ``start`` is outside the bounds, ``every`` is below 1, or ``rate`` is not positive and
             finite.
     """
 
-    def __init__(self, per: str = "site", start: float = 100.0, *, every: int = 4, rate: float = 1.5) -> None:
+    def __init__(
+        self, per: str = "site", start: float = 100.0, *, every: int = 4, rate: float = 1.5, robust: bool = False
+    ) -> None:
         check_one_of("per", per, PER)
         if not BOUNDS[0] <= start <= BOUNDS[1]:
             raise InputError(f"start {start} is not allowed; tau is learned between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
@@ -68,6 +76,7 @@ class LearnedPrecision(PerLatent):
         if not 0 < rate < math.inf:
             raise InputError(f"rate is {rate}; give a finite number above 0")
         self.per, self.start, self.every, self.rate = per, float(start), every, rate
+        self._robust = robust
         #: τ by latent: one number, (layers, 1, ...) or (D, 1, 1, ...), which broadcasts against (D, layers, *shape).
         self.tau: dict[str, Tensor] = {}
         # by group: the running sums of the slopes and of the numbers of documents
@@ -100,9 +109,13 @@ class LearnedPrecision(PerLatent):
     ) -> None:
         # (documents, layers) each
         slopes = {name: (gradients[name] * deviation).flatten(2).sum(-1) for name, deviation in deviations.items()}
+        by_group = self._by_group(slopes, task)
+        if self._robust:
+            squares = {name: deviation.square().flatten(2).sum(-1) for name, deviation in deviations.items()}
+            by_group = _with_weights(by_group, self._by_group(squares, task), all_reduce)
         sums = {
             key: torch.stack([group_slopes.sum(0), counted.sum(0), group_slopes.square().sum(0)])
-            for key, (group_slopes, counted) in self._by_group(slopes, task).items()
+            for key, (group_slopes, counted) in by_group.items()
         }
         totals = all_reduce(torch.cat([value.flatten() for value in sums.values()])).split(
             [value.numel() for value in sums.values()]
@@ -160,10 +173,31 @@ class LearnedPrecision(PerLatent):
                 stores[kind][key] = value.clone()
 
     def __repr__(self) -> str:
+        robust = ", robust=True" * self._robust
         if not self.tau or all(bool((value == self.start).all()) for value in self.tau.values()):
-            return f"LearnedPrecision(per={self.per!r}, start={self.start:g})"
+            return f"LearnedPrecision(per={self.per!r}, start={self.start:g}{robust})"
         learned = ", ".join(f"{name}: {_geometric_mean(value):.3g}" for name, value in self.tau.items())
-        return f"LearnedPrecision(per={self.per!r}, tau={{{learned}}})"
+        return f"LearnedPrecision(per={self.per!r}, tau={{{learned}}}{robust})"
+
+
+def _with_weights(
+    slopes: dict[str, tuple[Tensor, Tensor]], squares: dict[str, tuple[Tensor, Tensor]], all_reduce: Callable[[Tensor], Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The slopes by group, each times min(1, m²/|δ|²), where m is the mean of |δ| over the documents that count.
+
+    Args:
+        slopes: the slopes and counts by group, as ``_by_group`` returns them.
+        squares: the same of the squared deviations, |δ|².
+        all_reduce: sums a tensor over processes.
+    """
+    sums = {key: torch.stack([square.sqrt().sum(0), counted.sum(0)]) for key, (square, counted) in squares.items()}
+    totals = all_reduce(torch.cat([value.flatten() for value in sums.values()])).split([value.numel() for value in sums.values()])
+    weighted = {}
+    for (key, (slope, counted)), total in zip(slopes.items(), totals, strict=True):
+        norms, documents = total.view(2, -1)
+        square = squares[key][0].clamp(min=torch.finfo(slope.dtype).tiny)
+        weighted[key] = (slope * ((norms / documents.clamp(min=1)).square() / square).clamp(max=1), counted)
+    return weighted
 
 
 def _geometric_mean(tau: Tensor) -> float:

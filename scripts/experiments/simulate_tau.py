@@ -9,7 +9,9 @@ and :class:`~bora_pyro.LearnedPrecision` with a look at 16 validation documents 
 steps that ``fit`` keeps (:class:`~bora_pyro.inference.averaging.TrajectoryMean`).
 
 The grid crosses learning rates, numbers of steps, true τ and starts of τ. Further cases have unequal N_d, two or three tasks, or
-one validation document a task.
+one validation document a task. In the cases with outliers, the standard deviation of a task is τ^-1/2 times a scale of
+its own: in "t" the deviations of a task have a multivariate t distribution with 3 degrees of freedom, in "one outlier" the scale
+of one task is 5. The τ of a typical task, whose scale is the median one, is then the true one.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
 from bora_pyro import InputError, LearnedPrecision
-from bora_pyro.errors import check_at_least
+from bora_pyro.errors import check_at_least, check_one_of
 from bora_pyro.guides import init_to_start
 from bora_pyro.inference.averaging import TrajectoryMean
 from bora_pyro.inference.optimizer import (
@@ -59,6 +61,15 @@ CASES = {
     "two tasks": (2, (8, 8), 8),
     "three tasks": (3, (8, 8), 8),
     "one validation document": (25, (8, 8), 1),
+    "t": (25, (8, 8), 8),
+    "one outlier": (25, (8, 8), 8),
+}
+WITHOUT_OUTLIERS = [case for case in CASES if case not in ("t", "one outlier")]
+#: Arguments of the prior by name of the form; with a τ for each task, the learned τ is the median one.
+FORMS: dict[str, dict[str, Any]] = {
+    "usual": {"per": "model"},
+    "robust": {"per": "model", "robust": True},
+    "task": {"per": "task"},
 }
 
 
@@ -73,12 +84,18 @@ class SimulateConfig:
     draws: int = option(2, "simulated hierarchies for each cell of the grid")
     case_draws: int = option(20, "the same for the small and unequal designs: rate 0.01, 60 and 200 steps, tau starts at 100")
     reach: float = option(FitOptions().deviation_reach, "deviation_reach of the fits; 0: one rate for all")
+    cases: list[str] = option([*WITHOUT_OUTLIERS], f"of {', '.join(CASES)} (default: those without outliers)")
+    forms: list[str] = option(["usual"], f"how tau is learned: {', '.join(FORMS)} (default: usual)")
     output: str = option("results/simulated_tau.csv", "the table, one row for each simulation")
 
     def validate(self) -> None:
         """Check the values."""
         check_at_least("draws", self.draws, 1)
         check_at_least("case_draws", self.case_draws, 1)
+        for case in self.cases:
+            check_one_of("case", case, CASES)
+        for form in self.forms:
+            check_one_of("form", form, FORMS)
         starts = [start for start in self.starts if start != TRUTH]
         for name, values in (("taus", self.taus), ("starts", starts), ("rates", self.rates), ("steps", self.steps)):
             for value in values:
@@ -119,13 +136,24 @@ class Hierarchy:
     noise: float
 
 
-def draw(tau: float, *, tasks: int, documents: tuple[int, int], held_out: int, seed: int) -> Hierarchy:
+def scales(case: str, tasks: int, generator: torch.Generator) -> Tensor:
+    """The scale of each task's deviations, divided by the median of their distribution: (tasks, 1, 1)."""
+    scale = torch.ones(tasks, 1, 1)
+    if case == "t":  # a Normal over the root of χ²/3; the median of χ² with 3 degrees of freedom is 2.366
+        scale = (torch.randn((tasks, 1, 1, 3), generator=generator).square().sum(-1) / 2.366) ** -0.5
+    if case == "one outlier":
+        scale[0] = 5.0
+    return scale
+
+
+def draw(case: str, tau: float, *, tasks: int, documents: tuple[int, int], held_out: int, seed: int) -> Hierarchy:
     """Simulate a hierarchy."""
     generator = torch.Generator().manual_seed(seed)
     count = torch.randint(documents[0], documents[1] + 1, (tasks,), generator=generator)
     noise = math.sqrt(sum(documents) / 2 / tau)
     centre = torch.randn((LAYERS, WIDTH), generator=generator)
-    theta = centre + tau**-0.5 * torch.randn((tasks, LAYERS, WIDTH), generator=generator)
+    deviations = torch.randn((tasks, LAYERS, WIDTH), generator=generator)
+    theta = centre + tau**-0.5 * scales(case, tasks, generator) * deviations
     of_mean = noise / count.sqrt().view(-1, 1, 1)
     y = theta + of_mean * torch.randn((tasks, LAYERS, WIDTH), generator=generator)
     task = torch.arange(tasks).repeat_interleave(held_out)
@@ -152,7 +180,7 @@ def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int, rate: fl
     own = [parameters[name] for name in deviation_parameters(guide)]
     optimizer, of_deviations = adamw(parameters.values(), own), deviation_rate(rate, reach, steps, warmup)
     looks = torch.randperm(len(hierarchy.held_out), generator=torch.Generator().manual_seed(0)).split(LOOK)
-    mean = TrajectoryMean({NAME: torch.tensor(math.log(prior.start))})
+    mean = TrajectoryMean({NAME: prior.precision(NAME, start).log()})
     for step in range(steps):
         part = schedule(step, steps, warmup)
         with pyro.validation_enabled(False):
@@ -164,7 +192,7 @@ def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int, rate: fl
             factor = gradient_factors({NAME: before}, {NAME: prior.precision(NAME, start)})[NAME]
             rescale(optimizer, ((parameter, factor) for parameter in own))
         mean.add({NAME: prior.precision(NAME, start).log()})
-    return float(mean.values[NAME].exp()), float(prior.precision(NAME, start))
+    return float(mean.values[NAME].exp().median()), float(prior.precision(NAME, start).median())
 
 
 @torch.no_grad()
@@ -178,21 +206,21 @@ def look(hierarchy: Hierarchy, prior: LearnedPrecision, theta: Any, guide: AutoD
 
 def simulations(config: SimulateConfig) -> Iterator[dict[str, Any]]:
     """The settings of all simulations."""
-    for case in CASES:
+    for form, case in itertools.product(config.forms, config.cases):
         grid = case == "grid"
         rates, steps, starts = (config.rates, config.steps, config.starts) if grid else (["0.01"], ["60", "200"], ["100"])
         draws = config.draws if grid else config.case_draws
         for tau, rate, number, start in itertools.product(config.taus, rates, steps, starts):
             for seed in range(draws):
-                cell = {"case": case, "tau": float(tau), "rate": float(rate), "steps": int(number), "start": start}
+                cell = {"form": form, "case": case, "tau": float(tau), "rate": float(rate), "steps": int(number), "start": start}
                 yield cell | {"seed": seed}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """learned / true by case, rate and steps: the lowest and highest cell, each the geometric mean of its draws."""
     rows = rows.assign(log_ratio=(rows["learned"] / rows["tau"]).map(math.log))
-    cells = rows.groupby(["case", "rate", "steps", "tau", "start"], sort=False)["log_ratio"].mean().map(math.exp)
-    return cells.groupby(["case", "rate", "steps"], sort=False).agg(["min", "median", "max"])
+    cells = rows.groupby(["form", "case", "rate", "steps", "tau", "start"], sort=False)["log_ratio"].mean().map(math.exp)
+    return cells.groupby(["form", "case", "rate", "steps"], sort=False).agg(["min", "median", "max"])
 
 
 def main(argv: list[str]) -> int:
@@ -205,9 +233,9 @@ def main(argv: list[str]) -> int:
     rows = []
     for cell in simulations(config):
         tasks, documents, held_out = CASES[cell["case"]]
-        hierarchy = draw(cell["tau"], tasks=tasks, documents=documents, held_out=held_out, seed=cell["seed"])
+        hierarchy = draw(cell["case"], cell["tau"], tasks=tasks, documents=documents, held_out=held_out, seed=cell["seed"])
         start = cell["tau"] if cell["start"] == TRUTH else float(cell["start"])
-        prior = LearnedPrecision("model", start)
+        prior = LearnedPrecision(start=start, **FORMS[cell["form"]])
         learned, last = learn(hierarchy, prior, steps=cell["steps"], rate=cell["rate"], reach=config.reach)
         rows.append(cell | {"learned": learned, "last": last})
     table = pd.DataFrame(rows)

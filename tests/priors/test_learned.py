@@ -233,3 +233,32 @@ def test_beside_latents_that_all_tasks_share():
     assert prior.every == 2
     assert all(tau == (math.inf if "lora_A" in name else pytest.approx(tau)) for name, tau in fitted.tau_by_group().items())
     assert any(tau not in (math.inf, 100.0) for tau in fitted.tau_by_group().values())
+
+
+def test_under_robust_a_task_counts_at_most_as_much_as_a_typical_one():
+    """One look by hand: four tasks, of which one deviates ten times as far, with slopes of one sign."""
+    scale = torch.tensor([1.0, 1.0, 1.0, 10.0])
+    deviations = scale[:, None, None].expand(4, *SHAPE)
+    gradients = -deviations
+    for robust, weights in ((False, [1.0, 1.0, 1.0, 1.0]), (True, [1.0, 1.0, 1.0, (13 / 4) ** 2 / 100])):
+        prior = prepared(LearnedPrecision("model", robust=robust, rate=0.5))
+        prior.learn({"x": deviations}, {"x": gradients}, torch.arange(4))
+        slopes = -6 * scale.square() * torch.tensor(weights)
+        mean = float(slopes.sum() / slopes.square().mean().sqrt()) / (4 + 2)
+        step = 0.5 * mean * (1 + mean**2)
+        assert prior.tau["x"].item() == pytest.approx(100 * math.exp(-step), rel=1e-5)
+
+
+@pytest.mark.parametrize("per", PER)
+def test_robust_changes_nothing_where_all_deviations_are_equally_large(per):
+    robust, usual = (shrink(prepared(LearnedPrecision(per, robust=robust))) for robust in (True, False))
+    assert robust.tau["x"].flatten().tolist() == pytest.approx(usual.tau["x"].flatten().tolist(), rel=1e-6)
+
+
+def test_robust_tolerates_tasks_that_do_not_deviate():
+    prior = shrink(prepared(LearnedPrecision(robust=True)), deviation=0.0)
+    assert prior.tau["x"].item() == 100.0
+
+
+def test_robust_prints_itself():
+    assert repr(LearnedPrecision(robust=True)) == "LearnedPrecision(per='site', start=100, robust=True)"
