@@ -26,14 +26,15 @@ class AllTasks:
         model: the BoRA model.
         guide: the guide after its first run.
         average: keep the mean of all steps.
+        own_rate: whether whitened deviations have a learning rate of their own.
     """
 
-    def __init__(self, model: BoRA, guide: AutoGuide, *, average: bool = True) -> None:
+    def __init__(self, model: BoRA, guide: AutoGuide, *, average: bool = True, own_rate: bool = True) -> None:
         self.model, self.guide = model, guide
         self.parameters = dict(guide.named_parameters())
         self.shared: list[Parameter] = [*self.parameters.values()]
         self.own: list[Parameter] = []
-        self.latent_of = deviation_parameters(guide)
+        self.latent_of = deviation_parameters(guide) if own_rate else {}
         self.optimizer = adamw(self.shared, [self.parameters[name] for name in self.latent_of])
         self.mean = TrajectoryMean(self.parameters) if average else None
         self.best: dict[str, Tensor] = {}

@@ -32,6 +32,7 @@ class DrawnTasks:
         folder: folder of the files for task rows beyond the budget.
         keep_sums: keep the sums over all tasks up to date, for ``totals``.
         average: keep the mean of all steps.
+        own_rate: whether whitened deviations have a learning rate of their own.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class DrawnTasks:
         folder: Path,
         keep_sums: bool = False,
         average: bool = True,
+        own_rate: bool = True,
     ) -> None:
         self.model, self.guide = model, guide
-        self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, keep_sums=keep_sums, average=average)
+        options = {"keep_sums": keep_sums, "average": average, "own_rate": own_rate}
+        self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, **options)
         task_parameters = {id(parameter) for parameter in self.rows.parameters.values()}
         self.of_all = {name: value for name, value in guide.named_parameters() if id(value) not in task_parameters}
         self.shared, self.own = [*self.of_all.values()], [*self.rows.parameters.values()]

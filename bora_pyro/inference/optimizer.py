@@ -59,7 +59,7 @@ def deviation_rate(learning_rate: float, reach: float, total_steps: int, warmup:
     """The largest rate of the whitened deviations: with it an entry can move the distance ``reach``, if the fit is not too short.
 
         >>> deviation_rate(0.01, 4.0, 60, 0.1)  # the schedule's mean is about a half
-        0.13...
+        0.12...
         >>> deviation_rate(0.01, 4.0, 6000, 0.1)
         0.01
 

@@ -37,7 +37,7 @@ class FitOptions(Seeded):
     deviation_reach: float = option(
         4.0,
         "how far the deviations can move in a fit, in standard deviations of their prior; their learning rate is raised if "
-        "learning_rate is too small for it; 0: one rate for all",
+        "learning_rate is too small for it; 0: one rate and one AdamW for all",
         group=OPTIMISATION,
     )
     average: bool = option(

@@ -75,15 +75,15 @@ def first_state(
     with torch.no_grad(), poutine.seed(rng_seed=options.seed):
         if own is None:
             guide(document)
-            return AllTasks(model, guide, average=options.average)
+            return AllTasks(model, guide, average=options.average, own_rate=options.deviation_reach > 0)
         budget = options.task_memory * 2**30
         numbers = sum(start.numel() for start in model.starts.values())
         all_rows = (20 if options.average else 16) * numbers * model.num_tasks <= budget or begins_at_sites(guide)
         _set_up(model, guide, document, all_rows=all_rows)
         place = Path(tempfile.gettempdir()) if folder is None else folder
         tasks = torch.cat([*own]).unique()
-        average = options.average
-        return DrawnTasks(model, guide, own=tasks, budget=budget, folder=place, keep_sums=keep_sums, average=average)
+        of_fit = {"keep_sums": keep_sums, "average": options.average, "own_rate": options.deviation_reach > 0}
+        return DrawnTasks(model, guide, own=tasks, budget=budget, folder=place, **of_fit)
 
 
 def _set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> None:

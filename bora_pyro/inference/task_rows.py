@@ -42,6 +42,7 @@ class TaskRows:
         folder: folder of these files.
         keep_sums: keep the sums of the sites' central values over tasks up to date.
         average: keep the mean of each row over the steps.
+        own_rate: whether whitened deviations have a learning rate of their own.
 
     Raises:
         InputError: the guide has no tensors of single tasks, or the disk of ``folder`` is too full.
@@ -57,6 +58,7 @@ class TaskRows:
         folder: Path,
         keep_sums: bool = False,
         average: bool = True,
+        own_rate: bool = True,
     ) -> None:
         self.model, self.guide, self.own, self.budget = model, guide, own, budget
         self.parameters = _task_parameters(model, guide)
@@ -71,7 +73,7 @@ class TaskRows:
         zeros = {name: torch.zeros_like(value[:1]) for name, value in self.parameters.items()}
         self.moments = [{name: RowTensor(zero, tasks, folder=place) for name, zero in zeros.items()} for _ in BETAS]
         self.means = {name: RowTensor(zeros[name], tasks, folder=place) for name in self.parameters if average}
-        self.latent_of = deviation_parameters(guide)
+        self.latent_of = deviation_parameters(guide) if own_rate else {}
         #: By latent: the stored moments are multiples of this factor and its square, which change with τ for all rows at once.
         self.units: dict[str, Tensor] = {}
         #: The number of steps of each row; the number of steps of the fit, and that of each row's mean.

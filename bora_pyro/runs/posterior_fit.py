@@ -176,8 +176,8 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
 def _usual_scale(tau: float) -> float:
     """0.5 of the prior's standard deviation τ^-1/2, and at most 0.045 in the unit of the weights.
 
-    The entries of LoRA are some hundredths. With wider draws the mean would be fitted to noise. A short fit learns a small τ, so
-    the limit matters there. At τ = 0 and τ = ∞ there is no deviation to scale.
+    The entries of LoRA are some hundredths. With wider draws the mean would be fitted to noise. The limit matters under a
+    small τ. At τ = 0 and τ = ∞ there is no deviation to scale.
     """
     return min(0.5, 0.045 * tau**0.5) if 0 < tau < float("inf") else 0.5
 

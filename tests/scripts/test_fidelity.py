@@ -45,7 +45,7 @@ def inputs(tmp_path_factory):
     return options | {
         "warmup": 1.0,
         "targets": ["v_proj", "fc2"], "token_budget": 60, "learning_rate": 0.02, "tau": TAU, "alpha": 3.0,
-        "gradient_clip": math.inf, "device": "cpu",
+        "gradient_clip": math.inf, "deviation_reach": 0.0, "average": False, "device": "cpu",
     }  # fmt: skip
 
 
