@@ -138,7 +138,7 @@ def bora_loop(
         accumulate=1,
         gradient_clip=GRADIENT_CLIP,
         seed=seed,
-        epochs=1,
+        epochs=1000,  # in a long fit the deviations have the rate of all other parameters
     )
 
 
