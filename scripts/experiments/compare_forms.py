@@ -7,6 +7,9 @@ Both forms have the same MAP. ``centered`` samples θ_d itself. Its learning rat
 τ (``--learning_rates``). Each arm runs all its epochs at every rate of its grid, and the lowest validation perplexity chooses
 its rate. Arms that the output already has are not run again.
 
+All fits have the options of ``--fit_config``. The arms override ``tau``, ``prior_form``, ``learning_rate``, ``seed``, and
+``patience``, which is 0.
+
 The table has a row for each epoch and one for the start (epoch 0):
 
 - ``learning_rate``: the option of ``map_fit.py``; for ``centered`` the coefficient, so AdamW's peak rate is this times τ;
@@ -27,6 +30,7 @@ from typing import Any
 
 import pandas as pd
 import transformers
+from fit_options import check_usual
 
 from bora_pyro.data import TaskData
 from bora_pyro.diagnostics.sweep_table import number_text
@@ -35,9 +39,10 @@ from bora_pyro.files.atomic import replace_file
 from bora_pyro.guides import map_guide
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fit import NonFiniteLossError, fit
+from bora_pyro.inference.options import FitOptions
 from bora_pyro.model import BoRA
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import option
+from bora_pyro.options.field import option, part_of
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 
@@ -90,6 +95,7 @@ def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
     options |= {name: value for name in ("data", "threads") if (value := getattr(config, name)) is not None}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     run = parse_config(MapFitConfig, ["--config", config.fit_config, *words])
+    check_usual(run, ["start_from"], file=config.fit_config, why="all arms have the usual start")
     model, data = build_run(run, quiet=True)
     if not (data.validation.num_tokens and data.test.num_tokens):
         raise InputError(
@@ -111,20 +117,7 @@ def run_arm(config: FormsConfig, arm: Arm) -> pd.DataFrame:
     guide(data.train.batches(token_budget=run.token_budget)[0].to(model.backbone.device))  # creates the guide's parameters
     record({"step": 0, "epoch": 0})
     try:
-        fit(
-            model,
-            data,
-            guide=guide,
-            epochs=run.epochs,
-            learning_rate=peak,
-            warmup=run.warmup,
-            token_budget=run.token_budget,
-            accumulate=run.accumulate,
-            gradient_clip=run.gradient_clip,
-            patience=0,
-            seed=run.seed,
-            on_epoch=record,
-        )
+        fit(model, data, part_of(run, FitOptions), guide=guide, learning_rate=peak, on_epoch=record)
     except NonFiniteLossError as error:
         print(f"note: {form}, tau {tau}, rate {rate}: {error}", file=sys.stderr)
     return pd.DataFrame(rows, columns=COLUMNS)

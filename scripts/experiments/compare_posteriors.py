@@ -17,6 +17,9 @@ learning rate, in a search that climbs from the middle of the grid. The perplexi
 The other seeds use these choices. The test split is only reported. Each run has two rows: the prediction of the posterior's
 mean, and that of the mixture of draws. ``few`` columns are about the third of the tasks with the fewest training documents. Rows
 that the output already has are not computed again.
+
+All fits have the options of ``--fit_config``, and override ``tau``, ``seed`` and ``learning_rate``. Those of the guides and
+``map_longer`` also override ``epochs``, ``patience`` (0) and ``temperature``.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from fit_options import check_usual
 from posteriors_table import markdown
 from pyro.infer.autoguide import AutoDelta
 from scipy import stats
@@ -44,9 +48,10 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.guides import GUIDES
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.options import FitOptions
 from bora_pyro.model import Weights
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import option
+from bora_pyro.options.field import option, part_of
 from bora_pyro.predict.mixture import Draws, predictive
 from bora_pyro.predict.posterior import Posterior
 from bora_pyro.runs.build import build_run
@@ -149,7 +154,9 @@ class Comparison:
             options |= {"tau": "learned", "output_dir": folder, "overwrite": "true", "threads": self.config.threads}
             options |= {"data": self.config.data} if self.config.data else {}
             words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-            run_map_fit(parse_config(MapFitConfig, words), quiet=True)
+            asked = parse_config(MapFitConfig, words)
+            check_usual(asked, ["start_from"], file=self.config.fit_config, why="the ensemble has several starts")
+            run_map_fit(asked, quiet=True)
         return load_run(folder, device="cpu")
 
     def run_arm(self, arm: str, run: SavedRun, seed: int) -> None:
@@ -258,12 +265,10 @@ class Comparison:
         """Fit a guide around the MAP."""
         assert arm.temperature is not None
         guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=arm.scale)
-        options: dict[str, Any] = {"learning_rate": rate, "temperature": arm.temperature, "seed": seed}
+        options: dict[str, Any] = {"epochs": self.config.epochs, "patience": 0, "learning_rate": rate, "seed": seed}
+        options |= {"temperature": arm.temperature}
         options["callbacks"] = []  # the posteriors have the τ that the fit has learned
-        budget = run.config.token_budget
-        fitted = fit(
-            run.fitted.model, run.data, guide=guide, epochs=self.config.epochs, patience=0, token_budget=budget, **options
-        )
+        fitted = fit(run.fitted.model, run.data, part_of(run.config, FitOptions), guide=guide, **options)
         return fitted, None, fitted.seconds
 
     def laplace(self, arm: Arm, run: SavedRun, temperature: float) -> tuple[Fitted, None, float]:
@@ -280,10 +285,7 @@ class Comparison:
             config = replace(run.config, seed=1000 * number + seed)
             # use the documents of the run: with another seed, a limit on their number would select different ones
             model, _ = build_run(config, quiet=True, split=ByRecord(run.folder.read_split()))
-            fitted = fit(
-                model, run.data, epochs=config.epochs, learning_rate=config.learning_rate, token_budget=config.token_budget,
-                patience=config.patience, seed=config.seed,
-            )  # fmt: skip
+            fitted = fit(model, run.data, part_of(config, FitOptions))
             members.append(fitted.weights()[0])
             seconds += fitted.seconds
         return run.fitted, lambda: members, seconds

@@ -12,6 +12,8 @@ higher score means that a text is more likely of an unknown task:
 The table has the AUROC of each score (0.5 is chance). For the first score it also says how often ``unknown`` is the most probable
 answer for documents of known and of unknown tasks, with the prior p(unknown) = 0.5. Needs scikit-learn
 (pip install 'bora_pyro[routing]').
+
+The fit has the options of ``--fit_config``; ``seed``, ``learning_rate``, ``max_eval_documents`` and ``threads`` are overridden.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import pandas as pd
 import torch
 import transformers
 from bag_of_words import BagOfWords, beginnings
+from fit_options import check_usual
 from torch import Tensor
 
 from bora_pyro.data import TaskData, TokenSplit
@@ -34,9 +37,10 @@ from bora_pyro.errors import InputError
 from bora_pyro.files.text import name_line
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.model import BoRA
+from bora_pyro.inference.options import FitOptions
+from bora_pyro.inference.task_groups import of_group
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import option
+from bora_pyro.options.field import option, part_of
 from bora_pyro.predict.infer_task import TaskProbabilities, infer_task
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
@@ -89,18 +93,18 @@ def auroc(of_known: Tensor, of_unknown: Tensor) -> float:
 
 def fit_others(config: UnknownConfig, seed: int) -> tuple[Fitted, TaskData, TokenSplit]:
     """Fit the tasks that are not left out. Returns the fit, its data, and the test documents of the tasks that are left out."""
-    words = ["--config", config.fit_config, "--seed", str(seed), *(["--data", config.data] if config.data else [])]
-    chosen = dataclasses.replace(parse_config(MapFitConfig, words), max_eval_documents=config.eval_documents)
-    model, data = build_run(dataclasses.replace(chosen, threads=config.threads), quiet=True)
+    given = {"config": config.fit_config, "data": config.data, "seed": seed, "learning_rate": config.learning_rate}
+    given |= {"max_eval_documents": config.eval_documents, "threads": config.threads}
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    chosen = parse_config(MapFitConfig, words)
+    names = ("router", "start_from", "scale_learning_rate_with_tau")
+    check_usual(chosen, names, file=config.fit_config, why="the fit to the other tasks does not have it")
+    model, data = build_run(chosen, quiet=True)
     left_out = tasks_to_leave_out(data, config.left_out, seed=seed)
     print(f"seed {seed}: left out {', '.join(map(name_line, left_out))}", file=sys.stderr)
-    old = subset(data, [task for task in data.tasks if task not in left_out])
-    fitted = fit(
-        BoRA(model.backbone, len(old.tasks), adapter=model.adapter, prior=model.prior, seed=seed),
-        old, epochs=chosen.epochs, learning_rate=config.learning_rate, token_budget=chosen.token_budget,
-        patience=chosen.patience, seed=seed,
-    )  # fmt: skip
-    return fitted, old, subset(data, left_out).test
+    others = torch.tensor([d for d, task in enumerate(data.tasks) if task not in left_out])
+    of_old, old = of_group(model, data, others)
+    return fit(of_old, old, part_of(chosen, FitOptions)), old, subset(data, left_out).test
 
 
 def of_known_tasks(found: TaskProbabilities) -> TaskProbabilities:

@@ -13,6 +13,10 @@ left out then gets 0, 5, 10, ... training documents, in four arms:
 The validation documents of the fitted tasks choose the learning rates of the two fits (rows ``others``). The validation documents
 of the left-out tasks choose the rate and the steps of each arm at each number of documents. Both choices are made with the first
 seed and used for the other seeds. The test documents are only reported. Rows that the output already has are not computed again.
+
+All fits have the options of ``--fit_config``. The two fits override ``tau``, ``seed``, ``learning_rate``, ``threads`` and the
+numbers of documents (``max_train_documents``, ``max_eval_documents``). The fits to new tasks also override ``epochs`` (as many as
+the steps need), ``token_budget`` (2048), ``patience`` (0) and ``task_subsampling`` (false).
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from fit_options import OF_PRIOR, check_usual
 
 from bora_pyro.data.subset import subset, tasks_to_leave_out
 from bora_pyro.data.tasks import TaskData
@@ -39,17 +45,19 @@ from bora_pyro.inference.adapt import fit_deviations, given_model
 from bora_pyro.inference.evaluate import Scores, evaluate
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.options import FitOptions
+from bora_pyro.inference.task_groups import of_group
 from bora_pyro.model import BoRA
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import option
-from bora_pyro.priors import Given, LearnedPrecision, Pooled, with_shared
+from bora_pyro.options.field import option, part_of
+from bora_pyro.priors import Given, LearnedPrecision, Pooled, Prior, with_shared
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.results_table import read_results, write_results
 
 ARMS = ("bora", "scratch", "pooled", "pooled_tuned")
-#: Priors of the fits to the other tasks, by arm. All arms use these two fits.
-FITS: dict[str, type[LearnedPrecision | Pooled]] = {"bora": LearnedPrecision, "pooled": Pooled}
+#: Options of a fit that the arms do not have.
+NOT_HERE = (*OF_PRIOR, "router", "start_from", "tau_documents")
 #: Value of the column ``documents`` in the rows of those fits. Their ``steps`` are epochs.
 OTHERS = "others"
 KEYS = ["seed", "arm", "documents", "split", "learning_rate", "steps", "task"]
@@ -106,11 +114,12 @@ class FewDocumentsConfig:
 
 @dataclass
 class Setting:
-    """The fits of one seed to the other tasks, and the data of the tasks that were left out."""
+    """The fits of one seed to the other tasks, the data of the tasks that were left out, and the options of all fits."""
 
     bora: Fitted
     pooled: Fitted
     new: TaskData
+    options: FitOptions
 
 
 class Curve:
@@ -180,6 +189,7 @@ class Curve:
         config = self.config
         words = ["--config", config.fit_config, "--seed", str(seed), *(["--data", config.data] if config.data else [])]
         chosen = parse_config(MapFitConfig, words)
+        check_usual(chosen, NOT_HERE, file=config.fit_config, why="the arms do not have it")
         whole = dataclasses.replace(chosen, max_train_documents=None, max_eval_documents=None, threads=config.threads)
         model, data = build_run(whole, quiet=True)
         left_out = tasks_to_leave_out(data, config.left_out, least_documents=config.least_documents, seed=seed)
@@ -187,19 +197,17 @@ class Curve:
         print(f"seed {seed}: left out {', '.join(map(name_line, left_out))}", file=sys.stderr)
         old = subset(data, others, max_train_documents=config.others_documents, seed=seed)
         new = subset(data, left_out, seed=seed)
-        fits = {}
-        for arm, prior in FITS.items():
+        options, (of_old, _) = part_of(chosen, FitOptions), of_group(model, data, torch.tensor([*map(data.tasks.index, others)]))
+        learned: Callable[[], Prior] = partial(LearnedPrecision, chosen.tau_per, chosen.tau_start)
 
-            def fit_others(rate: float, prior: type[LearnedPrecision | Pooled] = prior) -> Fitted:
-                shared = with_shared(prior(), model.adapter.shared)
-                of_old = BoRA(model.backbone, len(others), adapter=model.adapter, prior=shared, seed=seed)
-                return fit(
-                    of_old, old, epochs=chosen.epochs, learning_rate=rate, token_budget=chosen.token_budget,
-                    patience=chosen.patience, seed=seed,
-                )  # fmt: skip
+        def fit_others(prior: Callable[[], Prior], rate: float) -> Fitted:
+            shared = with_shared(prior(), model.adapter.shared)
+            parts: dict[str, Any] = {"adapter": model.adapter, "likelihood": of_old.likelihood}
+            return fit(BoRA(model.backbone, len(others), prior=shared, seed=seed, **parts), old, options, learning_rate=rate)
 
-            fits[arm] = self.fit_to_others(seed, arm, old, chosen.epochs, fit_others)
-        return Setting(fits["bora"], fits["pooled"], new)
+        bora = self.fit_to_others(seed, "bora", old, chosen.epochs, partial(fit_others, learned))
+        pooled = self.fit_to_others(seed, "pooled", old, chosen.epochs, partial(fit_others, Pooled))
+        return Setting(bora, pooled, new, options)
 
     def fit_to_others(self, seed: int, arm: str, old: TaskData, epochs: int, fit_others: Callable[[float], Fitted]) -> Fitted:
         """Fit at the learning rate that the validation documents of its own tasks choose. The first seed tries all rates.
@@ -274,15 +282,17 @@ class Curve:
         else:
             mean = model.starts if arm == "scratch" else setting.pooled.weights()[1]
             flat = Given(mean, {name: torch.tensor(0.0) for name in mean})
-            new = BoRA(model.backbone, len(data.tasks), adapter=model.adapter, prior=flat)
+            plain = model.likelihood.with_task_weights(None)
+            new = BoRA(model.backbone, len(data.tasks), adapter=model.adapter, prior=flat, likelihood=plain, seed=seed)
         batches = 0 if arm == "pooled" else len(data.train.batches(token_budget=TOKEN_BUDGET, seed=seed))
         if not batches:
             return fit_deviations(
                 new, dataclasses.replace(data, train=data.validation)
             )  # without documents: the centre of the prior
+        epochs = -(-steps // -(-batches // setting.options.accumulate))
         return fit(
-            new, data, epochs=-(-steps // batches), learning_rate=rate, token_budget=TOKEN_BUDGET, patience=0,
-            task_subsampling=False, seed=seed,
+            new, data, setting.options, epochs=epochs, learning_rate=rate, token_budget=TOKEN_BUDGET, patience=0,
+            task_subsampling=False,
         )  # fmt: skip
 
 
