@@ -7,6 +7,9 @@ A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` 
 may give.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from bora_pyro.guides.auto_normal import auto_normal_guide
 from bora_pyro.guides.base import GuideBuilder, SiteGuide, init_to_sites, init_to_start, make_parameters
 from bora_pyro.guides.laplace import LaplaceGuide, laplace_guide
@@ -14,6 +17,7 @@ from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide, laplace_kr
 from bora_pyro.guides.low_rank import LowRankGuide, LowRankNormal, low_rank_guide
 from bora_pyro.guides.map import map_guide
 from bora_pyro.guides.normal import NormalGuide, normal_guide
+from bora_pyro.options.members import read_options
 
 #: Guides by the name that a configuration gives them.
 GUIDES: dict[str, GuideBuilder] = {
@@ -28,8 +32,25 @@ GUIDES: dict[str, GuideBuilder] = {
 #: Guides that are computed from the curvature at the MAP estimate. The others are fitted by an ELBO.
 CURVATURE = frozenset({"laplace", "laplace_kronecker"})
 
+
+def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
+    """The options of a guide that some texts give, as keyword arguments of its builder.
+
+        >>> guide_options("low_rank", ["rank=4"])
+        {'rank': 4}
+
+    Args:
+        name: the guide's name in ``GUIDES``.
+        options: the texts, ``key=value``. ``scale`` and ``temperature`` are no options of a single guide.
+
+    Raises:
+        InputError: the guide has no such option, or a text cannot be converted to its type.
+    """
+    return read_options("guide", name, GUIDES[name], options, without=("scale", "temperature"))
+
+
 __all__ = [
     "CURVATURE", "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal",
-    "NormalGuide", "SiteGuide", "auto_normal_guide", "init_to_sites", "init_to_start", "laplace_guide", "laplace_kronecker_guide",
-    "low_rank_guide", "make_parameters", "map_guide", "normal_guide",
+    "NormalGuide", "SiteGuide", "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start", "laplace_guide",
+    "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "normal_guide",
 ]  # fmt: skip

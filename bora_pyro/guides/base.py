@@ -1,7 +1,8 @@
 """The base of guides. A guide is a Pyro ``AutoGuide`` with a distribution for every sample site; it can start from a fit.
 
 A new guide is one file with a builder, which is a function with the signature of :class:`GuideBuilder`, and one line in
-``bora_pyro/guides/__init__.py``.
+``bora_pyro/guides/__init__.py``. Further keyword arguments of the builder are the guide's options: ``--guide NAME
+--guide_option KEY=VALUE``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ FLAT_UNIT = 0.01
 
 
 class GuideBuilder(Protocol):
-    """The signature of all functions that build a guide. A kind of guide ignores the arguments that it does not need."""
+    """The signature of all functions that build a guide. A kind of guide ignores the arguments that it does not need.
+
+    A builder may have further keyword arguments with defaults, which are the guide's options.
+    """
 
     def __call__(
         self,

@@ -137,12 +137,13 @@ def low_rank_guide(
     data: TaskData | None = None,
     scale: float = 0.1,
     temperature: float = 1.0,
+    rank: int = 2,
 ) -> LowRankGuide:
-    """:class:`LowRankGuide` of rank 2 as a :class:`~bora_pyro.guides.GuideBuilder`.
+    """:class:`LowRankGuide` as a :class:`~bora_pyro.guides.GuideBuilder`, with the option ``rank``.
 
     >>> import bora_pyro as bp
     >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1))
     >>> type(low_rank_guide(model)).__name__
     'LowRankGuide'
     """
-    return LowRankGuide(model, sites, scale=scale)
+    return LowRankGuide(model, sites, scale=scale, rank=rank)

@@ -1,4 +1,4 @@
-"""Build a member of an axis (an adapter, a prior, a router or a likelihood) from its name and from options as texts.
+"""Build a member of an axis (an adapter, a prior, a router, a likelihood or a guide) from its name and from options as texts.
 
 >>> from dataclasses import dataclass
 >>> @dataclass
@@ -11,14 +11,15 @@ Circle(radius=2.0, filled=False)
 Traceback (most recent call last):
 bora_pyro.errors.InputError: shape circle has no option 'radios'; did you mean 'radius'?
 
-The options are the constructor arguments of the class, so a new member needs only one file and one line in its registry.
+The options are the constructor arguments of the class, or those of the function that builds the member, so a new member needs
+only one file and one line in its registry.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from bora_pyro.errors import InputError, check_one_of, nearest, shown
@@ -51,8 +52,33 @@ def build_member(
             the error.
     """
     check_one_of(axis, name, registry)
-    cls = registry[name]
-    kinds = member_options(cls)
+    values = read_options(axis, name, registry[name], options)
+    kinds = member_options(registry[name])
+    passed = {key: value for key, value in (usual or {}).items() if key in kinds and key not in values}
+    return registry[name](**(passed | values))
+
+
+def read_options(
+    axis: str, name: str, member: Callable[..., Any], options: Sequence[str], *, without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The arguments of a member that some texts give, by name.
+
+        >>> def spiral(centre: list[float], turns: int = 3) -> None:
+        ...     ...
+        >>> read_options("shape", "spiral", spiral, ["turns=5"])
+        {'turns': 5}
+
+    Args:
+        axis: the name of the axis for error messages.
+        name: the name of the member.
+        member: its class, or the function that builds it.
+        options: the texts, ``key=value``.
+        without: arguments that are no options of the member.
+
+    Raises:
+        InputError: an option is unknown or given twice, or a text cannot be converted to the type of its option.
+    """
+    kinds = {key: kind for key, kind in member_options(member).items() if key not in without}
     values: dict[str, Any] = {}
     for text in options:
         key, equals, value = text.partition("=")
@@ -64,13 +90,12 @@ def build_member(
         if key in values:
             raise InputError(f"{axis}_option {key} is given twice; give it once")
         values[key] = _convert(value, kinds[key], f"{axis}_option {key}")
-    passed = {key: value for key, value in (usual or {}).items() if key in kinds and key not in values}
-    return cls(**(passed | values))
+    return values
 
 
-def member_options(cls: type) -> dict[str, Any]:
-    """The arguments of a class that a text can give, with their types, by name."""
-    parameters = inspect.signature(cls, eval_str=True).parameters.values()
+def member_options(member: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a class or a function that a text can give, with their types, by name."""
+    parameters = inspect.signature(member, eval_str=True).parameters.values()
     return {parameter.name: parameter.annotation for parameter in parameters if _plain(parameter.annotation) is not None}
 
 

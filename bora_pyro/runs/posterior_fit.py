@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuide
 from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.errors import InputError
 from bora_pyro.files.slugs import adapter_folders
-from bora_pyro.guides import GUIDES, make_parameters
+from bora_pyro.guides import GUIDES, guide_options, make_parameters
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
@@ -139,7 +139,7 @@ def _check_same_posterior(config: PosteriorFitConfig, folder: RunFolder) -> None
     stored = folder.read_config()
     if not (folder.path / FIT).is_file():
         raise InputError(f"the run in {folder.path} is no posterior fit; give the folder of one to resume, or another output_dir")
-    for name in ("run", "guide", "scale", "temperature", "tau", "seed"):
+    for name in ("run", "guide", "guide_option", "scale", "temperature", "tau", "seed"):
         if getattr(config, name) != stored.get(name):
             raise changed_option(config, folder, name, stored)
 
@@ -168,7 +168,8 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
     scale = config.scale or _usual_scale(run.fitted.tau())
     if config.tau != FIXED:
         sites = sampled_tau(model, config.tau, run.fitted)
-    guide = GUIDES[config.guide](model, sites, data=run.data, scale=scale, temperature=config.temperature)
+    options = guide_options(config.guide, config.guide_option or ())
+    guide = GUIDES[config.guide](model, sites, data=run.data, scale=scale, temperature=config.temperature, **options)
     make_parameters(guide, model)
     return guide
 

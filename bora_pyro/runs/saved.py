@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 from bora_pyro.data import ByRecord, TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.files.tensors import not_a_number
-from bora_pyro.guides import GUIDES, make_parameters
+from bora_pyro.guides import GUIDES, guide_options, make_parameters
 from bora_pyro.inference.continuation import check_same
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA
@@ -145,7 +146,8 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         sampled_tau(model, posterior.tau)
     check_data(folder, data, metrics, metadata)
     check_same(metadata, data, model.backbone, what=f"the posterior in {folder.path}", remedy="fit again")
-    guide = _restored(folder, model, tensors, metadata["guide"])
+    options = () if posterior is None else posterior.guide_option or ()
+    guide = _restored(folder, model, tensors, metadata["guide"], options)
     _check_model(folder, model, metadata)
     fitted = Fitted(
         model,
@@ -234,7 +236,7 @@ def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> d
     return sites
 
 
-def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: str) -> AutoGuide:
+def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: str, options: Sequence[str]) -> AutoGuide:
     """The guide at the stored values of the sites. Also restores the tensors of the adapter and the prior."""
     fixed, samples, learned, state, sites = (
         {name: value.to(model.backbone.device) for name, value in tensors.items() if _group(name) == group}
@@ -256,7 +258,7 @@ def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: 
         _check_values(folder, model, trace, learned | sites)
         model.fixed |= {name.removeprefix(_FIXED): value for name, value in fixed.items()}
         model.prior.load_state(learned)
-        guide = GUIDES[kind](model, sites)
+        guide = GUIDES[kind](model, sites, **guide_options(kind, options))
         make_parameters(guide, model)
         if kind != "map":
             _check_shapes(folder, {f"{_GUIDE}{name}": value for name, value in guide.state_dict().items()}, state)

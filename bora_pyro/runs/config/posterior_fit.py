@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.guides import CURVATURE, GUIDES
+from bora_pyro.guides import CURVATURE, GUIDES, guide_options
 from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import by_heading, changed, option
@@ -33,6 +33,12 @@ class PosteriorFitConfig(RunOptions, FitOptions):
 
     run: str = option("", "folder of the MAP fit, its output_dir", positional=True)
     guide: str = option("normal", f"how the posterior is approximated: {', '.join(_SPREAD)}", group=POSTERIOR)
+    guide_option: list[str] | None = option(
+        None,
+        "arguments of the guide, as key=value; may be repeated (default: none)",
+        group=POSTERIOR,
+        whole=True,
+    )
     scale: float | None = option(
         None,
         "initial standard deviations in units of the prior's, for guides that learn them (default: 0.5, or less if the prior is "
@@ -97,6 +103,7 @@ class PosteriorFitConfig(RunOptions, FitOptions):
             raise InputError(f"guide is 'map', but the run is already that point estimate; allowed: {', '.join(_SPREAD)}")
         if self.guide not in GUIDES:
             raise InputError(f"guide is {self.guide!r}; allowed: {', '.join(_SPREAD)}{nearest(self.guide, _SPREAD)}")
+        guide_options(self.guide, self.guide_option or ())
         for group in (FitOptions, RunOptions):
             group.validate(self)
         check_device(self.device)
