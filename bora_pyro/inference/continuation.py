@@ -27,6 +27,16 @@ from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.state import as_before
 
+#: The attributes of ``Fitted`` that a checkpoint stores besides the guide's state, and their types.
+RECORD: dict[str, tuple[type, ...]] = {
+    "history": (list,),
+    "best_epoch": (int,),
+    "validation_perplexity": (float, int, type(None)),
+    "seconds": (float, int),
+    "averaged": (bool,),
+    "gradient_norms": (dict,),
+}
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -143,6 +153,26 @@ def check_packing(checkpoint: Checkpoint, packing: Mapping[str, int]) -> None:
                 f"{name} is {value}, but checkpoint {str(checkpoint.path)!r} is within an epoch with {name} {shown(stored)}; "
                 "give that value until the epoch ends, or start afresh with --overwrite true"
             )
+
+
+def check_record(checkpoint: Checkpoint) -> None:
+    """Check that the progress of a checkpoint has the form that a fit writes.
+
+    Raises:
+        InputError: it has another form.
+    """
+    checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | RECORD)
+    with checkpoint.errors():
+        if not all(isinstance(entry["training_tokens_per_second"], float | int) for entry in checkpoint.progress["history"]):
+            raise ValueError("its history has an epoch without a speed")
+        if (within := checkpoint.progress["within"]) and not (
+            isinstance(within["steps"], int)
+            and isinstance(within["seconds"], float)
+            and isinstance(within["report"], dict)
+            and len(within["totals"]) == 4
+            and all(isinstance(total, float) for total in within["totals"])
+        ):
+            raise ValueError("its progress within the epoch does not have the form that a fit writes")
 
 
 def is_over(epoch: int, best_epoch: int, *, epochs: int, patience: int) -> bool:

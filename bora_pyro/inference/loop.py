@@ -22,7 +22,7 @@ from bora_pyro.data.token_split import Batches, TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.inference.callbacks import Callback, checked_callbacks
 from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
-from bora_pyro.inference.continuation import check_packing, digests
+from bora_pyro.inference.continuation import RECORD, check_packing, check_record, digests
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.folds import Folds
@@ -45,17 +45,6 @@ class NonFiniteLossError(InputError):
     def __init__(self, message: str, fitted: Fitted) -> None:
         super().__init__(message)
         self.fitted = fitted
-
-
-# The attributes of `Fitted` that a checkpoint stores besides the guide's state, and their types.
-_RECORD = {
-    "history": (list,),
-    "best_epoch": (int,),
-    "validation_perplexity": (float, int, type(None)),
-    "seconds": (float, int),
-    "averaged": (bool,),
-    "gradient_norms": (dict,),
-}
 
 
 class Loop:
@@ -310,7 +299,7 @@ class Loop:
             groups["callbacks"] = {f"{c.name}.{key}": value for c in self.callbacks for key, value in c.state().items()}
             progress = {"steps": self.steps_done, "epoch": self.epoch, "within": self.within}
             progress |= digests(self.data, self.model.backbone) | {"documents": self.data.train.num_documents}
-            progress |= {name: getattr(self.fitted, name) for name in _RECORD}
+            progress |= {name: getattr(self.fitted, name) for name in RECORD}
             store.save(self.steps_done, groups, progress)
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -319,26 +308,16 @@ class Loop:
         Raises:
             InputError: the checkpoint cannot be read, or it belongs to another model.
         """
-        checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | _RECORD)
+        check_record(checkpoint)
         check_packing(checkpoint, {"steps_per_epoch": self.steps_per_epoch})
         with checkpoint.errors():
-            if not all(isinstance(entry["training_tokens_per_second"], float | int) for entry in checkpoint.progress["history"]):
-                raise ValueError("its history has an epoch without a speed")
-            if (within := checkpoint.progress["within"]) and not (
-                isinstance(within["steps"], int)
-                and isinstance(within["seconds"], float)
-                and isinstance(within["report"], dict)
-                and len(within["totals"]) == 4
-                and all(isinstance(total, float) for total in within["totals"])
-            ):
-                raise ValueError("its progress within the epoch does not have the form that a fit writes")
             self.state.load(checkpoint, self.processes)
         stored = checkpoint.group("callbacks")
         for callback in self.callbacks:
             own = {name: value for name, value in stored.items() if name.startswith(f"{callback.name}.")}
             callback.load_state({name.partition(".")[2]: value for name, value in own.items()})
         self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
-        for name in _RECORD:
+        for name in RECORD:
             setattr(self.fitted, name, checkpoint.progress[name])
 
 
