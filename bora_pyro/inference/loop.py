@@ -30,7 +30,7 @@ from bora_pyro.inference.learn_tau import LearnTau
 from bora_pyro.inference.optimizer import largest_rates
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, all_reduce_gradient
-from bora_pyro.inference.schedule import epoch_seed, schedule, step_seed
+from bora_pyro.inference.schedule import COSINE, epoch_seed, schedule, step_seed
 from bora_pyro.inference.start import first_state, partition_of
 from bora_pyro.inference.state import draws_tasks
 from bora_pyro.inference.steps import EpochSteps, StepsOfEpoch
@@ -165,7 +165,9 @@ class Loop:
         totals, start = torch.tensor(within["totals"], dtype=torch.float64), time.perf_counter() - within["seconds"]
         for number in range(within["steps"], len(steps)):
             self.step_number = step = min(self.epoch * self.steps_per_epoch + number, self.total_steps - 1)
-            rate = self.options.learning_rate * schedule(step, self.total_steps, self.options.warmup)
+            rate = self.options.learning_rate * schedule(
+                step, self.total_steps, self.options.warmup, self.options.schedule or COSINE
+            )
             reduced = self.processes.reduced_bytes
             # the seed depends only on the step, so a resumed fit draws the same numbers
             with poutine.seed(rng_seed=step_seed(self.options.seed, self.epoch, number)):

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from bora_pyro.guides.base import task_sites, tensor_key
 from bora_pyro.inference.options import FitOptions
-from bora_pyro.inference.schedule import schedule
+from bora_pyro.inference.schedule import COSINE, schedule
 
 #: The largest rise of a task's −log p(documents) that the noise of one step may cause.
 NATS = 10.0
@@ -55,7 +55,7 @@ def deviation_parameters(guide: AutoGuide) -> dict[str, str]:
     return {name: names[plain] for name, plain in found.items() if plain in names}
 
 
-def deviation_rate(learning_rate: float, reach: float, total_steps: int, warmup: float) -> float:
+def deviation_rate(learning_rate: float, reach: float, total_steps: int, warmup: float, kind: str = COSINE) -> float:
     """The largest rate of the whitened deviations: with it an entry can move the distance ``reach``, if the fit is not too short.
 
         >>> deviation_rate(0.01, 4.0, 60, 0.1)  # the schedule's mean is about a half
@@ -68,8 +68,9 @@ def deviation_rate(learning_rate: float, reach: float, total_steps: int, warmup:
         reach: the distance that an entry can move in the whole fit, in standard deviations of its prior.
         total_steps: steps of the fit.
         warmup: fraction of the steps in which the rate rises.
+        kind: the schedule.
     """
-    whole = reach / sum(schedule(step, total_steps, warmup) for step in range(total_steps))
+    whole = reach / sum(schedule(step, total_steps, warmup, kind) for step in range(total_steps))
     return max(learning_rate, min(whole, LARGEST))
 
 
@@ -118,7 +119,8 @@ def largest_rates(options: FitOptions, observations: float, steps_per_epoch: int
         factors: what callbacks multiply the gradient of each task by, apart from clipping.
     """
     steps = steps_per_epoch * options.epochs
-    of_deviations = deviation_rate(options.learning_rate, options.deviation_reach, steps, options.warmup)
+    kind = options.schedule or COSINE
+    of_deviations = deviation_rate(options.learning_rate, options.deviation_reach, steps, options.warmup, kind)
     per_square = torch.tensor(observations**2 / steps_per_epoch)
     for factor in factors:
         per_square = per_square / factor.to(per_square).square()

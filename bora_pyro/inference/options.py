@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from bora_pyro.errors import InputError
+from bora_pyro.inference.schedule import SCHEDULES
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.options.seed import Seeded
 
@@ -26,7 +27,8 @@ class FitOptions(Seeded):
         bora_pyro.errors.InputError: warmup is 2.0; give a fraction of the steps, from 0 to 1
 
     The help of each field is its documentation, here and on the command line. The learning rate rises over the fraction
-    ``warmup`` of the steps to its largest value, ``learning_rate``, and then falls to 0 as a cosine. In the non-centred form,
+    ``warmup`` of the steps to its largest value, ``learning_rate``, and then falls to 0 as a cosine. A guide that is made of the
+    steps themselves needs steps that stay as large as they are, and asks for a constant rate. In the non-centred form,
     deviations are in units of their prior's scale, so that one learning rate suits every τ. In a short fit it is too small for
     them to get there, so they have a larger one (:func:`~bora_pyro.inference.optimizer.deviation_rate`).
     """
@@ -34,6 +36,13 @@ class FitOptions(Seeded):
     epochs: int = option(6, "largest number of passes over the training documents", group=OPTIMISATION, least=1)
     learning_rate: float = option(1e-2, "AdamW's largest learning rate", group=OPTIMISATION, positive=True)
     warmup: float = option(0.1, "fraction of all steps in which the learning rate rises from 0", group=OPTIMISATION)
+    schedule: str | None = option(
+        None,
+        "how the learning rate goes on after the warm-up: it falls to 0 (cosine) or stays (constant) (default: cosine, unless "
+        "the guide is made of the steps)",
+        group=OPTIMISATION,
+        choices=SCHEDULES,
+    )
     deviation_reach: float = option(
         4.0,
         "how far the deviations can move in a fit, in standard deviations of their prior; their learning rate is raised if "

@@ -60,12 +60,19 @@ def test_schedule_at_its_ends_is_a_fraction_that_trains(warmup, total):
     assert max(factors) == 1
 
 
-def test_steps_use_the_schedule_over_all_epochs(data):
+def test_a_constant_schedule_stays_where_the_warm_up_ends():
+    assert [schedule(step, 100, 0.1, "constant") for step in range(10)] == [schedule(step, 100, 0.1) for step in range(10)]
+    assert {schedule(step, 100, 0.1, "constant") for step in range(9, 100)} == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+def test_steps_use_the_schedule_over_all_epochs(data, kind):
     steps = []
-    fit(toy_model(), data, epochs=4, learning_rate=2e-3, warmup=0.25, token_budget=128, on_step=lambda r: steps.append(dict(r)))
+    options = {"epochs": 4, "learning_rate": 2e-3, "warmup": 0.25, "token_budget": 128, "schedule": kind}
+    fit(toy_model(), data, **options, on_step=lambda r: steps.append(dict(r)))
     total = len(steps)
     assert total == steps[-1]["total"] == 4 * len(data.train.batches(token_budget=128, seed=0))
-    expected = [2e-3 * schedule(step, total, 0.25) for step in range(total)]
+    expected = [2e-3 * schedule(step, total, 0.25, kind) for step in range(total)]
     assert [step["learning_rate"] for step in steps] == pytest.approx(expected, rel=1e-12)
     assert [step["step"] for step in steps] == [*range(1, total + 1)]
 

@@ -59,10 +59,11 @@ def test_the_centres_of_whitened_deviations_are_found_in_every_guide(kind, prior
         assert "scale" not in name
 
 
-def test_deviations_can_move_the_whole_reach():
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+def test_deviations_can_move_the_whole_reach(kind):
     for steps, rate in ((60, 0.003), (200, 0.01)):
-        largest = deviation_rate(rate, 4.0, steps, 0.1)
-        assert sum(largest * schedule(step, steps, 0.1) for step in range(steps)) == pytest.approx(4.0)
+        largest = deviation_rate(rate, 4.0, steps, 0.1, kind)
+        assert sum(largest * schedule(step, steps, 0.1, kind) for step in range(steps)) == pytest.approx(4.0)
     assert deviation_rate(0.01, 4.0, 10_000, 0.1) == 0.01  # far enough without help
     assert deviation_rate(0.01, 0.0, 60, 0.1) == 0.01
     assert deviation_rate(0.01, 4.0, 3, 0.1) == LARGEST  # a fit of three steps does not jump
