@@ -17,8 +17,9 @@ from bora_pyro.data.batch import Batch, TaskDraw, loaded_tasks
 from bora_pyro.errors import InputError
 from bora_pyro.files.row_file import RowTensor, check_space
 from bora_pyro.guides.base import parameters_of_tasks, task_sites
-from bora_pyro.inference.averaging import GROUP, weight_sum
+from bora_pyro.inference.averaging import GROUP
 from bora_pyro.inference.optimizer import BETAS, DEVIATION_BETAS, EPS, Rates, deviation_parameters, variance
+from bora_pyro.inference.row_means import RowMeans
 from bora_pyro.model import BoRA, Weights
 
 #: With more tasks than this, a step changes only the tasks of its documents by default.
@@ -31,8 +32,8 @@ class TaskRows:
     A row's moments and its number of steps change only in steps that draw the row, as in ``torch.optim.SparseAdam``. In contrast
     to it, each row has its own bias correction. Between steps the guide's parameters hold the rows that were loaded last.
 
-    The mean of a row over the steps of the fit (`averaging`) is brought up to date when a step changes the row, and before it is
-    read: a row that stayed the same from step s to step t adds its value with weight W_t − W_s.
+    The means of the rows over the steps of the fit (`row_means`) are brought up to date when a step changes a row, and before
+    they are read.
 
     Args:
         model: the BoRA model.
@@ -72,20 +73,22 @@ class TaskRows:
         self.best = {name: RowTensor(value, tasks, folder=place) for name, value in self.parameters.items()}
         zeros = {name: torch.zeros_like(value[:1]) for name, value in self.parameters.items()}
         self.moments = [{name: RowTensor(zero, tasks, folder=place) for name, zero in zeros.items()} for _ in BETAS]
-        self.means = {name: RowTensor(zeros[name], tasks, folder=place) for name in self.parameters if average}
+        self.means = RowMeans(zeros, tasks, folder=place) if average else None
         self.latent_of = deviation_parameters(guide) if own_rate else {}
         #: By latent: the stored moments are multiples of this factor and its square, which change with τ for all rows at once.
         self.units: dict[str, Tensor] = {}
-        #: The number of steps of each row; the number of steps of the fit, and that of each row's mean.
-        self.count, self.steps, self.steps_of_mean = torch.zeros(tasks), 0, torch.zeros(tasks, dtype=torch.int64)
+        #: The number of steps of each row, and that of the fit.
+        self.count, self.steps = torch.zeros(tasks), 0
         _drop_first_run(guide, 1)
         self._bytes_mapped, self.loaded = 0.0, own[:1]
         self.load(self.loaded)
         self.sums: Weights | None = {} if keep_sums else None
 
     def _stores(self) -> Iterator[RowTensor]:
-        for group in (self.values, self.best, self.means, *self.moments):
+        for group in (self.values, self.best, *self.moments):
             yield from group.values()
+        if self.means is not None:
+            yield from self.means.stores()
 
     def load(self, index: Tensor) -> None:
         """Copy the rows of the tasks ``index``, in ascending order, into the guide's parameters."""
@@ -113,12 +116,12 @@ class TaskRows:
         if not names:
             return
         before = None if self.sums is None else self.centres()
-        self._extend_means(self.steps - 1)
+        self._extend_means(self.loaded, self.steps - 1)
         limited = rates.of_deviations(self._noise())
         for name in names:
             self._step_of(name, limited.tolist() if name in self.latent_of else [rates.part * rates.shared] * len(self.loaded))
         self.count[self.loaded] += 1
-        self._extend_means(self.steps)
+        self._extend_means(self.loaded, self.steps)
         for name in names:
             self.parameters[name].grad = None
         if self.sums is not None and before is not None:
@@ -182,24 +185,17 @@ class TaskRows:
         for latent in self.latent_of.values():
             self.units[latent] = self.units[latent] * factors[latent] if latent in self.units else factors[latent]
 
-    def _extend_means(self, steps: int) -> None:
-        """Bring the means of the loaded rows from their own step to ``steps``; since then the rows have had these values."""
-        if not self.means:
-            return
-        kept = weight_sum(self.steps_of_mean[self.loaded]) / weight_sum(max(steps, 1))
-        for name, store in self.means.items():
-            value = self.parameters[name].detach()
-            old = store.read(self.loaded).to(value)
-            weight = (1 - kept).to(value).view(-1, *[1] * (value.dim() - 1))
-            store.write(self.loaded, old.lerp(value, weight))
-        self.steps_of_mean[self.loaded] = steps
+    def _extend_means(self, index: Tensor, steps: int) -> None:
+        """Bring the means of the rows ``index``, which are loaded, up to the step ``steps``."""
+        if self.means is not None:
+            self.means.extend(index, self.parameters, steps)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the block, the values of the rows are their means; no row changes in it."""
         for index in self.own.split(64):
             self.load(index)
-            self._extend_means(self.steps)
+            self._extend_means(index, self.steps)
             self._limit_mapped(2)
         self._exchange()
         try:
@@ -208,7 +204,8 @@ class TaskRows:
             self._exchange()
 
     def _exchange(self) -> None:
-        self.values, self.means = self.means, self.values
+        assert self.means is not None
+        self.values, self.means.values = self.means.values, self.values
         self.load(self.loaded)
 
     def _limit_mapped(self, accesses: int) -> None:
@@ -294,11 +291,11 @@ class TaskRows:
     def tensors(self) -> dict[str, dict[str, RowTensor]]:
         """The rows by group and name, for a checkpoint; a checkpoint also needs ``counts`` and ``units``."""
         rows = {"parameters": self.values, "best": self.best, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
-        return rows | ({GROUP: self.means} if self.means else {})
+        return rows | ({} if self.means is None else {GROUP: self.means.values})
 
     def counts(self) -> dict[str, Tensor]:
         """The numbers of steps of each task of this process; 0 for the tasks of other processes."""
-        return {"steps": self.count, "mean": self.steps_of_mean}
+        return {"steps": self.count} | ({} if self.means is None else {"mean": self.means.steps})
 
     def load_counts(self, counts: Mapping[str, Tensor], units: Mapping[str, Tensor], steps: int) -> None:
         """Restore the numbers of steps of this process's tasks, and the units of the moments.

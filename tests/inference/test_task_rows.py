@@ -144,7 +144,9 @@ def test_rows_in_files_are_those_in_memory_bit_for_bit(prior, kind):
 
 
 @pytest.mark.parametrize("memory", [4.0, 0.0], ids=["in memory", "in files"])
-@pytest.mark.parametrize("prior", [PRIORS[0], PRIORS[4], PRIORS[5]], ids=["normal", "learned", "learned per task"])
+@pytest.mark.parametrize(
+    "prior", [PRIORS[0], PRIORS[3], PRIORS[4], PRIORS[5]], ids=["normal", "pooled", "learned", "learned per task"]
+)
 def test_a_fit_taken_up_again_is_the_one_that_was_not_broken_off(prior, memory, tmp_path):
     data = tiny_data(COUNTS)
     options = {"token_budget": 20, "task_subsampling": True, "task_memory": memory, "patience": 0, "epochs": 4}
