@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from matplotlib.figure import Figure
 
+from bora_pyro.diagnostics.learned_against_fixed import lines_of_learned
 from bora_pyro.diagnostics.plots import style, tau_curve
 from bora_pyro.diagnostics.plots.warm_path import warm_summary
 from bora_pyro.diagnostics.sweep_table import LEARNED, best_rates, best_tau, runs, summary, with_run, write_sweep
@@ -163,7 +164,7 @@ def run_sweep(config: SweepConfig) -> None:
     if sweep.table is not None:
         print(summary(sweep.table))
         if len(set(sweep.table.tau) - {LEARNED}) > 1:
-            print(f"validation chooses tau = {best_tau(sweep.table)}")
+            print("\n".join([f"validation chooses tau = {best_tau(sweep.table)}", *lines_of_learned(sweep.table)]))
     if sweep.failed:
         raise InputError(
             f"{len(sweep.failed)} fits failed; the table has the others; the same command tries the failed ones again"
