@@ -83,7 +83,7 @@ point, run = load_run(fitted_map), load_run(around)
 posterior, data, model = run.posterior(seed=0), run.data, run.fitted.model
 tokenizer = model.backbone.tokenizer
 print(posterior, data, sep="\n")
-print(f"learned τ, geometric mean: {point.fitted.tau():.0f}")
+print(f"learned τ, harmonic mean: {point.fitted.tau():.0f}")
 print(f"validation perplexity: MAP {point.fitted.validation_perplexity:.2f}", end="")
 print(f", posterior mean {run.fitted.validation_perplexity:.2f} (epoch {run.fitted.best_epoch} of {len(run.fitted.history)})")
 
@@ -296,7 +296,7 @@ of_each = {}
 for name, each in {"τ learned": posterior, "τ random": sampled}.items():
     predicted = predictive(each.model, data.validation, lambda each=each: [each.mean()])
     of_each[name] = {
-        "τ, geometric mean": each.fitted.tau(),
+        "τ, harmonic mean": each.fitted.tau(),
         "‖θ_d − Θ‖, mean over tasks": float(each.fitted.deviation_norms().mean()),
         "posterior sd / prior sd": float(each.deviation_scales(draws=2 * DRAWS).mean()),
         "validation perplexity of the mean": predicted.perplexity(),

@@ -121,7 +121,7 @@ for tau, prior in priors.items():
     model = bp.BoRA(backbone, len(data.tasks), adapter=bp.LoRA(rank=RANK), prior=prior, seed=SEED)
     fits[tau] = bp.fit(model, data, epochs=EPOCHS, learning_rate=float(rates[tau]), token_budget=TOKEN_BUDGET, seed=SEED)
 print(data)
-print(f"learned τ, geometric mean: {fits['learned'].tau():.0f}")
+print(f"learned τ, harmonic mean: {fits['learned'].tau():.0f}")
 
 # %% [markdown]
 # The first table has the perplexity on test documents, of all tasks and of the task that we look at below. The second compares

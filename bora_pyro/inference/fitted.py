@@ -116,17 +116,15 @@ class Fitted:
         return torch.stack(norms)
 
     def tau(self) -> float:
-        """τ; if it differs between groups of weights, the geometric mean over the entries of one task's adapter.
+        """τ; if it differs between groups of weights, the harmonic mean over the entries of one task's adapter.
 
-        Latents that all tasks share have an infinite τ. They are left out, unless all latents are shared.
+        It is the single τ under which the prior expects the same squared distance of a task's adapter from Θ, since that is the
+        sum of 1/τ over the entries. Groups in which the tasks hardly differ have a large τ, and count for little. Latents that
+        all tasks share have an infinite τ. They are left out, unless all latents are shared.
         """
         starts, sites = self.model.starts, self.sites()
         taus = {name: self.model.prior.precision(name, start, sites) for name, start in starts.items()}
-        own = [name for name, tau in taus.items() if not bool(tau.isinf().all())]
-        if not own:
-            return math.inf
-        logs = sum(float(taus[name].cpu().double().log().mean()) * starts[name].numel() for name in own)
-        return math.exp(logs / sum(starts[name].numel() for name in own))
+        return mean_tau(taus, {name: start.numel() for name, start in starts.items()})
 
     def tau_by_group(self) -> dict[str, Any]:
         """τ of each latent: a number, or a list if it differs between layers or tasks."""
@@ -165,6 +163,21 @@ class Fitted:
             f"{name}_perplexity": adapted.perplexity(d),
             f"{name}_bits_per_character": adapted.bits_per_character(d),
         }
+
+
+def mean_tau(taus: Mapping[str, Tensor], entries: Mapping[str, int]) -> float:
+    """The harmonic mean of τ over the entries of an adapter; latents whose τ is infinite everywhere are left out.
+
+        >>> mean_tau({"A": torch.tensor(1e4), "B": torch.tensor(25.0)}, {"A": 8, "B": 32})
+        31.23...
+
+    Args:
+        taus: τ of each latent, of any shape.
+        entries: the number of entries of each latent in one adapter.
+    """
+    own = {name: tau.detach().cpu().double() for name, tau in taus.items() if not bool(tau.isinf().all())}
+    variance = sum(entries[name] * float((1 / tau).mean()) for name, tau in own.items())
+    return sum(entries[name] for name in own) / variance if variance else math.inf
 
 
 def tau_by_group(model: BoRA, sites: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -220,9 +220,9 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
 
 def _about_tau(metrics: Mapping[str, Any], kind: str) -> str:
     if kind == "adaptation":
-        return "of the fit; geometric mean"
+        return "of the fit; mean of its groups"
     if "tau_by_group" in metrics:
-        return "learned; geometric mean"
+        return "learned; mean of its groups"
     tau = float(metrics["tau"])
     return "independent tasks" if tau == 0 else "one adapter for all" if math.isinf(tau) else "given"
 

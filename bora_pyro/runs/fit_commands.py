@@ -25,7 +25,7 @@ def show_map_fit(config: MapFitConfig, metrics: Mapping[str, Any]) -> None:
     """Print the table of the tasks, the learned τ if there is one, and the run folder."""
     print_table(metrics)
     if "tau_by_group" in metrics:
-        print(f"learned τ: {float(format(metrics['tau'], '.3g')):g} (geometric mean; by group in metrics.json)")
+        print(f"learned τ: {float(format(metrics['tau'], '.3g')):g} (harmonic mean; by group in metrics.json)")
     print(f"run folder: {config.output_dir}")
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from bora_pyro.data import TaskData
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.fit import FitStopped, fit
-from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.fitted import Fitted, mean_tau
 from bora_pyro.inference.folds import Folds
 from bora_pyro.inference.optimum import still_falling
 from bora_pyro.inference.options import FitOptions
@@ -126,10 +127,8 @@ def fit_into(
 
 
 def _newest_tau(model: BoRA, report: Mapping[str, Any]) -> float | None:
-    """Geometric mean of the newest learned τ, as in ``Fitted.tau``; None if τ is not learned."""
+    """The newest learned τ as one number, as in ``Fitted.tau``; None if τ is not learned."""
     if not (path := report.get("tau_path")):
         return None
-    sizes = {name: model.starts[name].numel() for name in path[-1]["tau"]}
-    taus = {name: value if isinstance(value, list) else [value] for name, value in path[-1]["tau"].items()}
-    logs = (sizes[name] * sum(map(math.log, values)) / len(values) for name, values in taus.items())
-    return math.exp(sum(logs) / sum(sizes.values()))
+    taus = {name: torch.tensor(value) for name, value in path[-1]["tau"].items()}
+    return mean_tau(taus, {name: model.starts[name].numel() for name in taus})

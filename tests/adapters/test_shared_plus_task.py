@@ -101,8 +101,8 @@ def test_tau_is_that_of_what_tasks_have_of_their_own():
     own = {name: tau for name, tau in by_group.items() if ".lora_" in name}
     assert {tau for name, tau in by_group.items() if name not in own} == {math.inf}
     sizes = {name: model.starts[name].numel() for name in own}
-    mean = sum(sizes[name] * math.log(tau) for name, tau in own.items()) / sum(sizes.values())
-    assert fitted.tau() == pytest.approx(math.exp(mean), rel=1e-5)
+    variance = sum(sizes[name] / tau for name, tau in own.items()) / sum(sizes.values())
+    assert fitted.tau() == pytest.approx(1 / variance, rel=1e-5)
     path = [point["tau"] for epoch in fitted.history for point in epoch["tau_path"]]
     assert all(point.keys() == own.keys() for point in path)
     # the best state's, and the newest
@@ -114,7 +114,7 @@ def test_a_learned_tau_and_a_posterior_around_it_by_the_commands(tmp_path, capsy
     options = quick_fit(tmp_path) | {"adapter": "lora_shared_plus_task", "epochs": 1, "output_dir": tmp_path / "run"}
     assert command_main()(line(options)) == 0
     tau = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["tau"]
-    assert f"learned τ: {float(format(tau, '.3g')):g} (geometric mean" in capsys.readouterr().out
+    assert f"learned τ: {float(format(tau, '.3g')):g} (harmonic mean" in capsys.readouterr().out
     words = [str(tmp_path / "run"), *line({"epochs": 1, "draws": 2, "output_dir": tmp_path / "posterior"})]
     assert command_main("posterior-fit")(words) == 0
     assert load_run(tmp_path / "posterior").fitted.tau() == pytest.approx(tau, rel=1e-5)

@@ -33,6 +33,7 @@ from bora_pyro.inference.adapt import ALLOWED, given_model, load_new_tasks
 from bora_pyro.inference.callbacks import Callback
 from bora_pyro.inference.clip_by_task import ClipByTask
 from bora_pyro.inference.evaluate import evaluate
+from bora_pyro.inference.fitted import mean_tau
 from bora_pyro.inference.task_groups import task_groups
 from bora_pyro.priors import Given, HierarchicalNorm, RandomPrecision, with_shared
 from tests.linear_gaussian import COUNTS, SHAPE, LinearGaussian
@@ -146,7 +147,11 @@ def test_a_new_task_is_theta_until_there_are_documents(fits, prior):
         torch.testing.assert_close(theta[name][1], value, rtol=1e-6, atol=1e-7)  # the one without documents
     assert new.deviation_norms()[0] > 1e-3
     assert new.documents == [2, 0]
-    assert fitted.tau() == pytest.approx(new.tau(), rel=1e-5)
+    taus = {name: torch.tensor(tau) for name, tau in fitted.tau_by_group().items()}
+    if prior == "learned by task":  # a new task has the geometric mean of the tasks' own
+        taus = {name: tau.log().mean().exp() for name, tau in taus.items()}
+    entries = {name: start.numel() for name, start in fitted.model.starts.items()}
+    assert new.tau() == pytest.approx(mean_tau(taus, entries), rel=1e-5)
     for name, value in fitted.sites().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 

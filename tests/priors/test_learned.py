@@ -208,12 +208,11 @@ def test_the_best_state_has_its_own_tau(monkeypatch):
     assert kept != pytest.approx(last, rel=1e-3)
 
 
-def test_the_geometric_mean_counts_entries():
+def test_tau_as_one_number_expects_the_same_squared_distance():
     fitted = learned_fit()
-    logs = {name: math.log(tau) for name, tau in fitted.tau_by_group().items()}
     entries = {name: start.numel() for name, start in fitted.model.starts.items()}
-    expected = sum(logs[name] * entries[name] for name in logs) / sum(entries.values())
-    assert fitted.tau() == pytest.approx(math.exp(expected), rel=1e-5)
+    distance = sum(entries[name] / tau for name, tau in fitted.tau_by_group().items())
+    assert sum(entries.values()) / fitted.tau() == pytest.approx(distance, rel=1e-5)
 
 
 def test_needs_validation_documents():

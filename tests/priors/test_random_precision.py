@@ -166,7 +166,7 @@ def test_fitted_gives_the_centre_of_tau(per):
     shape = 2 if per == "layer" else None
     for name, tau in fitted.tau_by_group().items():
         assert tau == pytest.approx([9.0 if "lora_B" in name else 100.0] * shape if shape else 9.0 if "lora_B" in name else 100.0)
-    assert fitted.tau() == pytest.approx(30.0, rel=1e-5)  # A and B have as many entries
+    assert fitted.tau() == pytest.approx(2 / (1 / 100 + 1 / 9), rel=1e-5)  # A and B have as many entries
     with torch.no_grad():
         for name, value in guide.named_parameters():
             if "precision" in name and name.startswith("loc"):

@@ -256,7 +256,7 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
     assert note == f"note: {metrics['notes'][-1]}"
     assert "still falling" in note
     assert set(metrics["gradient_norm"]) == {"start", "end", "ratio", "prior_mean_ratio", "deviations_ratio", "documents"}
-    assert lines[-2] == f"learned τ: {metrics['tau']:g} (geometric mean; by group in metrics.json)"
+    assert lines[-2] == f"learned τ: {metrics['tau']:g} (harmonic mean; by group in metrics.json)"
     assert f"{metrics['test_perplexity']:,.2f}" in lines[-3]
     assert [text.split()[0] for text in lines[3:6]] == ["Ada", "Børge", "Cleo"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
