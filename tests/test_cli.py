@@ -106,6 +106,7 @@ def test_the_demo_is_a_map_fit_with_other_defaults():
     usual, demo = dataclasses.asdict(MapFitConfig()), dataclasses.asdict(DemoConfig())
     assert list(usual) == list(demo)
     changed = {"max_tokens": 128, "targets": ["q_proj", "v_proj", "fc1", "fc2"], "epochs": 3, "output_dir": "runs/demo"}
+    changed |= {"learning_rate": 0.03, "token_budget": 2048}
     assert demo == usual | changed
     assert not demo["overwrite"]  # a second demo does not replace a run unasked
 

@@ -24,7 +24,10 @@ class DemoConfig(MapFitConfig):
 
     max_tokens: int = changed(MapFitConfig, "max_tokens", 128)
     targets: list[str] | None = changed(MapFitConfig, "targets", ["q_proj", "v_proj", "fc1", "fc2"])
+    # a short fit needs large steps, and many
     epochs: int = changed(MapFitConfig, "epochs", 3)
+    learning_rate: float = changed(MapFitConfig, "learning_rate", 0.03)
+    token_budget: int = changed(MapFitConfig, "token_budget", 2048)
     output_dir: str = changed(MapFitConfig, "output_dir", "runs/demo")
 
 
