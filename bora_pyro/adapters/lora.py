@@ -32,6 +32,12 @@ class RowLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_of_x: Tensor, tangent_of_a: Tensor) -> Tensor:
+        x, a = ctx.saved_tensors
+        return tangent_of_x @ a.mT + x @ tangent_of_a.mT
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.texts import tokenizer_of
+from bora_pyro.data.batch import Batch
 from bora_pyro.data.chat_template import chat_prompt_tokens
 from bora_pyro.data.encode import encoder, start_token
 from bora_pyro.data.files import check_unicode
@@ -138,11 +139,11 @@ def next_token(model: BoRA, tokens: Tensor, *, draws: Draws, task_index: int) ->
     """
     device = model.backbone.device
     input_ids, task = tokens[None].to(device), torch.tensor([task_index], device=device)
+    batch = Batch(input_ids, torch.ones_like(input_ids), labels=input_ids, task=task, index=torch.zeros_like(task), scale=1.0)
     mean: Tensor | None = None
     aleatoric, k = torch.zeros((), device=device), 0
     for weights in draws():
-        change = None if weights is None else model.change(weights, task)
-        log_p = model.backbone.logits(input_ids, change)[0, -1].float().log_softmax(-1)
+        log_p = model.logits(batch, weights)[0, -1].float().log_softmax(-1)
         p = log_p.exp()
         aleatoric += torch.special.entr(p).sum()
         mean = p if mean is None else mean.add_(p)

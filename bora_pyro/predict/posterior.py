@@ -26,9 +26,13 @@ from bora_pyro.backbone.texts import token_split
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.model import Weights
+from bora_pyro.model import BoRA, Weights
+from bora_pyro.predict.linearised import LinearisedBoRA
 from bora_pyro.predict.mixture import Draws, TokenPredictions, predictive
 from bora_pyro.predict.mixture_text import Generated, generate
+
+#: How a draw predicts: with the network, or with its linear expansion around the centre of the posterior.
+PREDICT = ("draws", "linearised")
 
 
 class Posterior:
@@ -115,13 +119,22 @@ class Posterior:
         finite = {name: value for name, value in tau.items() if bool(((value > 0) & value.isfinite()).all())}
         return {name: value.sqrt() * (theta[name] - mean[name]) for name, value in finite.items()}
 
-    def score(self, split: TokenSplit, *, draws: int = 8, token_budget: int = 4096) -> TokenPredictions:
-        """Predict every token of a split of the fit's data under the mixture of ``draws`` draws."""
-        _check_number(draws)
-        return predictive(self.model, split, lambda: self.draws(draws), token_budget=token_budget)
+    def predictor(self, linearised: bool = False) -> BoRA:
+        """The model that predicts with the draws: the network, or its linear expansion around the centre of the posterior."""
+        return LinearisedBoRA(self.model, self.mean()) if linearised else self.model
+
+    def score(self, split: TokenSplit, *, draws: int = 8, linearised: bool = False, token_budget: int = 4096) -> TokenPredictions:
+        """Predict every token of a split of the fit's data under the mixture of ``draws`` draws; as :meth:`predict`."""
+        return predictive(self.predictor(linearised), split, self._draws(draws), token_budget=token_budget)
 
     def predict(
-        self, texts: str | Sequence[str], task: str, *, draws: int = 8, max_tokens: int | None = None
+        self,
+        texts: str | Sequence[str],
+        task: str,
+        *,
+        draws: int = 8,
+        linearised: bool = False,
+        max_tokens: int | None = None,
     ) -> TokenPredictions:
         """Predict every token of some texts with the adapter of a task.
 
@@ -129,6 +142,8 @@ class Posterior:
             texts: one text or several; each is a document.
             task: name of the task.
             draws: K, the number of draws in the mixture. Memory does not grow with it.
+            linearised: the draws predict with :class:`~bora_pyro.predict.linearised.LinearisedBoRA`, the expansion of the
+                network around the posterior's centre. This is right for the guides ``laplace`` and ``laplace_kronecker``.
             max_tokens: longer texts are truncated; default: the context of the base.
 
         Returns:
@@ -138,7 +153,8 @@ class Posterior:
         Raises:
             InputError: if the task is unknown, there is no text, ``draws`` is below 1, or the base has no tokenizer.
         """
-        return predictive(self.model, self.split_of(texts, task, max_tokens=max_tokens), self._draws(draws))
+        split = self.split_of(texts, task, max_tokens=max_tokens)
+        return predictive(self.predictor(linearised), split, self._draws(draws))
 
     def generate(
         self,
@@ -148,6 +164,7 @@ class Posterior:
         how: Literal["mixture", "mean", "draw"] = "mixture",
         draws: int = 8,
         draw: int = 0,
+        linearised: bool = False,
         max_new_tokens: int = 40,
         temperature: float = 0.0,
         seed: int = 0,
@@ -161,6 +178,7 @@ class Posterior:
                 posterior's centre. ``draw`` uses the draw with the number ``draw``.
             draws: K, the number of draws in the mixture. Time grows with it, memory does not.
             draw: number of the draw for ``how="draw"``.
+            linearised: as for :meth:`predict`.
             max_new_tokens: largest number of new tokens.
             temperature: 0 takes the most probable token. Above 0, tokens are sampled.
             seed: seed of the sampled tokens.
@@ -171,10 +189,11 @@ class Posterior:
         if how not in ("mixture", "mean", "draw"):
             raise InputError(f"how is {how!r}; allowed: mixture, mean, draw{nearest(str(how), ('mixture', 'mean', 'draw'))}")
         # the mean or a single draw is made once; the draws of a mixture are made again for every token
+        model = self.predictor(linearised and how != "mean")
         single = self.mean() if how == "mean" else self.draw(draw) if how == "draw" else None
         chosen: Draws = self._draws(draws) if single is None else lambda: [single]
         return generate(
-            self.model, prompt, draws=chosen, task_index=self.index(task), max_new_tokens=max_new_tokens,
+            model, prompt, draws=chosen, task_index=self.index(task), max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed,
         )  # fmt: skip
 

@@ -183,7 +183,7 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         yield Number("test perplexity" + ", posterior mean" * (kind == "posterior"), number_text(adapted), note)
     if metrics.get("mixture_test_perplexity") is not None:
         note = f"MAP {number_text(metrics['map_test_perplexity'])}" if metrics.get("map_test_perplexity") else ""
-        label = f"mixture of {metrics.get('draws')} draws"
+        label = f"mixture of {metrics.get('draws')}{' linearised' * (metrics.get('predict') == 'linearised')} draws"
         yield Number(label, number_text(metrics["mixture_test_perplexity"]), note)
     for name, label in (("mean", "calibration error, mean"), ("mixture", "calibration error, mixture")):
         if isinstance(metrics.get(name), dict) and metrics[name].get("ece") is not None:

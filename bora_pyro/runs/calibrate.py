@@ -2,8 +2,10 @@
 
     bora calibrate runs/demo-posterior --draws 8 --foreign other.csv --questions questions.jsonl
 
-It predicts the run's test documents at the centre of the posterior (``mean``) and with a mixture of draws (``mixture``). A MAP
-fit has one prediction, ``map``. It writes these files into the folder ``diagnostics`` of the run, or into ``--output``:
+It predicts the run's test documents at the centre of the posterior (``mean``) and with a mixture of draws (``mixture``). With
+``--predict linearised`` the draws predict with the linear expansion of the network around the centre, and the prediction is
+called ``linearised``. A MAP fit has one prediction, ``map``. It writes these files into the folder ``diagnostics`` of the run, or
+into ``--output``:
 
 - ``calibration.csv``: one row for each task and one for all tasks, with the likelihood, Brier score and calibration error of each
   prediction;
@@ -38,9 +40,11 @@ from bora_pyro.data.tokenise import tokenise
 from bora_pyro.diagnostics import plots
 from bora_pyro.diagnostics.unknown_texts import sample_texts, text_scores
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.options.field import option
+from bora_pyro.model import BoRA
+from bora_pyro.options.field import check_choices, option
 from bora_pyro.predict.mixture import Draws, TokenPredictions, predictive
 from bora_pyro.predict.multiple_choice import ChoicePredictions, Question, choose
+from bora_pyro.predict.posterior import PREDICT
 from bora_pyro.runs.calibration_files import write_calibration, write_foreign, write_questions
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.layout import DIAGNOSTICS
@@ -56,6 +60,12 @@ class CalibrateConfig:
 
     run: str = option("", "folder of the run, a fit's output_dir", positional=True)
     draws: int | None = option(None, f"draws of the mixture (default: {DRAWS}; a MAP fit is a point and has none)")
+    predict: str = option(
+        "draws",
+        "draws: each draw predicts with the network; linearised: with its linear expansion around the centre, which is right for "
+        "the guides laplace and laplace_kronecker",
+        choices=PREDICT,
+    )
     foreign: str | None = option(None, "texts that belong to no task: a table, a saved folder, a hub id or builtin:documentation")
     foreign_text_column: str = option("text", "column of the foreign texts; no other column is read")
     foreign_documents: int = option(
@@ -75,48 +85,52 @@ class CalibrateConfig:
         """Check the values."""
         if not self.run.strip():
             raise InputError("no run is given; name its folder, as in calibrate.py runs/posterior_fit")
+        check_choices(self)
         least = {"draws": 2, "foreign_documents": 1, "token_budget": 1, "seed": 0, "threads": 1}
         for name, lowest in least.items():
             if (value := getattr(self, name)) is not None and value < lowest:
                 raise InputError(f"{name} is {value}; give a whole number from {lowest} up")
+
+    @property
+    def linearised(self) -> bool:
+        """Whether the draws predict with the linear expansion of the network."""
+        return self.predict == "linearised"
 
 
 class Predictor:
     """Predicts with the centre of a run, and with draws of its posterior if it has one."""
 
     def __init__(self, run: SavedRun, config: CalibrateConfig) -> None:
-        self.model, self.centre, self.token_budget = run.fitted.model, run.fitted.weights()[0], config.token_budget
-        self.draws_by_name: dict[str, Draws] = {"map": lambda: [self.centre]}
+        model, centre = run.fitted.model, run.fitted.weights()[0]
+        self.centre, self.token_budget = centre, config.token_budget
+        #: The model and the draws of each prediction, by its name; the mixture is last.
+        self.parts: dict[str, tuple[BoRA, Draws]] = {"map": (model, lambda: [centre])}
         if run.posterior_config is not None:
             posterior, number = run.posterior(seed=config.seed), config.draws or DRAWS
-            self.draws_by_name = {"mean": lambda: [self.centre], "mixture": lambda: posterior.draws(number)}
-        elif config.draws is not None:
+            mixture, name = posterior.predictor(config.linearised), "linearised" if config.linearised else "mixture"
+            self.parts = {"mean": (model, lambda: [centre]), name: (mixture, lambda: posterior.draws(number))}
+        elif config.draws is not None or config.linearised:
+            name, value = ("predict", config.predict) if config.draws is None else ("draws", config.draws)
             raise InputError(
-                f"draws is {config.draws}, but the run in {run.folder.path} is a MAP fit, a point, and has none; leave --draws "
+                f"{name} is {value}, but the run in {run.folder.path} is a MAP fit, a point, and has no draws; leave --{name} "
                 f"out, or fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
             )
-
-    @property
-    def draws(self) -> Draws:
-        """The draws of the mixture. A point estimate is its own only draw."""
-        return [*self.draws_by_name.values()][-1]
 
     def tokens(self, split: TokenSplit) -> dict[str, TokenPredictions]:
         """The predictions of every token, by name; the mixture is last."""
         budget = self.token_budget
-        return {name: predictive(self.model, split, draws, token_budget=budget) for name, draws in self.draws_by_name.items()}
+        return {name: predictive(model, split, draws, token_budget=budget) for name, (model, draws) in self.parts.items()}
 
     def answers(self, questions: list[Question], tasks: list[str]) -> dict[str, ChoicePredictions]:
         """The predictions of every multiple-choice question, by name; the mixture is last."""
-        return {
-            name: choose(self.model, questions, draws, tasks, token_budget=self.token_budget)
-            for name, draws in self.draws_by_name.items()
-        }
+        budget = self.token_budget
+        return {name: choose(model, questions, draws, tasks, token_budget=budget) for name, (model, draws) in self.parts.items()}
 
     def texts(self, split: TokenSplit) -> pd.DataFrame:
         """Score how foreign each text is. A point estimate has no epistemic uncertainty."""
-        scores = text_scores(self.model, split, self.centre, self.draws, token_budget=self.token_budget)
-        return scores if len(self.draws_by_name) > 1 else scores.drop(columns="epistemic")
+        model, draws = [*self.parts.values()][-1]
+        scores = text_scores(model, split, self.centre, draws, token_budget=self.token_budget)
+        return scores if len(self.parts) > 1 else scores.drop(columns="epistemic")
 
 
 def calibrate(config: CalibrateConfig) -> Path:

@@ -53,9 +53,10 @@ def show_posterior_fit(config: PosteriorFitConfig, metrics: Mapping[str, Any]) -
     """Print the table of the tasks, the scores of the posterior mean and mixture, and the run folder."""
     print_table(metrics)
     if "mixture" in metrics:
+        kind = "linearised draws" if metrics.get("predict") == "linearised" else "draws"
         print(
             f"test perplexity: MAP {metrics['map_test_perplexity']:.2f}, posterior mean {metrics['test_perplexity']:.2f}, "
-            f"mixture of {config.draws} draws {metrics['mixture_test_perplexity']:.2f}"
+            f"mixture of {config.draws} {kind} {metrics['mixture_test_perplexity']:.2f}"
         )
         print(f"calibration error (ECE): posterior mean {metrics['mean']['ece']:.3f}, mixture {metrics['mixture']['ece']:.3f}")
     print(f"run folder: {config.output_dir}")

@@ -215,6 +215,7 @@ def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted) -> dict[
         "guide": config.guide,
         "temperature": config.temperature,
         "draws": config.draws,
+        "predict": config.predict,
         "map_test_perplexity": run.metrics["test_perplexity"],
         "map_validation_perplexity": run.metrics.get("validation_perplexity"),
     }
@@ -223,7 +224,8 @@ def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted) -> dict[
     if not run.data.test.num_tokens:
         return metrics
     posterior, mean = Posterior(fitted, seed=config.seed), fitted.weights()[0]
-    mixture, centre = posterior.score(run.data.test, draws=config.draws), predictive(fitted.model, run.data.test, lambda: [mean])
+    mixture = posterior.score(run.data.test, draws=config.draws, linearised=config.predict == "linearised")
+    centre = predictive(fitted.model, run.data.test, lambda: [mean])
     metrics |= {"mixture": dataclasses.asdict(calibration(mixture)), "mean": dataclasses.asdict(calibration(centre))}
     metrics["mixture_test_perplexity"] = mixture.perplexity()
     slugs = adapter_folders(fitted.tasks)

@@ -124,6 +124,20 @@ def test_a_posterior(runs, tmp_path, main, capsys, foreign, questions):
     assert f"{table.loc['all', 'mixture_ece']:.4f}" in said
 
 
+def test_linearised_draws(runs, tmp_path, main, foreign, questions):
+    out, options = tmp_path / "out", ["--foreign", foreign, "--foreign_text_column", "words", "--questions", questions]
+    assert main([str(runs["posterior"]), "--draws", "2", "--predict", "linearised", *options, "--output", str(out)]) == 0
+    table = pd.read_csv(out / "calibration.csv", index_col="task")
+    assert table.columns.tolist() == ["tokens", *(f"{name}_{measure}" for name in ("mean", "linearised") for measure in MEASURES)]
+    run = load_run(runs["posterior"])
+    expected = run.posterior(seed=0).score(run.data.test, draws=2, linearised=True)
+    assert table.loc["all", "linearised_nll"] == pytest.approx(-expected.log_prob.mean().item(), rel=1e-4)
+    answers = pd.read_csv(out / "questions_calibration.csv", index_col="task")
+    assert answers.loc["all", "linearised_nll"] != pytest.approx(answers.loc["all", "mean_nll"], rel=1e-4)
+    texts = pd.read_csv(out / "foreign.csv")
+    assert (texts["epistemic"] > 0).all()
+
+
 def test_a_map_fit_is_one_prediction_and_has_no_epistemic_uncertainty(runs, tmp_path, main, foreign):
     out = tmp_path / "out"
     words = ["--foreign", foreign, "--foreign_text_column", "words", "--foreign_documents", "2", "--output", str(out)]
@@ -173,7 +187,12 @@ def test_an_error_on_the_way_leaves_nothing(runs, tmp_path, main, monkeypatch):
 BAD = {
     "no run": ([], "no run is given; name its folder, as in calibrate.py runs/posterior_fit"),
     "gone": (["{map}/gone"], "run folder {map}/gone does not exist*"),
-    "draws of a point": (["{map}", "--draws", "4"], "draws is 4, but the run in {map} is a MAP fit, a point, and has none; *"),
+    "draws of a point": (
+        ["{map}", "--draws", "4"],
+        "draws is 4, but the run in {map} is a MAP fit, a point, and has no draws; *",
+    ),
+    "linearised point": (["{map}", "--predict", "linearised"], "predict is linearised, but *leave --predict out, or fit *"),
+    "predict": (["{map}", "--predict", "linear"], "predict is 'linear'; allowed: draws, linearised; did you mean 'linearised'?"),
     "one draw": (["{posterior}", "--draws", "1"], "draws is 1; give a whole number from 2 up"),
     "no texts": (["{map}", "--foreign_documents", "0"], "foreign_documents is 0; give a whole number from 1 up"),
     "foreign": (["{map}", "--foreign", "{tmp}/none.csv"], "file '{tmp}/none.csv' does not exist*"),

@@ -56,6 +56,16 @@ def test_the_option_of_a_guide_comes_back_from_its_folder(tmp_path, map_run):
         posterior_fit(map_run, tmp_path / "posterior", guide="low_rank", guide_option=["rank=4"], resume=True)
 
 
+def test_linearised_draws_of_laplace(tmp_path, map_run):
+    metrics = posterior_fit(map_run, tmp_path / "posterior", guide="laplace", predict="linearised")
+    run = load_run(tmp_path / "posterior")
+    mixture = run.posterior(seed=0).score(run.data.test, draws=2, linearised=True)
+    assert mixture.perplexity() == pytest.approx(metrics["mixture_test_perplexity"], rel=1e-6)
+    assert metrics["predict"] == "linearised"
+    # far from the MAP the network is not what Laplace's approximation is about
+    assert metrics["mixture_test_perplexity"] < run.posterior(seed=0).score(run.data.test, draws=2).perplexity()
+
+
 @pytest.mark.parametrize("hyperprior", ["half_cauchy", "gamma"])
 def test_tau_as_a_random_variable(tmp_path, map_run, hyperprior):
     metrics = posterior_fit(map_run, tmp_path / "posterior", tau=hyperprior)
@@ -129,6 +139,7 @@ BAD = {
     "no option": (["{run}", "--guide_option", "scale=1"], "guide normal has no option 'scale'; it has none"),
     "option": (["{run}", "--guide", "low_rank", "--guide_option", "rank=many"], "guide_option rank is 'many'; give a whole*"),
     "bad option": (["{run}", "--guide", "low_rank", "--guide_option", "rank=0"], "rank of the covariance is 0; give a whole*"),
+    "predict": (["{run}", "--predict", "mean"], "predict is 'mean'; allowed: draws, linearised*"),
     "no draw": (["{run}", "--draws", "0"], "draws is 0; give a whole number from 1 up"),
     "scale": (["{run}", "--scale", "0"], "scale is 0*; give a finite number above 0"),
     "temperature": (["{run}", "--temperature", "inf"], "temperature is inf; give a finite number above 0"),

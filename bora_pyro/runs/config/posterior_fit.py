@@ -14,6 +14,7 @@ from bora_pyro.guides import CURVATURE, GUIDES, guide_options
 from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import by_heading, changed, option
+from bora_pyro.predict.posterior import PREDICT
 from bora_pyro.priors.random_precision import HYPERPRIORS
 from bora_pyro.runs.config.groups import BaseOptions, RunOptions, check_device
 
@@ -60,6 +61,13 @@ class PosteriorFitConfig(RunOptions, FitOptions):
         choices=(FIXED, *HYPERPRIORS),
     )
     draws: int = option(8, "draws of the mixture that metrics.json reports", group=POSTERIOR, least=1)
+    predict: str = option(
+        "draws",
+        "draws: each draw of this mixture predicts with the network; linearised: with its linear expansion around the mean, "
+        "which is right for the guides laplace and laplace_kronecker",
+        group=POSTERIOR,
+        choices=PREDICT,
+    )
 
     epochs: int = changed(
         FitOptions, "epochs", 6, "largest number of passes over the training documents; guides that are not fitted make none"
