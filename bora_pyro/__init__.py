@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bora_pyro.likelihoods.next_tokens import CausalLM
     from bora_pyro.model import BoRA
     from bora_pyro.predict.generate import generate_side_by_side
+    from bora_pyro.predict.held_out import settle
     from bora_pyro.predict.infer_task import infer_task
     from bora_pyro.predict.posterior import Posterior
     from bora_pyro.priors import Given, HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
@@ -42,8 +43,8 @@ __all__ = [
     "Adapter", "Backbone", "BoRA", "Callback", "CausalLM", "DataOptions", "FitOptions", "Fitted", "FrozenALoRA", "Given",
     "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision",
     "Scores", "TaskData", "adapt", "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft",
-    "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "table",
-    "talk_of_norway",
+    "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "settle",
+    "table", "talk_of_norway",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
@@ -66,6 +67,7 @@ _MODULES = {
     "likelihoods.next_tokens": ("CausalLM",),
     "model": ("BoRA",),
     "predict.generate": ("generate_side_by_side",),
+    "predict.held_out": ("settle",),
     "predict.infer_task": ("infer_task",),
     "predict.posterior": ("Posterior",),
     "priors": (

@@ -29,8 +29,8 @@ GUIDES: dict[str, GuideBuilder] = {
     "auto_normal": auto_normal_guide,
 }
 
-#: Guides that are computed from the curvature at the MAP estimate. The others are fitted by an ELBO.
-CURVATURE = frozenset({"laplace", "laplace_kronecker"})
+#: Guides that are made around a MAP estimate, from the curvature there or from steps. The others are fitted by an ELBO.
+AROUND_MAP = frozenset({"laplace", "laplace_kronecker"})
 
 
 def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 
 __all__ = [
-    "CURVATURE", "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal",
-    "NormalGuide", "SiteGuide", "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start", "laplace_guide",
-    "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "normal_guide",
+    "AROUND_MAP", "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal",
+    "NormalGuide", "SiteGuide", "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start",
+    "laplace_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "normal_guide",
 ]  # fmt: skip

@@ -205,7 +205,7 @@ class SiteGuide(AutoGuide):
                 if full_size != frame.size:  # the model was first run on some of its tasks
                     centre = periodic_repeat(centre, full_size, frame.dim - site["fn"].event_dim)
             # the standard deviation of a logarithm is relative, so it needs no unit
-            deviation = self._scale * (_unit(site["fn"]) if _is_real(site["fn"].support) else torch.ones(()))
+            deviation = self._scale * (_unit(site["fn"]) if is_real(site["fn"].support) else torch.ones(()))
             self.begin(name, centre, _rows_of(deviation, centre), centre.dim() - len(site["fn"].batch_shape))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -222,7 +222,7 @@ class SiteGuide(AutoGuide):
 
     def _posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:
         transform = biject_to(prior.support)
-        if _is_real(prior.support):
+        if is_real(prior.support):
             return self.unconstrained(name, prior.event_dim)
         base = self.unconstrained(name, transform.domain.event_dim)
         transformed = dist.TransformedDistribution(base, [transform])
@@ -241,7 +241,8 @@ def tensor_key(kind: str, name: str) -> str:
     return f"{kind}/{name.replace('.', '/')}"
 
 
-def _is_real(support: Any) -> bool:
+def is_real(support: Any) -> bool:
+    """Whether the support of a site's distribution is all real numbers, or all tensors of them."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support is constraints.real

@@ -28,7 +28,7 @@ from bora_pyro.data.splitters import ForNewTasks
 from bora_pyro.data.tables import Source
 from bora_pyro.data.tasks import TaskData, load_tasks
 from bora_pyro.errors import InputError, check_at_least, check_one_of, nearest, shown
-from bora_pyro.guides import CURVATURE, GUIDES, make_parameters
+from bora_pyro.guides import AROUND_MAP, GUIDES, make_parameters
 from bora_pyro.inference.clip_by_task import ClipByTask
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
@@ -38,7 +38,7 @@ from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
 
 #: Guides of the new deviations: all that are fitted by an ELBO.
-ALLOWED = tuple(name for name in GUIDES if name not in CURVATURE)
+ALLOWED = tuple(name for name in GUIDES if name not in AROUND_MAP)
 #: The options of ``fit`` that an adaptation accepts.
 OPTIONS = (
     "warmup", "accumulate", "gradient_clip", "temperature", "patience", "deviation_reach", "average", "on_step", "on_epoch",

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bora_pyro.data.batch import Batch
-from bora_pyro.inference.averaging import GROUP, STEPS, TrajectoryMean, check_has_mean, log_tau
+from bora_pyro.inference.averaging import TrajectoryMean, log_tau, mean_shapes
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
 from bora_pyro.inference.optimizer import Rates, adamw, deviation_parameters, rescale, take_step
 from bora_pyro.inference.processes import Processes
+from bora_pyro.inference.spread import Collection, give_spread
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes, shapes
 from bora_pyro.model import BoRA, Weights
 
@@ -27,16 +28,25 @@ class AllTasks:
         guide: the guide after its first run.
         average: keep the mean of all steps.
         own_rate: whether whitened deviations have a learning rate of their own.
+        collection: the steps that a guide is made of.
     """
 
-    def __init__(self, model: BoRA, guide: AutoGuide, *, average: bool = True, own_rate: bool = True) -> None:
+    def __init__(
+        self,
+        model: BoRA,
+        guide: AutoGuide,
+        *,
+        average: bool = True,
+        own_rate: bool = True,
+        collection: Collection | None = None,
+    ) -> None:
         self.model, self.guide = model, guide
         self.parameters = dict(guide.named_parameters())
         self.shared: list[Parameter] = [*self.parameters.values()]
         self.own: list[Parameter] = []
         self.latent_of = deviation_parameters(guide) if own_rate else {}
         self.optimizer = adamw(self.shared, [self.parameters[name] for name in self.latent_of])
-        self.mean = TrajectoryMean(self.parameters) if average else None
+        self.mean = TrajectoryMean(self.parameters, collection) if average else None
         self.best: dict[str, Tensor] = {}
 
     def begin_epoch(self) -> None:
@@ -75,9 +85,13 @@ class AllTasks:
 
     def keep(self) -> None:
         self.best = self._copy()
+        if self.mean is not None:
+            self.mean.keep()
 
     def restore(self) -> None:
         self._put(self.best)
+        if self.mean is not None and self.mean.spread is not None:
+            give_spread(self.guide, self.mean.spread)
 
     def _put(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -90,19 +104,18 @@ class AllTasks:
 
     def save(self, processes: Processes) -> dict[str, dict[str, Tensor]]:
         groups = {"parameters": self._copy(), "optimizer": optimizer_tensors(self.optimizer), "best": self.best}
-        return groups | ({} if self.mean is None else {GROUP: self.mean.save()})
+        return groups | ({} if self.mean is None else self.mean.save())
 
     def load(self, checkpoint: Checkpoint, processes: Processes) -> None:
         check_kind(checkpoint, drawn=False)
         parameters, best = checkpoint.group("parameters"), checkpoint.group("best")
-        groups = [parameters, best]
+        found = [shapes(parameters), shapes(best)]
         if self.mean is not None:
-            check_has_mean(checkpoint)
-            groups.append(checkpoint.group(GROUP, without=[STEPS]))
-        check_shapes(checkpoint, [shapes(self.parameters)] * len(groups), [shapes(group) for group in groups])
+            found += mean_shapes(checkpoint, self.mean).values()
+        check_shapes(checkpoint, [shapes(self.parameters)] * len(found), found)
         check_model_state(checkpoint, self.model, parameters, best)
         self._put(parameters)
         load_optimizer_tensors(self.optimizer, checkpoint.group("optimizer"))
         if self.mean is not None:
-            self.mean.load(checkpoint.group(GROUP))
+            self.mean.load(checkpoint)
         self.best = best

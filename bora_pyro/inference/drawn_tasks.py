@@ -12,10 +12,11 @@ from torch import Tensor
 
 from bora_pyro.data.batch import Batch
 from bora_pyro.files.row_file import RowTensor
-from bora_pyro.inference.averaging import GROUP, STEPS, TrajectoryMean, check_has_mean, log_tau
+from bora_pyro.inference.averaging import STEPS, TrajectoryMean, log_tau, mean_shapes
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
 from bora_pyro.inference.optimizer import Rates, adamw, take_step
 from bora_pyro.inference.processes import Processes
+from bora_pyro.inference.spread import Collection, give_spread
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes
 from bora_pyro.inference.task_rows import TaskRows
 from bora_pyro.model import BoRA, Weights
@@ -33,6 +34,7 @@ class DrawnTasks:
         keep_sums: keep the sums over all tasks up to date, for ``totals``.
         average: keep the mean of all steps.
         own_rate: whether whitened deviations have a learning rate of their own.
+        collection: the steps that a guide is made of.
     """
 
     def __init__(
@@ -46,15 +48,16 @@ class DrawnTasks:
         keep_sums: bool = False,
         average: bool = True,
         own_rate: bool = True,
+        collection: Collection | None = None,
     ) -> None:
         self.model, self.guide = model, guide
         options = {"keep_sums": keep_sums, "average": average, "own_rate": own_rate}
-        self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, **options)
+        self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, collection=collection, **options)
         task_parameters = {id(parameter) for parameter in self.rows.parameters.values()}
         self.of_all = {name: value for name, value in guide.named_parameters() if id(value) not in task_parameters}
         self.shared, self.own = [*self.of_all.values()], [*self.rows.parameters.values()]
         self.optimizer = adamw(self.shared) if self.shared else None
-        self.mean = TrajectoryMean(self.of_all) if average else None
+        self.mean = TrajectoryMean(self.of_all, collection) if average else None
         self.best: dict[str, Tensor] = {}
 
     def begin_epoch(self) -> None:
@@ -101,6 +104,8 @@ class DrawnTasks:
     def keep(self) -> None:
         self.best = self._copy()
         self.rows.keep()
+        if self.mean is not None:
+            self.mean.keep()
 
     def restore(self) -> None:
         self._put(self.best)
@@ -115,8 +120,16 @@ class DrawnTasks:
     def complete(self, processes: Processes) -> None:
         for store in self.rows.values.values():
             processes.gather_rows(store, self.rows.own)
-        if not processes.rank:
-            self.rows.complete()
+        spread = None if self.mean is None else self.mean.spread
+        best = self.rows.means.best if self.rows.means is not None and spread is not None and spread.best_step else {}
+        for store in (store for group in best.values() for store in group.values()):
+            processes.gather_rows(store, self.rows.own)
+        if processes.rank:
+            return
+        self.rows.complete()
+        if spread is not None and best:
+            rows = {group: {name: store.all() for name, store in stores.items()} for group, stores in best.items()}
+            give_spread(self.guide, spread, rows)
 
     def save(self, processes: Processes) -> dict[str, dict[str, Tensor | RowTensor]]:
         rows = self.rows.tensors()
@@ -131,8 +144,8 @@ class DrawnTasks:
         groups["parameters"] |= self._copy()
         groups["best"] |= self.best
         groups["optimizer"] = {**optimizer_tensors(self.optimizer)} if self.optimizer is not None else {}
-        if self.mean is not None:
-            groups[GROUP] |= self.mean.save()
+        for name, tensors in ({} if self.mean is None else self.mean.save()).items():
+            groups[name] |= tensors
         groups["count"], groups["sums"], groups["units"] = {**count}, {**sums}, {**self.rows.units}
         groups["units"] |= {STEPS: torch.tensor(self.rows.steps)}
         return groups
@@ -147,9 +160,9 @@ class DrawnTasks:
         expected = {"parameters": shapes, "best": shapes, "exp_avg": row_shapes, "exp_avg_sq": row_shapes}
         found = {group: checkpoint.shapes(group) for group in expected}
         if self.mean is not None:
-            check_has_mean(checkpoint)
-            expected[GROUP] = shapes
-            found[GROUP] = {name: shape for name, shape in checkpoint.shapes(GROUP).items() if name != STEPS}
+            of_mean = mean_shapes(checkpoint, self.mean)
+            expected |= dict.fromkeys(of_mean, shapes)
+            found |= of_mean
         check_shapes(checkpoint, [*expected.values()], [*found.values()])
         for group, stores in groups.items():
             for name, store in stores.items():
@@ -161,7 +174,7 @@ class DrawnTasks:
         check_model_state(checkpoint, self.model, parameters, self.best)
         self._put(parameters)
         if self.mean is not None:
-            self.mean.load(checkpoint.group(GROUP, without=[*row_shapes]))
+            self.mean.load(checkpoint, without=[*row_shapes])
         units = checkpoint.group("units")
         self.rows.load_counts(checkpoint.group("count"), units, steps=int(units.pop(STEPS)))
         if self.rows.sums is not None:

@@ -20,6 +20,7 @@ from bora_pyro.data.batch import Batch, loaded_tasks
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import Batches, TokenSplit
 from bora_pyro.errors import InputError
+from bora_pyro.guides.from_steps import FromSteps
 from bora_pyro.inference.callbacks import Callback, checked_callbacks
 from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.continuation import RECORD, check_packing, check_record, digests
@@ -30,7 +31,8 @@ from bora_pyro.inference.learn_tau import LearnTau
 from bora_pyro.inference.optimizer import largest_rates
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, all_reduce_gradient
-from bora_pyro.inference.schedule import COSINE, epoch_seed, schedule, step_seed
+from bora_pyro.inference.schedule import CONSTANT, COSINE, epoch_seed, schedule, step_seed
+from bora_pyro.inference.spread import collection_of
 from bora_pyro.inference.start import first_state, partition_of
 from bora_pyro.inference.state import draws_tasks
 from bora_pyro.inference.steps import EpochSteps, StepsOfEpoch
@@ -76,7 +78,7 @@ class Loop:
         steps: StepsOfEpoch | None = None,
         **changes: Any,
     ) -> None:
-        self.options = options = with_changes(options or FitOptions(), changes)
+        self.options = options = _with_schedule(guide, with_changes(options or FitOptions(), changes))
         self.model, self.data, self.guide = model, data, guide
         self.device, self.elbo = model.backbone.device, TemperedELBO(options.temperature)
         self.observations = model.likelihood.observations_of(data.train)
@@ -89,9 +91,12 @@ class Loop:
         # one short document: the guide keeps the values of its first run, including the logits
         document = data.train.batches(token_budget=1)[0].to(self.device)
         sums = any(callback.needs_sums for callback in self.callbacks)
-        self.state = first_state(model, guide, document, options, own=own, folder=folder, keep_sums=sums)
         self._steps_of_epoch = steps or self._documents_once
         self.steps_per_epoch = len(self._steps_of_epoch(0))
+        #: The steps that the guide is made of; None if it is not made of them.
+        self.collection = collection = collection_of(guide, options, self.steps_per_epoch)
+        of_state: dict[str, Any] = {"own": own, "folder": folder, "keep_sums": sums, "collection": collection}
+        self.state = first_state(model, guide, document, options, **of_state)
         #: Settings that fix the steps of an epoch. A checkpoint within an epoch is only valid for the same settings.
         self.packing = {name: getattr(options, name) for name in ("token_budget", "accumulate", "seed")}
         self.packing |= {"processes": self.processes.size, "steps_per_epoch": self.steps_per_epoch}
@@ -252,6 +257,8 @@ class Loop:
     def keep_best(self) -> dict[str, float]:
         """Compute the validation perplexity, and keep the state if the perplexity is the lowest so far, including the start.
 
+        With a guide that is made of the steps, the mean of the steps alone counts.
+
         Returns:
             ``validation_perplexity``, the lower one of ``validation_perplexity_last``, of the current state, and
             ``validation_perplexity_averaged``, of the mean of the steps; empty if there are no validation documents.
@@ -263,15 +270,17 @@ class Loop:
         if not self._draw_is_finite():
             raise self._non_finite(f"a draw of the guide gives NaN or inf logits after epoch {self.epoch}: its scales diverge")
         # without validation documents, the last epoch is the best
-        self._keep_if_best(last, averaged=False)
-        if last is None:
-            return {}
-        report = {"validation_perplexity": last, "validation_perplexity_last": last}
-        if self.options.average and self.epoch:
+        if self.collection is None:
+            self._keep_if_best(last, averaged=False)
+        report = {} if last is None else {"validation_perplexity": last, "validation_perplexity_last": last}
+        if self.epoch and (self.collection is not None or (self.options.average and last is not None)):
             with self.state.averaged():
-                if (averaged := self._perplexity()) is not None and math.isfinite(averaged) and self._draw_is_finite():
+                averaged = self._perplexity()
+                if (averaged is None or math.isfinite(averaged)) and self._draw_is_finite():
                     self._keep_if_best(averaged, averaged=True)
-                    report |= {"validation_perplexity": min(last, averaged), "validation_perplexity_averaged": averaged}
+                    if last is not None and averaged is not None:
+                        better = min(last, averaged) if self.collection is None else averaged
+                        report |= {"validation_perplexity": better, "validation_perplexity_averaged": averaged}
         return report
 
     def _keep_if_best(self, perplexity: float | None, *, averaged: bool) -> None:
@@ -282,7 +291,7 @@ class Loop:
                 self.state.keep()
 
     def _draw_is_finite(self) -> bool:
-        if isinstance(self.guide, AutoDelta):
+        if isinstance(self.guide, AutoDelta | FromSteps):
             return True  # the validation uses the guide's centre, which is its only value
         document = self.data.train.batches(token_budget=1, documents=self._documents_by_part(self.data.train)[0])[0]
         if self.partition is not None:
@@ -321,6 +330,11 @@ class Loop:
         self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
         for name in RECORD:
             setattr(self.fitted, name, checkpoint.progress[name])
+
+
+def _with_schedule(guide: AutoGuide, options: FitOptions) -> FitOptions:
+    usual = CONSTANT if isinstance(guide, FromSteps) else COSINE
+    return replace(options, schedule=options.schedule or usual)
 
 
 def usual_callbacks(model: BoRA) -> list[Callback]:

@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from bora_pyro.files.row_file import RowTensor
-from bora_pyro.inference.averaging import weight_sum
+from bora_pyro.inference.averaging import GROUP, weight_sum
+from bora_pyro.inference.spread import BEST, COLUMN, VARIANCE, Collection, extended
+
+
+def copies_of(average: bool, collection: Collection | None) -> int:
+    """How many numbers a fit keeps for each parameter of a task: itself, the best one, two moments, the mean, and the spread."""
+    return 4 + average + (0 if collection is None else 2 * len(collection.groups()))
 
 
 class RowMeans:
@@ -30,25 +36,64 @@ class RowMeans:
         zeros: a row of zeros by name, (1, *shape).
         num_rows: the number of rows.
         folder: folder of memory-mapped files; None: in memory.
+        collection: the steps that count, for a guide that is made of them; None: all steps.
 
     Attributes:
         values: the means by name.
         steps: the step up to which the mean of each row counts, (num_rows,).
+        now: the spread around the means (`spread`), by group and name; empty without a collection.
+        best: the spread that was kept.
     """
 
-    def __init__(self, zeros: Mapping[str, Tensor], num_rows: int, *, folder: Path | None = None) -> None:
-        self.values = {name: RowTensor(zero, num_rows, folder=folder) for name, zero in zeros.items()}
+    def __init__(
+        self,
+        zeros: Mapping[str, Tensor],
+        num_rows: int,
+        *,
+        folder: Path | None = None,
+        collection: Collection | None = None,
+    ) -> None:
+        self.collection = collection
+
+        def stores() -> dict[str, RowTensor]:
+            return {name: RowTensor(zero, num_rows, folder=folder) for name, zero in zeros.items()}
+
+        groups = [] if collection is None else collection.groups()
+        self.values, self.now, self.best = stores(), {group: stores() for group in groups}, {group: stores() for group in groups}
         self.steps = torch.zeros(num_rows, dtype=torch.int64)
 
     def stores(self) -> Iterator[RowTensor]:
         """All tensors with a row for each task."""
-        yield from self.values.values()
+        for group in self.groups().values():
+            yield from group.values()
 
     def extend(self, index: Tensor, rows: Mapping[str, Tensor], steps: int) -> None:
         """Bring the means of the rows ``index`` up to the step ``steps``; since their own step they have had these values."""
-        kept = weight_sum(self.steps[index]) / weight_sum(max(steps, 1))
+        after = 0 if self.collection is None else self.collection.after
+        kept = weight_sum((self.steps[index] - after).clamp(min=0)) / weight_sum(max(steps - after, 1))
         for name, store in self.values.items():
             value = rows[name].detach()
-            weight = (1 - kept).to(value).view(-1, *[1] * (value.dim() - 1))
-            store.write(index, store.read(index).to(value).lerp(value, weight))
+            part = (1 - kept).to(value).view(-1, *[1] * (value.dim() - 1))
+            mean = store.read(index).to(value)
+            if self.now:
+                variances = self.now[VARIANCE][name]
+                variances.write(index, extended(variances.read(index).to(value), value - mean, part))
+            store.write(index, mean.lerp(value, part))
         self.steps[index] = steps
+
+    def take_column(self, index: Tensor, rows: Mapping[str, Tensor], step: int) -> None:
+        """Keep the deviations of the rows ``index`` from their means, which are up to date, as the column that a step gives."""
+        assert self.collection is not None
+        for name, column in self.now[COLUMN.format(self.collection.place(step))].items():
+            value = rows[name].detach()
+            column.write(index, value - self.values[name].read(index).to(value))
+
+    def keep(self) -> None:
+        """Store the current spread as the best one."""
+        for group, stores in self.now.items():
+            for name, store in stores.items():
+                self.best[group][name].copy_from(store)
+
+    def groups(self) -> dict[str, dict[str, RowTensor]]:
+        """The tensors of a checkpoint, by group."""
+        return {GROUP: self.values} | self.now | {f"{BEST}{group}": stores for group, stores in self.best.items()}

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -16,10 +17,13 @@ from bora_pyro.data.batch import Batch, TaskDraw
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
 from bora_pyro.guides.base import begins_at_sites
+from bora_pyro.guides.from_steps import FromSteps
 from bora_pyro.inference.all_tasks import AllTasks
 from bora_pyro.inference.drawn_tasks import DrawnTasks
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, partition_tasks
+from bora_pyro.inference.row_means import copies_of
+from bora_pyro.inference.spread import Collection
 from bora_pyro.inference.state import FitState
 from bora_pyro.inference.task_rows import MANY_TASKS
 from bora_pyro.model import BoRA
@@ -60,6 +64,7 @@ def first_state(
     own: Sequence[Tensor] | None,
     folder: Path | None = None,
     keep_sums: bool = False,
+    collection: Collection | None = None,
 ) -> FitState:
     """Run the guide for the first time, and return the state that updates its parameters.
 
@@ -71,19 +76,23 @@ def first_state(
         own: the tasks of this process, in parts, if steps draw tasks; None: every step updates all tasks.
         folder: folder for files of tensors that do not fit in memory; default: the folder of temporary files.
         keep_sums: keep sums over all tasks up to date, for callbacks that need them.
+        collection: the steps that a guide is made of.
     """
+    if isinstance(guide, FromSteps):
+        guide.begin_fit()
+    kept: dict[str, Any] = {"average": options.average, "own_rate": options.deviation_reach > 0, "collection": collection}
     with torch.no_grad(), poutine.seed(rng_seed=options.seed):
         if own is None:
             guide(document)
-            return AllTasks(model, guide, average=options.average, own_rate=options.deviation_reach > 0)
+            return AllTasks(model, guide, **kept)
         budget = options.task_memory * 2**30
         numbers = sum(start.numel() for start in model.starts.values())
-        all_rows = (20 if options.average else 16) * numbers * model.num_tasks <= budget or begins_at_sites(guide)
+        size = 4 * copies_of(options.average, collection) * numbers * model.num_tasks
+        all_rows = size <= budget or begins_at_sites(guide)
         _set_up(model, guide, document, all_rows=all_rows)
         place = Path(tempfile.gettempdir()) if folder is None else folder
         tasks = torch.cat([*own]).unique()
-        of_fit = {"keep_sums": keep_sums, "average": options.average, "own_rate": options.deviation_reach > 0}
-        return DrawnTasks(model, guide, own=tasks, budget=budget, folder=place, **of_fit)
+        return DrawnTasks(model, guide, own=tasks, budget=budget, folder=place, keep_sums=keep_sums, **kept)
 
 
 def _set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> None:

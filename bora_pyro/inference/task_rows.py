@@ -17,9 +17,9 @@ from bora_pyro.data.batch import Batch, TaskDraw, loaded_tasks
 from bora_pyro.errors import InputError
 from bora_pyro.files.row_file import RowTensor, check_space
 from bora_pyro.guides.base import parameters_of_tasks, task_sites
-from bora_pyro.inference.averaging import GROUP
 from bora_pyro.inference.optimizer import BETAS, DEVIATION_BETAS, EPS, Rates, deviation_parameters, variance
-from bora_pyro.inference.row_means import RowMeans
+from bora_pyro.inference.row_means import RowMeans, copies_of
+from bora_pyro.inference.spread import Collection
 from bora_pyro.model import BoRA, Weights
 
 #: With more tasks than this, a step changes only the tasks of its documents by default.
@@ -44,6 +44,7 @@ class TaskRows:
         keep_sums: keep the sums of the sites' central values over tasks up to date.
         average: keep the mean of each row over the steps.
         own_rate: whether whitened deviations have a learning rate of their own.
+        collection: the steps that a guide is made of.
 
     Raises:
         InputError: the guide has no tensors of single tasks, or the disk of ``folder`` is too full.
@@ -60,11 +61,12 @@ class TaskRows:
         keep_sums: bool = False,
         average: bool = True,
         own_rate: bool = True,
+        collection: Collection | None = None,
     ) -> None:
         self.model, self.guide, self.own, self.budget = model, guide, own, budget
         self.parameters = _task_parameters(model, guide)
         row_bytes = sum(value[0].numel() * value.element_size() for value in self.parameters.values())
-        tasks, stores = model.num_tasks, 5 if average else 4
+        tasks, stores = model.num_tasks, copies_of(average, collection)
         self.mapped = stores * row_bytes * tasks > budget
         place = folder if self.mapped else None
         if self.mapped:
@@ -73,7 +75,7 @@ class TaskRows:
         self.best = {name: RowTensor(value, tasks, folder=place) for name, value in self.parameters.items()}
         zeros = {name: torch.zeros_like(value[:1]) for name, value in self.parameters.items()}
         self.moments = [{name: RowTensor(zero, tasks, folder=place) for name, zero in zeros.items()} for _ in BETAS]
-        self.means = RowMeans(zeros, tasks, folder=place) if average else None
+        self.means = RowMeans(zeros, tasks, folder=place, collection=collection) if average else None
         self.latent_of = deviation_parameters(guide) if own_rate else {}
         #: By latent: the stored moments are multiples of this factor and its square, which change with τ for all rows at once.
         self.units: dict[str, Tensor] = {}
@@ -112,6 +114,15 @@ class TaskRows:
     def step(self, rates: Rates) -> None:
         """Take AdamW's step on the loaded rows that have gradients, and add their new values to their means."""
         self.steps += 1
+        self._step(rates)
+        if self.means is not None and self.means.collection is not None and self.means.collection.takes(self.steps):
+            for index in self.own.split(64):
+                rows = {name: store.read(index).to(self.model.backbone.device) for name, store in self.values.items()}
+                self.means.extend(index, rows, self.steps)
+                self.means.take_column(index, rows, self.steps)
+                self._limit_mapped(5, len(index))
+
+    def _step(self, rates: Rates) -> None:
         names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         if not names:
             return
@@ -208,15 +219,16 @@ class TaskRows:
         self.values, self.means.values = self.means.values, self.values
         self.load(self.loaded)
 
-    def _limit_mapped(self, accesses: int) -> None:
+    def _limit_mapped(self, accesses: int, rows_accessed: int | None = None) -> None:
         """Count the bytes of mapped files that were read or written, and free their memory when they exceed the budget.
 
         Args:
-            accesses: how often the loaded rows were read or written.
+            accesses: how often the rows were read or written.
+            rows_accessed: the number of rows; default: that of the loaded ones.
         """
         if not self.mapped:
             return
-        rows = sum(value.row_bytes for value in self.values.values()) * len(self.loaded)
+        rows = sum(value.row_bytes for value in self.values.values()) * (rows_accessed or len(self.loaded))
         self._bytes_mapped += accesses * rows
         if self._bytes_mapped > self.budget:
             for store in self._stores():
@@ -275,6 +287,8 @@ class TaskRows:
         """Store the current values as the best ones."""
         for name, store in self.best.items():
             store.copy_from(self.values[name])
+        if self.means is not None:
+            self.means.keep()
 
     def restore(self) -> None:
         """Restore the best values."""
@@ -291,7 +305,7 @@ class TaskRows:
     def tensors(self) -> dict[str, dict[str, RowTensor]]:
         """The rows by group and name, for a checkpoint; a checkpoint also needs ``counts`` and ``units``."""
         rows = {"parameters": self.values, "best": self.best, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
-        return rows | ({} if self.means is None else {GROUP: self.means.values})
+        return rows | ({} if self.means is None else self.means.groups())
 
     def counts(self) -> dict[str, Tensor]:
         """The numbers of steps of each task of this process; 0 for the tasks of other processes."""

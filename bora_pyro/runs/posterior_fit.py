@@ -19,10 +19,13 @@ from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.errors import InputError
 from bora_pyro.files.slugs import adapter_folders
 from bora_pyro.guides import GUIDES, guide_options, make_parameters
+from bora_pyro.guides.from_steps import FromSteps
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
+from bora_pyro.inference.spread import check_average
 from bora_pyro.options.field import part_of
+from bora_pyro.predict.held_out import settle
 from bora_pyro.predict.mixture import predictive
 from bora_pyro.predict.posterior import Posterior
 from bora_pyro.runs.checks import stored_result
@@ -62,7 +65,7 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
 
     Returns:
         The content of ``metrics.json``: the numbers of a fit at the posterior's mean, and ``mixture``, with the calibration of
-        both.
+        both; and ``chosen``, what the validation documents chose of the guide.
 
     Raises:
         InputError: something in the configuration, the run or its data cannot be used, in which case nothing is written; or a
@@ -111,8 +114,9 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
         with start_tracking(config.trackers, folder, written, resume=bool(config.resume), quiet=quiet) as tracking:
             fitted = _fit(run, guide, folder, options, checkpoints, tracking, quiet=quiet)
             _note_where_nothing_was_better(config, run, fitted, quiet=quiet)
+            chosen = settle(fitted, run.data.validation, draws=config.draws, seed=config.seed)
             own = Run(folder, run.config.base_model, guide=config.guide, quiet=quiet)
-            return own.save(fitted, run.data, lambda: _metrics(config, run, fitted), tracking=tracking)
+            return own.save(fitted, run.data, lambda: _metrics(config, run, fitted, chosen), tracking=tracking)
 
 
 def _options(config: PosteriorFitConfig, run: SavedRun, standing: Standing) -> FitOptions:
@@ -124,12 +128,19 @@ def _options(config: PosteriorFitConfig, run: SavedRun, standing: Standing) -> F
 
 
 def _note_where_nothing_was_better(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, *, quiet: bool) -> None:
-    if not fitted.history or fitted.best_epoch:
+    rate = f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g})"
+    best, of_map = fitted.validation_perplexity, run.fitted.validation_perplexity
+    if fitted.history and not fitted.best_epoch:
+        run.data.notes.append(
+            "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted; "
+            f"{rate} or --scale"
+        )
+    elif isinstance(fitted.guide, FromSteps) and best is not None and of_map is not None and best > of_map:
+        run.data.notes.append(
+            f"the mean of the steps has a higher validation perplexity than the MAP ({best:.2f} against {of_map:.2f}); {rate}"
+        )
+    else:
         return
-    run.data.notes.append(
-        "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted; "
-        f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g}) or --scale"
-    )
     if not quiet:
         print(f"note: {run.data.notes[-1]}", file=sys.stderr)
 
@@ -170,6 +181,7 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
         sites = sampled_tau(model, config.tau, run.fitted)
     options = guide_options(config.guide, config.guide_option or ())
     guide = GUIDES[config.guide](model, sites, data=run.data, scale=scale, temperature=config.temperature, **options)
+    check_average(guide, part_of(config, FitOptions))
     make_parameters(guide, model)
     return guide
 
@@ -209,7 +221,7 @@ def _fit(
     )
 
 
-def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted) -> dict[str, Any]:
+def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, chosen: dict[str, Any]) -> dict[str, Any]:
     metrics = metrics_of(fitted, run.data, tau=run.config.tau, learning_rate=config.learning_rate, seed=run.config.seed)
     metrics |= {
         "guide": config.guide,
@@ -218,6 +230,7 @@ def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted) -> dict[
         "predict": config.predict,
         "map_test_perplexity": run.metrics["test_perplexity"],
         "map_validation_perplexity": run.metrics.get("validation_perplexity"),
+        **({"chosen": chosen} if chosen else {}),
     }
     if config.tau != FIXED:
         metrics |= {"tau": fitted.tau(), "tau_by_group": fitted.tau_by_group()}

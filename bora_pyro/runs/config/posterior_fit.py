@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.guides import CURVATURE, GUIDES, guide_options
+from bora_pyro.guides import AROUND_MAP, GUIDES, guide_options
 from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import by_heading, changed, option
@@ -115,5 +115,5 @@ class PosteriorFitConfig(RunOptions, FitOptions):
         for group in (FitOptions, RunOptions):
             group.validate(self)
         check_device(self.device)
-        if self.tau != FIXED and self.guide in CURVATURE:
+        if self.tau != FIXED and self.guide in AROUND_MAP:
             raise InputError(f"guide {self.guide} needs a fixed tau; give --tau fixed, or --guide normal")

@@ -1,0 +1,62 @@
+"""Let held-out documents choose what a guide leaves open after its fit, such as the scale of its draws.
+
+>>> import bora_pyro as bp
+>>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+>>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+>>> data, model = bp.load_tasks(bp.table(table), backbone.tokenizer), bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1))
+>>> fitted = bp.fit(model, data, guide=bp.normal_guide(model), epochs=2)
+>>> settle(fitted, data.validation, draws=2)
+{}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.guides.held_out import Settles
+from bora_pyro.inference.fitted import Fitted
+from bora_pyro.predict.posterior import Posterior
+
+
+class HeldOutMixture:
+    """The documents of a split under the mixture of a guide's draws (:class:`~bora_pyro.guides.held_out.HeldOut`).
+
+    Args:
+        fitted: a fitted model whose guide has a spread.
+        split: the documents.
+        draws: number of draws of the mixture.
+        seed: seed of the draws.
+    """
+
+    def __init__(self, fitted: Fitted, split: TokenSplit, *, draws: int = 8, seed: int = 0) -> None:
+        self._posterior, self._split, self._draws = Posterior(fitted, seed=seed), split, draws
+        self.documents = torch.tensor(split.documents_per_task)
+        self.tokens = torch.zeros(split.num_tasks, dtype=torch.int64).index_add(0, split.task, split.predicted)
+
+    def nll(self) -> Tensor:
+        """−log-probability of the documents of each task under the mixture, token by token: (D,) float64."""
+        found = self._posterior.score(self._split, draws=self._draws)
+        return torch.zeros(len(self.tokens), dtype=torch.float64).index_add(0, found.task, -found.log_prob.double())
+
+
+def settle(fitted: Fitted, split: TokenSplit, *, draws: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Let the documents of a split choose what the guide of a fit leaves open. A guide that leaves nothing open stays as it is.
+
+    Args:
+        fitted: the fit, whose guide is changed.
+        split: documents that the fit was not trained on, usually the validation documents.
+        draws: number of draws of the mixture that predicts them.
+        seed: seed of the draws.
+
+    Returns:
+        What was chosen, JSON-able; empty if there was nothing to choose.
+
+    Raises:
+        InputError: the guide needs held-out documents, and there are none.
+    """
+    guide = fitted.guide
+    return guide.settle(HeldOutMixture(fitted, split, draws=draws, seed=seed)) if isinstance(guide, Settles) else {}
