@@ -71,5 +71,5 @@ def main(what, folder):
             result = {"objective": [r["objective"] for r in reports], "steps": epochs * own.steps_per_epoch, "norms": norms}
             result["tau"] = own.fitted.tau_by_group() if not team.rank else None
             if not team.rank:
-                torch.save(own.fitted.sites(), folder / "sites.pt")
+                torch.save(own.fitted.sites() | own.guide.state_dict(), folder / "sites.pt")
     (folder / f"rank{team.rank}.json").write_text(json.dumps(result))

@@ -1,7 +1,7 @@
 """How the posterior is approximated: guides for the model. Each one can start from the result of an earlier fit.
 
     >>> sorted(GUIDES)
-    ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal']
+    ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'swag']
 
 A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
 may give.
@@ -17,6 +17,7 @@ from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide, laplace_kr
 from bora_pyro.guides.low_rank import LowRankGuide, LowRankNormal, low_rank_guide
 from bora_pyro.guides.map import map_guide
 from bora_pyro.guides.normal import NormalGuide, normal_guide
+from bora_pyro.guides.swag import SwagGuide, swag_guide
 from bora_pyro.options.members import read_options
 
 #: Guides by the name that a configuration gives them.
@@ -27,10 +28,11 @@ GUIDES: dict[str, GuideBuilder] = {
     "laplace": laplace_guide,
     "laplace_kronecker": laplace_kronecker_guide,
     "auto_normal": auto_normal_guide,
+    "swag": swag_guide,
 }
 
 #: Guides that are made around a MAP estimate, from the curvature there or from steps. The others are fitted by an ELBO.
-AROUND_MAP = frozenset({"laplace", "laplace_kronecker"})
+AROUND_MAP = frozenset({"laplace", "laplace_kronecker", "swag"})
 
 
 def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
@@ -51,6 +53,6 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 __all__ = [
     "AROUND_MAP", "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal",
-    "NormalGuide", "SiteGuide", "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start",
-    "laplace_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "normal_guide",
+    "NormalGuide", "SiteGuide", "SwagGuide", "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start",
+    "laplace_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "normal_guide", "swag_guide",
 ]  # fmt: skip

@@ -4,9 +4,9 @@
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
 >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
 >>> data, model = bp.load_tasks(bp.table(table), backbone.tokenizer), bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1))
->>> fitted = bp.fit(model, data, guide=bp.normal_guide(model), epochs=2)
+>>> fitted = bp.fit(model, data, guide=bp.swag_guide(model, scales="0.5,1"), epochs=2)
 >>> settle(fitted, data.validation, draws=2)
-{}
+{'scale': ..., 'scales': {'0.5': ..., '1.0': ...}}
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ class HeldOutMixture:
         fitted: a fitted model whose guide has a spread.
         split: the documents.
         draws: number of draws of the mixture.
+        linearised: how the draws predict, as for `Posterior.predict`.
         seed: seed of the draws.
     """
 
-    def __init__(self, fitted: Fitted, split: TokenSplit, *, draws: int = 8, seed: int = 0) -> None:
-        self._posterior, self._split, self._draws = Posterior(fitted, seed=seed), split, draws
+    def __init__(self, fitted: Fitted, split: TokenSplit, *, draws: int = 8, linearised: bool = False, seed: int = 0) -> None:
+        self._posterior, self._split = Posterior(fitted, seed=seed), split
+        self._prediction: dict[str, Any] = {"draws": draws, "linearised": linearised}
         self.documents = torch.tensor(split.documents_per_task)
         self.tokens = torch.zeros(split.num_tasks, dtype=torch.int64).index_add(0, split.task, split.predicted)
 
     def nll(self) -> Tensor:
         """−log-probability of the documents of each task under the mixture, token by token: (D,) float64."""
-        found = self._posterior.score(self._split, draws=self._draws)
+        found = self._posterior.score(self._split, **self._prediction)
         return torch.zeros(len(self.tokens), dtype=torch.float64).index_add(0, found.task, -found.log_prob.double())
 
 
-def settle(fitted: Fitted, split: TokenSplit, *, draws: int = 8, seed: int = 0) -> dict[str, Any]:
+def settle(fitted: Fitted, split: TokenSplit, **mixture: Any) -> dict[str, Any]:
     """Let the documents of a split choose what the guide of a fit leaves open. A guide that leaves nothing open stays as it is.
 
     Args:
         fitted: the fit, whose guide is changed.
         split: documents that the fit was not trained on, usually the validation documents.
-        draws: number of draws of the mixture that predicts them.
-        seed: seed of the draws.
+        mixture: ``draws``, ``linearised`` and ``seed`` of the mixture that predicts them, as for `HeldOutMixture`.
 
     Returns:
         What was chosen, JSON-able; empty if there was nothing to choose.
@@ -58,5 +59,4 @@ def settle(fitted: Fitted, split: TokenSplit, *, draws: int = 8, seed: int = 0) 
     Raises:
         InputError: the guide needs held-out documents, and there are none.
     """
-    guide = fitted.guide
-    return guide.settle(HeldOutMixture(fitted, split, draws=draws, seed=seed)) if isinstance(guide, Settles) else {}
+    return fitted.guide.settle(HeldOutMixture(fitted, split, **mixture)) if isinstance(fitted.guide, Settles) else {}

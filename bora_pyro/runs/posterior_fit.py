@@ -114,7 +114,8 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
         with start_tracking(config.trackers, folder, written, resume=bool(config.resume), quiet=quiet) as tracking:
             fitted = _fit(run, guide, folder, options, checkpoints, tracking, quiet=quiet)
             _note_where_nothing_was_better(config, run, fitted, quiet=quiet)
-            chosen = settle(fitted, run.data.validation, draws=config.draws, seed=config.seed)
+            mixture = {"draws": config.draws, "linearised": config.predict == "linearised", "seed": config.seed}
+            chosen = settle(fitted, run.data.validation, **mixture)
             own = Run(folder, run.config.base_model, guide=config.guide, quiet=quiet)
             return own.save(fitted, run.data, lambda: _metrics(config, run, fitted, chosen), tracking=tracking)
 

@@ -9,11 +9,13 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
 - ``map_longer``: the point estimate, fitted for as many more epochs as the guides. It shows what longer training alone gains.
 - ``ensemble``: four MAP fits from different starts, with averaged probabilities (deep ensembles, Lakshminarayanan et al., 2017).
 - ``normal``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its weight.
+- ``swag``: the mean and the spread of the steps of a fit with a constant rate; the validation split chooses the scale.
 - ``laplace``, ``laplace_kronecker``: guides from the curvature, without a fit; in ``..._tempered`` the curvature is divided by a
   temperature that the validation split chooses.
 
 The first seed chooses learning rates and temperatures on the validation split. The perplexity of the posterior's mean chooses a
 learning rate, in a search that climbs from the middle of the grid. The perplexity of the mixture chooses Laplace's temperature.
+What a guide itself leaves to the validation split, such as the scale of ``swag``, is chosen anew for each seed.
 The other seeds use these choices. The test split is only reported. Each run has two rows: the prediction of the posterior's
 mean, and that of the mixture of draws. ``few`` columns are about the third of the tasks with the fewest training documents. Rows
 that the output already has are not computed again.
@@ -45,13 +47,14 @@ from scipy import stats
 from bora_pyro.data import ByRecord
 from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.guides import GUIDES
+from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.model import Weights
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option, part_of
+from bora_pyro.predict.held_out import settle
 from bora_pyro.predict.mixture import Draws, predictive
 from bora_pyro.predict.posterior import Posterior
 from bora_pyro.runs.build import build_run
@@ -65,6 +68,8 @@ MEMBERS = 4
 RATES = (0.001, 0.003, 0.01, 0.03)
 MIDDLE = 0.01
 TEMPERATURES = (1.0, 1e-3, 1e-6)
+#: The guides that are computed at the MAP, without a fit.
+COMPUTED = ("laplace", "laplace_kronecker")
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ class Arm:
 
     @property
     def fitted(self) -> bool:
-        """Whether the guide is fitted; otherwise it comes from the curvature."""
-        return not self.guide.startswith("laplace")
+        """Whether the guide is fitted; otherwise it is computed at the MAP."""
+        return self.guide not in COMPUTED
 
 
 ARMS = {
@@ -92,6 +97,7 @@ ARMS = {
     "normal": Arm("normal"),
     "normal_tempered": Arm("normal", temperature=0.3),
     "low_rank": Arm("low_rank"),
+    "swag": Arm("swag"),
     "laplace": Arm("laplace"),
     "laplace_tempered": Arm("laplace", temperature=None),
     "laplace_kronecker": Arm("laplace_kronecker"),
@@ -170,7 +176,7 @@ class Comparison:
                 self.fill(arm, run, seed, ARMS[arm].temperature, rate, partial(self.variational, ARMS[arm], run, seed, rate))
         else:
             for temperature in self.temperatures(arm, seed):
-                self.fill(arm, run, seed, temperature, None, partial(self.laplace, ARMS[arm], run, temperature))
+                self.fill(arm, run, seed, temperature, None, partial(self.computed, ARMS[arm], run, seed, temperature))
 
     def rates(self, arm: str, seed: int) -> Iterator[float]:
         """The learning rates to run: the first seed climbs from the middle of the grid, the others use its choice."""
@@ -269,13 +275,21 @@ class Comparison:
         options |= {"temperature": arm.temperature}
         options["callbacks"] = []  # the posteriors have the τ that the fit has learned
         fitted = fit(run.fitted.model, run.data, part_of(run.config, FitOptions), guide=guide, **options)
-        return fitted, None, fitted.seconds
+        return fitted, None, fitted.seconds + self.settle(fitted, run, seed)
 
-    def laplace(self, arm: Arm, run: SavedRun, temperature: float) -> tuple[Fitted, None, float]:
-        """Make a Laplace guide from the curvature at the MAP."""
+    def computed(self, arm: Arm, run: SavedRun, seed: int, temperature: float) -> tuple[Fitted, None, float]:
+        """Make a guide at the MAP that needs no fit."""
         start = time.perf_counter()
         guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, temperature=temperature)
-        return Fitted(run.fitted.model, guide, run.data.tasks), None, time.perf_counter() - start
+        make_parameters(guide, run.fitted.model)
+        fitted, seconds = Fitted(run.fitted.model, guide, run.data.tasks), time.perf_counter() - start
+        return fitted, None, seconds + self.settle(fitted, run, seed)
+
+    def settle(self, fitted: Fitted, run: SavedRun, seed: int) -> float:
+        """Let the validation documents choose what the guide leaves open, and return the seconds."""
+        start = time.perf_counter()
+        settle(fitted, run.data.validation, draws=self.config.draws, seed=seed)
+        return time.perf_counter() - start
 
     def ensemble(self, run: SavedRun, seed: int) -> tuple[Fitted, Draws, float]:
         """Fit three more MAP estimates on the same split, with other starts and orders of the documents."""

@@ -42,9 +42,8 @@ def command(folder, words):
     return group(folder, 2, run_script, "map_fit.py", words)
 
 
-@pytest.mark.parametrize("prior", PRIORS)
-def test_two_processes_take_the_steps_of_one(prior, tmp_path):
-    guide = "map"
+@pytest.mark.parametrize(("prior", "guide"), [*((prior, "map") for prior in PRIORS), ("normal", "swag")])
+def test_two_processes_take_the_steps_of_one(prior, guide, tmp_path):
     first, second = started(f"{prior} {guide}", tmp_path)
     parts = partition_tasks(tiny_data(COUNTS).train.tokens_per_task, 2)
     assert len(parts[0]) != len(parts[1])
@@ -56,8 +55,12 @@ def test_two_processes_take_the_steps_of_one(prior, tmp_path):
     assert first["objective"] == pytest.approx([report["objective"] for report in reports], rel=1e-5)
     assert first["norms"] == second["norms"] == pytest.approx(norms, rel=1e-4)
     sites = torch.load(tmp_path / "sites.pt")
-    for name, value in one.fitted.sites().items():
+    for name, value in (one.fitted.sites() | one.guide.state_dict()).items():
         torch.testing.assert_close(sites[name], value, rtol=1e-5, atol=1e-5)
+    if guide == "swag":
+        of_tasks = one.guide.get_buffer("column3/theta/q_proj/lora_A_decentered")
+        with_documents = [value for value, count in zip(of_tasks, COUNTS, strict=True) if count]
+        assert all(value.abs().max() > 1e-3 for value in with_documents)  # the columns of both processes came together
     assert first["tau"] == pytest.approx(one.fitted.tau_by_group(), rel=1e-5)
 
 

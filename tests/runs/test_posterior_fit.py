@@ -45,7 +45,24 @@ def test_a_posterior_comes_back_from_its_folder(tmp_path, map_run, guide):
     assert run.folder.read_split() == start.folder.read_split()
     assert json.loads((tmp_path / "posterior" / "metrics.json").read_text())["guide"] == guide
     moved = (run.fitted.weights()[0]["fc2.lora_B"] - start.fitted.weights()[0]["fc2.lora_B"]).abs().max()
-    assert (moved == 0) == guide.startswith("laplace")
+    assert (moved == 0) == (not [*run.fitted.guide.parameters()])
+
+
+def test_a_swag_posterior_tells_what_the_validation_documents_chose(tmp_path, map_run, monkeypatch):
+    options = {"guide": "swag", "guide_option": ["scales=0.5,2", "columns=2"], "token_budget": 64}
+    metrics = posterior_fit(map_run, tmp_path / "posterior", learning_rate=1e-3, **options)
+    losses = metrics["chosen"]["scales"]
+    assert metrics["chosen"]["scale"] == pytest.approx(float(min(losses, key=losses.get)))
+    assert metrics["averaged"]
+    guide = load_run(tmp_path / "posterior").fitted.guide
+    assert (float(guide.scale), int(guide.filled)) == (metrics["chosen"]["scale"], 2)
+    assert not any("higher validation perplexity" in note for note in metrics["notes"])
+    loop = sys.modules["bora_pyro.inference.fit"].Loop  # the package's own name `fit` is the function
+    monkeypatch.setattr(loop, "_perplexity", lambda self: 1e4)
+    metrics = posterior_fit(map_run, tmp_path / "far", learning_rate=1.0, **options)
+    assert metrics["best_epoch"] == 1
+    [note] = [note for note in metrics["notes"] if "the mean of the steps has a higher validation perplexity" in note]
+    assert note.endswith("use a smaller --learning_rate (now 1; try 0.3)")
 
 
 def test_the_option_of_a_guide_comes_back_from_its_folder(tmp_path, map_run):
@@ -148,6 +165,8 @@ BAD = {
         "tau is 'half_cauch'; allowed: fixed, half_cauchy, gamma; did you mean 'half_cauchy'?",
     ),
     "tau of laplace": (["{run}", "--tau", "gamma", "--guide", "laplace"], "guide laplace needs a fixed tau*"),
+    "tau of swag": (["{run}", "--tau", "gamma", "--guide", "swag"], "guide swag needs a fixed tau*"),
+    "no average": (["{run}", "--guide", "swag", "--average", "false"], "average is false, but SwagGuide is*; leave it out"),
     "onto itself": (["{run}", "--output_dir", "{run}"], "output_dir {run} is the run itself*"),
 }
 

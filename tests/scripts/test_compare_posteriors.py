@@ -18,13 +18,13 @@ def main():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, main):
-    """Options of a comparison of four arms on two seeds, once it has run."""
+    """Options of a comparison of some arms on two seeds, once it has run."""
     folder = tmp_path_factory.mktemp("posteriors")
     options = {name: value for name, value in quick_fit(folder).items() if name != "threads"}
     (folder / "fit.yaml").write_text(yaml.safe_dump(options | {"targets": ["v_proj", "fc2"]}))
     words = line({"fit_config": folder / "fit.yaml", "seeds": 2, "epochs": 1, "draws": 2, "map_learning_rate": 0.03})
     words += line({"runs_dir": folder / "runs", "output": folder / "table.csv"})
-    words += ["--arms", "map", "normal", "laplace_tempered", "ensemble"]
+    words += ["--arms", "map", "normal", "swag", "laplace_tempered", "ensemble"]
     assert main(words) == 0
     return words, folder / "table.csv"
 
@@ -48,6 +48,10 @@ def test_the_table_hangs_together(finished):
             [table[(table.arm == "map") & (table.seed == seed)].test_nll.item()] * len(centre)
         )
     assert table[table.arm == "normal"].state.eq(2).all()
+    # the mean, the variance and five columns, and two numbers
+    assert table[table.arm == "swag"].state.between(7, 7.01).all()
+    assert table[table.arm == "swag"].best_epoch.eq(1).all()
+    assert set(table[(table.arm == "swag") & (table.seed == 0)].prediction) == {"mean", "mixture"}
     assert sorted(table.prediction[table.arm == "ensemble"]) == ["mixture", "mixture"]
 
 

@@ -103,7 +103,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert gold.main([word for name, value in options.items() for word in (f"--{name}", *str(value).split())]) == 0
     assert "NUTS: r-hat at most" in capsys.readouterr().out
     table, summary = pd.read_csv(tmp_path / "g.csv"), pd.read_csv(tmp_path / "s.csv").set_index("guide")
-    guides = [name for name in gold.GUIDES if name != "map"]
+    guides = gold.COMPARED
     assert list(summary.index) == ["truth", "base", "nuts", "map", *guides]
     assert table["guide"].value_counts().to_dict() == dict.fromkeys(guides, 4 * (1 + 2 + 2))
     assert summary.loc[guides, ["mean", "theta_2", "error_5", "log_density"]].notna().all(axis=None)
