@@ -1,7 +1,7 @@
 """How the posterior is approximated: guides for the model. Each one can start from the result of an earlier fit.
 
     >>> sorted(GUIDES)
-    ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'swag']
+    ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'structured', 'swag']
 
 A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
 may give.
@@ -17,6 +17,7 @@ from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide, laplace_kr
 from bora_pyro.guides.low_rank import LowRankGuide, LowRankNormal, low_rank_guide
 from bora_pyro.guides.map import map_guide
 from bora_pyro.guides.normal import NormalGuide, normal_guide
+from bora_pyro.guides.structured import StructuredNormalGuide, structured_guide
 from bora_pyro.guides.swag import SwagGuide, swag_guide
 from bora_pyro.options.members import read_options
 
@@ -24,6 +25,7 @@ from bora_pyro.options.members import read_options
 GUIDES: dict[str, GuideBuilder] = {
     "map": map_guide,
     "normal": normal_guide,
+    "structured": structured_guide,
     "low_rank": low_rank_guide,
     "laplace": laplace_guide,
     "laplace_kronecker": laplace_kronecker_guide,
@@ -53,6 +55,7 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 __all__ = [
     "AROUND_MAP", "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal",
-    "NormalGuide", "SiteGuide", "SwagGuide", "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start",
-    "laplace_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "normal_guide", "swag_guide",
+    "NormalGuide", "SiteGuide", "StructuredNormalGuide", "SwagGuide", "auto_normal_guide", "guide_options", "init_to_sites",
+    "init_to_start", "laplace_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide",
+    "normal_guide", "structured_guide", "swag_guide",
 ]  # fmt: skip

@@ -148,12 +148,12 @@ def _init_to_given(site: dict[str, Any], sites: dict[str, Tensor]) -> Tensor:
 
 
 class SiteGuide(AutoGuide):
-    """A mean-field guide: one distribution per sample site, independent of the other sites.
+    """A guide with one distribution per sample site. It is mean field, unless a subclass makes a site depend on earlier ones.
 
     At a site with real support the guide samples the site itself, so that ``TraceMeanField_ELBO`` computes the KL divergence
     exactly. (Pyro's own ``AutoNormal`` samples an auxiliary site, and a point mass at the site.) At a site with another support
     the guide transforms a distribution on the real line; a positive number is then log-Normal. A subclass defines the initial
-    tensors of a site (``begin``) and the distribution with these tensors (``unconstrained``).
+    tensors of a site (``begin``) and the distribution with these tensors (``unconstrained``, or ``given`` earlier sites).
 
     Args:
         model: the BoRA model, or any other Pyro model.
@@ -212,18 +212,33 @@ class SiteGuide(AutoGuide):
         """Draw every site. The arguments are the model's; the first call runs the model with them."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        plates, values = self._create_plates(*args, **kwargs), {}
+        plates, values = self._create_plates(*args, **kwargs), dict[str, Tensor]()
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])
-                values[name] = pyro.sample(name, self._posterior(name, site["fn"]))
+                values[name] = pyro.sample(name, self._posterior(name, site["fn"], values, plates))
         return values
 
-    def _posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:
+    def given(
+        self, name: str, event_dim: int, values: Mapping[str, Tensor], plates: Mapping[str, pyro.plate]
+    ) -> dist.TorchDistribution:
+        """The distribution of a real site given the sites before it; in a mean-field guide it does not depend on them.
+
+        Args:
+            name: the site.
+            event_dim: number of event dimensions.
+            values: the sites that have been drawn so far.
+            plates: the plates by name.
+        """
+        return self.unconstrained(name, event_dim)
+
+    def _posterior(
+        self, name: str, prior: dist.TorchDistribution, values: Mapping[str, Tensor], plates: Mapping[str, pyro.plate]
+    ) -> dist.TorchDistribution:
         transform = biject_to(prior.support)
         if is_real(prior.support):
-            return self.unconstrained(name, prior.event_dim)
+            return self.given(name, prior.event_dim, values, plates)
         base = self.unconstrained(name, transform.domain.event_dim)
         transformed = dist.TransformedDistribution(base, [transform])
         return transformed.to_event(prior.event_dim - transformed.event_dim)

@@ -43,7 +43,7 @@ from torch import Tensor
 from bora_pyro import BoRA, HierarchicalNormal, InputError
 from bora_pyro.backbone.layer_tensors import LayerTensors
 from bora_pyro.data.batch import Batch, TaskDraw
-from bora_pyro.guides import LaplaceGuide, auto_normal_guide, low_rank_guide, normal_guide
+from bora_pyro.guides import LaplaceGuide, auto_normal_guide, low_rank_guide, normal_guide, structured_guide
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.model import Weights
 from bora_pyro.options.command_line import parse_config, run_script
@@ -56,11 +56,11 @@ BINS = 20
 KNOWN = "known"
 #: Guides by case. All except ``exact`` are guides of ``bora_pyro.guides``.
 CASES = {
-    KNOWN: ("laplace", "normal", "low_rank", "auto_normal"),
-    **{hyperprior: ("exact", "normal", "low_rank", "auto_normal") for hyperprior in HYPERPRIORS},
+    KNOWN: ("laplace", "normal", "structured", "low_rank", "auto_normal"),
+    **{hyperprior: ("exact", "normal", "structured", "low_rank", "auto_normal") for hyperprior in HYPERPRIORS},
 }
 BUILDERS: dict[str, Callable[..., AutoGuide]] = {
-    "normal": normal_guide, "low_rank": low_rank_guide, "auto_normal": auto_normal_guide,
+    "normal": normal_guide, "structured": structured_guide, "low_rank": low_rank_guide, "auto_normal": auto_normal_guide,
 }  # fmt: skip
 
 

@@ -15,7 +15,16 @@ from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora
 
 PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(tau=100, form="centered"), Independent(), Pooled()]
 #: Parameters of each guide, in units of the sites: a location, a scale, and the two columns of a low-rank factor.
-TENSORS = {"map": 1, "normal": 2, "low_rank": 4, "laplace": 0, "laplace_kronecker": 0, "auto_normal": 2, "swag": 1}
+TENSORS = {
+    "map": 1,
+    "normal": 2,
+    "structured": 2,
+    "low_rank": 4,
+    "laplace": 0,
+    "laplace_kronecker": 0,
+    "auto_normal": 2,
+    "swag": 1,
+}
 #: Guides that are made without a fit.
 UNFITTED = [name for name, tensors in TENSORS.items() if not tensors]
 EVERY_PRIOR = pytest.mark.parametrize("prior", PRIORS, ids=repr)
