@@ -43,6 +43,7 @@ from torch import Tensor
 from bora_pyro import BoRA, HierarchicalNormal, InputError
 from bora_pyro.backbone.layer_tensors import LayerTensors
 from bora_pyro.data.batch import Batch, TaskDraw
+from bora_pyro.errors import nearest
 from bora_pyro.guides import LaplaceGuide, auto_normal_guide, low_rank_guide, normal_guide, structured_guide
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.model import Weights
@@ -59,6 +60,7 @@ CASES = {
     KNOWN: ("laplace", "normal", "structured", "low_rank", "auto_normal"),
     **{hyperprior: ("exact", "normal", "structured", "low_rank", "auto_normal") for hyperprior in HYPERPRIORS},
 }
+GUIDES = tuple(dict.fromkeys(name for names in CASES.values() for name in names))
 BUILDERS: dict[str, Callable[..., AutoGuide]] = {
     "normal": normal_guide, "structured": structured_guide, "low_rank": low_rank_guide, "auto_normal": auto_normal_guide,
 }  # fmt: skip
@@ -68,6 +70,7 @@ BUILDERS: dict[str, Callable[..., AutoGuide]] = {
 class CalibrationConfig:
     """Count the ranks of true values among draws of guides, on linear-Gaussian hierarchies."""
 
+    guides: list[str] = option([*GUIDES], f"which guides (default: {' '.join(GUIDES)})")
     simulations: int = option(500, "simulated hierarchies of each case")
     draws: int = option(99, "draws of a guide: 19, 39, 59, ..., so that all bins have the same number of ranks")
     steps: int = option(1000, "steps of each fit")
@@ -80,12 +83,15 @@ class CalibrationConfig:
 
     def validate(self) -> None:
         """Check the values."""
+        for name in self.guides:
+            if name not in GUIDES:
+                raise InputError(f"guide {name!r} is not known here; known: {', '.join(GUIDES)}{nearest(name, GUIDES)}")
         for name, least in (("simulations", 1), ("steps", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; give a whole number from {least} up")
         if self.draws < BINS - 1 or (self.draws + 1) % BINS:
-            nearest = max(1, round((self.draws + 1) / BINS)) * BINS - 1
-            raise InputError(f"draws is {self.draws}; give one less than a multiple of {BINS}, nearest: {nearest}")
+            best = max(1, round((self.draws + 1) / BINS)) * BINS - 1
+            raise InputError(f"draws is {self.draws}; give one less than a multiple of {BINS}, nearest: {best}")
         for name in ("noise", "tau"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}; give a finite number above 0")
@@ -270,7 +276,7 @@ def run(config: CalibrationConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run every guide in every case. Returns the table of histograms and the table of p-values and coverage."""
     histograms, rows = [], []
     for case, names in CASES.items():
-        for name in names:
+        for name in [name for name in names if name in config.guides]:
             for quantity, rank in ranks(config, case, name).items():
                 of = {"case": case, "guide": name, "quantity": quantity}
                 histograms += [of | {"bin": n, "count": count} for n, count in enumerate(histogram(rank, config.draws).tolist())]

@@ -185,3 +185,8 @@ def dist_interval(n, p, level=0.95):
     """The central interval of a Binomial, from its probabilities."""
     cumulative = np.cumsum([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
     return tuple(int(np.searchsorted(cumulative, bound)) for bound in ((1 - level) / 2, (1 + level) / 2))
+
+
+def test_an_unknown_guide(capsys):
+    assert sbc.main(["--guides", "structure"]) == 2
+    assert "error: guide 'structure' is not known here; known: laplace, normal, structured" in capsys.readouterr().err
