@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bases import peft_model
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bora_pyro.backbone.backbone import BUILTIN_BASES, Backbone
 from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.exchange.peft_model import peft_model
 
 
 def nano_tokenizer() -> PreTrainedTokenizerBase:

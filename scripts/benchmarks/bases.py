@@ -1,23 +1,18 @@
-"""Shared by the benchmarks: bases of every size, the step of our fit, PEFT's model on the same layers, and the timing of both.
+"""Shared by the benchmarks: bases of every size, the step of our fit, and the timing of steps.
 
 >>> backbone = load_base("random:tiny")
 >>> [(slot.name, slot.layers) for slot in backbone.slots]
 [('v_proj', 2), ('q_proj', 2)]
->>> peft_model(backbone, rank=2).num_parameters(only_trainable=True)
-512
 
 This module needs the extra ``peft``.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +24,6 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bora_pyro.adapters import LoRA
-from bora_pyro.backbone.attention import NAME as SHORT_SDPA
 from bora_pyro.backbone.backbone import BUILTIN_BASES, Backbone
 from bora_pyro.data.batch import Batch
 from bora_pyro.data.tasks import TaskData
@@ -145,44 +139,6 @@ def bora_loop(
 def loop_step(loop: Loop, batch: Batch) -> float:
     """Do the loop's work for one batch, without its work at the end of an epoch, and return the loss."""
     return float(loop.step([batch], LEARNING_RATE, 0)[0])
-
-
-def peft_model(backbone: Backbone, *, rank: int, seed: int = 0, adapters: Sequence[str] = ("default",)) -> Any:
-    """Make a PEFT LoRA model on the backbone's layers. It shares the backbone's weights, but has modules of its own.
-
-    The model has no avoidable cost: no dropout, no key-value cache, and adapters in the base's precision, so that PEFT does not
-    cast each layer's input. All adapters are trainable, and the last one is active.
-
-    Args:
-        backbone: the backbone whose layers are adapted.
-        rank: rank and alpha of the adapters.
-        seed: seed of their start.
-        adapters: names of the adapters.
-    """
-    lora = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=0.0,
-        target_modules=[path for slot in backbone.slots for path in slot.paths],
-        fan_in_fan_out=backbone.slots[0].fan_in_fan_out,
-    )
-    base = backbone.model
-    shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # PEFT reads an attribute that transformers has renamed
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        torch.manual_seed(seed)
-        model = peft.get_peft_model(copy.deepcopy(base, shared), lora, adapter_name=adapters[0], autocast_adapter_dtype=False)
-        for name in adapters[1:]:
-            model.add_adapter(name, lora, autocast_adapter_dtype=False)
-            model.set_adapter(name)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    model.config.use_cache = False
-    if base.config._attn_implementation == SHORT_SDPA:
-        model.set_attn_implementation("sdpa")  # PEFT is measured with the attention of transformers, not with ours
-    return model.eval()
 
 
 def adamw(parameters: Sequence[torch.nn.Parameter]) -> torch.optim.AdamW:

@@ -36,7 +36,6 @@ from bases import (
     machine,
     now,
     optimise,
-    peft_model,
     place,
     seconds,
     spread,
@@ -47,6 +46,7 @@ from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.data.batch import Batch
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
+from bora_pyro.exchange.peft_model import peft_model
 from bora_pyro.guides import GUIDES
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import check_choices, option

@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fit_options import OF_PRIOR, check_usual
+
 from bora_pyro.errors import InputError
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import check_fields, option
@@ -15,8 +17,12 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 
 #: Arms through PEFT that are trained.
 THROUGH_PEFT = ("peft_one", "peft_each", "peft_one_then_each", "peft_task_id", "peft_big")
-#: Options of a fit that must have their defaults.
-NOT_IN_PEFT = ("adapter", "router", "likelihood", "likelihood_unit", "task_weights", "accumulate", "start_from", "temperature")
+#: Options of a fit that the arms through PEFT do not have, and those that the arms themselves set.
+NOT_IN_PEFT = (
+    "adapter", "router", "likelihood", "likelihood_unit", "task_weights", "accumulate", "start_from", "temperature",
+    "tau_documents",
+)  # fmt: skip
+OF_THE_ARMS = (*OF_PRIOR, "tau_per", "tau_start")
 BORA = "bora_"
 #: Arms that come with ``peft_each``: the mean of (A, B) over tasks, and the mean of the changes B A.
 SOUPS = ("peft_soup", "peft_soup_delta")
@@ -55,11 +61,9 @@ class FitOf:
         """The configuration of a fit.
 
         Raises:
-            InputError: it has an option that the arms through PEFT do not have.
+            InputError: it has an option that not all arms can follow.
         """
         config = dataclasses.replace(parse_config(MapFitConfig, self.words()), **changes)
-        usual = MapFitConfig()
-        for name in NOT_IN_PEFT:
-            if (value := getattr(config, name)) != getattr(usual, name):
-                raise InputError(f"{name} is {value} in {self.fit_config}; the arms through PEFT do not have it: leave it out")
+        check_usual(config, NOT_IN_PEFT, file=self.fit_config, why="the arms through PEFT do not have it")
+        check_usual(config, OF_THE_ARMS, file=self.fit_config, why="each arm has its own prior")
         return config
