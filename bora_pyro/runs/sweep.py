@@ -13,12 +13,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pandas as pd
@@ -30,6 +30,7 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.results_table import rows_of_run
 
+R = TypeVar("R", bound=Hashable)
 #: Arguments with which Python runs a MAP fit. -P: a file in the current folder must not shadow a module.
 MAP_FIT = ("-P", "-m", "bora_pyro.cli", "map-fit")
 # Options that do not change the result of a fit.
@@ -185,3 +186,41 @@ def interrupts() -> Iterator[Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def run_fits(
+    fits: Fits, next_runs: Callable[[], Iterable[R]], words: Callable[[R], Sequence[str]], finish: Callable[[R, str | None], None]
+) -> None:
+    """Do fits until none is left to do. The results of those that have ended decide which come next.
+
+    Args:
+        fits: the processes of the fits; they are stopped at the end.
+        next_runs: returns the runs that can begin now. It is called at the start and after each fit that has ended. Runs that
+            have begun already are left out.
+        words: returns the command line of a run.
+        finish: called with each run that has ended, and with the reason if it failed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the fits that have ended were finished.
+    """
+    waiting, begun = dict[Future[str | None], R](), set[R]()
+
+    def begin() -> None:
+        for run in next_runs():
+            if run not in begun:
+                begun.add(run)
+                waiting[fits.start(words(run))] = run
+
+    with interrupts() as interrupted:
+        try:
+            begin()
+            while waiting:
+                done = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                for future in done:
+                    run = waiting.pop(future)
+                    finish(run, future.result())
+                    begin()
+        finally:
+            fits.stop()

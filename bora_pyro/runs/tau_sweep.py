@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
@@ -28,7 +28,7 @@ from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.tau_sweep import Run, SweepConfig
 from bora_pyro.runs.fitting import RunStopped
 from bora_pyro.runs.results_table import rows_of_run
-from bora_pyro.runs.sweep import MAP_FIT, Fits, can_resume, finished_rows, interrupts, next_rates
+from bora_pyro.runs.sweep import MAP_FIT, Fits, can_resume, finished_rows, next_rates, run_fits
 from bora_pyro.runs.sweep_files import check_validation, save_figure, stored_table
 from bora_pyro.runs.warm_sweep import run_warm
 
@@ -38,7 +38,6 @@ class Sweep:
 
     def __init__(self, config: SweepConfig) -> None:
         self.config, self.failed = config, dict[Run, str]()
-        self.started: set[Run] = set()
         self.table = stored_table(config)
 
     def run(self) -> None:
@@ -49,32 +48,9 @@ class Sweep:
             KeyboardInterrupt: Ctrl-C or SIGTERM ended the fits. Finished runs are in the table.
         """
         self.take_over()
-        if not any(self.next_runs(tau) for tau in self.config.taus):
-            return
-        self.tokenise()
-        fits, waiting = Fits(MAP_FIT, self.config.jobs), dict[Future[str | None], Run]()
-
-        def begin(tau: str) -> None:
-            for run in self.next_runs(tau):
-                self.started.add(run)
-                resume, overwrite = ("true", "false") if can_resume(self.config.fit(run)) else ("false", "true")
-                line = [*self.config.arguments(run), "--resume", resume, "--overwrite", overwrite]
-                waiting[fits.start(line)] = run
-
-        with interrupts() as interrupted:
-            try:
-                for tau in self.config.taus:
-                    begin(tau)
-                while waiting:
-                    done = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
-                    for future in done:
-                        run = waiting.pop(future)
-                        self.finish(run, future.result())
-                        begin(run.tau)
-            finally:
-                fits.stop()
+        if any(self.next_runs()):
+            self.tokenise()
+            run_fits(Fits(MAP_FIT, self.config.jobs), self.next_runs, self.words, self.finish)
 
     def take_over(self) -> None:
         """Put the runs whose folders are finished into the table.
@@ -98,7 +74,12 @@ class Sweep:
         if problems:
             raise InputError(problems[0] + (f" ({len(problems)} folders have such a problem)" if len(problems) > 1 else ""))
 
-    def next_runs(self, tau: str) -> list[Run]:
+    def next_runs(self) -> Iterator[Run]:
+        """The runs to fit next, of all τ, those that have begun included."""
+        for tau in self.config.taus:
+            yield from self.next_runs_of(tau)
+
+    def next_runs_of(self, tau: str) -> list[Run]:
         """The runs of a τ to fit next: the first seed at further learning rates, and then the other seeds at the best rate."""
         scores = dict.fromkeys(self.failed, float("inf"))
         for row in [] if self.table is None else runs(self.table).to_dict("records"):
@@ -108,7 +89,12 @@ class Sweep:
         wanted = [Run(tau, rate, 0) for rate in next_rates(rates, tried, self.config.search)]
         if not wanted and self.table is not None and (best := best_rates(self.table).get(tau)):
             wanted = [Run(tau, best, seed) for seed in range(1, self.config.seeds)]
-        return [run for run in wanted if run not in scores and run not in self.started]
+        return [run for run in wanted if run not in scores]
+
+    def words(self, run: Run) -> list[str]:
+        """The command line of a run, which is resumed if it can be."""
+        resume, overwrite = ("true", "false") if can_resume(self.config.fit(run)) else ("false", "true")
+        return [*self.config.arguments(run), "--resume", resume, "--overwrite", overwrite]
 
     def tokenise(self) -> None:
         """Read and tokenise the split of each seed before the fits begin, so that the fits find the tokens in the cache."""

@@ -3,7 +3,8 @@
     python scripts/experiments/compare_peers.py --fit_config results/documentation.yaml --output results/peers_documentation.csv
 
 All arms have the same base, layers, rank, documents, batches in the same order, epochs, schedule and early stopping, and the same
-mean of their steps (``--average false``: none has it). They are scored by the same code. The arms:
+mean of their steps (``--average false``: none has it). They are scored by the same code. The fits have the options of
+``--fit_config``, except ``tau``, ``learning_rate`` and ``seed``. The arms:
 
 - ``base``: no adapter.
 - ``bora_learned``, ``bora_inf`` (one adapter for all), ``bora_0`` (one a task), ``bora_100`` or any other τ.
@@ -34,15 +35,13 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
+from paired_ratios import by_seed, by_task, mean_sd
 from peer_options import BORA, SOUPS, THROUGH_PEFT, FitOf
-from scipy import stats
 
 from bora_pyro.data.tables import check_source
 from bora_pyro.diagnostics.sweep_table import number_text
@@ -52,7 +51,7 @@ from bora_pyro.options.field import option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.tau_sweep import SEARCHES
 from bora_pyro.runs.results_table import read_results, write_results
-from bora_pyro.runs.sweep import Fits, interrupts, next_rates
+from bora_pyro.runs.sweep import Fits, next_rates, run_fits
 
 ARMS = (
     "base", "bora_learned", "bora_inf", "bora_0", "peft_one", "peft_each", "peft_one_then_each", *SOUPS, "peft_task_id",
@@ -71,7 +70,6 @@ NOT_SHARED = {
     "seed", "output_dir", "overwrite", "resume", "threads", "device", "trackers", "export_adapters", "checkpoint_every",
     "checkpoint_minutes", "keep_checkpoints", "task_memory",
 }  # fmt: skip
-BOOTSTRAP = 10_000
 
 
 class Run(NamedTuple):
@@ -174,7 +172,6 @@ class Comparison:
                 if difference := first_difference(json.loads(stored), json.loads(json.dumps(self.options))):
                     raise InputError(f"output {config.output} has rows with {difference}; give another --output, or move it away")
         self.failed: dict[Run, str] = {}
-        self.started: set[Run] = set()
 
     def scores(self, arm: str, seed: int) -> dict[str, float]:
         """Validation perplexity by learning rate of the fits that were tried."""
@@ -188,19 +185,23 @@ class Comparison:
         scores = {rate: score for rate, score in self.scores(arm, 0).items() if score < math.inf}
         return min(scores, key=lambda rate: scores[rate]) if scores else None
 
-    def next_runs(self, arm: str) -> list[Run]:
+    def next_runs(self) -> Iterator[Run]:
+        """The fits to do next, of all arms, those that have begun included."""
+        for arm in self.config.arms:
+            yield from self.next_runs_of(arm)
+
+    def next_runs_of(self, arm: str) -> list[Run]:
         """The fits of an arm to do next."""
         config, middle = self.config, self.config.rates[(len(self.config.rates) - 1) // 2]
         if arm == "base":
-            wanted = [Run(arm, middle, seed) for seed in range(config.seeds) if not self.scores(arm, seed)]
-        else:
-            tried = {rate: score for rate, score in self.scores(arm, 0).items() if rate in config.rates}
-            wanted = [Run(trained_arm(arm), rate, 0) for rate in next_rates(config.rates, tried, config.search)]
-            best = self.best_rate(arm)
-            if not wanted and best is not None:
-                seeds = [seed for seed in range(1, config.seeds) if best not in self.scores(arm, seed)]
-                wanted = [Run(trained_arm(arm), best, seed) for seed in seeds]
-        return [run for run in wanted if run not in self.started]
+            return [Run(arm, middle, seed) for seed in range(config.seeds) if not self.scores(arm, seed)]
+        tried = {rate: score for rate, score in self.scores(arm, 0).items() if rate in config.rates}
+        wanted = [Run(trained_arm(arm), rate, 0) for rate in next_rates(config.rates, tried, config.search)]
+        best = self.best_rate(arm)
+        if not wanted and best is not None:
+            seeds = [seed for seed in range(1, config.seeds) if best not in self.scores(arm, seed)]
+            wanted = [Run(trained_arm(arm), best, seed) for seed in seeds]
+        return wanted
 
     def run_all(self) -> None:
         """Do all fits that the table does not have.
@@ -208,36 +209,21 @@ class Comparison:
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; finished fits are in the table.
         """
-        config = self.config
-        fits, waiting = Fits((str(Path(__file__).with_name("peer_fits.py")),), config.jobs), dict[Future[str | None], Run]()
-        with tempfile.TemporaryDirectory() as folder, interrupts() as interrupted:
+        fits = Fits((str(Path(__file__).with_name("peer_fits.py")),), self.config.jobs)
+        with tempfile.TemporaryDirectory() as folder:
 
             def file(run: Run) -> Path:
                 return Path(folder) / f"{run.arm}-{run.rate}-{run.seed}.json"
 
-            def begin() -> None:
-                for arm in config.arms:
-                    for run in self.next_runs(arm):
-                        self.started.add(run)
-                        waiting[fits.start(self.words(run, file(run)))] = run
+            def finish(run: Run, reason: str | None) -> None:
+                if reason:
+                    self.failed[run] = reason
+                    which = f"{run.arm}, rate {run.rate}, seed {run.seed}"
+                    print(f"error: the fit of {which} failed: {reason}", file=sys.stderr, flush=True)
+                else:
+                    self.add(run, json.loads(file(run).read_text(encoding="utf-8")))
 
-            try:
-                begin()
-                while waiting:
-                    done = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
-                    for future in done:
-                        run = waiting.pop(future)
-                        if reason := future.result():
-                            self.failed[run] = reason
-                            which = f"{run.arm}, rate {run.rate}, seed {run.seed}"
-                            print(f"error: the fit of {which} failed: {reason}", file=sys.stderr, flush=True)
-                        else:
-                            self.add(run, json.loads(file(run).read_text(encoding="utf-8")))
-                        begin()
-            finally:
-                fits.stop()
+            run_fits(fits, self.next_runs, lambda run: self.words(run, file(run)), finish)
 
     def words(self, run: Run, result: Path) -> list[str]:
         """The command line of a fit."""
@@ -282,12 +268,12 @@ class Comparison:
         lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
         for arm, rows in sorted(chosen.items(), key=lambda item: float(item[1].validation_perplexity.astype(float).mean())):
             rate = "" if arm == "base" else number_text(float(rows.learning_rate.iloc[0]))
-            perplexities = [_mean_sd(rows[f"{name}_perplexity"]) for name in ("validation", "test")]
+            perplexities = [mean_sd(rows[f"{name}_perplexity"]) for name in ("validation", "test")]
             paired = ["", ""] if arm == REFERENCE else [by_seed(rows, reference), by_task(rows, reference)]
             numbers = rows[["trainable_parameters", "adapter_bytes", "seconds", "peak_memory_bytes"]].astype(float)
             parameters, size, seconds, _ = numbers.mean()
             cost = [f"{parameters:,.0f}", f"{size / 1e6:.2f}", f"{seconds:.0f}", f"{numbers.peak_memory_bytes.max() / 2**30:.2f}"]
-            accuracy = [_mean_sd(rows.test_accuracy, 3)] if has_accuracy else []
+            accuracy = [mean_sd(rows.test_accuracy, 3)] if has_accuracy else []
             lines.append(f"| {' | '.join([arm, rate, *perplexities, *paired, *accuracy, *cost, str(len(rows))])} |")
         return "\n".join([*lines, *self.notes(chosen)])
 
@@ -309,51 +295,6 @@ class Comparison:
             if arm in THROUGH_PEFT:
                 rank, apart = float(chosen[arm]["rank"].iloc[0]), float(chosen[arm]["logit_difference"].astype(float).max())
                 yield f"{arm}: rank {rank:g}; its logits through PEFT and through this library agree to {apart:.1g}"
-
-
-def by_seed(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
-    """The ratio of test perplexities, paired by seed: its geometric mean, with Student's 95 % interval over seeds.
-
-    >>> table = pd.DataFrame({"test_perplexity": [11.0, 12.1]}, index=[0, 1])
-    >>> by_seed(table, pd.DataFrame({"test_perplexity": [10.0, 11.0]}, index=[0, 1]))
-    '+10.0 % (+10.0 to +10.0)'
-    """
-    logs = np.log((rows.test_perplexity / reference.test_perplexity).dropna().astype(float).to_numpy())
-    if not len(logs):
-        return ""
-    middle = logs.mean()
-    if len(logs) < 2:
-        return _percent(middle)
-    reach = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    return f"{_percent(middle)} % ({_percent(middle - reach)} to {_percent(middle + reach)})".replace("% %", "%")
-
-
-def by_task(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
-    """The ratio of the tasks' test perplexities, paired by seed and task: its geometric mean, with a bootstrap 95 % interval.
-
-    The bootstrap draws tasks. A task's value is its mean over the seeds.
-    """
-    logs: dict[str, list[float]] = {}
-    for seed in rows.index.intersection(reference.index):
-        ours, theirs = (json.loads(str(table.tasks[seed])) for table in (reference, rows))
-        for task, of_task in ours.items():
-            if of_task["test"] is not None and theirs[task]["test"] is not None:
-                logs.setdefault(task, []).append(math.log(theirs[task]["test"] / of_task["test"]))
-    if not logs:
-        return ""
-    values = np.array([np.mean(of_task) for of_task in logs.values()])
-    draws = np.random.default_rng(0).choice(values, (BOOTSTRAP, len(values))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return f"{_percent(values.mean())} % ({_percent(low)} to {_percent(high)})"
-
-
-def _percent(log_ratio: float) -> str:
-    return f"{100 * math.expm1(log_ratio):+.1f}"
-
-
-def _mean_sd(values: pd.Series, digits: int = 2) -> str:
-    values = values.astype(float)
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def main(argv: list[str]) -> int:

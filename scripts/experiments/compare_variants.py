@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.sweep import MAP_FIT, Fits
+from bora_pyro.runs.sweep import MAP_FIT, Fits, run_fits
 
 COLUMNS = [
     "variant", "tau", "learning_rate", "seed", "validation_perplexity", "test_perplexity", "base_test_perplexity", "fit_seconds",
@@ -168,20 +167,18 @@ class Comparison:
             InputError: the very first fit has failed, so that the others would probably fail, too.
         """
         done = set(zip(self.table.variant, self.table.tau, self.table.learning_rate, self.table.seed, strict=True))
-        fits = Fits(MAP_FIT, self.config.jobs)
-        try:
-            waiting = {fits.start(self.arguments(run)): run for run in dict.fromkeys(runs) if run not in done}
-            for future in as_completed(waiting):
-                run = waiting[future]
-                if reason := future.result():
-                    failure = "the fit of {} with tau {}, learning rate {}, seed {} failed: ".format(*run) + reason
-                    if self.table.empty:
-                        raise InputError(failure)
-                    print(f"error: {failure}", file=sys.stderr, flush=True)
-                else:
-                    self.add(run)
-        finally:
-            fits.stop()
+        missing = [run for run in runs if run not in done]
+
+        def finish(run: Run, reason: str | None) -> None:
+            if not reason:
+                self.add(run)
+                return
+            failure = "the fit of {} with tau {}, learning rate {}, seed {} failed: ".format(*run) + reason
+            if self.table.empty:
+                raise InputError(failure)
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+
+        run_fits(Fits(MAP_FIT, self.config.jobs), lambda: missing, self.arguments, finish)
 
     def folder(self, run: Run) -> Path:
         """The folder of a run."""

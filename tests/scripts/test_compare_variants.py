@@ -144,7 +144,6 @@ def rigged(fit_config, tmp_path, monkeypatch):
             return future
 
     monkeypatch.setattr(variants, "Fits", Rigged)
-    monkeypatch.setattr(variants, "as_completed", list)
     return compare(fit_config, tmp_path, variants=["paper", "norm_penalty"], seeds=2), started
 
 
