@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.data.batch import Batch
@@ -16,48 +14,26 @@ from bora_pyro.inference.averaging import STEPS, TrajectoryMean, log_tau, mean_s
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
 from bora_pyro.inference.optimizer import Rates, adamw, take_step
 from bora_pyro.inference.processes import Processes
-from bora_pyro.inference.spread import Collection, give_spread
+from bora_pyro.inference.spread import give_spread
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes
 from bora_pyro.inference.task_rows import TaskRows
-from bora_pyro.model import BoRA, Weights
+from bora_pyro.model import Weights
 
 
 class DrawnTasks:
     """The state of a fit whose steps change Θ and only the adapters of the tasks that they draw.
 
     Args:
-        model: the BoRA model.
-        guide: the guide after its first run, with one row for each task or one row for all.
-        own: the tasks of this process.
-        budget: bytes of memory for task rows.
-        folder: folder of the files for task rows beyond the budget.
-        keep_sums: keep the sums over all tasks up to date, for ``totals``.
-        average: keep the mean of all steps.
-        own_rate: whether whitened deviations have a learning rate of their own.
-        collection: the steps that a guide is made of.
+        rows: the adapters of the tasks, with the model and the guide.
     """
 
-    def __init__(
-        self,
-        model: BoRA,
-        guide: AutoGuide,
-        *,
-        own: Tensor,
-        budget: float,
-        folder: Path,
-        keep_sums: bool = False,
-        average: bool = True,
-        own_rate: bool = True,
-        collection: Collection | None = None,
-    ) -> None:
-        self.model, self.guide = model, guide
-        options = {"keep_sums": keep_sums, "average": average, "own_rate": own_rate}
-        self.rows = TaskRows(model, guide, own=own, budget=budget, folder=folder, collection=collection, **options)
+    def __init__(self, rows: TaskRows) -> None:
+        self.rows, self.model, self.guide = rows, rows.model, rows.guide
         task_parameters = {id(parameter) for parameter in self.rows.parameters.values()}
-        self.of_all = {name: value for name, value in guide.named_parameters() if id(value) not in task_parameters}
+        self.of_all = {name: value for name, value in self.guide.named_parameters() if id(value) not in task_parameters}
         self.shared, self.own = [*self.of_all.values()], [*self.rows.parameters.values()]
         self.optimizer = adamw(self.shared) if self.shared else None
-        self.mean = TrajectoryMean(self.of_all, collection) if average else None
+        self.mean = None if rows.means is None else TrajectoryMean(self.of_all, rows.means.collection)
         self.best: dict[str, Tensor] = {}
 
     def begin_epoch(self) -> None:

@@ -25,7 +25,7 @@ from bora_pyro.inference.processes import Processes, partition_tasks
 from bora_pyro.inference.row_means import copies_of
 from bora_pyro.inference.spread import Collection
 from bora_pyro.inference.state import FitState
-from bora_pyro.inference.task_rows import MANY_TASKS
+from bora_pyro.inference.task_rows import MANY_TASKS, TaskRows
 from bora_pyro.model import BoRA
 
 
@@ -92,7 +92,8 @@ def first_state(
         _set_up(model, guide, document, all_rows=all_rows)
         place = Path(tempfile.gettempdir()) if folder is None else folder
         tasks = torch.cat([*own]).unique()
-        return DrawnTasks(model, guide, own=tasks, budget=budget, folder=place, keep_sums=keep_sums, **kept)
+        rows = TaskRows(model, guide, own=tasks, budget=budget, folder=place, keep_sums=keep_sums, **kept)
+        return DrawnTasks(rows)
 
 
 def _set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -128,9 +128,13 @@ class TaskRows:
             return
         before = None if self.sums is None else self.centres()
         self._extend_means(self.loaded, self.steps - 1)
-        limited = rates.of_deviations(self._noise())
+        moments = {name: self._moments(name) for name in self.latent_of}
+        limited = rates.of_deviations(self._noise(moments.values())).tolist()
         for name in names:
-            self._step_of(name, limited.tolist() if name in self.latent_of else [rates.part * rates.shared] * len(self.loaded))
+            if name in self.latent_of:
+                self._step_of(name, limited, *moments.pop(name))
+            else:
+                self._step_of(name, [rates.part * rates.shared] * len(self.loaded), *self._moments(name))
         self.count[self.loaded] += 1
         self._extend_means(self.loaded, self.steps)
         for name in names:
@@ -140,22 +144,22 @@ class TaskRows:
                 self.sums[name] += (value - before[name]).sum(0, dtype=torch.float64)
         self._limit_mapped(7)
 
-    def _noise(self) -> Tensor:
-        """The variance of each loaded task's gradient over the steps, drawn or not, summed over its entries: (loaded,)."""
-        steps = self.count[self.loaded]
-        noise = torch.zeros(len(self.loaded))
-        for name in self.latent_of:
-            first, second = (group[name].read(self.loaded).cpu() for group in self.moments)
-            if (unit := self._unit(name)) is not None:
-                first, second = first * unit.cpu(), second * unit.cpu().square()
+    def _moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """AdamW's moments of the loaded rows of a parameter: (loaded, ...) each, on its device."""
+        device, unit = self.parameters[name].device, self._unit(name)
+        first, second = (group[name].read(self.loaded).to(device) for group in self.moments)
+        return (first, second) if unit is None else (first * unit, second * unit.square())
+
+    def _noise(self, moments: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """The variance of each loaded task's gradient over the steps, drawn or not, summed over all deviations: (loaded,)."""
+        steps = self.count[self.loaded].to(self.model.backbone.device)
+        noise = torch.zeros_like(steps)
+        for first, second in moments:
             noise += variance(first, second, steps.clamp(min=1))
         return noise * steps / max(self.steps - 1, 1)  # times the part of the earlier steps that drew the task
 
-    def _step_of(self, name: str, rates: Sequence[float]) -> None:
+    def _step_of(self, name: str, rates: Sequence[float], first: Tensor, second: Tensor) -> None:
         parameter, unit = self.parameters[name], self._unit(name)
-        first, second = (group[name].read(self.loaded).to(parameter.device) for group in self.moments)
-        if unit is not None:
-            first, second = first * unit, second * unit.square()
         beta1, beta2 = DEVIATION_BETAS if name in self.latent_of else BETAS
         assert parameter.grad is not None
         steps = self.count[self.loaded].to(parameter.device)
@@ -165,21 +169,9 @@ class TaskRows:
                 [value[row] for row in rows] for value in (parameter.data, parameter.grad, first, second, steps)
             )
             adamw(
-                values,
-                gradients,
-                firsts,
-                seconds,
-                [],
-                counts,
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=rate,
-                weight_decay=0.0,
-                eps=EPS,
-                maximize=False,
-            )
+                values, gradients, firsts, seconds, [], counts, lr=rate, beta1=beta1, beta2=beta2, eps=EPS, weight_decay=0.0,
+                amsgrad=False, maximize=False, fused=True,
+            )  # fmt: skip
         self.values[name].write(self.loaded, parameter.detach())
         self.moments[0][name].write(self.loaded, first if unit is None else first / unit)
         self.moments[1][name].write(self.loaded, second if unit is None else second / unit.square())
