@@ -16,12 +16,13 @@ import pytest
 
 import bora_pyro
 from bora_pyro import cli
-from bora_pyro.options.command_line import to_yaml
+from bora_pyro.options.command_line import parse_config, to_yaml
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.demo import DemoConfig, DemoSmolLM2Config
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from tests.tiny_base import SCRIPTS, script_main
+from tests.tiny_gguf import toy_llama, toy_tokenizer, write_gguf
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,6 +110,27 @@ def test_the_demo_is_a_map_fit_with_other_defaults():
     changed |= {"learning_rate": 0.03, "token_budget": 2048}
     assert demo == usual | changed
     assert not demo["overwrite"]  # a second demo does not replace a run unasked
+
+
+@pytest.mark.parametrize(
+    ("words", "targets"),
+    [
+        ([], ["q_proj", "v_proj", "fc1", "fc2"]),
+        (["--base_model", "builtin:smollm2"], None),
+        (["--base_model", "builtin:smollm2", "--targets", "q_proj", "down_proj"], ["q_proj", "down_proj"]),
+        (["--targets", "fc1"], ["fc1"]),
+    ],
+)
+def test_the_demo_adapts_its_layers_of_nano_and_the_usual_ones_of_another_base(words, targets):
+    assert parse_config(DemoConfig, words).targets == targets
+
+
+def test_the_demo_of_another_base_adapts_its_usual_layers(tmp_path, capsys):
+    tokenizer = toy_tokenizer()
+    base = write_gguf(tmp_path / "model.gguf", toy_llama(tokenizer), tokenizer)
+    sizes = ["--num_tasks", "2", "--max_train_documents", "2", "--max_eval_documents", "1", "--max_tokens", "16", "--epochs", "1"]
+    assert cli.run(["demo", "--base_model", base, *sizes, "--device", "cpu", "--output_dir", str(tmp_path / "run")]) == 0
+    assert "adapters: on 4 layers: q_proj x 2, v_proj x 2\n" in capsys.readouterr().err
 
 
 def test_the_demo_of_smollm2_is_a_map_fit_with_other_defaults():

@@ -5,7 +5,10 @@
     ('builtin:nano', 'builtin:documentation', 3, 'runs/demo')
     ('builtin:smollm2', 'builtin:documentation', 3, 'runs/demo-smollm2')
 
-Every option of a MAP fit can be given; those below have other defaults.
+Every option of a MAP fit can be given; those below have other defaults. The targets of the first demo are those of its own base:
+
+    >>> DemoConfig().targets, DemoConfig(base_model="builtin:smollm2").targets
+    (['q_proj', 'v_proj', 'fc1', 'fc2'], None)
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from bora_pyro.options.field import by_heading, changed
 from bora_pyro.runs.config.groups import HEADINGS
 from bora_pyro.runs.config.map_fit import MapFitConfig
 
+#: The base of the first demo, and its layers that get an adapter.
+NANO, TARGETS = "builtin:nano", ("q_proj", "v_proj", "fc1", "fc2")
+
 
 @by_heading(*HEADINGS)
 @dataclass(kw_only=True)
@@ -23,12 +29,22 @@ class DemoConfig(MapFitConfig):
     """Fit the embedded base model to the embedded data: a MAP fit of some minutes that needs no file and no network."""
 
     max_tokens: int = changed(MapFitConfig, "max_tokens", 128)
-    targets: list[str] | None = changed(MapFitConfig, "targets", ["q_proj", "v_proj", "fc1", "fc2"])
+    targets: list[str] | None = changed(
+        MapFitConfig,
+        "targets",
+        None,
+        f"layers that get an adapter, by the last part of their names (default: {' '.join(TARGETS)} of {NANO}, and the "
+        "architecture's usual ones of another base)",
+    )
     # a short fit needs large steps, and many
     epochs: int = changed(MapFitConfig, "epochs", 3)
     learning_rate: float = changed(MapFitConfig, "learning_rate", 0.03)
     token_budget: int = changed(MapFitConfig, "token_budget", 2048)
     output_dir: str = changed(MapFitConfig, "output_dir", "runs/demo")
+
+    def __post_init__(self) -> None:
+        if self.targets is None and self.base_model == NANO:
+            self.targets = [*TARGETS]
 
 
 #: The value of ``--precision`` if the demo measures which precision is the faster one.
