@@ -15,6 +15,7 @@ from tests import two_processes
 from tests.forked import Forked, run_script
 from tests.tiny import tiny_bora, tiny_data
 from tests.tiny_base import line, quick_fit
+from tests.tiny_gguf import toy_llama, toy_tokenizer, write_gguf
 from tests.two_processes import COUNTS, PRIORS, loop, run
 
 
@@ -128,6 +129,22 @@ def test_the_command_fits_in_two_processes_and_writes_once(tmp_path):
     assert [entry for entry in err.splitlines() if entry.startswith("error:")] == [err.splitlines()[-1]]
     assert "overwrite" in err
     assert "error" not in other_err
+
+
+def test_a_base_of_a_gguf_file_is_kept_in_parts(tmp_path):
+    tokenizer = toy_tokenizer()
+    base = write_gguf(tmp_path / "model.gguf", toy_llama(tokenizer), tokenizer, kind="Q4_1")
+    options = quick_fit(tmp_path) | {"base_model": base, "targets": "q_proj,v_proj", "device": "cpu"}
+    runs = []
+    for shard_base in ("false", "true"):
+        words = line(options | {"shard_base": shard_base, "output_dir": tmp_path / shard_base})
+        (code, _, err), (other_code, _, other_err) = command(tmp_path / "output", words)
+        assert (code, other_code) == (0, 0), err + other_err
+        assert "the base is dequantised from Q4_1 to float32" in err
+        runs.append(RunFolder.open(tmp_path / shard_base))
+    whole, parts = (run.load_tensors("posterior") for run in runs)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    assert any(value.abs().max() > 0 for name, value in whole.items() if "lora_B" in name)
 
 
 def test_tasks_are_dealt_out_by_tokens():
