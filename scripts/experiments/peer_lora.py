@@ -24,7 +24,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.exchange.peft_model import peft_model
 from bora_pyro.inference.averaging import TrajectoryMean
 from bora_pyro.inference.optimizer import BETAS, EPS
-from bora_pyro.inference.schedule import epoch_seed, schedule
+from bora_pyro.inference.schedule import COSINE, epoch_seed, schedule
 from bora_pyro.inference.steps import EpochSteps
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.priors import Pooled
@@ -201,7 +201,8 @@ class Lora:
         optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, betas=BETAS, eps=EPS, weight_decay=0.0)
 
         def rate(step: int) -> float:
-            return schedule(batches.position[min(step, len(batches) - 1)], batches.total, config.warmup)
+            place = batches.position[min(step, len(batches) - 1)]
+            return schedule(place, batches.total, config.warmup, config.schedule or COSINE)
 
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # the Trainer seeds globally
             arguments = TrainingArguments(

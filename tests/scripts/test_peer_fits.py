@@ -30,21 +30,26 @@ def rows(fit_config, tmp_path_factory):
     """A function that returns the rows of an arm's fit, by arm."""
     found = {}
 
-    def of(arm):
-        if arm not in found:
-            result = tmp_path_factory.mktemp("fit") / "rows.json"
-            words = line({"fit_config": fit_config, "arm": arm, "learning_rate": 0.03, "result": result})
+    def of(arm, schedule="cosine"):
+        if (arm, schedule) not in found:
+            folder = tmp_path_factory.mktemp("fit")
+            given = yaml.safe_load(Path(fit_config).read_text(encoding="utf-8"))
+            (folder / "fit.yaml").write_text(yaml.safe_dump(given | {"schedule": schedule}))
+            words = {"fit_config": folder / "fit.yaml", "arm": arm, "learning_rate": 0.03, "result": folder / "rows.json"}
             with peft_warnings():
-                assert fits.main(words) == 0
-            found[arm] = {row["arm"]: row for row in json.loads(result.read_text())}
-        return found[arm]
+                assert fits.main(line(words)) == 0
+            found[arm, schedule] = {row["arm"]: row for row in json.loads((folder / "rows.json").read_text())}
+        return found[arm, schedule]
 
     return of
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("bora_inf", "peft_one"), ("bora_0", "peft_each")])
-def test_two_libraries_give_the_same_fit(ours, theirs, rows):
-    one, other = rows(ours)[ours], rows(theirs)[theirs]
+@pytest.mark.parametrize(
+    ("ours", "theirs", "schedule"),
+    [("bora_inf", "peft_one", "cosine"), ("bora_inf", "peft_one", "constant"), ("bora_0", "peft_each", "cosine")],
+)
+def test_two_libraries_give_the_same_fit(ours, theirs, schedule, rows):
+    one, other = rows(ours, schedule)[ours], rows(theirs, schedule)[theirs]
     for name in ("validation_perplexity", "test_perplexity"):
         assert one[name] == pytest.approx(other[name], rel=1e-3)
     assert one["trainable_parameters"] == other["trainable_parameters"]
