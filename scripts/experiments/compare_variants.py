@@ -11,13 +11,13 @@ Each variant except the last is one change of the paper's model (Normal penalty,
 - ``shared_plus_task``: the sum of a shared adapter and the task's own adapter.
 - ``released_objective``: the ``regularized`` fits of the released code: norms, documents, centred with the rate ∝ τ.
 
-Every fit is a run of ``scripts/map_fit.py`` with the options of ``--fit_config``. The meaning of τ depends on the penalty and on
-the likelihood. The standard deviation of a matrix's entries is √(n + 1)/τ under the norm and 1/√τ under the Normal, and a
-document of some hundred tokens may count as one observation. So each variant has its own small grid of τ, relative to ``--tau``,
-which is that of the paper's model. With the first seed, validation perplexity chooses τ at the middle learning rate, and then
-the rate at that τ. The other seeds (other splits, other starts) use this choice. The test split is only reported. Runs that the
-output already has are not repeated. The column ``learning_rate`` is the option of ``map_fit.py``: if the rate is proportional to
-τ, it is the factor.
+Every fit is a run of ``scripts/map_fit.py`` with the options of ``--fit_config``, except ``tau``, ``learning_rate``, ``seed``,
+``threads`` (1) and those of the variant. The meaning of τ depends on the penalty and on the likelihood. The standard deviation
+of a matrix's entries is √(n + 1)/τ under the norm and 1/√τ under the Normal, and a document of some hundred tokens may count as
+one observation. So each variant has its own small grid of τ, relative to ``--tau``, which is that of the paper's model. With
+the first seed, validation perplexity chooses τ at the middle learning rate, and then the rate at that τ. The other seeds (other
+splits, other starts) use this choice. The test split is only reported. Runs that the output already has are not repeated. The
+column ``learning_rate`` is the option of ``map_fit.py``: if the rate is proportional to τ, it is the factor.
 """
 
 from __future__ import annotations

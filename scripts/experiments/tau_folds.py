@@ -3,8 +3,9 @@
     python scripts/experiments/tau_folds.py --fit_config results/documentation.yaml --output results/tau_folds.csv
 
 Under ``--tau_documents all`` the same validation documents teach τ and choose the epoch. Under ``half`` one half teaches τ, the
-other one chooses the epoch. Each fit is a run of ``scripts/map_fit.py``, one after the other. Runs that the output already has
-are not repeated.
+other one chooses the epoch. Each fit is a run of ``scripts/map_fit.py`` with the options of ``--fit_config``, except
+``tau_documents``, ``learning_rate``, ``seed`` and ``export_adapters`` (false), one after the other. Runs that the output already
+has are not repeated.
 """
 
 from __future__ import annotations
