@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
-from bora_pyro.guides.base import tensor_key
+from bora_pyro.guides.around_map import AroundMap, start_sites
 from bora_pyro.guides.curvature import diagonal_fisher
 from bora_pyro.model import BoRA, Weights
 
@@ -20,7 +18,7 @@ from bora_pyro.model import BoRA, Weights
 LEAST = 1.0
 
 
-class LaplaceGuide(AutoGuide):
+class LaplaceGuide(AroundMap):
     """The Normal posterior of a hierarchy whose log-likelihood has the diagonal curvature h around the MAP.
 
     Each entry is a separate linear-Gaussian hierarchy, with τ from the prior and h_d from the documents of task d. Its posterior
@@ -45,20 +43,8 @@ class LaplaceGuide(AutoGuide):
     """
 
     def __init__(self, model: BoRA, sites: Mapping[str, Tensor], curvature: Weights) -> None:
-        super().__init__(model)
-        if not model.prior.per_latent:
-            raise InputError(
-                f"{type(self).__name__} needs a prior that treats each latent separately, not {model.prior}; use the guide normal"
-            )
-        self._sites = [*sites]
-        for name, value in sites.items():
-            self.keep("sites", name, value)
-        theta, mean = model.weights_given(sites)
-        if not _agree(model.sites_given(theta, mean), sites):
-            raise InputError(f"sites do not belong to the prior {model.prior}; give model.sites_given(theta, mean)")
+        super().__init__(model, sites)
         for name in model.starts:
-            self.keep("theta", name, theta[name])
-            self.keep("prior_mean", name, mean[name])
             self.begin(name, curvature)
 
     def begin(self, name: str, curvature: Weights) -> None:
@@ -68,42 +54,6 @@ class LaplaceGuide(AutoGuide):
             found = f"of shape {tuple(curvature[name].shape)}" if name in curvature else "missing"
             raise InputError(f"the curvature of {name!r} is {found}; give shape {shape}, as diagonal_fisher does")
         self.keep("curvature", name, curvature[name])
-
-    def keep(self, kind: str, name: str, value: Tensor) -> None:
-        """Store a copy of a tensor in the guide's state."""
-        self.register_buffer(tensor_key(kind, name), value.detach().clone(memory_format=torch.contiguous_format))
-
-    def kept(self, kind: str, name: str) -> Tensor:
-        """The tensor that ``keep`` stored."""
-        return getattr(self, tensor_key(kind, name))
-
-    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Draw every site: Θ of each latent, then the tasks given Θ."""
-        values: dict[str, Tensor] = {}
-        tasks = pyro.plate("tasks", self.model.num_tasks, dim=-1)
-        for name, start in self.model.starts.items():
-            values |= self._draw(name, start, tasks)
-        return {name: values[name] for name in self._sites}
-
-    def _draw(self, name: str, start: Tensor, tasks: pyro.plate) -> dict[str, Tensor]:
-        theta, mean, sites = self.kept("theta", name), self.kept("prior_mean", name), self.median()
-        prior, values = self.model.prior, {}
-        tau = prior.precision(name, start, sites)
-        own, site_of_mean, drawn = prior.sites({name: theta}, {name: mean}), f"prior_mean.{name}", mean
-        if site_of_mean in own:
-            drawn = values[site_of_mean] = pyro.sample(site_of_mean, self.of_mean(name, mean, tau))
-        given = theta + self.follow(name, drawn - mean, tau)
-        centre, step = (prior.sites({name: value}, {name: drawn}) for value in (given, given + 1))
-        for site, loc in centre.items():
-            if site == site_of_mean:
-                continue
-            if loc.shape == theta.shape:
-                # the site is an affine function of θ: its slope scales the standard deviations
-                with tasks:
-                    values[site] = pyro.sample(site, self.of_tasks(name, loc, tau, step[site] - loc))
-            else:
-                values[site] = pyro.sample(site, dist.Delta(sites[site], event_dim=sites[site].dim()))
-        return values
 
     def of_mean(self, name: str, mean: Tensor, tau: Tensor) -> dist.TorchDistribution:
         """The distribution of Θ around ``mean``, (layers, *shape)."""
@@ -119,20 +69,6 @@ class LaplaceGuide(AutoGuide):
         """The distribution of the tasks' site around ``loc``, given Θ; ``slope`` is the site's derivative with respect to θ."""
         scale = slope * (tau + self.kept("curvature", name)).clamp(min=LEAST) ** -0.5
         return dist.Normal(loc, scale, validate_args=False).to_event(loc.dim() - 1)
-
-    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """The MAP."""
-        return {name: self.kept("sites", name) for name in self._sites}
-
-
-def _agree(own: Mapping[str, Tensor], sites: Mapping[str, Tensor]) -> bool:
-    return own.keys() == sites.keys() and all(torch.allclose(own[name], sites[name], rtol=1e-3, atol=1e-4) for name in own)
-
-
-def start_sites(model: BoRA) -> dict[str, Tensor]:
-    """The values of the sample sites at the start of the adapters."""
-    starts = {name: start.expand(model.num_tasks, *start.shape) for name, start in model.starts.items()}
-    return model.sites_given(starts, model.starts)
 
 
 def laplace_guide(

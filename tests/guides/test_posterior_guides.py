@@ -15,7 +15,8 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from bora_pyro import HierarchicalNormal, Independent, InputError, Pooled, map_guide
 from bora_pyro.guides import GUIDES, LaplaceGuide, LowRankGuide, LowRankNormal, NormalGuide, normal_guide
 from bora_pyro.guides.curvature import diagonal_fisher, document_gradients, kronecker_fisher
-from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide, RotatedNormal
+from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide
+from bora_pyro.guides.rotated_normal import RotatedNormal
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.priors import StandardNormal
 from bora_pyro.priors.base import flat
