@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bora_pyro.exchange.load import load_peft, read_peft
     from bora_pyro.exchange.pooling.pool import pool
     from bora_pyro.exchange.save import save_peft
-    from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_guide, swag_guide
+    from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_guide, swag_guide, tfb_guide
     from bora_pyro.inference.adapt import adapt
     from bora_pyro.inference.callbacks import Callback
     from bora_pyro.inference.evaluate import Scores, evaluate
@@ -44,7 +44,7 @@ __all__ = [
     "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision",
     "Scores", "TaskData", "adapt", "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft",
     "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "settle",
-    "swag_guide", "table", "talk_of_norway",
+    "swag_guide", "table", "talk_of_norway", "tfb_guide",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
@@ -57,7 +57,7 @@ _MODULES = {
     "exchange.load": ("load_peft", "read_peft"),
     "exchange.pooling.pool": ("pool",),
     "exchange.save": ("save_peft",),
-    "guides": ("laplace_guide", "low_rank_guide", "map_guide", "normal_guide", "swag_guide"),
+    "guides": ("laplace_guide", "low_rank_guide", "map_guide", "normal_guide", "swag_guide", "tfb_guide"),
     "inference.adapt": ("adapt",),
     "inference.callbacks": ("Callback",),
     "inference.evaluate": ("Scores", "evaluate"),

@@ -1,7 +1,7 @@
 """How the posterior is approximated: guides for the model. Each one can start from the result of an earlier fit.
 
     >>> sorted(GUIDES)
-    ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'structured', 'swag']
+    ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'structured', 'swag', 'tfb']
 
 A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
 may give.
@@ -19,6 +19,7 @@ from bora_pyro.guides.map import map_guide
 from bora_pyro.guides.normal import NormalGuide, normal_guide
 from bora_pyro.guides.structured import StructuredNormalGuide, structured_guide
 from bora_pyro.guides.swag import SwagGuide, swag_guide
+from bora_pyro.guides.tfb import TfbGuide, tfb_guide
 from bora_pyro.options.members import read_options
 
 #: Guides by the name that a configuration gives them.
@@ -31,10 +32,12 @@ GUIDES: dict[str, GuideBuilder] = {
     "laplace_kronecker": laplace_kronecker_guide,
     "auto_normal": auto_normal_guide,
     "swag": swag_guide,
+    "tfb": tfb_guide,
 }
 
-#: Guides that are made around a MAP estimate, from the curvature there or from steps. The others are fitted by an ELBO.
-AROUND_MAP = frozenset({"laplace", "laplace_kronecker", "swag"})
+#: Guides that are made around a MAP estimate: from the curvature there, from steps, or from held-out documents. The others are
+#: fitted by an ELBO.
+AROUND_MAP = frozenset({"laplace", "laplace_kronecker", "swag", "tfb"})
 
 
 def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 __all__ = [
     "AROUND_MAP", "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal",
-    "NormalGuide", "SiteGuide", "StructuredNormalGuide", "SwagGuide", "auto_normal_guide", "guide_options", "init_to_sites",
-    "init_to_start", "laplace_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide",
-    "normal_guide", "structured_guide", "swag_guide",
+    "NormalGuide", "SiteGuide", "StructuredNormalGuide", "SwagGuide", "TfbGuide", "auto_normal_guide", "guide_options",
+    "init_to_sites", "init_to_start", "laplace_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters",
+    "map_guide", "normal_guide", "structured_guide", "swag_guide", "tfb_guide",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ class Settles(Protocol):
     """A guide that leaves something to be chosen by held-out documents."""
 
     def settle(self, held_out: HeldOut) -> dict[str, Any]:
-        """Choose it, and return what was chosen, JSON-able."""
+        """Choose it, and return what was chosen, JSON-able; ``notes`` in it are sentences for the user."""
 
 
 def positive_numbers(what: str, given: str | Sequence[float]) -> list[float]:

@@ -126,13 +126,21 @@ class SwagGuide(SiteGuide, FromSteps):
         """Choose the scale with the lowest held-out loss of the mixture of draws; the first one of several."""
         if int(self.filled) < 0 or not held_out.tokens.sum():
             return {}
-        losses = []
+        losses, chosen = [], float(self.scale)
         for scale in self.scales if len(self.scales) > 1 else ():
             self.scale.fill_(scale)
             losses.append(float(held_out.nll().sum() / held_out.tokens.sum()))
         if losses:
-            self.scale.fill_(self.scales[losses.index(min(losses))])
-        return {"scale": float(self.scale), "scales": dict(zip(map(str, self.scales), losses, strict=False))}
+            chosen = self.scales[losses.index(min(losses))]
+            self.scale.fill_(chosen)
+        by_scale = dict(zip(map(str, self.scales), losses, strict=False))
+        return {"scale": chosen, "scales": by_scale, "notes": self._notes(chosen) if losses else []}
+
+    def _notes(self, scale: float) -> list[str]:
+        ends = {min(self.scales): "smallest", max(self.scales): "largest"}
+        if scale not in ends:
+            return []
+        return [f"the scale {scale:g} is the {ends[scale]} of those that were tried; give others as --guide_option scales=..."]
 
 
 def swag_guide(

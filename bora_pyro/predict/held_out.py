@@ -6,7 +6,7 @@
 >>> data, model = bp.load_tasks(bp.table(table), backbone.tokenizer), bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1))
 >>> fitted = bp.fit(model, data, guide=bp.swag_guide(model, scales="0.5,1"), epochs=2)
 >>> settle(fitted, data.validation, draws=2)
-{'scale': ..., 'scales': {'0.5': ..., '1.0': ...}}
+{'scale': ..., 'scales': {'0.5': ..., '1.0': ...}, 'notes': [...]}
 """
 
 from __future__ import annotations

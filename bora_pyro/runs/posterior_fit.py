@@ -116,6 +116,8 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
             _note_where_nothing_was_better(config, run, fitted, quiet=quiet)
             mixture = {"draws": config.draws, "linearised": config.predict == "linearised", "seed": config.seed}
             chosen = settle(fitted, run.data.validation, **mixture)
+            for note in chosen.pop("notes", []):
+                _add_note(run, note, quiet=quiet)
             own = Run(folder, run.config.base_model, guide=config.guide, quiet=quiet)
             return own.save(fitted, run.data, lambda: _metrics(config, run, fitted, chosen), tracking=tracking)
 
@@ -128,22 +130,21 @@ def _options(config: PosteriorFitConfig, run: SavedRun, standing: Standing) -> F
     return dataclasses.replace(options, epochs=epochs, token_budget=budget)
 
 
+def _add_note(run: SavedRun, note: str, *, quiet: bool) -> None:
+    run.data.notes.append(note)
+    if not quiet:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def _note_where_nothing_was_better(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, *, quiet: bool) -> None:
     rate = f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g})"
     best, of_map = fitted.validation_perplexity, run.fitted.validation_perplexity
     if fitted.history and not fitted.best_epoch:
-        run.data.notes.append(
-            "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted; "
-            f"{rate} or --scale"
-        )
+        what = "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted"
+        _add_note(run, f"{what}; {rate} or --scale", quiet=quiet)
     elif isinstance(fitted.guide, FromSteps) and best is not None and of_map is not None and best > of_map:
-        run.data.notes.append(
-            f"the mean of the steps has a higher validation perplexity than the MAP ({best:.2f} against {of_map:.2f}); {rate}"
-        )
-    else:
-        return
-    if not quiet:
-        print(f"note: {run.data.notes[-1]}", file=sys.stderr)
+        what = f"the mean of the steps has a higher validation perplexity than the MAP ({best:.2f} against {of_map:.2f})"
+        _add_note(run, f"{what}; {rate}", quiet=quiet)
 
 
 def _check_same_posterior(config: PosteriorFitConfig, folder: RunFolder) -> None:

@@ -10,15 +10,16 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
 - ``ensemble``: four MAP fits from different starts, with averaged probabilities (deep ensembles, Lakshminarayanan et al., 2017).
 - ``normal``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its weight.
 - ``swag``: the mean and the spread of the steps of a fit with a constant rate; the validation split chooses the scale.
+- ``tfb``: the widest isotropic noise of each task's ΔW that the validation split allows, without a fit.
 - ``laplace``, ``laplace_kronecker``: guides from the curvature, without a fit; in ``..._tempered`` the curvature is divided by a
   temperature that the validation split chooses.
 
 The first seed chooses learning rates and temperatures on the validation split. The perplexity of the posterior's mean chooses a
 learning rate, in a search that climbs from the middle of the grid. The perplexity of the mixture chooses Laplace's temperature.
-What a guide itself leaves to the validation split, such as the scale of ``swag``, is chosen anew for each seed.
-The other seeds use these choices. The test split is only reported. Each run has two rows: the prediction of the posterior's
-mean, and that of the mixture of draws. ``few`` columns are about the third of the tasks with the fewest training documents. Rows
-that the output already has are not computed again.
+The other seeds use these choices. What a guide itself leaves to the validation split, such as the scale of ``swag``, is chosen
+anew for each seed. The test split is only reported. Each run has two rows: the prediction of the posterior's mean, and that of
+the mixture of draws. ``few`` columns are about the third of the tasks with the fewest training documents. Rows that the output
+already has are not computed again.
 
 All fits have the options of ``--fit_config``, and override ``tau``, ``seed`` and ``learning_rate``. Those of the guides and
 ``map_longer`` also override ``epochs``, ``patience`` (0) and ``temperature``.
@@ -69,7 +70,7 @@ RATES = (0.001, 0.003, 0.01, 0.03)
 MIDDLE = 0.01
 TEMPERATURES = (1.0, 1e-3, 1e-6)
 #: The guides that are computed at the MAP, without a fit.
-COMPUTED = ("laplace", "laplace_kronecker")
+COMPUTED = ("laplace", "laplace_kronecker", "tfb")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ ARMS = {
     "normal_tempered": Arm("normal", temperature=0.3),
     "low_rank": Arm("low_rank"),
     "swag": Arm("swag"),
+    "tfb": Arm("tfb"),
     "laplace": Arm("laplace"),
     "laplace_tempered": Arm("laplace", temperature=None),
     "laplace_kronecker": Arm("laplace_kronecker"),

@@ -24,6 +24,7 @@ TENSORS = {
     "laplace_kronecker": 0,
     "auto_normal": 2,
     "swag": 1,
+    "tfb": 0,
 }
 #: Guides that are made without a fit.
 UNFITTED = [name for name, tensors in TENSORS.items() if not tensors]

@@ -243,8 +243,15 @@ class Bowl:
 def test_held_out_documents_choose_the_scale():
     guide = filled(tiny_bora(targets=["q_proj"], tasks=2))
     found = guide.settle(Bowl(guide))
-    assert float(guide.scale) == found["scale"] == pytest.approx(0.3)
+    assert (float(guide.scale), found["scale"]) == (pytest.approx(0.3), 0.3)
     assert found["scales"] == pytest.approx({"0.1": 0.09, "0.3": 0.01, "1.0": 0.36, "3.0": 6.76}, rel=1e-5)
+    assert found["notes"] == []
+    guide.scales = [0.3, 1.0]
+    assert guide.settle(Bowl(guide))["notes"] == [
+        "the scale 0.3 is the smallest of those that were tried; give others as --guide_option scales=..."
+    ]
+    guide.scales = [1.0]
+    assert guide.settle(Bowl(guide)) == {"scale": pytest.approx(0.3), "scales": {}, "notes": []}  # nothing to choose
     alone = SwagGuide(tiny_bora(targets=["q_proj"], tasks=2), scales="0.2,4")
     assert alone.settle(Bowl(alone)) == {}  # not fitted
     assert float(alone.scale) == pytest.approx(4.0)  # the nearest to 1, in the logarithm

@@ -65,6 +65,17 @@ def test_a_swag_posterior_tells_what_the_validation_documents_chose(tmp_path, ma
     assert note.endswith("use a smaller --learning_rate (now 1; try 0.3)")
 
 
+def test_a_tfb_posterior_has_a_variance_for_each_task(tmp_path, map_run):
+    metrics = posterior_fit(map_run, tmp_path / "posterior", guide="tfb", guide_option=["least_documents=1", "largest=0.01"])
+    run = load_run(tmp_path / "posterior")
+    assert run.fitted.guide.sigma.tolist() == pytest.approx(metrics["chosen"]["sigma"])
+    assert metrics["epochs"] == 0
+    assert metrics["test_perplexity"] == pytest.approx(metrics["map_test_perplexity"], rel=1e-6)
+    assert metrics["mixture_test_perplexity"] != pytest.approx(metrics["test_perplexity"], rel=1e-9)
+    limited = [note for note in metrics["notes"] if "tasks have the largest standard deviation, 0.01" in note]
+    assert len(limited) == any(sigma > 0.0095 for sigma in metrics["chosen"]["sigma"])
+
+
 def test_the_option_of_a_guide_comes_back_from_its_folder(tmp_path, map_run):
     posterior_fit(map_run, tmp_path / "posterior", guide="low_rank", guide_option=["rank=3"])
     guide = load_run(tmp_path / "posterior").fitted.guide
@@ -166,6 +177,11 @@ BAD = {
     ),
     "tau of laplace": (["{run}", "--tau", "gamma", "--guide", "laplace"], "guide laplace needs a fixed tau*"),
     "tau of swag": (["{run}", "--tau", "gamma", "--guide", "swag"], "guide swag needs a fixed tau*"),
+    "tau of tfb": (["{run}", "--tau", "gamma", "--guide", "tfb"], "guide tfb needs a fixed tau*"),
+    "tolerance": (
+        ["{run}", "--guide", "tfb", "--guide_option", "tolerance=0"],
+        "tolerance is 0.0; give a finite number above 0, the part by which the loss may rise",
+    ),
     "no average": (["{run}", "--guide", "swag", "--average", "false"], "average is false, but SwagGuide is*; leave it out"),
     "onto itself": (["{run}", "--output_dir", "{run}"], "output_dir {run} is the run itself*"),
 }

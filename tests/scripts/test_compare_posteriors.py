@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pandas as pd
@@ -24,7 +25,7 @@ def finished(tmp_path_factory, main):
     (folder / "fit.yaml").write_text(yaml.safe_dump(options | {"targets": ["v_proj", "fc2"]}))
     words = line({"fit_config": folder / "fit.yaml", "seeds": 2, "epochs": 1, "draws": 2, "map_learning_rate": 0.03})
     words += line({"runs_dir": folder / "runs", "output": folder / "table.csv"})
-    words += ["--arms", "map", "normal", "swag", "laplace_tempered", "ensemble"]
+    words += ["--arms", "map", "normal", "swag", "tfb", "laplace_tempered", "ensemble"]
     assert main(words) == 0
     return words, folder / "table.csv"
 
@@ -41,9 +42,10 @@ def test_the_table_hangs_together(finished):
     assert len(tempered[tempered.seed == 1]) == 1
     for name in ("validation", "test"):
         assert (table[f"{name}_nll"] - table[f"{name}_perplexity"].map(math.log)).abs().max() < 1e-4
-    # the centre of Laplace's approximation is the MAP
-    for seed in (0, 1):
-        centre = table[(table.arm == "laplace_tempered") & (table.prediction == "mean") & (table.seed == seed)].test_nll
+    # the centre of Laplace's approximation is the MAP, and so is that of TFB
+    for seed, arm in itertools.product((0, 1), ("laplace_tempered", "tfb")):
+        centre = table[(table.arm == arm) & (table.prediction == "mean") & (table.seed == seed)].test_nll
+        assert len(centre) == (3 if (seed, arm) == (0, "laplace_tempered") else 1)
         assert centre.tolist() == pytest.approx(
             [table[(table.arm == "map") & (table.seed == seed)].test_nll.item()] * len(centre)
         )
