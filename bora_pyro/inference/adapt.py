@@ -33,7 +33,7 @@ from bora_pyro.inference.clip_by_task import ClipByTask
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
-from bora_pyro.inference.task_groups import joined_history, joined_perplexity, of_group, task_groups
+from bora_pyro.inference.task_groups import joined_history, joined_score, of_group, task_groups
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
 
@@ -153,7 +153,7 @@ def fit_deviations(
     # a task without documents keeps these initial values: Θ, with the prior's standard deviation
     joint_guide = GUIDES[guide](model, scale=1.0)
     make_parameters(joint_guide, model)
-    fits, sizes = [], []
+    fits, sizes, measure = [], [], model.likelihood.measure
     for group in task_groups(data, token_budget=token_budget):
         group_model, group_data = of_group(model, data, group)
         batches = len(group_data.train.batches(token_budget=token_budget, seed=seed))
@@ -164,14 +164,14 @@ def fit_deviations(
             group_fit = fit(group_model, group_data, guide=around, callbacks=callbacks, **options)
         _copy_rows(joint_guide, group, group_fit.guide)
         fits.append(group_fit)
-        sizes.append((group_data.train.num_tokens, group_data.validation.num_tokens))
+        sizes.append((group_data.train.num_tokens, *map(measure.observations, (group_data.train, group_data.validation))))
     return Fitted(
         model,
         joint_guide,
         data.tasks,
-        history=joined_history(fits, [train for train, _ in sizes]),
+        history=joined_history(fits, [tokens for tokens, _, _ in sizes], [train for _, train, _ in sizes]),
         best_epoch=max((group_fit.best_epoch for group_fit in fits), default=0),
-        validation_perplexity=joined_perplexity(fits, [validation for _, validation in sizes]),
+        validation_score=joined_score(fits, [validation for _, _, validation in sizes], measure),
         seconds=sum(group_fit.seconds for group_fit in fits),
         documents=data.train.documents_per_task,
         chat_template=data.chat_template,

@@ -91,7 +91,7 @@ class Callback:
         """Called after each step of the optimiser."""
 
     def after_epoch(self, loop: FitLoop) -> None:
-        """Called after the last step of each epoch, before the validation perplexity is measured."""
+        """Called after the last step of each epoch, before the validation documents are scored."""
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint stores for this callback."""

@@ -31,7 +31,7 @@ from bora_pyro.inference.state import as_before
 RECORD: dict[str, tuple[type, ...]] = {
     "history": (list,),
     "best_epoch": (int,),
-    "validation_perplexity": (float, int, type(None)),
+    "validation_score": (float, int, type(None)),
     "seconds": (float, int),
     "averaged": (bool,),
     "gradient_norms": (dict,),
@@ -161,6 +161,8 @@ def check_record(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: it has another form.
     """
+    if "validation_perplexity" in checkpoint.progress:  # the name in older checkpoints
+        checkpoint.progress.setdefault("validation_score", checkpoint.progress["validation_perplexity"])
     checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | RECORD)
     with checkpoint.errors():
         if not all(isinstance(entry["training_tokens_per_second"], float | int) for entry in checkpoint.progress["history"]):

@@ -1,59 +1,19 @@
-"""How well the language model predicts held-out documents, with and without the adapters.
-
-Perplexity is exp(total negative log-likelihood / total predicted tokens); padding and the first token are not counted. Bits per
-character is the same total in bits, divided by the characters of the documents. It can compare bases with different tokenizers.
-"""
+"""How well the language model predicts held-out documents, with and without the adapters."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bora_pyro.data.batch import IGNORED, Batch, loaded_tasks
 from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.likelihoods import Scores
 from bora_pyro.model import BoRA, Weights
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-likelihoods of the documents of one split, in nats.
-
-        >>> import torch
-        >>> scores = Scores(torch.tensor([-2.0, -4.0]), torch.tensor([1, 2]), torch.tensor([4, 8]), torch.tensor([0, 1]))
-        >>> round(scores.perplexity() / math.e**2, 6), round(scores.perplexity(task=1) / math.e**2, 6)
-        (1.0, 1.0)
-
-    Attributes:
-        log_likelihood: (documents,), float64.
-        tokens: predicted tokens of each document.
-        characters: characters of each document's predicted tokens.
-        task: index of each document's task.
-    """
-
-    log_likelihood: Tensor
-    tokens: Tensor
-    characters: Tensor
-    task: Tensor
-
-    def perplexity(self, task: int | None = None) -> float | None:
-        """Perplexity over all documents, or over those of one task; None if there is no document."""
-        chosen = self._of(task)
-        tokens = int(self.tokens[chosen].sum())
-        # cut at exp(700): a float overflows a little beyond it
-        return math.exp(min(-float(self.log_likelihood[chosen].sum()) / tokens, 700.0)) if tokens else None
-
-    def bits_per_character(self, task: int | None = None) -> float | None:
-        """Bits per character over all documents, or over those of one task; None if there is no document."""
-        chosen = self._of(task)
-        characters = int(self.characters[chosen].sum())
-        return -float(self.log_likelihood[chosen].sum()) / math.log(2) / characters if characters else None
-
-    def _of(self, task: int | None) -> Tensor:
-        return torch.ones_like(self.task, dtype=torch.bool) if task is None else self.task == task
+__all__ = ["Scores", "evaluate"]
 
 
 @torch.inference_mode()
@@ -86,7 +46,7 @@ def evaluate(
         lockstep: ``Processes.lockstep``, if several processes hold parts of the base.
 
     Returns:
-        One :class:`Scores` for each of ``adapters``.
+        One :class:`Scores` for each of ``adapters``, of the kind that the likelihood gives.
     """
     log_likelihood = [torch.zeros(len(split), dtype=torch.float64) for _ in adapters]
     tokens = torch.zeros(len(split), dtype=torch.int64)
@@ -106,4 +66,4 @@ def evaluate(
             else:
                 score = model.likelihood.score(model, weights, on_device)
             result[batch.index] = score.double().cpu()
-    return [Scores(result, tokens, split.characters, split.task) for result in log_likelihood]
+    return [model.likelihood.scores(split, result, tokens) for result in log_likelihood]

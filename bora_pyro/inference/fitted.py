@@ -38,11 +38,12 @@ class Fitted:
     Attributes:
         model, guide: the model and its guide.
         tasks: names of the tasks; the position is the task's index d.
-        history: one entry per epoch (loss in nats per training observation, validation perplexity, tokens per second, ...; also
-            the path of τ, if the prior learns it).
+        history: one entry per epoch (loss in nats per training observation, the measure of the validation documents, tokens per
+            second, ...; also the path of τ, if the prior learns it).
         best_epoch: the epoch whose state was kept; 0 is the start.
         averaged: whether that state is the mean of the steps up to then, and not the last of them.
-        validation_perplexity: perplexity of the state that was kept; None if there are no validation documents.
+        validation_score: the likelihood's measure (perplexity) of the validation documents for the state that was kept; None if
+            there are no such documents.
         seconds: time in training steps and validation.
         gradient_norms: the norm of the objective's gradient at the ``start`` and the ``end`` (`optimum`); empty if not measured.
         documents: N_d, the number of training documents of each task; empty if unknown.
@@ -55,11 +56,16 @@ class Fitted:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
     averaged: bool = False
-    validation_perplexity: float | None = None
+    validation_score: float | None = None
     seconds: float = 0.0
     gradient_norms: dict[str, Any] = field(default_factory=dict)
     documents: list[int] = field(default_factory=list)
     chat_template: str | None = None
+
+    @property
+    def validation_perplexity(self) -> float | None:
+        """``validation_score``, if it is a perplexity; otherwise None."""
+        return self.validation_score if self.model.likelihood.measure.exponential else None
 
     def sites(self) -> dict[str, Tensor]:
         """The guide's central value of every sample site; for MAP, the estimate itself."""
@@ -131,23 +137,26 @@ class Fitted:
         return tau_by_group(self.model, self.sites())
 
     def evaluate(self, split: TokenSplit, *, name: str = "test", processes: Processes | None = None) -> dict[str, Any]:
-        """Perplexities of the base and of the adapted model on a split, over all documents and by task, as in ``metrics.json``.
+        """How well the base and the adapted model predict a split, over all documents and by task, as in ``metrics.json``.
 
         Args:
             split: the documents.
             name: the split's name, in the names of the results.
             processes: the processes of the fit. If each holds a part of the base, the others call ``help_evaluate`` meanwhile.
         """
-        lockstep = (processes or Processes()).lockstep
-        weights, documents = self.weights_of(), split.documents_per_task
+        base, adapted = self.scores(split, processes=processes)
+        documents = split.documents_per_task
+        tasks = [
+            {"name": task, f"{name}_documents": documents[d]} | named_numbers(base, adapted, name, d)
+            for d, task in enumerate(self.tasks)
+        ]
+        return named_numbers(base, adapted, name) | {"tasks": tasks}
+
+    def scores(self, split: TokenSplit, *, processes: Processes | None = None) -> tuple[Scores, Scores]:
+        """The scores of a split under the base and under the adapted model; ``processes`` as for `evaluate`."""
+        weights, lockstep = self.weights_of(), (processes or Processes()).lockstep
         base, adapted = evaluate(self.model, split, None, lambda index: weights(index)[0], lockstep=lockstep)
-        return {
-            f"{name}_perplexity": adapted.perplexity(),
-            f"base_{name}_perplexity": base.perplexity(),
-            f"{name}_bits_per_character": adapted.bits_per_character(),
-            f"base_{name}_bits_per_character": base.bits_per_character(),
-            "tasks": [self._of_task(d, base, adapted, name, documents[d]) for d in range(len(self.tasks))],
-        }
+        return base, adapted
 
     def help_evaluate(self, split: TokenSplit, processes: Processes) -> None:
         """Help another process to evaluate a split: run this process's part of the base as often as the other one needs it."""
@@ -155,14 +164,11 @@ class Fitted:
             nothing = torch.zeros(0, dtype=torch.int64)
             evaluate(self.model, split, None, None, documents=nothing, lockstep=processes.lockstep)
 
-    def _of_task(self, d: int, base: Scores, adapted: Scores, name: str, documents: int) -> dict[str, Any]:
-        return {
-            "name": self.tasks[d],
-            f"{name}_documents": documents,
-            f"base_{name}_perplexity": base.perplexity(d),
-            f"{name}_perplexity": adapted.perplexity(d),
-            f"{name}_bits_per_character": adapted.bits_per_character(d),
-        }
+
+def named_numbers(base: Scores, adapted: Scores, name: str, task: int | None = None) -> dict[str, float | None]:
+    """The numbers of a split as ``metrics.json`` names them, over all documents or over those of one task."""
+    numbers = {f"{name}_{key}": value for key, value in adapted.numbers(task).items()}
+    return numbers | {f"base_{name}_{key}": value for key, value in base.numbers(task).items()}
 
 
 def mean_tau(taus: Mapping[str, Tensor], entries: Mapping[str, int]) -> float:

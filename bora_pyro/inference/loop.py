@@ -36,7 +36,7 @@ from bora_pyro.inference.spread import collection_of
 from bora_pyro.inference.start import first_state, partition_of
 from bora_pyro.inference.state import draws_tasks
 from bora_pyro.inference.steps import EpochSteps, StepsOfEpoch
-from bora_pyro.inference.validation import draw_is_finite, validation_perplexity
+from bora_pyro.inference.validation import draw_is_finite, validation_score
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import with_changes
 
@@ -251,42 +251,42 @@ class Loop:
             self.fitted,
         )
 
-    def _perplexity(self) -> float | None:
-        return validation_perplexity(self.model, self.data.validation, self.state, self._validation_documents, self.processes)
+    def _score(self) -> float | None:
+        return validation_score(self.model, self.data.validation, self.state, self._validation_documents, self.processes)
 
     def keep_best(self) -> dict[str, float]:
-        """Compute the validation perplexity, and keep the state if the perplexity is the lowest so far, including the start.
+        """Compute the measure of the validation documents, and keep the state if it is the lowest so far, including the start.
 
         With a guide that is made of the steps, the mean of the steps alone counts.
 
         Returns:
-            ``validation_perplexity``, the lower one of ``validation_perplexity_last``, of the current state, and
-            ``validation_perplexity_averaged``, of the mean of the steps; empty if there are no validation documents.
+            For the measure perplexity: ``validation_perplexity``, the lower one of ``validation_perplexity_last``, of the current
+            state, and ``validation_perplexity_averaged``, of the mean of the steps; empty if there are no validation documents.
         """
-        last = self._perplexity()
+        last, name = self._score(), f"validation_{self.model.likelihood.measure.name}"
         if last is not None and math.isnan(last):
             when = f"after epoch {self.epoch}" if self.epoch else "before the first step: the base model gives NaN"
-            raise self._non_finite(f"the validation perplexity is not a number {when}")
+            raise self._non_finite(f"the {name.replace('_', ' ')} is not a number {when}")
         if not self._draw_is_finite():
             raise self._non_finite(f"a draw of the guide gives NaN or inf logits after epoch {self.epoch}: its scales diverge")
         # without validation documents, the last epoch is the best
         if self.collection is None:
             self._keep_if_best(last, averaged=False)
-        report = {} if last is None else {"validation_perplexity": last, "validation_perplexity_last": last}
+        report = {} if last is None else {name: last, f"{name}_last": last}
         if self.epoch and (self.collection is not None or (self.options.average and last is not None)):
             with self.state.averaged():
-                averaged = self._perplexity()
+                averaged = self._score()
                 if (averaged is None or math.isfinite(averaged)) and self._draw_is_finite():
                     self._keep_if_best(averaged, averaged=True)
                     if last is not None and averaged is not None:
                         better = min(last, averaged) if self.collection is None else averaged
-                        report |= {"validation_perplexity": better, "validation_perplexity_averaged": averaged}
+                        report |= {name: better, f"{name}_averaged": averaged}
         return report
 
-    def _keep_if_best(self, perplexity: float | None, *, averaged: bool) -> None:
-        best = self.fitted.validation_perplexity
-        if perplexity is None or best is None or perplexity < best:
-            self.fitted.best_epoch, self.fitted.validation_perplexity, self.fitted.averaged = self.epoch, perplexity, averaged
+    def _keep_if_best(self, score: float | None, *, averaged: bool) -> None:
+        best = self.fitted.validation_score
+        if score is None or best is None or score < best:
+            self.fitted.best_epoch, self.fitted.validation_score, self.fitted.averaged = self.epoch, score, averaged
             if self.epoch:  # the start is kept as it is
                 self.state.keep()
 

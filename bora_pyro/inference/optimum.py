@@ -44,12 +44,13 @@ from bora_pyro.inference.loop import Loop
 from bora_pyro.inference.processes import all_reduce_gradient
 from bora_pyro.inference.schedule import step_seed
 from bora_pyro.inference.steps import EpochSteps
+from bora_pyro.likelihoods import Measure, measure_of
 
 #: The part of a fit's training tokens that one measurement reads, and the documents that it reads at least.
 FRACTION, LEAST_DOCUMENTS = 0.02, 24
 #: The number of groups into which these documents are divided, and the number of training batches that they fill at most.
 GROUPS, MOST_BATCHES = 8, 16
-#: A validation perplexity that falls by more than this part in the last epoch is still falling.
+#: A validation perplexity that falls by more than this part in the last epoch is still falling, as is an NLL that falls as much.
 FALLING = 0.01
 _PARTS = ("prior_mean", "deviations")
 
@@ -192,15 +193,22 @@ def gradient_summary(norms: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def still_falling(fitted: Fitted, epochs: int) -> str | None:
-    """A note, if the epochs were used up while the validation perplexity was still falling.
+    """A note, if the epochs were used up while the measure of the validation documents was still falling.
 
     >>> history = [{"validation_perplexity": 16.9}, {"validation_perplexity": 16.5}]
     >>> still_falling(Fitted(None, None, [], history, best_epoch=2), 2)
     'the validation perplexity was still falling after the last epoch (16.9 -> 16.5): more --epochs may help'
     """
-    before, last = [None, None, *(report.get("validation_perplexity") for report in fitted.history)][-2:]
-    if before is None or last is None or len(fitted.history) < epochs or last >= before * (1 - FALLING):
+    measure = measure_of(fitted.history[-1] if fitted.history else {}, "validation")
+    name = f"validation_{measure.name}"
+    before, last = [None, None, *(report.get(name) for report in fitted.history)][-2:]
+    if before is None or last is None or len(fitted.history) < epochs or _has_stopped(measure, before, last):
         return None
     return (
-        f"the validation perplexity was still falling after the last epoch ({before:.4g} -> {last:.4g}): more --epochs may help"
+        f"the validation {measure.title} was still falling after the last epoch ({before:.4g} -> {last:.4g}): more --epochs may "
+        "help"
     )
+
+
+def _has_stopped(measure: Measure, before: float, last: float) -> bool:
+    return last >= before * (1 - FALLING) if measure.exponential else last >= before - FALLING

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from bora_pyro.data.subset import subset
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.task_rows import MANY_TASKS
+from bora_pyro.likelihoods import Measure
 from bora_pyro.model import BoRA
 
 
@@ -69,12 +69,14 @@ def of_group(model: BoRA, data: TaskData, group: Tensor) -> tuple[BoRA, TaskData
     return group_model, subset(data, [data.tasks[d] for d in group.tolist()])
 
 
-def joined_history(fits: Sequence[Fitted], tokens: Sequence[int]) -> list[dict[str, Any]]:
+def joined_history(fits: Sequence[Fitted], tokens: Sequence[int], observations: Sequence[int]) -> list[dict[str, Any]]:
     """Combine the histories of fits to different tasks into one; a fit with fewer epochs contributes its last epoch again.
 
     Args:
         fits: the fits.
-        tokens: predicted tokens of each fit's training documents; losses are weighted by them.
+        tokens: predicted tokens of each fit's training documents.
+        observations: what the likelihood's measure is a mean over, in the training documents of each fit; losses are weighted by
+            them.
     """
     if len(fits) == 1:
         return fits[0].history
@@ -86,7 +88,7 @@ def joined_history(fits: Sequence[Fitted], tokens: Sequence[int]) -> list[dict[s
         history.append(
             {
                 "epoch": number + 1,
-                "loss": sum(n * record["loss"] for n, record in zip(tokens, records, strict=True)) / sum(tokens),
+                "loss": sum(n * record["loss"] for n, record in zip(observations, records, strict=True)) / sum(observations),
                 "training_tokens_per_second": sum(n for n, _ in running) / time,
                 "seconds": sum(record["seconds"] for record in records),
             }
@@ -94,13 +96,14 @@ def joined_history(fits: Sequence[Fitted], tokens: Sequence[int]) -> list[dict[s
     return history
 
 
-def joined_perplexity(fits: Sequence[Fitted], tokens: Sequence[int]) -> float | None:
-    """Validation perplexity over all fits to different tasks; None if there are no validation documents.
+def joined_score(fits: Sequence[Fitted], observations: Sequence[int], measure: Measure) -> float | None:
+    """The measure of the validation documents over all fits to different tasks; None if there are no such documents.
 
     Args:
         fits: the fits.
-        tokens: predicted tokens of each fit's validation documents.
+        observations: what the measure is a mean over, such as predicted tokens: their number in each fit's validation documents.
+        measure: the measure of the fits' likelihood.
     """
-    known = [(n, fitted.validation_perplexity) for n, fitted in zip(tokens, fits, strict=True)]
-    logs = [n * math.log(perplexity) for n, perplexity in known if perplexity is not None]
-    return math.exp(sum(logs) / sum(n for n, perplexity in known if perplexity is not None)) if logs else None
+    scores = [(n, fitted.validation_score) for n, fitted in zip(observations, fits, strict=True)]
+    known = [(n, score) for n, score in scores if score is not None]
+    return measure.of(-sum(n * measure.nll(score) for n, score in known), sum(n for n, _ in known))

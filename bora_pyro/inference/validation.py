@@ -1,8 +1,7 @@
-"""Checks of a state of a fit after each epoch: its validation perplexity, and whether a draw of its guide is finite."""
+"""Checks of a state of a fit after each epoch: how well it predicts validation documents, and whether a draw is finite."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,10 +17,10 @@ from bora_pyro.inference.state import FitState
 from bora_pyro.model import BoRA
 
 
-def validation_perplexity(
+def validation_score(
     model: BoRA, split: TokenSplit, state: FitState, documents: Sequence[Tensor | None], processes: Processes
 ) -> float | None:
-    """The perplexity of the validation documents of all processes at the guide's centre; None if there are no documents.
+    """The likelihood's measure (perplexity) of the validation documents of all processes at the guide's centre.
 
     Args:
         model: the BoRA model.
@@ -29,6 +28,9 @@ def validation_perplexity(
         state: the state of the fit.
         documents: the documents that count, for each part of the tasks of this process; None: all.
         processes: the processes of the fit.
+
+    Returns:
+        The measure; None if there are no documents.
     """
     if not split.num_tokens:
         return None
@@ -38,10 +40,9 @@ def validation_perplexity(
             (scores,) = evaluate(model, split, state.adapters())
         else:
             (scores,) = evaluate(model, split, state.adapters(), documents=rows)
-        return scores.perplexity()
+        return scores.value()
     (scores,) = evaluate(model, split, state.adapters(), documents=documents[0], lockstep=processes.lockstep)
-    log_likelihood, tokens = processes.all_reduce(torch.stack([scores.log_likelihood.sum(), scores.tokens.sum().double()]))
-    return math.exp(min(-float(log_likelihood) / float(tokens), 700.0))
+    return scores.measure.of(*processes.all_reduce(scores.sums()).tolist())
 
 
 @torch.no_grad()

@@ -2,9 +2,14 @@
 
 from bora_pyro.likelihoods.base import LanguageModel, Likelihood
 from bora_pyro.likelihoods.distribution import NextTokens
+from bora_pyro.likelihoods.measure import MEASURES, PERPLEXITY, Measure, measure_of
 from bora_pyro.likelihoods.next_tokens import UNITS, CausalLM
+from bora_pyro.likelihoods.scores import Scores
 
 #: Likelihoods by the name that a configuration gives them.
 LIKELIHOODS: dict[str, type[Likelihood]] = {"causal_lm": CausalLM}
 
-__all__ = ["LIKELIHOODS", "UNITS", "CausalLM", "LanguageModel", "Likelihood", "NextTokens"]
+__all__ = [
+    "LIKELIHOODS", "MEASURES", "PERPLEXITY", "UNITS", "CausalLM", "LanguageModel",
+    "Likelihood", "Measure", "NextTokens", "Scores", "measure_of",
+]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from bora_pyro.data.batch import Batch
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.likelihoods.distribution import NextTokens
+from bora_pyro.likelihoods.measure import PERPLEXITY, Measure
+from bora_pyro.likelihoods.scores import Scores
 
 L = TypeVar("L", bound="Likelihood")
 
@@ -48,10 +50,12 @@ class Likelihood(ABC):
         ...         return documents
 
     Attributes:
+        measure: the number by which held-out documents judge a fit. It chooses the epoch that is kept.
         task_weights: (D,) float32 above 0: the factor w_d of each task's log-likelihood. It has the effect of w_d copies of
             each document of the task. None: 1 for all.
     """
 
+    measure: ClassVar[Measure] = PERPLEXITY
     task_weights: Tensor | None = None
 
     @abstractmethod
@@ -83,6 +87,16 @@ class Likelihood(ABC):
         Task weights are not applied: perplexities are not weighted.
         """
         return NextTokens(model.lazy_logits(batch, weights)).log_prob(batch.labels)
+
+    def scores(self, split: TokenSplit, log_likelihood: Tensor, tokens: Tensor) -> Scores:
+        """How well a split is predicted.
+
+        Args:
+            split: the documents.
+            log_likelihood: (rows,) float64, what ``score`` returned for each row; 0 for rows that were not scored.
+            tokens: (rows,) int64, predicted tokens of each row; 0 for rows that were not scored.
+        """
+        return Scores(log_likelihood, tokens, split.characters, split.task)
 
     def task_weight(self, task: Tensor) -> Tensor:
         """The factor of each document's log-likelihood, (rows,) float32: the weight of its task. ``task`` is (rows,)."""

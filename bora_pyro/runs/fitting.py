@@ -74,7 +74,8 @@ def fit_into(
     Raises:
         RunStopped: the process got Ctrl-C or SIGTERM; the state of the fit is saved.
     """
-    bar, tracking = Progress(0, epochs=options.epochs, enabled=not quiet), tracking or Tracking()
+    measure, tracking = model.likelihood.measure, tracking or Tracking()
+    bar = Progress(0, epochs=options.epochs, measure=measure, enabled=not quiet)
 
     def add_note(note: str | None) -> None:
         if note is not None:
@@ -89,7 +90,7 @@ def fit_into(
             loss=report["loss"],
             tokens_per_second=report["training_tokens_per_second"],
             epoch=int(report["epoch"]),
-            validation_perplexity=report.get("validation_perplexity"),
+            validation=report.get(f"validation_{measure.name}"),
             tau=_newest_tau(model, report),
         )
 

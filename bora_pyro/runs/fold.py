@@ -157,7 +157,7 @@ def _fitted(model: BoRA, data: TaskData, forms: Sequence[LoraForm], members: Seq
         model,
         guide,
         data.tasks,
-        validation_perplexity=validation.perplexity(),
+        validation_score=validation.value(),
         documents=data.train.documents_per_task,
         chat_template=data.chat_template,
     )

@@ -208,8 +208,8 @@ def _fit(
     quiet: bool,
 ) -> Fitted:
     if not [*guide.parameters()]:
-        of_run = run.fitted.validation_perplexity
-        return Fitted(run.fitted.model, guide, run.data.tasks, validation_perplexity=of_run, chat_template=run.data.chat_template)
+        of_run = run.fitted.validation_score
+        return Fitted(run.fitted.model, guide, run.data.tasks, validation_score=of_run, chat_template=run.data.chat_template)
     return fit_into(
         folder,
         run.fitted.model,

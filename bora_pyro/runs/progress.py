@@ -31,6 +31,7 @@ from rich.text import Text
 
 from bora_pyro.data import TaskData
 from bora_pyro.files.text import NAME_LENGTH, escaped, name_line
+from bora_pyro.likelihoods import PERPLEXITY, Measure
 
 _MISSING = "–"
 
@@ -50,11 +51,12 @@ class Progress:
 
         >>> with Progress(2, enabled=False) as progress:
         ...     progress.update(1, loss=3.2, epoch=1)
-        ...     progress.update(2, loss=3.1, epoch=1, validation_perplexity=20.9)
+        ...     progress.update(2, loss=3.1, epoch=1, validation=20.9)
 
     Args:
         total_steps: optimiser steps of the whole fit. The attribute can be set later, once the number is known.
         epochs: epochs of the whole fit; None: the number is not shown.
+        measure: how the fit's likelihood judges validation documents.
         enabled: False shows nothing.
         start: steps that a resumed fit had done before. None: the first update reports the first step of this fit.
         file: where to write; None: stderr.
@@ -67,6 +69,7 @@ class Progress:
         total_steps: int,
         *,
         epochs: int | None = None,
+        measure: Measure = PERPLEXITY,
         enabled: bool = True,
         start: int | None = None,
         file: TextIO | None = None,
@@ -74,6 +77,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total_steps, self.start, self.interval, self.clock = total_steps, start, interval, clock
+        self._measure = measure
         self._epochs = "" if epochs is None else f"/{epochs}"
         self._console = Console(file=file or sys.stderr, highlight=False)
         draws = self._console.is_terminal and not self._console.is_dumb_terminal
@@ -111,7 +115,7 @@ class Progress:
         loss: float | None = None,
         tokens_per_second: float | None = None,
         epoch: int | None = None,
-        validation_perplexity: float | None = None,
+        validation: float | None = None,
         tau: float | None = None,
     ) -> None:
         """Show that ``step`` steps are done. Quantities that are None keep their last value.
@@ -121,10 +125,10 @@ class Progress:
             loss: training loss in nats a token.
             tokens_per_second: training speed.
             epoch: the current epoch, counted from 1.
-            validation_perplexity: validation perplexity, given at the end of each epoch. It prints a line that stays.
+            validation: the measure of the validation documents, given at the end of each epoch. It prints a line that stays.
             tau: precision of the prior, if the fit learns it.
         """
-        given = {"epoch": epoch, "loss": loss, "tokens_per_second": tokens_per_second, "perplexity": validation_perplexity}
+        given = {"epoch": epoch, "loss": loss, "tokens_per_second": tokens_per_second, "validation": validation}
         given["tau"] = None if tau is None else float(f"{tau:.3g}")
         self.start = step - 1 if self.start is None else self.start
         self._seen |= {key: value for key, value in given.items() if value is not None}
@@ -132,9 +136,9 @@ class Progress:
             self._bar.numbers = self._describe(without="epoch")
             named = self._describe(only="epoch") or "fitting"
             self._bar.update(self._task, total=self.total_steps, completed=step, description=named)
-            if validation_perplexity is not None:
+            if validation is not None:
                 self._bar.console.print(self._line(step), markup=False)
-        elif self._plain and (validation_perplexity is not None or self.clock() - self._last >= self.interval):
+        elif self._plain and (validation is not None or self.clock() - self._last >= self.interval):
             self._last = self.clock()
             self._console.print(self._line(step), markup=False, soft_wrap=True)
 
@@ -143,7 +147,7 @@ class Progress:
             "epoch": f"epoch {{}}{self._epochs}",
             "loss": "loss {:.4f}",
             "tokens_per_second": "{:,.0f} tokens/s",
-            "perplexity": "validation perplexity {:.2f}",
+            "validation": f"validation {self._measure.title} {{:.{self._measure.digits}f}}",
             "tau": "τ {:g}",
         }
         shown = [key for key in formats if key in self._seen and key != without and only in ("", key)]

@@ -103,7 +103,7 @@ def metrics_of(
         for d, row in enumerate(scores.pop("tasks"))
     }
     return scores | {
-        "validation_perplexity": fitted.validation_perplexity,
+        f"validation_{fitted.model.likelihood.measure.name}": fitted.validation_score,
         **_tau(fitted, tau),
         "learning_rate": learning_rate,
         "epochs": len(fitted.history),

@@ -43,7 +43,7 @@ def scripted(monkeypatch, perplexities):
     values = iter([math.inf, *perplexities])
 
     class Score:
-        def perplexity(self):
+        def value(self):
             return next(values)
 
     monkeypatch.setattr(MODULE, "evaluate", lambda *args: [Score()])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bora_pyro import CausalLM, HierarchicalNormal, Independent, InputError, Pooled, fit
-from bora_pyro.inference.checkpoint import Checkpoints
+from bora_pyro.inference.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from bora_pyro.inference.fit import NonFiniteLossError
 from bora_pyro.inference.fitted import Fitted
 from tests.tiny_base import toy_data, toy_model, without_times
@@ -93,6 +93,17 @@ def test_a_finished_fit_is_found_again_without_a_step(data, tmp_path):
 def one_line(message):
     assert "\n" not in message
     return message
+
+
+def test_a_checkpoint_that_names_the_perplexity_as_older_ones_do(data, tmp_path):
+    options = {"epochs": 2, "learning_rate": 0.03, "token_budget": 100, "checkpoints": tmp_path}
+    first = fit(toy_model(), data, **options)
+    path = Checkpoints(tmp_path).newest().path
+    groups, progress = load_checkpoint(path)
+    progress["validation_perplexity"] = progress.pop("validation_score")
+    save_checkpoint(path, groups, progress)
+    again = fit(toy_model(), data, **options)
+    assert again.validation_score == first.validation_score == progress["validation_perplexity"]
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_the_fit_is_the_same_with_and_without(data, guide, drawn):
 
 def test_a_fit_that_keeps_its_start_has_ratio_1(data, monkeypatch):
     scripted(monkeypatch, [])
-    monkeypatch.setattr("bora_pyro.inference.loop.Loop._perplexity", lambda loop: 2.0 + loop.epoch)
+    monkeypatch.setattr("bora_pyro.inference.loop.Loop._score", lambda loop: 2.0 + loop.epoch)
     fitted = fit(toy_model(), data, epochs=1, average=False, token_budget=64)
     assert fitted.best_epoch == 0
     assert gradient_summary(fitted.gradient_norms)["ratio"] == 1.0

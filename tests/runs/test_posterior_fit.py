@@ -222,7 +222,7 @@ def test_a_posterior_that_is_not_fitted_says_so(tmp_path, map_run, monkeypatch):
     assert metrics["best_epoch"] == 1
     assert not any("as it began" in note for note in metrics["notes"])
     loop = sys.modules["bora_pyro.inference.fit"].Loop  # the package's own name `fit` is the function
-    monkeypatch.setattr(loop, "_perplexity", lambda self: 2.0 + self.epoch)
+    monkeypatch.setattr(loop, "_score", lambda self: 2.0 + self.epoch)
     metrics = posterior_fit(map_run, tmp_path / "bad", learning_rate=0.03)
     assert metrics["best_epoch"] == 0
     assert any("the posterior is as it began" in note and "(now 0.03; try 0.01)" in note for note in metrics["notes"])

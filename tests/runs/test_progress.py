@@ -50,7 +50,7 @@ def test_plain_lines_come_every_few_seconds_and_at_an_epochs_end():
         for step in range(1, 11):
             clock.now += 1
             progress.update(step, loss=3.5, tokens_per_second=12345.6, epoch=1)
-        progress.update(10, validation_perplexity=20.125)
+        progress.update(10, validation=20.125)
     assert file.getvalue().splitlines() == [
         "step 5/100  epoch 1  loss 3.5000  12,346 tokens/s  0:05, about 1:35 left",
         "step 10/100  epoch 1  loss 3.5000  12,346 tokens/s  0:10, about 1:30 left",
@@ -62,7 +62,7 @@ def test_a_line_says_of_how_many_epochs_and_the_learned_tau():
     file, clock = io.StringIO(), Clock()
     with Progress(20, epochs=6, start=0, file=file, clock=clock) as progress:
         clock.now += 8
-        progress.update(10, loss=3.5, epoch=1, validation_perplexity=20.125, tau=168.44)
+        progress.update(10, loss=3.5, epoch=1, validation=20.125, tau=168.44)
         clock.now += 8
         progress.update(20, epoch=2, tau=31622.8)
     assert file.getvalue().splitlines() == [
@@ -78,7 +78,7 @@ def test_a_resumed_fit_guesses_its_end_from_its_own_steps():
         progress.update(91)
         clock.now += 3600
         progress.update(95, epoch=2)
-        progress.update(100, validation_perplexity=2.0)
+        progress.update(100, validation=2.0)
     assert file.getvalue().splitlines() == [
         "step 95/100  epoch 2  1:00:00, about 1:00:00 left",
         "step 100/100  epoch 2  validation perplexity 2.00  1:00:00",
@@ -88,13 +88,13 @@ def test_a_resumed_fit_guesses_its_end_from_its_own_steps():
 def test_disabled_progress_is_silent():
     for file in (io.StringIO(), Terminal()):
         with Progress(2, enabled=False, file=file) as progress:
-            progress.update(1, loss=1.0, validation_perplexity=2.0)
+            progress.update(1, loss=1.0, validation=2.0)
         assert file.getvalue() == ""
 
 
 def test_progress_goes_to_stderr(capsys):
     with Progress(1) as progress:
-        progress.update(1, validation_perplexity=2.0)
+        progress.update(1, validation=2.0)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "step 1/1" in captured.err
@@ -104,7 +104,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     file = Terminal()
     with Progress(4, file=file) as progress:
-        progress.update(2, loss=1.0, epoch=1, validation_perplexity=2.5)
+        progress.update(2, loss=1.0, epoch=1, validation=2.5)
     assert "2/4" in file.getvalue()
     assert "validation perplexity 2.50" in file.getvalue()
 
@@ -115,7 +115,7 @@ def test_a_bar_and_its_numbers_fit_into_80_columns(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     file = Terminal()
     with Progress(1000, epochs=60, file=file) as progress:
-        progress.update(900, loss=3.5, tokens_per_second=12345.6, epoch=55, validation_perplexity=120.125, tau=12345.6)
+        progress.update(900, loss=3.5, tokens_per_second=12345.6, epoch=55, validation=120.125, tau=12345.6)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").split("\n")
     assert max(map(len, shown)) <= 80
     bar = [line for line in shown if " 900/1000 " in line][-1]
@@ -128,7 +128,7 @@ def test_a_terminal_without_a_cursor_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     file = Terminal()
     with Progress(4, file=file) as progress:
-        progress.update(2, validation_perplexity=2.5)
+        progress.update(2, validation=2.5)
     assert file.getvalue() == "step 2/4  validation perplexity 2.50  0:00, about 0:00 left\n"
 
 
