@@ -88,6 +88,31 @@ def tiny_batch(counts=(3, 1, 4), *, seed=0):
     return batch
 
 
+def tiny_questions(counts=(3, 1, 4), *, seed=0):
+    """`counts[d]` questions for each task d, in mixed order: two to four options, whose rows do not lie together."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def ids(length):
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    rows, read, task, document, correct = [], [], [], [], []
+    for question, d in enumerate(d for d, count in enumerate(counts) for _ in range(count)):
+        prompt, options = [0, *ids(number(1, 4))], number(2, 4)
+        right = number(0, options - 1)
+        for option in range(options):
+            rows.append([*prompt, *ids(number(1, 3)), 2])
+            for column, value in zip((read, task, document, correct), (len(prompt), d, question, option == right), strict=True):
+                column.append(value)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    columns = ([column[n] for n in order] for column in (rows, task, read, document, correct))
+    rows, task, read, document, correct = columns
+    more = {"read": read, "document_index": document, "correct": correct, "pad_token_id": 1}
+    return TokenSplit.from_documents(rows, task=task, num_tasks=len(counts), **more)
+
+
 def tiny_data(counts=(3, 1, 4)):
     """Tasks whose three splits are drawn alike."""
     train, validation, test = (tiny_split(counts, seed=seed) for seed in range(3))

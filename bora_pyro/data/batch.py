@@ -31,9 +31,13 @@ class Batch:
             log-likelihood of the split (see `TokenSplit.batches`).
         tasks: the subset of tasks that the batch updates; None means all tasks of the model.
         share: the factor of the batch's loss. It is 1/k if k batches make one step.
-        own_rows: whether the weights have one row for each document of the batch, in order, instead of one for each task.
+        own_rows: whether the weights have one row for each document of the batch, in the order of ``first_rows``, instead of one
+            for each task.
         piece_share: (rows,) float32, for pieces of long documents: the share of each row in the predicted tokens of its document.
             None: each row is a whole document.
+        question: (rows,) int64, for questions with options: the number of each row's question in the batch, in ascending order
+            from 0. Its rows are the options, each behind the prompt. None: there are no questions.
+        correct: (rows,) bool, for questions: whether each row is the right option.
     """
 
     input_ids: Tensor
@@ -46,6 +50,15 @@ class Batch:
     share: float = 1.0
     own_rows: bool = False
     piece_share: Tensor | None = None
+    question: Tensor | None = None
+    correct: Tensor | None = None
+
+    @property
+    def first_rows(self) -> Tensor:
+        """(documents,) int64: position of the first row of each document. A question is a document, a piece of a long one too."""
+        if self.question is None:
+            return torch.arange(len(self.task), device=self.task.device)
+        return self.question.diff(prepend=self.question.new_tensor([-1])).nonzero()[:, 0]
 
     @property
     def row(self) -> Tensor:
@@ -54,7 +67,7 @@ class Batch:
         This is the position of its task in ``tasks``, or with ``own_rows`` its position in the batch.
         """
         if self.own_rows:
-            return torch.arange(len(self.task), device=self.task.device)
+            return torch.arange(len(self.task), device=self.task.device) if self.question is None else self.question
         return self.task if self.tasks is None else self.tasks.positions(self.task)
 
     @property
@@ -66,19 +79,22 @@ class Batch:
         """Split the batch into k parts of like size, with about ``tokens`` tokens or fewer each, padding included.
 
         Each part has ``share / k`` and ``scale * k``, so the losses of the parts add up to the loss of the batch, and the prior
-        counts once.
+        counts once. A question stays whole.
         """
         rows, longest = self.input_ids.shape
-        k = min(rows, -(-rows * longest // max(tokens, 1)))
+        bounds = [*self.first_rows.tolist(), rows]
+        k = min(len(bounds) - 1, -(-rows * longest // max(tokens, 1)))
         if k == 1:
             return [self]
         parts = []
-        for index in torch.arange(rows).tensor_split(k):
-            of_part = slice(int(index[0]), int(index[-1]) + 1)
+        for index in torch.arange(len(bounds) - 1).tensor_split(k):
+            of_part = slice(bounds[int(index[0])], bounds[int(index[-1]) + 1])
             width = int(self.attention_mask[of_part].sum(-1).max())
             part = {name: getattr(self, name)[of_part, :width] for name in ("input_ids", "attention_mask", "labels")}
             part |= {name: getattr(self, name)[of_part] for name in ("task", "index")}
             part |= {} if self.piece_share is None else {"piece_share": self.piece_share[of_part]}
+            if self.question is not None and self.correct is not None:
+                part |= {"question": self.question[of_part] - self.question[of_part.start], "correct": self.correct[of_part]}
             parts.append(replace(self, **part, scale=self.scale * k, share=self.share / k))
         return parts
 
@@ -95,6 +111,8 @@ class Batch:
             share=self.share,
             own_rows=self.own_rows,
             piece_share=None if self.piece_share is None else self.piece_share.to(device),
+            question=None if self.question is None else self.question.to(device),
+            correct=None if self.correct is None else self.correct.to(device),
         )
 
 

@@ -32,6 +32,7 @@ class Columns:
         messages: column with a chat. If it is given, ``text`` is not read.
         text_option: the option that named ``text``, for errors.
         document_form: the form of the documents, one of `DOCUMENT_FORMS`.
+        options: column with the options of each prompt; None: documents have no options.
     """
 
     task: tuple[str, ...] = ("task",)
@@ -42,6 +43,7 @@ class Columns:
     messages: str | None = None
     text_option: str = "text_column"
     document_form: str = AUTO
+    options: str | None = None
 
     @classmethod
     def given(
@@ -54,6 +56,7 @@ class Columns:
         prompt_column: str | None = None,
         completion_column: str | None = None,
         messages_column: str | None = None,
+        options_column: str | None = None,
         document_form: str = AUTO,
     ) -> Columns:
         """The columns that the options of ``read_table`` name.
@@ -63,7 +66,8 @@ class Columns:
         """
         task, text = _names("task_column", task_column), _names("text_column", text_column)
         alone = {"prompt_column": prompt_column, "completion_column": completion_column, "messages_column": messages_column}
-        for name, column in (alone | {"group_column": group_column, "split_column": split_column}).items():
+        others = {"group_column": group_column, "split_column": split_column, "options_column": options_column}
+        for name, column in (alone | others).items():
             if column is not None and not isinstance(column, str):
                 raise InputError(f"{name} is {shown(column)}; give the name of one column")
         if (prompt_column is None) != (completion_column is None):
@@ -87,7 +91,9 @@ class Columns:
                 )
         option = "text_column" if completion_column is None else "completion_column"
         text = text if completion_column is None else (completion_column,)
-        return cls(task, text, group_column, split_column, prompt_column, messages_column, option, document_form)
+        return cls(
+            task, text, group_column, split_column, prompt_column, messages_column, option, document_form, options_column
+        )  # fmt: skip
 
     @property
     def names_text(self) -> bool:

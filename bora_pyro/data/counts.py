@@ -24,7 +24,7 @@ class Documents(NamedTuple):
     Attributes:
         table: one document a row, with the columns ``task`` and ``group``, those of the content, and ``split`` if the split is
             given, by a column or by the source itself. A table that was streamed has digests in place of the content.
-        content: the columns of the content: ``text``; ``prompt`` and ``text``; or ``messages``.
+        content: the columns of the content: ``text``; ``prompt`` and ``text``, and ``options`` if there are; or ``messages``.
         rows: the number of rows read.
         left_out: the number of rows that are no document, by reason, such as ``with empty text``.
         notes: lines for the user.

@@ -30,7 +30,8 @@ def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights
 
     Args:
         tasks: the task names, in the order of their indices.
-        splits: the splits. Of each document, its length, its task, its tokens and which tokens are predicted are hashed.
+        splits: the splits. Of each document, its length, its task, its tokens and which tokens are predicted are hashed; of
+            options also their question, and which one is right.
         weights: (D,) factors of the tasks' log-likelihoods, or None.
     """
     whole = hashlib.sha256(json.dumps([*tasks]).encode())
@@ -42,6 +43,8 @@ def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights
         for about in (split.lengths, split.task):
             whole.update(hashlib.sha256(_bytes(about)).digest())
         whole.update(tokens.digest() + observed.digest())
+        for about in (split.document_of, split.correct) if split.correct is not None else ():
+            whole.update(hashlib.sha256(_bytes(about)).digest())
     if weights is not None:
         whole.update(_bytes(weights.double()))
     return whole.hexdigest()

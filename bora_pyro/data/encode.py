@@ -2,7 +2,8 @@
 
 A text becomes ``start, text..., end``. The start is bos, or eos if the tokenizer has no bos. With it the first token of the text
 can be predicted. The end is eos. With it the model learns where documents stop. A prompt comes between start and text and is not
-predicted. A chat is written by the tokenizer's chat template, and only the assistant's tokens are predicted.
+predicted. A chat is written by the tokenizer's chat template, and only the assistant's tokens are predicted. A prompt with
+options gives one such document for each option.
 
 >>> from transformers import AutoTokenizer
 >>> from bora_pyro.backbone.backbone import BUILTIN_BASES
@@ -14,6 +15,7 @@ predicted. A chat is written by the tokenizer's chat template, and only the assi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,7 @@ from bora_pyro.errors import InputError, check_one_of
 #: What to do with a document of more than ``max_tokens`` tokens.
 LONG_DOCUMENTS = ("cut", "split")
 #: Names of the columns that hold a document, in the tables of ``read_table``.
-CONTENT = ("prompt", "text", "messages")
+CONTENT = ("prompt", "text", "options", "messages")
 
 Rows = Mapping[str, Sequence[Any]]
 Encoded = dict[str, list[Any]]
@@ -44,10 +46,14 @@ def encoder(
     """A function that tokenises rows.
 
     The function takes a mapping of columns and, as an option, the numbers of the rows (default: from 0). The columns are ``task``
-    and either ``text``, or ``prompt`` and ``text``, or ``messages`` (a chat as JSON text). It returns the columns ``input_ids``,
+    and either ``text``, or ``prompt`` and ``text``, or ``messages`` (a chat as JSON text), and with prompts ``options`` if there
+    are (a list as JSON text, one of which is ``text``). It returns the columns ``input_ids``,
     ``task``, ``characters`` (the number of characters of the predicted tokens), ``cut`` (whether the document was cut) and
     ``row`` (the number of the row). With prompts or chats there is also ``observed``, whether each token is predicted. A row
     without a token to predict gives no document.
+
+    A row with options gives a document for each option, the prompt followed by it, and a column ``correct``: whether the option
+    is ``text``. No option is cut: if one has no token, or is too long with its prompt, the row gives no documents at all.
 
     A prompt and its text are tokenised together. If the tokens of the whole do not begin with the tokens of the prompt alone, the
     two are tokenised separately, as they are when a model continues a prompt.
@@ -68,6 +74,8 @@ def encoder(
     reader = _Encoder(tokenizer, chat_template)
 
     def encode(rows: Rows, numbers: Sequence[int] | None = None) -> Encoded:
+        if "options" in rows:
+            return _questions(reader, rows, range(len(rows["task"])) if numbers is None else numbers, max_tokens)
         documents = reader.chats(rows["messages"]) if "messages" in rows else reader.texts(rows["text"], rows.get("prompt"))
         masked = "messages" in rows or "prompt" in rows
         names = ("input_ids", "task", "characters", "cut", "row", *(("observed",) if masked else ()))
@@ -80,6 +88,24 @@ def encoder(
         return columns
 
     return encode
+
+
+def _questions(reader: _Encoder, rows: Rows, numbers: Sequence[int], max_tokens: int) -> Encoded:
+    """The columns of rows with options: a document for each option."""
+    columns: Encoded = {name: [] for name in ("input_ids", "task", "characters", "cut", "row", "observed", "correct")}
+    options = [json.loads(text) for text in rows["options"]]
+    prompts = [prompt for prompt, own in zip(rows["prompt"], options, strict=True) for _ in own]
+    documents = reader.texts([option for own in options for option in own], prompts)
+    for task, right, own, number in zip(rows["task"], rows["text"], options, numbers, strict=True):
+        of_row = [next(documents) for _ in own]
+        if any(not document.body or len(document.head) + len(document.body) > max_tokens for document in of_row):
+            continue
+        for option, document in zip(own, of_row, strict=True):
+            (piece,) = document.pieces(max_tokens, split=False)
+            piece |= {"task": task, "row": number, "correct": option == right}
+            for name, values in columns.items():
+                values.append(piece[name])
+    return columns
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:

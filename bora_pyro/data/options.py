@@ -20,7 +20,7 @@ class DataOptions(ReadingOptions, Seeded):
 
     >>> DataOptions(max_tokens=64).columns  # doctest: +NORMALIZE_WHITESPACE
     Columns(task=('task',), text=('text',), group=None, split=None, prompt=None, messages=None, text_option='text_column',
-            document_form='auto')
+            document_form='auto', options=None)
     >>> DataOptions(max_tokens=1).validate()
     Traceback (most recent call last):
     bora_pyro.errors.InputError: max_tokens is 1; give a whole number from 2 up
@@ -43,6 +43,13 @@ class DataOptions(ReadingOptions, Seeded):
     )
     completion_column: str | None = option(
         None, "column with the text that follows the prompt and is predicted (default: text_column)", group=DATA, filled=True
+    )
+    options_column: str | None = option(
+        None,
+        "column with the options of each prompt, a list of texts or its JSON, one of which is the completion: what --likelihood "
+        "options observes; metrics.json has the accuracy (default: no options)",
+        group=DATA,
+        filled=True,
     )
     messages_column: str | None = option(
         None,

@@ -39,7 +39,8 @@ class RowReader:
         columns: the columns to read, with the group column that was found.
         document: the form of the documents.
         form: the names of the columns of a converted row: ``task``; then ``text``, or ``prompt`` and ``text``, or ``messages``
-            (a chat as JSON text); then ``group``; then ``split`` if there is a split column.
+            (a chat as JSON text); then ``options`` (a list as JSON text) if there are; then ``group``; then ``split`` if there is
+            a split column.
 
     Raises:
         InputError: the table does not have a column, or has it twice; or the form of its documents is not clear.

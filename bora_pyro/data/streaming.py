@@ -119,8 +119,9 @@ class TokenFile:
 
     def __init__(self) -> None:
         self._folder = cache_folder() or Path(tempfile.gettempdir())
-        self._masked = False
-        self._lengths, self._characters, self._row, self._cut = array("q"), array("q"), array("q"), array("b")
+        self._masked = self._questions = False
+        self._lengths, self._characters, self._row = array("q"), array("q"), array("q")
+        self._cut, self._correct = array("b"), array("b")
 
     def write(self, columns: Mapping[str, list[Any]]) -> None:
         """Append documents from an `encoder`. Their row numbers must increase from call to call."""
@@ -137,6 +138,9 @@ class TokenFile:
         self._lengths.extend(map(len, columns["input_ids"]))
         for name, values in (("characters", self._characters), ("row", self._row), ("cut", self._cut)):
             values.extend(columns[name])
+        if "correct" in columns:
+            self._questions = True
+            self._correct.extend(columns["correct"])
 
     def __enter__(self) -> TokenFile:
         with ExitStack() as stack:
@@ -176,12 +180,13 @@ class TokenFile:
             observed=self.observed,
             offsets=torch.from_numpy(self._offsets[places]),
             document_index=torch.from_numpy(np.repeat(np.arange(len(pieces)), pieces)) if pieces.max(initial=0) > 1 else None,
+            correct=torch.from_numpy(np.asarray(self._correct, dtype=bool)[places]) if self._questions and len(places) else None,
         )
         return Tokenised(
             split,
             num_documents=int((pieces > 0).sum()),
             num_cut=int(np.asarray(self._cut)[places].sum()),
-            num_split=int((pieces > 1).sum()),
+            num_split=0 if self._questions else int((pieces > 1).sum()),
             num_dropped=int((pieces == 0).sum()),
         )
 

@@ -39,6 +39,7 @@ def read_table(
     prompt_column: str | None = None,
     completion_column: str | None = None,
     messages_column: str | None = None,
+    options_column: str | None = None,
     document_form: str = AUTO,
     template: ChatTemplate | None = None,
     hub_split: str | None = None,
@@ -65,6 +66,7 @@ def read_table(
         completion_column: column with the text that directly follows the prompt.
         messages_column: column with a chat, a list of messages with ``role`` and ``content``, which may be JSON text. Only the
             assistant's messages are predicted.
+        options_column: column with the options of each prompt, a list of texts or its JSON text, one of which is the completion.
         document_form: the form of the documents (`bora_pyro.data.forms`). ``auto`` means: that of the columns that are named;
             else texts, if there is a column ``text``; else the form that is recognised by the columns and the first rows.
         template: the template that will write chats. What it cannot take is changed, with a note. None: nothing is changed.
@@ -74,8 +76,9 @@ def read_table(
     Returns:
         The table and notes. The table has the text columns ``task``, ``text`` and ``group``, in the order of the source, and
         ``split`` if ``split_column`` is given or the source has several splits. With prompts there is a column ``prompt``, and
-        ``text`` is the completion. With chats a column ``messages`` with JSON texts replaces ``text``. The notes say which form
-        was recognised, and have one line for each reason why documents were dropped or changed.
+        ``text`` is the completion; with options there is a column ``options``, the JSON text of a list. With chats a column
+        ``messages`` with JSON texts replaces ``text``. The notes say which form was recognised, and have one line for each reason
+        why documents were dropped or changed.
 
     Raises:
         InputError: the source is missing, unreadable or empty; a column is missing; a cell is not a text; two tasks of several
@@ -89,6 +92,7 @@ def read_table(
         prompt_column=prompt_column,
         completion_column=completion_column,
         messages_column=messages_column,
+        options_column=options_column,
         document_form=document_form,
     )
     read = read_documents(source, columns, template=template, hub_split=hub_split, reading=reading)
@@ -134,7 +138,7 @@ def read_rows(
     """
     if raw.has_splits and columns.split is None:
         columns = replace(columns, split="split")
-    given = [*columns.task, *columns.text, columns.prompt, columns.messages, columns.group, columns.split]
+    given = [*columns.task, *columns.text, columns.prompt, columns.messages, columns.options, columns.group, columns.split]
     names = raw.with_nested([name for name in given if name is not None])
     first = [cells for _, cells in raw.head(SAMPLE, names)]
     if not first:

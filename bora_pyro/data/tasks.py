@@ -131,6 +131,8 @@ def load_tasks(
     """
     options = with_changes(options or DataOptions(), changes)
     options.validate()
+    if options.options_column is not None and options.long_documents == "split":
+        raise InputError("options_column and long_documents split are both given; no option is split: leave one of them out")
     options = replace(options, chat_template=load_chat_template(options.chat_template))
     read, tokens = _read(source, tokenizer, options)
     if split is None:
@@ -224,7 +226,8 @@ def _counts(read: Documents, found: Split, done: Mapping[str, Tokenised]) -> Cou
     left_out.update(found.left_out)
     for name, option in (("train", "max_train_documents"), ("validation", "max_eval_documents"), ("test", "max_eval_documents")):
         left_out[f"beyond {option}"] += len(found.parts[name]) - done[name].num_documents - done[name].num_dropped
-    left_out["without a token to predict"] += sum(side.num_dropped for side in done.values())
+    reason = "with an option without a token, or too long" if "options" in read.content else "without a token to predict"
+    left_out[reason] += sum(side.num_dropped for side in done.values())
     return Counts(
         rows=read.rows,
         tasks=len(found.record["tasks"]),
@@ -240,6 +243,8 @@ def _counts(read: Documents, found: Split, done: Mapping[str, Tokenised]) -> Cou
 def _nothing_to_train_on(content: Sequence[str], max_tokens: int, notes: Sequence[str]) -> InputError:
     if "messages" in content:
         give = f"chats in which a turn of the role {ASSISTANT!r} begins within {max_tokens} tokens"
+    elif "options" in content:
+        give = f"prompts and options of {max_tokens} tokens or fewer together"
     elif "prompt" in content:
         give = f"prompts that leave room for a token of their completions within {max_tokens}"
     else:
@@ -254,7 +259,10 @@ def _token_notes(done: Sequence[Tokenised], content: Sequence[str], max_tokens: 
     notes, total = [], sum(part.num_documents for part in done)
     if num_dropped := sum(part.num_dropped for part in done):
         was = "was" if num_dropped == 1 else "were"
-        notes.append(f"{counted(num_dropped, 'document')} without a token {what} {was} dropped")
+        without = f"without a token {what}"
+        if "options" in content:
+            without = f"with an option that has no token, or more than {max_tokens} with its prompt,"
+        notes.append(f"{counted(num_dropped, 'document')} {without} {was} dropped")
     if num_cut := sum(part.num_cut for part in done):
         notes.append(f"{num_cut} of {total} documents are longer than {max_tokens} tokens and were cut")
     if num_split := sum(part.num_split for part in done):

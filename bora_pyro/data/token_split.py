@@ -8,6 +8,12 @@ TokenSplit(2 documents, 3 predicted tokens, 2 tasks)
 TokenSplit(2 documents, 2 predicted tokens, 2 tasks)
 >>> TokenSplit.from_documents([[0, 5, 6], [0, 7], [0, 8]], task=[1, 1, 0], num_tasks=2, document_index=[4, 4, 9])
 TokenSplit(2 documents in 3 pieces, 4 predicted tokens, 2 tasks)
+
+A document can also be a question, whose rows are its options, each behind the prompt:
+
+>>> rows, right = [[0, 5, 6], [0, 5, 7], [0, 8, 6], [0, 8, 9]], [True, False, False, True]
+>>> TokenSplit.from_documents(rows, task=[0, 0, 1, 1], num_tasks=2, read=[2] * 4, document_index=[0, 0, 1, 1], correct=right)
+TokenSplit(2 questions with 4 options, 4 predicted tokens, 2 tasks)
 """
 
 from __future__ import annotations
@@ -15,20 +21,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bora_pyro.data.batch import IGNORED, Batch
-from bora_pyro.data.packing import pack
+from bora_pyro.data.batch import IGNORED
+from bora_pyro.data.batches import Batches
+from bora_pyro.data.packing import Units, packed_rows
 from bora_pyro.errors import InputError
-
-# Documents are sorted by length within chunks. A chunk must be large, so that the documents of a batch have nearly the same
-# length. It must be small compared with the split, so that a batch has other documents in each epoch.
-_CHUNK_BATCHES = 16
-_MIN_CHUNKS = 4
 
 
 class TokenSplit:
@@ -37,6 +39,9 @@ class TokenSplit:
     A row is a document, or a piece of a document that was split because it is long (``long_documents: split``). The model reads
     each row by itself, so what is said of documents here is true of pieces too. Where documents are counted, pieces of one
     document count once: ``num_documents``, ``documents_per_task``. The number of rows is ``len(split)``.
+
+    With ``correct`` a document is a question, and its rows are its options. Then too a document counts once, and all its rows are
+    in one batch.
 
     Args:
         tokens: (all tokens,) the token ids of the documents, in memory or in a memory-mapped file.
@@ -50,6 +55,8 @@ class TokenSplit:
             tokens. None: the documents follow one another.
         document_index: (rows,) a number for each row. Rows with the same number are pieces of one document, in order. None: each
             row is a document.
+        correct: (rows,) bool, whether a row is the right option of its question. Rows with the same number in ``document_index``
+            are then the options of one question, two or more, one of which is right. None: there are no questions.
 
     Attributes:
         predicted: (documents,) int64, number of predicted tokens of each document.
@@ -70,6 +77,7 @@ class TokenSplit:
         observed: Tensor | None = None,
         offsets: Tensor | None = None,
         document_index: Tensor | None = None,
+        correct: Tensor | None = None,
     ) -> None:
         if not len(lengths) == len(task) == len(characters) or (offsets is None and int(lengths.sum()) != len(tokens)):
             raise InputError(
@@ -110,6 +118,9 @@ class TokenSplit:
                 raise InputError(f"document_index has {len(document_index)} entries for {len(lengths)} rows; give one a row")
             if bool((self.task[self.first_pieces][self.document_of] != self.task).any()):
                 raise InputError("document_index gives rows of several tasks the same number; a document has one task")
+        self.correct = correct
+        if correct is not None:
+            self._check_questions(correct)
 
     @classmethod
     def from_documents(
@@ -122,6 +133,7 @@ class TokenSplit:
         pad_token_id: int = 0,
         read: Sequence[int] | None = None,
         document_index: Sequence[int] | None = None,
+        correct: Sequence[bool] | None = None,
     ) -> TokenSplit:
         """Make a split from lists of token ids.
 
@@ -133,6 +145,8 @@ class TokenSplit:
             pad_token_id: the padding token of a batch.
             read: number of first tokens of each document that are not predicted; default: 1, the start.
             document_index: a number for each document; those with the same number are pieces of one. None: each is a whole one.
+            correct: whether each document is the right option of a question, whose options have the same number in
+                ``document_index``. None: there are no questions.
         """
         lengths = torch.tensor([len(document) for document in documents], dtype=torch.int64)
         observed = None
@@ -149,11 +163,27 @@ class TokenSplit:
             pad_token_id=pad_token_id,
             observed=observed,
             document_index=None if document_index is None else torch.tensor(document_index, dtype=torch.int64),
+            correct=None if correct is None else torch.tensor(correct, dtype=torch.bool),
         )
+
+    def _check_questions(self, correct: Tensor) -> None:
+        if self.document_index is None or len(correct) != len(self):
+            raise InputError(
+                f"correct has {len(correct)} entries for {len(self)} rows, and document_index is "
+                f"{'missing' if self.document_index is None else 'there'}; give both, one entry a row"
+            )
+        options, right = self.sum_by_document(torch.ones_like(self.lengths)), self.sum_by_document(correct.long())
+        if len(options) and (int(options.min()) < 2 or bool((right != 1).any())):
+            number = int(((options < 2) | (right != 1)).nonzero()[0])
+            raise InputError(
+                f"question {number} has {int(options[number])} options, {int(right[number])} of them right; give two options or "
+                "more, one of them right"
+            )
 
     def subset(self, documents: Tensor) -> TokenSplit:
         """The split of the documents at positions ``documents`` (n,), in that order. The tokens are not copied."""
-        names = ("lengths", "task", "characters", "offsets", *(["document_index"] if self.document_index is not None else []))
+        names = ["lengths", "task", "characters", "offsets"]
+        names += [name for name in ("document_index", "correct") if getattr(self, name) is not None]
         return self.replace(**{name: getattr(self, name)[documents] for name in names})
 
     def replace(self, **changes: Any) -> TokenSplit:
@@ -163,12 +193,13 @@ class TokenSplit:
         >>> split.replace(lengths=split.lengths.clamp(max=2)).document(0).tolist()
         [0, 5]
         """
-        names = ("tokens", "lengths", "task", "characters", "num_tasks", "pad_token_id", "observed", "offsets", "document_index")
+        names = ["tokens", "lengths", "task", "characters", "num_tasks", "pad_token_id", "observed", "offsets"]
+        names += ["document_index", "correct"]
         return TokenSplit(**{name: getattr(self, name) for name in names} | changes)
 
     @property
     def num_documents(self) -> int:
-        """Number of documents. Pieces of one document count once; ``len(split)`` is the number of pieces."""
+        """Number of documents. The pieces of a document, or the options of a question, count once; ``len(split)`` counts rows."""
         return len(self.first_pieces)
 
     @cached_property
@@ -223,8 +254,10 @@ class TokenSplit:
         return len(self.lengths)
 
     def __repr__(self) -> str:
-        pieces = f" in {len(self)} pieces" if self.num_documents < len(self) else ""
-        return f"TokenSplit({self.num_documents} documents{pieces}, {self.num_tokens} predicted tokens, {self.num_tasks} tasks)"
+        documents = f"{self.num_documents} documents" + f" in {len(self)} pieces" * (self.num_documents < len(self))
+        if self.correct is not None:
+            documents = f"{self.num_documents} questions with {len(self)} options"
+        return f"TokenSplit({documents}, {self.num_tokens} predicted tokens, {self.num_tasks} tasks)"
 
     def document(self, index: int) -> Tensor:
         """(tokens,) int64, the token ids of one document."""
@@ -238,7 +271,7 @@ class TokenSplit:
         return ids.masked_fill(read, IGNORED)
 
     def batches(self, *, token_budget: int = 4096, seed: int | None = None, documents: Tensor | None = None) -> Batches:
-        """The batches of one epoch. Every document is in exactly one batch.
+        """The batches of one epoch. Every document is in exactly one batch. All options of a question are in the same batch.
 
         A batch holds documents of similar length, so it has little padding. Batches differ in their number of documents. The
         log-likelihood of a batch must therefore be scaled by the number M of batches, and not by N / B (the documents of the
@@ -251,35 +284,25 @@ class TokenSplit:
 
         Args:
             token_budget: the largest number of tokens of a batch, padding included (rows times longest row). A single longer
-                document is a batch of its own.
+                document, or a larger question, is a batch of its own.
             seed: seed of the shuffle of documents and batches; use another one for each epoch. None does not shuffle but sorts
                 by length.
-            documents: (n,) positions of the documents to use; default: all.
+            documents: (n,) positions of the rows to use; default: all.
 
         Returns:
             A sequence that builds each `Batch` when it is read.
 
         Raises:
-            InputError: the budget is not positive.
+            InputError: the budget is not positive, or ``documents`` has some options of a question and not the others.
         """
         if token_budget < 1:
             raise InputError(f"token_budget is {token_budget}; give the tokens of one batch, for instance 4096")
-        lengths = self.lengths.numpy()
-        order = np.arange(len(lengths)) if documents is None else documents.numpy()
-        if seed is None:
-            return Batches(self, pack(lengths, order[np.argsort(lengths[order], kind="stable")], token_budget))
-        generator = np.random.default_rng(seed)
-        order = order[generator.permutation(len(order))]
-        chunk = int(_CHUNK_BATCHES * token_budget / lengths[order].mean()) if len(order) else 1
-        chunk = max(1, min(chunk, -(-len(order) // _MIN_CHUNKS)))
-        parts = []
-        for number, start in enumerate(range(0, len(order), chunk)):
-            part = order[start : start + chunk]
-            part = part[np.argsort(lengths[part], kind="stable")]
-            # Alternately ascending and descending, so that a batch that spans two chunks has similar lengths too.
-            parts.append(part if number % 2 == 0 else part[::-1])
-        packed = pack(lengths, np.concatenate(parts), token_budget) if parts else []
-        return Batches(self, [packed[position] for position in generator.permutation(len(packed))])
+        rows = np.arange(len(self)) if documents is None else documents.numpy()
+        document_of = None if self.correct is None else self.document_of.numpy()
+        units = Units.of(rows, self.lengths.numpy(), document_of=document_of)
+        if document_of is not None and len(rows) != np.isin(document_of, document_of[rows]).sum():
+            raise InputError("documents has some options of a question and not the others; give all rows of a question, or none")
+        return Batches(self, packed_rows(units, token_budget, seed=seed))
 
 
 def _predicted(observed: Tensor | None, offsets: Tensor, lengths: Tensor) -> Tensor:
@@ -292,51 +315,3 @@ def _predicted(observed: Tensor | None, offsets: Tensor, lengths: Tensor) -> Ten
     # reduceat sums from each bound to the next, and from the last one to the end; a bound at the end itself is not allowed
     bounds = bounds[:-1] if bounds[-1] == len(observed) else bounds
     return torch.from_numpy(np.add.reduceat(observed.numpy(), bounds, dtype=np.int64)[::2])[which]
-
-
-class Batches(Sequence[Batch]):
-    """The batches of one epoch. Each is built when it is read."""
-
-    def __init__(self, split: TokenSplit, members: list[np.ndarray]) -> None:
-        self._split = split
-        self._members = members
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    @property
-    def tasks(self) -> list[Tensor]:
-        """The task indices of each batch, in ascending order, without building the batches."""
-        return [self._split.task[torch.from_numpy(members)].unique() for members in self._members]
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(rows, tokens) of each batch, padding included, without building the batches."""
-        return [(len(members), int(self._split.lengths[torch.from_numpy(members)].max())) for members in self._members]
-
-    @overload
-    def __getitem__(self, position: int) -> Batch: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[Batch]: ...
-    def __getitem__(self, position: int | slice) -> Batch | list[Batch]:
-        if isinstance(position, slice):
-            return [self[number] for number in range(*position.indices(len(self)))]
-        split = self._split
-        index = torch.from_numpy(self._members[position])
-        lengths = split.lengths[index]  # (rows,)
-        columns = torch.arange(int(lengths.max()))  # (tokens,)
-        mask = columns < lengths[:, None]  # (rows, tokens)
-        # At padding, the index is that of the document's last token, so that it is valid; the value is then overwritten.
-        where = split.offsets[index][:, None] + columns.minimum(lengths[:, None] - 1)
-        input_ids = split.tokens[where].to(torch.int64).masked_fill(~mask, split.pad_token_id)
-        read = columns == 0 if split.observed is None else ~split.observed[where]
-        labels = input_ids.masked_fill(~mask | read, IGNORED)
-        return Batch(
-            input_ids=input_ids,
-            attention_mask=mask.to(torch.int64),
-            labels=labels,
-            task=split.task[index],
-            index=index,
-            scale=float(len(self)),
-            piece_share=None if split.piece_share is None else split.piece_share[index].float(),
-        )

@@ -32,7 +32,7 @@ class Tokenised(NamedTuple):
     """The tokens of one split, and counts of the documents that were changed.
 
     Attributes:
-        split: the tokens. Each piece of a document that was split is a row.
+        split: the tokens. Each piece of a document that was split is a row, as is each option of a question.
         num_documents: number of rows of the table that have tokens.
         num_cut: number of these rows that were cut.
         num_split: number of these rows that were split.
@@ -55,7 +55,7 @@ def tokenise(
     long_documents: str = "cut",
     chat_template: str | None = None,
 ) -> Tokenised:
-    """Tokenise a table from ``read_table``, with ``task`` and either ``text``, or ``prompt`` and ``text``, or ``messages``.
+    """Tokenise a table from ``read_table``, with ``task`` and the columns of the content.
 
     Args:
         dataset: one document a row.
@@ -73,7 +73,8 @@ def tokenise(
     """
     check_max_tokens(max_tokens)
     encode = encoder(tokenizer, max_tokens, long_documents=long_documents, chat_template=chat_template)
-    masked = content_columns(dataset.column_names) != ["text"]
+    content = content_columns(dataset.column_names)
+    masked, questions = content != ["text"], "options" in content
     features = datasets.Features(
         {
             "input_ids": datasets.List(datasets.Value("int32")),
@@ -82,6 +83,7 @@ def tokenise(
             "cut": datasets.Value("bool"),
             "row": datasets.Value("int64"),
             **({"observed": datasets.List(datasets.Value("bool"))} if masked else {}),
+            **({"correct": datasets.Value("bool")} if questions else {}),
         }
     )
     # The default fingerprint of datasets would hash the tokenizer, whose state changes with every call.
@@ -103,7 +105,7 @@ def tokenise(
     columns = encoded.with_format("arrow")[:]
     documents = columns.column("input_ids").combine_chunks()
     row = _tensor(columns.column("row"))
-    pieces = row.unique(return_counts=True)[1]
+    rows_of = row.unique(return_counts=True)[1]
     split = TokenSplit(
         _tensor(documents.flatten()),
         _tensor(documents.value_lengths()),
@@ -112,14 +114,15 @@ def tokenise(
         num_tasks=len(task_index),
         pad_token_id=pad,
         observed=_tensor(columns.column("observed").combine_chunks().flatten()) if masked else None,
-        document_index=row if len(pieces) < len(row) else None,
+        document_index=row if len(rows_of) < len(row) else None,
+        correct=_tensor(columns.column("correct")) if questions else None,
     )
     return Tokenised(
         split,
-        num_documents=len(pieces),
+        num_documents=len(rows_of),
         num_cut=sum(columns.column("cut").to_pylist()),
-        num_split=int((pieces > 1).sum()),
-        num_dropped=len(dataset) - len(pieces),
+        num_split=0 if questions else int((rows_of > 1).sum()),
+        num_dropped=len(dataset) - len(rows_of),
     )
 
 

@@ -82,7 +82,7 @@ def calibration(predictions: Predictions, *, bins: int = 15, where: Tensor | Non
         (0.0, 0.5)
 
     Args:
-        predictions: `bora_pyro.predict.mixture.TokenPredictions`, `bora_pyro.predict.multiple_choice.ChoicePredictions`, or
+        predictions: `bora_pyro.predict.mixture.TokenPredictions`, `bora_pyro.predict.answers.ChoicePredictions`, or
             anything with the tensors log_prob, confidence, correct and brier, (predictions,) each.
         bins: number of bins of equal width between 0 and 1 for the calibration error. The last bin includes 1.
         where: (predictions,) bool, the predictions to use; default all.

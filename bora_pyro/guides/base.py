@@ -102,7 +102,10 @@ def make_parameters(guide: AutoGuide, model: BoRA) -> None:
     >>> len(list(guide.parameters())) > 0
     True
     """
-    document = TokenSplit.from_documents([[0, 0]], task=[0], num_tasks=model.num_tasks)
+    rows, question = 1, dict[str, Any]()
+    if model.likelihood.reads_options:
+        rows, question = 2, {"document_index": [0, 0], "correct": [True, False]}
+    document = TokenSplit.from_documents([[0, 0]] * rows, task=[0] * rows, num_tasks=model.num_tasks, **question)
     with torch.no_grad():
         guide(document.batches()[0].to(model.backbone.device))
 

@@ -29,7 +29,8 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
     """∇ log p(w_n | θ_d) of each document with respect to the weights of its own task.
 
     The gradients contain neither the scale of the mini-batch nor the weight of the task. A piece of a long document has the
-    gradient of its own part; `gradients_of` adds the pieces up.
+    gradient of its own part; `gradients_of` adds the pieces up. A question has that of its normalised log-probability
+    log p(answer | prompt; θ_d), to which all its options contribute.
 
     Args:
         model: the BoRA model.
@@ -37,14 +38,15 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
         batch: the documents, on the model's device.
 
     Returns:
-        (rows, layers, *shape) by name of the latent.
+        (documents, layers, *shape) by name of the latent, in the order of ``batch.first_rows``.
 
     Raises:
         InputError: the router lets the adapters of all tasks read a document.
     """
     if model.router.reads_all_tasks:
         raise InputError(f"{model.router} lets the adapters of all tasks read a document; give a router by task")
-    rows = {name: value.detach().index_select(0, batch.row).requires_grad_() for name, value in theta.items()}
+    own = batch.row[batch.first_rows]
+    rows = {name: value.detach().index_select(0, own).requires_grad_() for name, value in theta.items()}
     trace = poutine.trace(model.likelihood).get_trace(model, rows, replace(batch, own_rows=True))
     log_likelihood = sum(site["fn"].log_prob(site["value"]).sum() for site in map(trace.nodes.get, trace.observation_nodes))
     # a layer may be out of use for short documents, such as an expert that no token chose: its gradient is 0
@@ -64,6 +66,11 @@ def gradients_of(model: BoRA, theta: Weights, split: TokenSplit, *, token_budget
         token_budget: tokens of a batch, padding included.
     """
     device = model.backbone.device
+    if split.correct is not None:  # all options of a question are in one batch
+        for batch in split.batches(token_budget=token_budget):
+            batch = batch.to(device)
+            yield batch.task[batch.first_rows], document_gradients(model, theta, batch)
+        return
     pieces = torch.bincount(split.document_of)[split.document_of] if len(split) else torch.zeros(0)
     for batch in split.batches(token_budget=token_budget, documents=(pieces == 1).nonzero()[:, 0]):
         batch = batch.to(device)

@@ -47,7 +47,11 @@ def evaluate(
 
     Returns:
         One :class:`Scores` for each of ``adapters``, of the kind that the likelihood gives.
+
+    Raises:
+        InputError: the documents are not what the model's likelihood observes.
     """
+    model.likelihood.check(split)
     log_likelihood = [torch.zeros(len(split), dtype=torch.float64) for _ in adapters]
     tokens = torch.zeros(len(split), dtype=torch.int64)
     for batch in lockstep(split.batches(token_budget=token_budget, documents=documents)):

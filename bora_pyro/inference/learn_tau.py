@@ -66,8 +66,9 @@ class LearnTau(Callback):
             batch, theta, average = loop.state.view(batch, totals)
             batch = batch.to(device)
             gradients.append(document_gradients(model, theta, batch))
-            deviations.append({name: (value - average[name]).index_select(0, batch.row) for name, value in theta.items()})
-            tasks.append(batch.task)
+            first = batch.first_rows
+            deviations.append({name: (value - average[name]).index_select(0, batch.row[first]) for name, value in theta.items()})
+            tasks.append(batch.task[first])
         before = self._tau(loop)
         model.prior.learn(_joined(deviations), _joined(gradients), torch.cat(tasks), all_reduce=loop.processes.all_reduce)
         loop.state.rescale(gradient_factors(before, self._tau(loop)))

@@ -295,7 +295,7 @@ class Loop:
             return True  # the validation uses the guide's centre, which is its only value
         document = self.data.train.batches(token_budget=1, documents=self._documents_by_part(self.data.train)[0])[0]
         if self.partition is not None:
-            (document,) = self.state.begin([replace(document, tasks=loaded_tasks(document.task))])
+            (document,) = self.state.begin([replace(document, tasks=loaded_tasks(document.task.unique()))])
         return draw_is_finite(self.model, self.guide, document.to(self.device), self.processes, seed=self.options.seed)
 
     def finish(self) -> None:

@@ -58,7 +58,7 @@ _PARTS = ("prior_mean", "deviations")
 def groups_of(loop: Loop) -> tuple[Sequence[list[Batch]], int]:
     """The S groups of documents, and m, the number of them that are measured: the first ones, whose order is random."""
     train, options = loop.data.train, loop.options
-    total, documents = int(train.lengths.sum()), len(train)
+    total, documents = int(train.lengths.sum()), train.num_documents
     wanted = min(FRACTION * options.epochs * total, MOST_BATCHES * options.token_budget)
     wanted = max(wanted, LEAST_DOCUMENTS * total / documents)
     budget = options.token_budget if wanted >= total else min(options.token_budget, math.ceil(wanted / GROUPS))
@@ -125,7 +125,7 @@ def _backward(loop: Loop, batches: Sequence[Batch]) -> int:
             loop.model.backbone.dummy_pass(backward=True)
             continue
         loop.backward(batch.to(loop.device), validate=False)
-        documents += len(batch.task)
+        documents += len(batch.first_rows)
     counts = torch.tensor([float(documents)], dtype=torch.float32, device=loop.device)
     all_reduce_gradient(loop.processes, loop.state.shared, [], counts)
     return round(float(counts))

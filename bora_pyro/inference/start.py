@@ -102,4 +102,4 @@ def _set_up(model: BoRA, guide: AutoGuide, batch: Batch, *, all_rows: bool) -> N
         device = model.backbone.device
         index = torch.arange(model.num_tasks, device=device) if all_rows else batch.task.unique()[:1]
         draw = TaskDraw(index, torch.ones(len(index), device=device), rows_loaded=True)
-        guide(replace(batch, task=index[:1].expand(len(batch.task)), tasks=draw))
+        guide(replace(batch, task=index[:1].repeat(len(batch.task)), tasks=draw))

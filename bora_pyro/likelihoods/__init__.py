@@ -1,15 +1,16 @@
 """Likelihoods: what is observed of a document."""
 
 from bora_pyro.likelihoods.base import LanguageModel, Likelihood
+from bora_pyro.likelihoods.choice import OPTION_SCORES, AnswerScores, Choice
 from bora_pyro.likelihoods.distribution import NextTokens
 from bora_pyro.likelihoods.measure import MEASURES, PERPLEXITY, Measure, measure_of
 from bora_pyro.likelihoods.next_tokens import UNITS, CausalLM
 from bora_pyro.likelihoods.scores import Scores
 
 #: Likelihoods by the name that a configuration gives them.
-LIKELIHOODS: dict[str, type[Likelihood]] = {"causal_lm": CausalLM}
+LIKELIHOODS: dict[str, type[Likelihood]] = {"causal_lm": CausalLM, "choice": Choice}
 
 __all__ = [
-    "LIKELIHOODS", "MEASURES", "PERPLEXITY", "UNITS", "CausalLM", "LanguageModel",
+    "LIKELIHOODS", "MEASURES", "OPTION_SCORES", "PERPLEXITY", "UNITS", "AnswerScores", "CausalLM", "Choice", "LanguageModel",
     "Likelihood", "Measure", "NextTokens", "Scores", "measure_of",
 ]  # fmt: skip

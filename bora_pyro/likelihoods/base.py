@@ -51,11 +51,13 @@ class Likelihood(ABC):
 
     Attributes:
         measure: the number by which held-out documents judge a fit. It chooses the epoch that is kept.
+        reads_options: whether it observes questions with options. Otherwise it observes documents that are no questions.
         task_weights: (D,) float32 above 0: the factor w_d of each task's log-likelihood. It has the effect of w_d copies of
             each document of the task. None: 1 for all.
     """
 
     measure: ClassVar[Measure] = PERPLEXITY
+    reads_options: ClassVar[bool] = False
     task_weights: Tensor | None = None
 
     @abstractmethod
@@ -76,10 +78,36 @@ class Likelihood(ABC):
         """
 
     def observations_of(self, rows: Batch | TokenSplit) -> float:
-        """Number of observations of a batch or split, weighted by task. The pieces of a long document count once together."""
+        """Number of observations of a batch or split, weighted by task. The pieces of a long document count once together.
+
+        Raises:
+            InputError: as for `check`.
+        """
+        self.check(rows)
         weight = self.task_weight(rows.task).double()
         documents = weight if rows.piece_share is None else weight * rows.piece_share
         return self.observations(documents.sum().item(), (weight * rows.predicted).sum().item())
+
+    def check(self, rows: Batch | TokenSplit) -> None:
+        """Check that a batch or split has what the likelihood observes: questions with options, or other documents.
+
+        Raises:
+            InputError: it does not.
+        """
+        if not len(rows.task) or (rows.correct is not None) == self.reads_options:
+            return
+        if self.reads_options:
+            raise InputError(f"{self} observes answers, and these documents have no options; name their column (options_column)")
+        raise InputError(f"{self} observes no answers among options; give Choice() (--likelihood choice), or no options_column")
+
+    def check_texts(self, what: str) -> None:
+        """Check that the likelihood observes texts, so that its adapters say how likely a text is, which ``what`` needs.
+
+        Raises:
+            InputError: it observes answers among options.
+        """
+        if self.reads_options:
+            raise InputError(f"{what} needs a fit to texts; this one, under {self}, knows the answers of questions alone")
 
     def score(self, model: LanguageModel, weights: dict[str, Tensor] | None, batch: Batch) -> Tensor:
         """Log-likelihood of each document in nats, (rows,), for evaluation; by default that of its next tokens.
@@ -113,6 +141,12 @@ class Likelihood(ABC):
         other = copy.copy(self)
         other.task_weights = weights
         return other
+
+    def _weights_text(self) -> str:
+        """The range of the task weights, for ``repr``."""
+        if self.task_weights is None:
+            return ""
+        return f", task_weights={self.task_weights.min().item():g} to {self.task_weights.max().item():g}"
 
     def callbacks(self) -> Sequence[Any]:
         """Callbacks that this likelihood needs during a fit (:class:`~bora_pyro.inference.callbacks.Callback`)."""

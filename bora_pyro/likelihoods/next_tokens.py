@@ -49,6 +49,7 @@ class CausalLM(Likelihood):
         self.task_weights = self.with_task_weights(task_weights).task_weights
 
     def __call__(self, model: LanguageModel, weights: dict[str, Tensor] | None, batch: Batch) -> None:
+        self.check(batch)
         logits = model.lazy_logits(batch, weights)
         observed = NextTokens(logits, per_token=self.unit == "documents", piece_share=batch.piece_share)
         # the sum over the batch times batch.scale is an unbiased estimate of the sum over all documents
@@ -60,7 +61,4 @@ class CausalLM(Likelihood):
         return tokens if self.unit == "tokens" else documents
 
     def __repr__(self) -> str:
-        weights = ""
-        if self.task_weights is not None:
-            weights = f", task_weights={self.task_weights.min().item():g} to {self.task_weights.max().item():g}"
-        return f"CausalLM(unit={self.unit!r}{weights})"
+        return f"CausalLM(unit={self.unit!r}{self._weights_text()})"

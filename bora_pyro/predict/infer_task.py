@@ -228,8 +228,9 @@ def infer_task(
 
     Raises:
         InputError: if there is no text, the prior or one of its tasks is unknown, a probability is out of range, the base has no
-            tokenizer, or the calibration is for other tasks.
+            tokenizer, the calibration is for other tasks, or the fit is one to answers among options.
     """
+    fitted.model.likelihood.check_texts("infer_task")
     if not 0 <= unknown < 1:
         raise InputError(f"unknown is {unknown}; give the probability of a text of no task, from 0 to below 1")
     if unknown and draws < 1:

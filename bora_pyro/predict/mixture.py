@@ -68,6 +68,10 @@ class TokenPredictions:
         chosen = self.log_prob if task is None else self.log_prob[self.task == task]
         return math.exp(min(-float(chosen.double().mean()), 700.0)) if len(chosen) else None
 
+    def numbers(self, task: int | None = None) -> dict[str, float | None]:
+        """The perplexity, by name, over all tokens or over those of one task."""
+        return {"perplexity": self.perplexity(task)}
+
     def log_predictive(self) -> Tensor:
         """(documents,) log of the mean over draws of p(document | draw): the predictive density of whole documents.
 
@@ -88,8 +92,10 @@ def predictive(model: BoRA, split: TokenSplit, draws: Draws, *, token_budget: in
         token_budget: tokens of a batch, padding included. The probabilities of a batch are token_budget x vocabulary numbers.
 
     Raises:
-        InputError: if there is no document or no draw.
+        InputError: if there is no document or no draw, or the documents are questions with options.
     """
+    if split.correct is not None and len(split):
+        raise InputError(f"{split!r} has answers among options, not documents to predict; use bora_pyro.predict.answers")
     parts, order, likelihoods = [], [], []
     for batch in split.batches(token_budget=token_budget):
         tokens, log_likelihood = _predict_batch(model, batch.to(model.backbone.device), draws)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,11 @@ from bora_pyro.data.encode import encoder
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.inference.evaluate import evaluate
+from bora_pyro.likelihoods import CausalLM
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.predict.answers import ChoicePredictions
+
+__all__ = ["ChoicePredictions", "Question", "check_questions", "choose"]
 
 NORMALISE = ("tokens", "none")
 
@@ -75,44 +80,6 @@ class Question:
             raise InputError(f"correct is {self.correct!r} {where}; its {number} options are numbered 0 to {number - 1}")
 
 
-@dataclass(frozen=True)
-class ChoicePredictions:
-    """Predictions of a mixture of K draws for several questions. They can be given to `bora_pyro.diagnostics.calibration`.
-
-    Attributes:
-        task: (questions,) int64, index of the question's task.
-        label: (questions,) int64, index of the correct option.
-        probabilities: (questions, options) float64, probability of each option under the mixture. Questions with fewer options
-            than the others are padded with 0.
-        answer: (questions,) int64, index of the most probable option.
-        log_prob: (questions,) log-probability of the correct option, in nats.
-        confidence: (questions,) the highest probability.
-        correct: (questions,) bool, whether the most probable option is the correct one.
-        brier: (questions,) Σ_o (p_o − 1[o = label])² over the options (Brier, 1950).
-        total: (questions,) entropy of the mixture, in nats.
-        aleatoric: (questions,) mean entropy of the draws, in nats.
-        log_likelihood: (draws, questions, options) log p(option | prompt, task, draw), in nats, not divided by the option's
-            number of tokens. Questions with fewer options than the others are padded with −∞.
-    """
-
-    task: Tensor
-    label: Tensor
-    probabilities: Tensor
-    answer: Tensor
-    log_prob: Tensor
-    confidence: Tensor
-    correct: Tensor
-    brier: Tensor
-    total: Tensor
-    aleatoric: Tensor
-    log_likelihood: Tensor
-
-    @property
-    def epistemic(self) -> Tensor:
-        """(questions,) total − aleatoric: the mutual information of answer and weights (Depeweg et al., 2018)."""
-        return self.total - self.aleatoric
-
-
 @torch.inference_mode()
 def choose(
     model: BoRA,
@@ -154,7 +121,9 @@ def choose(
     split = TokenSplit.from_documents(rows, task=row_task, num_tasks=len(tasks), pad_token_id=pad, read=prompts)
     check_token_ids(model.backbone, split)
     drawn = draws() if callable(draws) else draws
-    scores = [evaluate(model, split, weights, token_budget=token_budget)[0].log_likelihood for weights in drawn]
+    of_tokens = copy.copy(model)
+    of_tokens.likelihood = CausalLM()
+    scores = [evaluate(of_tokens, split, weights, token_budget=token_budget)[0].log_likelihood for weights in drawn]
     if not scores:
         raise InputError("0 draws given; an answer needs 1 or more")
     present = torch.arange(int(options.max())) < options[:, None]  # (questions, options)
@@ -164,7 +133,7 @@ def choose(
     option_tokens[present] = split.predicted.double()
     logits = log_likelihood / option_tokens if normalise == "tokens" else log_likelihood
     label = torch.tensor([question.correct for question in questions])
-    return _mixture(logits.log_softmax(-1), log_likelihood, task, label)
+    return ChoicePredictions.mixture(logits.log_softmax(-1), log_likelihood, task, label)
 
 
 def check_questions(backbone: Backbone, questions: Sequence[Question]) -> None:
@@ -180,26 +149,6 @@ def _tokenizer(backbone: Backbone) -> PreTrainedTokenizerBase:
     if backbone.tokenizer is None:
         raise InputError("the backbone has no tokenizer to read the questions with; give it one: Backbone(model, tokenizer)")
     return backbone.tokenizer
-
-
-def _mixture(log_p: Tensor, log_likelihood: Tensor, task: Tensor, label: Tensor) -> ChoicePredictions:
-    """Predictions of the mixture of draws with the log-probabilities ``log_p``: (draws, questions, options)."""
-    p = log_p.exp().mean(0)
-    confidence, answer = p.max(-1)
-    label_log_p = log_p[:, torch.arange(len(label)), label]  # (draws, questions)
-    return ChoicePredictions(
-        task=task,
-        label=label,
-        probabilities=p,
-        answer=answer,
-        log_prob=label_log_p.logsumexp(0) - math.log(len(log_p)),
-        confidence=confidence,
-        correct=answer == label,
-        brier=1 - 2 * p.gather(1, label[:, None])[:, 0] + p.square().sum(-1),
-        total=torch.special.entr(p).sum(-1),
-        aleatoric=torch.special.entr(log_p.exp()).sum(-1).mean(0),
-        log_likelihood=log_likelihood,
-    )
 
 
 def _task_indices(model: BoRA, questions: Sequence[Question], tasks: Sequence[str]) -> Tensor:

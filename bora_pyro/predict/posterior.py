@@ -27,6 +27,7 @@ from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA, Weights
+from bora_pyro.predict.answers import ChoicePredictions, answers
 from bora_pyro.predict.linearised import LinearisedBoRA
 from bora_pyro.predict.mixture import Draws, TokenPredictions, predictive
 from bora_pyro.predict.mixture_text import Generated, generate
@@ -126,6 +127,12 @@ class Posterior:
     def score(self, split: TokenSplit, *, draws: int = 8, linearised: bool = False, token_budget: int = 4096) -> TokenPredictions:
         """Predict every token of a split of the fit's data under the mixture of ``draws`` draws; as :meth:`predict`."""
         return predictive(self.predictor(linearised), split, self._draws(draws), token_budget=token_budget)
+
+    def answers(
+        self, split: TokenSplit, *, draws: int = 8, linearised: bool = False, token_budget: int = 4096
+    ) -> ChoicePredictions:
+        """Answer the questions of a split under the mixture of ``draws`` draws, if the fit observes answers among options."""
+        return answers(self.predictor(linearised), split, self._draws(draws), token_budget=token_budget)
 
     def predict(
         self,

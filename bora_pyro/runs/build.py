@@ -17,7 +17,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.exchange.save import check_exportable
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.processes import Processes
-from bora_pyro.likelihoods import LIKELIHOODS
+from bora_pyro.likelihoods import LIKELIHOODS, Likelihood
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import part_of
 from bora_pyro.options.members import build_member
@@ -84,14 +84,13 @@ def build_run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check_source(config.data)  # before a base model is downloaded for documents that do not exist
+    likelihood = _likelihood(config)
     backbone = _load_backbone(config, device, team)
-    data = _load_data(config, backbone, split, quiet=quiet)
+    data = _load_data(config, backbone, split, reads_options=likelihood.reads_options, quiet=quiet)
     adapter = build_member(
         "adapter", ADAPTERS, config.adapter, config.adapter_option or (), usual={"rank": config.rank, "alpha": config.alpha}
     )
     router = build_member("router", ROUTERS, config.router, config.router_option or (), usual={"tasks": len(data.tasks)})
-    unit = {"unit": config.likelihood_unit}
-    likelihood = build_member("likelihood", LIKELIHOODS, config.likelihood, config.likelihood_option or (), usual=unit)
     model = BoRA(
         backbone,
         len(data.tasks),
@@ -141,6 +140,11 @@ def check_can_export(backbone: Backbone) -> None:
         raise InputError(f"{error}, or give --export_adapters false and export merged bases (export-adapters --merged)") from None
 
 
+def _likelihood(config: MapFitConfig) -> Likelihood:
+    usual = {"unit": config.likelihood_unit} | ({} if config.option_score is None else {"option_score": config.option_score})
+    return build_member("likelihood", LIKELIHOODS, config.likelihood, config.likelihood_option or (), usual=usual)
+
+
 def _prior(config: MapFitConfig) -> Prior:
     if config.prior is not None:
         return build_member("prior", PRIORS, config.prior, config.prior_option or ())
@@ -170,8 +174,10 @@ def _load_backbone(config: MapFitConfig, device: torch.device | None, team: Proc
     return backbone
 
 
-def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None, *, quiet: bool) -> TaskData:
+def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None, *, reads_options: bool, quiet: bool) -> TaskData:
     options, notes = part_of(config, DataOptions), list(backbone.notes)
+    if not reads_options:  # the options then only serve the accuracy (`questions`)
+        options.options_column = None
     if backbone.context is not None and options.max_tokens > backbone.context:
         notes.append(f"max_tokens {options.max_tokens} is more than the base model reads; {backbone.context} is used")
         options.max_tokens = backbone.context

@@ -88,6 +88,7 @@ def infer_tasks(config: InferTaskConfig) -> pd.DataFrame:
     """
     texts = _texts(config)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    run.fitted.model.likelihood.check_texts("infer-task")
     found = infer_task(run.fitted, texts, prior=config.prior, unknown=config.unknown, calibration=_calibration(config, run))
     table = found.table(most=config.most)
     table = table.map(lambda cell: name_line(cell) if isinstance(cell, str) else cell)

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,11 +22,8 @@ import numpy as np
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.data import DataOptions, TaskData
 from bora_pyro.data.encode import encoder
-from bora_pyro.data.forms import SAMPLE
-from bora_pyro.data.forms.values import json_cell
 from bora_pyro.data.readers import open_source
-from bora_pyro.data.rows import RowReader
-from bora_pyro.errors import InputError, shown
+from bora_pyro.data.tables import read_rows
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.options.field import part_of
@@ -38,7 +35,7 @@ _ROWS = 1000
 
 
 def questions_of(config: MapFitConfig, backbone: Backbone, data: TaskData) -> list[Question]:
-    """The test documents of a run as questions; none without ``options_column``.
+    """The test documents of a run as questions; none without ``options_column``, or if the fit observes the answers itself.
 
     A row of the table is a question if the test documents contain it: its task, and the tokens of its prompt and completion.
 
@@ -51,7 +48,7 @@ def questions_of(config: MapFitConfig, backbone: Backbone, data: TaskData) -> li
         InputError: the table has no such column, or no prompts; a cell is not a list of options with the completion among them;
             or a question is longer than the context of the base.
     """
-    if config.options_column is None or not data.test.num_documents:
+    if config.options_column is None or not data.test.num_documents or data.test.correct is not None:
         return []
     options, tokenizer = part_of(config, DataOptions), backbone.tokenizer
     assert tokenizer is not None
@@ -67,41 +64,17 @@ def questions_of(config: MapFitConfig, backbone: Backbone, data: TaskData) -> li
             row, key = part[number], (part[number]["task"], np.asarray(ids, dtype=np.int64).tobytes())
             if wanted[key]:
                 wanted[key] -= 1
-                found.append(Question(row["prompt"], row["options"], row["options"].index(row["text"]), row["task"]))
+                choices = json.loads(row["options"])
+                found.append(Question(row["prompt"], tuple(choices), choices.index(row["text"]), row["task"]))
     if found:
         check_questions(backbone, found)
     return found
 
 
-def _rows(config: MapFitConfig, options: DataOptions) -> Iterator[dict[str, Any]]:
-    """Task, prompt, text and options of each row of the source."""
-    column = config.options_column
-    assert column is not None
-    raw, columns = open_source(config.data, options, hub_split=options.hub_split), options.columns
-    if raw.has_splits and columns.split is None:
-        columns = dataclasses.replace(columns, split="split")
-    given = [*columns.task, *columns.text, columns.prompt, columns.messages, columns.group, columns.split, column]
-    names = raw.with_nested([name for name in given if name is not None])
-    reader = RowReader(columns, names, raw.label, first=[cells for _, cells in raw.head(SAMPLE, names)])
-    if "prompt" not in reader.form:
-        raise InputError(
-            f"options_column is {column!r}, but the documents of {raw.label} are no prompts with completions; name prompt_column "
-            "and completion_column, or leave options_column out"
-        )
-    for number, (place, cells) in enumerate(raw.only([*reader.needed, column], optional=reader.optional), start=1):
-        row = reader.read(number, cells, place)
-        if row is not None:
-            where = f"{raw.label}, {place or f'row {number}'}: column {column!r}"
-            yield row | {"options": _options(cells[column], row["text"], where)}
-
-
-def _options(cell: Any, right: str, where: str) -> tuple[str, ...]:
-    found = json_cell(cell, where, give="a list of texts")
-    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(text, str) and text for text in found):
-        raise InputError(f"{where} is {shown(cell)}; give a list of two or more texts")
-    if right not in found:
-        raise InputError(f"{where} lacks the completion {shown(right)}; the right option must be one of them, letter by letter")
-    return tuple(dict.fromkeys(found))
+def _rows(config: MapFitConfig, options: DataOptions) -> Iterator[dict[str, str]]:
+    """Task, prompt, text and options (as JSON text) of each row of the source."""
+    raw = open_source(config.data, options, hub_split=options.hub_split)
+    return read_rows(raw, options.columns)[1]
 
 
 def accuracies(

@@ -42,6 +42,8 @@ def choose_form(table: Table) -> tuple[Form, list[str]]:
         InputError: the table does not have the columns of the form that ``document_form`` names, or it has several forms.
     """
     form, notes = _chosen(table)
+    if table.columns.options is not None:
+        form = _with_options(form, table)
     media = [name for name in MEDIA if name in table.names and table.first(name) is not None]
     if form.content == ("messages",) and media:
         notes = [*notes, f"only text is read: not the column{'s' if len(media) > 1 else ''} {', '.join(map(repr, media))}"]
@@ -67,6 +69,17 @@ def _chosen(table: Table) -> tuple[Form, list[str]]:
             "name the one to read with document_form"
         )
     return (others[0], [f"recognised {others[0].recognised}"]) if others else (Text(given.text), [])
+
+
+def _with_options(form: Form, table: Table) -> Form:
+    """The form with the options of each prompt."""
+    column = table.columns.options
+    if not isinstance(form, PromptCompletion) or form.chats is not None:
+        raise InputError(
+            f"options_column is {column!r}, but the documents of {table.label} are no prompts with completions; name "
+            "prompt_column and completion_column, or leave options_column out"
+        )
+    return PromptCompletion(form.prompt, form.completion, None, options=column)
 
 
 def form_hint(table: Table) -> str:

@@ -10,7 +10,7 @@ from bora_pyro.data.chat_template import ChatTemplate
 from bora_pyro.data.columns import Columns
 from bora_pyro.data.forms.values import is_present
 
-#: Texts, by column, of one row: ``text``, ``prompt`` and ``text``, or ``messages``.
+#: Texts, by column, of one row: ``text``; ``prompt`` and ``text``, and ``options`` if there are; or ``messages``.
 Content = dict[str, str]
 
 
@@ -53,7 +53,8 @@ class Form(Protocol):
         usual: the columns that the form is known by, for errors.
         columns: (option, column) for each column that is read. The option is ``document_form`` for columns with fixed
             names, and "" for those that a document can do without.
-        content: names of the texts of a document: ``text``; ``prompt`` and ``text``; or ``messages``.
+        content: names of the texts of a document: ``text``; ``prompt`` and ``text``, and ``options`` if there are; or
+            ``messages``.
         missing: what a row without a document lacks, for notes.
         recognised: what was recognised, for a note.
     """

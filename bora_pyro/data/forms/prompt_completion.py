@@ -7,6 +7,9 @@
 >>> asked, answered = [{"role": "user", "content": "Is it?"}], [{"role": "assistant", "content": "Yes."}]
 >>> form.read({"prompt": asked, "completion": answered}, "row 1")
 {'messages': '[{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]'}
+>>> form = PromptCompletion("prompt", "completion", None, options="options")
+>>> form.read({"prompt": "Is it?", "completion": " Yes.", "options": [" No.", " Yes."]}, "row 1")
+{'prompt': 'Is it?', 'text': ' Yes.', 'options': '[" No.", " Yes."]'}
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from bora_pyro.data.counts import counted
 from bora_pyro.data.forms.base import Content, Table
 from bora_pyro.data.forms.chats import Chats
 from bora_pyro.data.forms.messages import holds_messages, messages_of, tool_column, tools_in
-from bora_pyro.data.forms.values import text_of
-from bora_pyro.errors import InputError
+from bora_pyro.data.forms.values import json_cell, json_text, text_of
+from bora_pyro.errors import InputError, nearest, shown
 
 #: The column that says of a completion whether it is a good one.
 LABEL = "label"
@@ -32,16 +36,22 @@ class PromptCompletion:
         completion: the column of the completions.
         chats: makes the stored form of chats, if the cells are lists of messages; None: they are texts.
         tools: the column of the tools of chats, or None.
+        options: the column of the options of each prompt, or None. The completion is one of them.
     """
 
     name: ClassVar[str] = "prompt_completion"
     usual: ClassVar[str] = "prompt, completion"
     missing = "empty text"
 
-    def __init__(self, prompt: str, completion: str, chats: Chats | None, *, tools: str | None = None) -> None:
-        self.prompt, self.completion, self.chats, self.tools = prompt, completion, chats, tools
+    def __init__(
+        self, prompt: str, completion: str, chats: Chats | None, *, tools: str | None = None, options: str | None = None
+    ) -> None:
+        self.prompt, self.completion, self.chats, self.tools, self.options = prompt, completion, chats, tools, options
         self.columns = [("prompt_column", prompt), ("completion_column", completion), *([("", tools)] if tools else [])]
-        self.content: tuple[str, ...] = ("prompt", "text") if chats is None else ("messages",)
+        self.columns += [("options_column", options)] if options else []
+        of_texts = ("prompt", "text", *(["options"] if options else []))
+        self.content: tuple[str, ...] = of_texts if chats is None else ("messages",)
+        self._repeated = 0
         what = "prompts and completions" if chats is None else "chats in two parts"
         self.recognised = f"{what} in columns {prompt!r} and {completion!r}: the completion is predicted"
 
@@ -66,7 +76,9 @@ class PromptCompletion:
         prompt, completion = f"{where}: column {self.prompt!r}", f"{where}: column {self.completion!r}"
         if self.chats is None:
             text = text_of(cells[self.completion], completion)
-            return {"prompt": text_of(cells[self.prompt], prompt), "text": text} if text.strip() else None
+            if not text.strip():
+                return None
+            return {"prompt": text_of(cells[self.prompt], prompt), "text": text, **self._options(cells, text, where)}
         asked = messages_of(cells[self.prompt], prompt, self.chats)
         answered = messages_of(cells[self.completion], completion, self.chats)
         tools = tools_in(cells, self.tools, where, self.chats)
@@ -74,8 +86,28 @@ class PromptCompletion:
         return None if chat is None else {"messages": chat}
 
     def notes(self) -> list[str]:
-        """What was changed in chats, or is only read."""
-        return [] if self.chats is None else self.chats.notes()
+        """What was changed in chats, or is only read; and how many prompts have an option twice."""
+        repeated = [f"{counted(self._repeated, 'prompt')} with an option twice; it counts once"] if self._repeated else []
+        return repeated if self.chats is None else self.chats.notes()
+
+    def _options(self, cells: Mapping[str, Any], right: str, where: str) -> Content:
+        """The options of one row as JSON text, each once; empty if the documents have none."""
+        if self.options is None:
+            return {}
+        where = f"{where}: column {self.options!r}"
+        found = json_cell(cells[self.options], where, give="a list of texts")
+        if not isinstance(found, list) or len(found) < 2 or not all(isinstance(text, str) and text.strip() for text in found):
+            raise InputError(f"{where} is {shown(cells[self.options])}; give a list of two or more texts")
+        if right not in found:
+            raise InputError(
+                f"{where} lacks the completion {shown(right)}; the right option must be one of them, letter by letter"
+                f"{nearest(right, found)}"
+            )
+        options = list(dict.fromkeys(found))
+        if len(options) < 2:
+            raise InputError(f"{where} has the option {shown(right)} alone; give two different ones or more")
+        self._repeated += len(options) < len(found)
+        return {"options": json_text(options)}
 
 
 def are_messages(table: Table, *columns: str) -> bool:

@@ -16,7 +16,7 @@ from bora_pyro.backbone.loading import DEVICE_MAPS, QUANTIZATIONS
 from bora_pyro.data.options import DATA
 from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.inference.options import OPTIMISATION, RUN
-from bora_pyro.likelihoods import LIKELIHOODS
+from bora_pyro.likelihoods import LIKELIHOODS, OPTION_SCORES
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.priors import PRIORS
 from bora_pyro.priors.learned import BOUNDS, PER
@@ -181,6 +181,13 @@ class PriorOptions:
         "what counts as one observation: each token (the paper), or each document's mean (the released code)",
         group=PRIOR,
         choices=("tokens", "documents"),
+    )
+    option_score: str | None = option(
+        None,
+        "what likelihood choice compares options by: the sum of the log-probabilities of an option's tokens, or their mean "
+        "(default: sum)",
+        group=PRIOR,
+        choices=OPTION_SCORES,
     )
     likelihood: str = option("causal_lm", f"what is observed: {', '.join(LIKELIHOODS)}", group=PRIOR, filled=True)
     likelihood_option: list[str] | None = option(

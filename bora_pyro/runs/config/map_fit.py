@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bora_pyro.data.options import DATA, DataOptions
+from bora_pyro.data.options import DataOptions
 from bora_pyro.errors import InputError
 from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
+from bora_pyro.likelihoods import LIKELIHOODS
 from bora_pyro.options.command_line import parse_config, to_yaml
 from bora_pyro.options.field import by_heading, option
+from bora_pyro.options.members import member_options
 from bora_pyro.runs.config.groups import CENTRE, HEADINGS, LEARNED, BaseOptions, PriorOptions, RunOptions, SourceOptions
 
 __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
@@ -27,13 +29,6 @@ __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
 class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOptions, SourceOptions):
     """Fit BoRA by MAP: one frozen language model, one adapter for each task, all under one hierarchical Normal."""
 
-    options_column: str | None = option(
-        None,
-        "column with the options of each prompt, a list of texts or its JSON, one of which is the completion: metrics.json then "
-        "has the accuracy on the test documents (default: no options)",
-        group=DATA,
-        filled=True,
-    )
     scale_learning_rate_with_tau: bool = option(
         False, "the paper's rule: learning rate proportional to tau; for --prior_form centered only", group=OPTIMISATION
     )
@@ -62,6 +57,7 @@ class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOption
                 f"token_budget is {self.token_budget}, less than one document of max_tokens {self.max_tokens}; "
                 f"give token_budget {self.max_tokens} or more, or lower max_tokens"
             )
+        self._check_likelihood()
         if self.options_column is not None and self.shard_base:
             raise InputError("options_column and shard_base are both given; leave one of them out")
         if self.scale_learning_rate_with_tau and (self.prior_form != "centered" or self.tau in (0, math.inf, LEARNED)):
@@ -69,3 +65,15 @@ class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOption
                 "scale_learning_rate_with_tau is only for the centred prior with a given tau above 0 and below inf; "
                 f"here prior_form is {self.prior_form!r} and tau {self.tau}: leave it out, or give --prior_form centered"
             )
+
+    def _check_likelihood(self) -> None:
+        if (kind := LIKELIHOODS.get(self.likelihood)) is None:
+            return  # named with the known ones where it is built
+        if kind.reads_options and self.options_column is None:
+            raise InputError(f"likelihood {self.likelihood} observes answers among options; name their column (options_column)")
+        given = {"likelihood_unit": self.likelihood_unit != "tokens", "option_score": self.option_score is not None}
+        for name, argument in (("likelihood_unit", "unit"), ("option_score", "option_score")):
+            if given[name] and argument not in member_options(kind):
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, which likelihood {self.likelihood} does not have; leave it out"
+                )
