@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bora_pyro.inference.fit import fit
     from bora_pyro.inference.fitted import Fitted
     from bora_pyro.inference.options import FitOptions
+    from bora_pyro.likelihoods.choice import Choice
     from bora_pyro.likelihoods.next_tokens import CausalLM
     from bora_pyro.model import BoRA
     from bora_pyro.predict.generate import generate_side_by_side
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapter", "Backbone", "BoRA", "Callback", "CausalLM", "DataOptions", "FitOptions", "Fitted", "FrozenALoRA", "Given",
-    "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior", "RandomPrecision",
-    "Scores", "TaskData", "adapt", "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide", "load_peft",
-    "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "settle",
-    "swag_guide", "table", "talk_of_norway", "tfb_guide",
+    "Adapter", "Backbone", "BoRA", "Callback", "CausalLM", "Choice", "DataOptions", "FitOptions", "Fitted", "FrozenALoRA",
+    "Given", "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior",
+    "RandomPrecision", "Scores", "TaskData", "adapt", "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide",
+    "load_peft", "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft",
+    "settle", "swag_guide", "table", "talk_of_norway", "tfb_guide",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
@@ -64,6 +65,7 @@ _MODULES = {
     "inference.fit": ("fit",),
     "inference.fitted": ("Fitted",),
     "inference.options": ("FitOptions",),
+    "likelihoods.choice": ("Choice",),
     "likelihoods.next_tokens": ("CausalLM",),
     "model": ("BoRA",),
     "predict.generate": ("generate_side_by_side",),

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +50,18 @@ def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights
     if weights is not None:
         whole.update(_bytes(weights.double()))
     return whole.hexdigest()
+
+
+def document_checksums(split: TokenSplit) -> np.ndarray:
+    """A CRC-32 checksum of each document, to tell different documents apart: (documents,). That of pieces is their sum."""
+    sums = (zlib.crc32(split.document(n).numpy().tobytes()) for n in range(len(split)))
+    if split.observed is not None:  # documents differ too if the same tokens have other labels
+        sums = (zlib.crc32(split.labels(n).numpy().tobytes(), checksum) for n, checksum in enumerate(sums))
+    if split.correct is not None:  # and questions, if another option is right
+        sums = (
+            zlib.crc32(b"right" if right else b"", checksum) for right, checksum in zip(split.correct.tolist(), sums, strict=True)
+        )
+    return split.sum_by_document(torch.from_numpy(np.fromiter(sums, dtype=np.int64, count=len(split)))).numpy()
 
 
 def _chunks(split: TokenSplit) -> Iterator[tuple[Tensor, Tensor]]:

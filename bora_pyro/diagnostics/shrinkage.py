@@ -23,7 +23,6 @@ independent, so both would look perfect even if the guide were far from the post
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,6 +33,7 @@ import xarray as xr
 from torch import Tensor
 
 from bora_pyro.data import TaskData, TokenSplit
+from bora_pyro.data.digest import document_checksums
 from bora_pyro.diagnostics.containers import as_container, by_latent, by_module, stack_draws, tau_array, tau_by_layer
 from bora_pyro.diagnostics.deviations import (
     PosteriorPooling,
@@ -198,7 +198,7 @@ def compare_priors(containers: Mapping[str, Any]) -> pd.DataFrame:
     The columns are ``rank``, 0 for the best fit; ``elpd``, the sum of the documents' log predictive densities in nats, higher is
     better; ``elpd_diff``, the best elpd minus this one; ``se`` and ``dse``, the standard errors of ``elpd`` and ``elpd_diff``
     (√n times the sample standard deviation over the n documents); ``elpd_per_token``; ``perplexity``, exp(−elpd_per_token); and
-    ``scale``, always ``log``.
+    ``scale``, always ``log``. For answers among options, ``elpd_per_question`` takes the place of the two about tokens.
 
     The scores are those of documents that were left out of the fit, so no estimate such as ``arviz.loo`` is needed. There is no
     column of model weights, because this library has no mixture of fits under different priors. The standard errors assume
@@ -223,18 +223,19 @@ def compare_priors(containers: Mapping[str, Any]) -> pd.DataFrame:
         raise InputError(f"{len(containers)} fit given; give two or more to compare")
     tokens = _check_same_documents(containers)
     scores = {name: _log_predictive(container) for name, container in containers.items()}
+    of_answers = any(container["constant_data"].attrs.get("observation") == "question" for container in containers.values())
     best = max(scores, key=lambda name: scores[name].sum())
     rows = []
     for score in scores.values():
         elpd, difference = float(score.sum()), scores[best] - score
+        of_tokens = {"elpd_per_token": elpd / tokens, "perplexity": float(np.exp(-elpd / tokens))}
         rows.append(
             {
                 "elpd": elpd,
                 "elpd_diff": float(difference.sum()),
                 "se": _standard_error(score),
                 "dse": _standard_error(difference),
-                "elpd_per_token": elpd / tokens,
-                "perplexity": float(np.exp(-elpd / tokens)),
+                **({"elpd_per_question": elpd / len(score)} if of_answers else of_tokens),
                 "scale": "log",
             }
         )
@@ -294,10 +295,11 @@ def _constant(fitted: Fitted, data: TaskData, split: str) -> xr.Dataset:
             "test_documents": ("task", data.test.documents_per_task),
             "document_task": ("document", np.array(names, dtype=np.str_)),
             "document_tokens": ("document", documents.sum_by_document(documents.predicted).numpy()),
-            "document_checksum": ("document", _checksums(documents)),
+            "document_checksum": ("document", document_checksums(documents)),
             "parameters": sum(start.numel() for start in fitted.model.starts.values()),
         },
         coords={"task": fitted.tasks, "document": np.arange(documents.num_documents)},
+        attrs={"observation": fitted.model.likelihood.measure.observation},
     )
 
 
@@ -311,14 +313,6 @@ def _document_groups(scores: list[xr.Dataset], constant: xr.Dataset, split: str)
 def _as_draw(draws: int | None, array: xr.DataArray) -> xr.DataArray:
     """A summary of all draws together. If ``draws`` is None, it gets the dimensions chain and draw of the single estimate."""
     return array.expand_dims(chain=[0], draw=[0]) if draws is None else array
-
-
-def _checksums(split: TokenSplit) -> np.ndarray:
-    """A CRC-32 checksum of each document, to tell different documents apart: (documents,). That of pieces is their sum."""
-    sums = (zlib.crc32(split.document(n).numpy().tobytes()) for n in range(len(split)))
-    if split.observed is not None:  # documents differ too if the same tokens have other labels
-        sums = (zlib.crc32(split.labels(n).numpy().tobytes(), checksum) for n, checksum in enumerate(sums))
-    return split.sum_by_document(torch.from_numpy(np.fromiter(sums, dtype=np.int64, count=len(split)))).numpy()
 
 
 def _check_same_documents(containers: Mapping[str, Any]) -> int:

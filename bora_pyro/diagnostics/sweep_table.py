@@ -30,6 +30,7 @@ import pandas as pd
 
 from bora_pyro.errors import InputError
 from bora_pyro.files.atomic import replace_file
+from bora_pyro.likelihoods import PERPLEXITY, measure_of
 
 LEARNED = "learned"
 #: The columns that identify a run.
@@ -96,6 +97,8 @@ def rows_of_metrics(
         InputError: if a number is missing or invalid.
     """
     remedy = "run the fit again"
+    if (measure := measure_of(metrics)) != PERPLEXITY:
+        raise InputError(f"{where} has the {measure.unit}, and a sweep compares perplexities; leave the run out")
     try:
         found = LEARNED if "tau_by_group" in metrics else metrics["tau"]
         values = {name: metrics[name] for name in _RUN_TYPES if name not in ("tau", "learning_rate", "fitted_tau")} | {

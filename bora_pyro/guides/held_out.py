@@ -16,7 +16,7 @@ class HeldOut(Protocol):
 
     Attributes:
         documents: the number of documents of each task, (D,).
-        tokens: the number of their predicted tokens, (D,).
+        tokens: the number of their predicted tokens, (D,); for answers among options that of the questions.
     """
 
     documents: Tensor

@@ -136,39 +136,38 @@ class Fitted:
         """τ of each latent: a number, or a list if it differs between layers or tasks."""
         return tau_by_group(self.model, self.sites())
 
-    def evaluate(self, split: TokenSplit, *, name: str = "test", processes: Processes | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        split: TokenSplit,
+        *,
+        name: str = "test",
+        processes: Processes | None = None,
+        numbers: Callable[[Scores, int | None], dict[str, float | None]] = lambda scores, task: scores.numbers(task),
+    ) -> dict[str, Any]:
         """How well the base and the adapted model predict a split, over all documents and by task, as in ``metrics.json``.
 
         Args:
             split: the documents.
             name: the split's name, in the names of the results.
             processes: the processes of the fit. If each holds a part of the base, the others call ``help_evaluate`` meanwhile.
+            numbers: returns the numbers of scores, over all documents or over those of one task; default: `Scores.numbers`.
         """
-        base, adapted = self.scores(split, processes=processes)
-        documents = split.documents_per_task
-        tasks = [
-            {"name": task, f"{name}_documents": documents[d]} | named_numbers(base, adapted, name, d)
-            for d, task in enumerate(self.tasks)
-        ]
-        return named_numbers(base, adapted, name) | {"tasks": tasks}
-
-    def scores(self, split: TokenSplit, *, processes: Processes | None = None) -> tuple[Scores, Scores]:
-        """The scores of a split under the base and under the adapted model; ``processes`` as for `evaluate`."""
         weights, lockstep = self.weights_of(), (processes or Processes()).lockstep
+        documents = split.documents_per_task
         base, adapted = evaluate(self.model, split, None, lambda index: weights(index)[0], lockstep=lockstep)
-        return base, adapted
+
+        def named(task: int | None) -> dict[str, Any]:
+            found = {f"{name}_{key}": value for key, value in numbers(adapted, task).items()}
+            return found | {f"base_{name}_{key}": value for key, value in numbers(base, task).items()}
+
+        tasks = [{"name": task, f"{name}_documents": documents[d]} | named(d) for d, task in enumerate(self.tasks)]
+        return named(None) | {"tasks": tasks}
 
     def help_evaluate(self, split: TokenSplit, processes: Processes) -> None:
         """Help another process to evaluate a split: run this process's part of the base as often as the other one needs it."""
         if processes.sharded_base:
             nothing = torch.zeros(0, dtype=torch.int64)
             evaluate(self.model, split, None, None, documents=nothing, lockstep=processes.lockstep)
-
-
-def named_numbers(base: Scores, adapted: Scores, name: str, task: int | None = None) -> dict[str, float | None]:
-    """The numbers of a split as ``metrics.json`` names them, over all documents or over those of one task."""
-    numbers = {f"{name}_{key}": value for key, value in adapted.numbers(task).items()}
-    return numbers | {f"base_{name}_{key}": value for key, value in base.numbers(task).items()}
 
 
 def mean_tau(taus: Mapping[str, Tensor], entries: Mapping[str, int]) -> float:

@@ -37,11 +37,13 @@ class HeldOutMixture:
         self._posterior, self._split = Posterior(fitted, seed=seed), split
         self._prediction: dict[str, Any] = {"draws": draws, "linearised": linearised}
         self.documents = torch.tensor(split.documents_per_task)
-        self.tokens = torch.zeros(split.num_tasks, dtype=torch.int64).index_add(0, split.task, split.predicted)
+        of_tokens = torch.zeros(split.num_tasks, dtype=torch.int64).index_add(0, split.task, split.predicted)
+        self.tokens = of_tokens if split.correct is None else self.documents
 
     def nll(self) -> Tensor:
-        """−log-probability of the documents of each task under the mixture, token by token: (D,) float64."""
-        found = self._posterior.score(self._split, **self._prediction)
+        """−log-probability of the documents of each task under the mixture, token by token or answer by answer: (D,) float64."""
+        predict = self._posterior.score if self._split.correct is None else self._posterior.answers
+        found = predict(self._split, **self._prediction)
         return torch.zeros(len(self.tokens), dtype=torch.float64).index_add(0, found.task, -found.log_prob.double())
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from bora_pyro.likelihoods import measure_of
+
 TAGS = ("lora", "bora", "bora_pyro", "pyro", "multi-task", "text-generation")
 #: File name of the picture in the export's card.
 PICTURE = "shrinkage.png"
@@ -59,7 +61,7 @@ def export_card(
         facts: facts that all cards state.
         title: the heading.
         scores: for each exported task, by the name of its folder, its entry in ``metrics.json``: ``name``, ``train_documents``,
-            ``base_test_perplexity``, ``test_perplexity``, ``deviation_norm``. Θ has no entry.
+            ``base_test_perplexity``, ``test_perplexity`` (or the names of another measure), ``deviation_norm``. Θ has no entry.
         folders: all adapter folders, Θ and draws included.
         picture: whether the export contains the picture of the shrinkage.
     """
@@ -73,14 +75,18 @@ def export_card(
     ]
     if facts.model:
         lines += [f"Model: `{facts.model}`", ""]
+    measure = measure_of(next(iter(scores.values()), {}))
+    what, plural = measure.title, "Perplexities" if measure.exponential else f"{measure.unit}:"
     lines += [
-        "| task | folder | training documents | perplexity, base | perplexity, adapted | ‖θ_d − Θ‖ |",
+        f"| task | folder | training documents | {what}, base | {what}, adapted | ‖θ_d − Θ‖ |",
         "|---|---|---|---|---|---|",
     ]
     for folder, row in scores.items():
-        numbers = [_number(row.get(name)) for name in ("base_test_perplexity", "test_perplexity", "deviation_norm")]
+        names = (f"base_test_{measure.name}", f"test_{measure.name}", "deviation_norm")
+        numbers = [_number(row.get(name)) for name in names]
         lines.append(f"| {plain(row['name'])} | `{folder}` | {row.get('train_documents', '–')} | {' | '.join(numbers)} |")
-    lines += ["", "Perplexities are those of test documents, which the fit did not use, under the adapter of the task.", ""]
+    of_test = "are those of test documents" if measure.exponential else f"the means over the test {measure.observation}s"
+    lines += ["", f"{plural} {of_test}, which the fit did not use, under the adapter of the task.", ""]
     if picture:
         lines += [f"![distance of each task from Θ]({PICTURE})", "", "Distance of each task's adapter from Θ.", ""]
     lines += ["## Use", "", *_snippet(facts, first)]
@@ -125,11 +131,13 @@ def adapter_card(
     if relative_error:
         lines += [f"Its change of the weights has no exact LoRA form; this one has a relative error of {relative_error:.2g}.", ""]
     if score is not None:
-        base, adapted = _number(score.get("base_test_perplexity")), _number(score.get("test_perplexity"))
+        measure = measure_of(score)
+        base, adapted = (_number(score.get(f"{of}test_{measure.name}")) for of in ("base_", ""))
+        what = "Perplexity" if measure.exponential else measure.unit
         others = "drawn towards the other tasks" if facts.adapted else "on the documents of the other tasks"
         lines += [
             f"Fitted on {score.get('train_documents', '–')} documents of the task, and {others} through Θ. "
-            f"Perplexity of its test documents: {base} under the base, {adapted} under the adapter of the fit.", "",
+            f"{what} of its test documents: {base} under the base, {adapted} under the adapter of the fit.", "",
         ]  # fmt: skip
     return _card(facts, [*lines, "## Use", "", *_snippet(facts, folder)])
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from bora_pyro.errors import InputError
 from bora_pyro.files.text import replaced
+from bora_pyro.likelihoods import measure_of
 from bora_pyro.report.blocks import (
     Cell,
     Column,
@@ -35,6 +36,7 @@ from bora_pyro.report.blocks import (
     option_text,
     short_number,
 )
+from bora_pyro.report.results import OF_ANSWERS, change_text, results_table, verdict
 from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
 from bora_pyro.runs.config.adapt import AdaptConfig
@@ -100,9 +102,10 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     effective, samples = None, None
     if options.adapters:
         pictures, effective, samples = _of_adapters(folder, options, notes)
-    curves = [*learning_pictures(history, unit=of_fit.get("likelihood_unit", "tokens"), best_epoch=metrics.get("best_epoch"))]
+    unit, best_epoch, measure = of_fit.get("likelihood_unit", "tokens"), metrics.get("best_epoch"), measure_of(metrics)
+    curves = [*learning_pictures(history, unit=unit, measure=measure, best_epoch=best_epoch)]
     sections = [
-        Section("results", "Results", [_results(tasks, metrics, effective)], _verdict(tasks)),
+        Section("results", "Results", [results_table(tasks, metrics, effective)], verdict(tasks, measure)),
         Section("shrinkage", "Shrinkage", [Pictures(pictures)] if pictures else []),
         Section("learning", "Learning", [*([Pictures(curves)] if curves else []), *_tables_of_learning(history, metrics)]),
         Section("samples", "Samples", [samples] if samples else [], _about_samples(options)),
@@ -177,22 +180,31 @@ def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], co
 
 
 def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[Number]:
-    adapted, base = metrics.get("test_perplexity"), metrics.get("base_test_perplexity")
+    measure = measure_of(metrics)
+    digits, test = measure.digits, f"test_{measure.name}"
+    adapted, base = metrics.get(test), metrics.get(f"base_{test}")
+    of_mean = ", posterior mean" * (kind == "posterior")
     if adapted is not None:
-        note = f"base {number_text(base)}, {number_text(100 * (adapted / base - 1), 0, sign=True)}\u00a0%" if base else ""
-        yield Number("test perplexity" + ", posterior mean" * (kind == "posterior"), number_text(adapted), note)
-    if metrics.get("mixture_test_perplexity") is not None:
-        note = f"MAP {number_text(metrics['map_test_perplexity'])}" if metrics.get("map_test_perplexity") else ""
+        change = f", {change_text(measure, adapted, base)}" if base else ""
+        note = f"base {number_text(base, digits)}{change}" if base is not None else ""
+        yield Number(f"test {measure.unit}{of_mean}", number_text(adapted, digits), note)
+    if metrics.get(f"mixture_{test}") is not None:
+        note = f"MAP {number_text(metrics[f'map_{test}'], digits)}" if metrics.get(f"map_{test}") else ""
         label = f"mixture of {metrics.get('draws')}{' linearised' * (metrics.get('predict') == 'linearised')} draws"
-        yield Number(label, number_text(metrics["mixture_test_perplexity"]), note)
+        yield Number(label, number_text(metrics[f"mixture_{test}"], digits), note)
+    for name, label in OF_ANSWERS.items():
+        if metrics.get(f"test_{name}") is not None:
+            of_base = metrics.get(f"base_test_{name}")
+            note = "" if of_base is None else f"base {number_text(of_base, 3)}"
+            yield Number(f"test {label}{of_mean}", number_text(metrics[f"test_{name}"], 3), note)
     for name, label in (("mean", "calibration error, mean"), ("mixture", "calibration error, mixture")):
         if isinstance(metrics.get(name), dict) and metrics[name].get("ece") is not None:
             yield Number(label, number_text(metrics[name]["ece"], 3), "expected (ECE); 0 is calibrated")
-    if metrics.get("validation_perplexity") is not None:
+    if metrics.get(f"validation_{measure.name}") is not None:
         note = f"after epoch {metrics.get('best_epoch')} of {metrics.get('epochs')}" + ", mean of the steps" * bool(
             metrics.get("averaged")
         )
-        yield Number("validation perplexity", number_text(metrics["validation_perplexity"]), note)
+        yield Number(f"validation {measure.unit}", number_text(metrics[f"validation_{measure.name}"], digits), note)
     if metrics.get("test_bits_per_character") is not None:
         bits = metrics.get("base_test_bits_per_character")
         yield Number(
@@ -227,57 +239,8 @@ def _about_tau(metrics: Mapping[str, Any], kind: str) -> str:
     return "independent tasks" if tau == 0 else "one adapter for all" if math.isinf(tau) else "given"
 
 
-def _verdict(tasks: Mapping[str, Any]) -> str:
-    """One sentence that says how the adapters change the perplexity of the tasks."""
-    pairs = [(t.get("base_test_perplexity"), t.get("test_perplexity"), replaced(t["name"])) for t in tasks.values()]
-    changes = sorted((adapted / base - 1, name) for base, adapted, name in pairs if base and adapted)
-    if not changes:
-        return ""
-    better = sum(change < 0 for change, _ in changes)
-    text = f"The adapters predict the test documents better than the base in {better} of {len(changes)} tasks"
-    if len(changes) > 1:
-        first, last = changes[0], changes[-1]
-        text += f", from {number_text(100 * first[0], 0, sign=True)}\u00a0% perplexity ({first[1]})"
-        text += f" to {number_text(100 * last[0], 0, sign=True)}\u00a0% ({last[1]})"
-    return f"{text}."
-
-
-def _results(tasks: Mapping[str, Any], metrics: Mapping[str, Any], effective: Mapping[str, float] | None) -> Table:
-    columns: list[tuple[Column, str]] = [
-        (Column("training documents", 0), "train_documents"),
-        (Column("test documents", 0), "test_documents"),
-        (Column("base perplexity", 2), "base_test_perplexity"),
-        (Column("adapted perplexity", 2), "test_perplexity"),
-        (Column("change,\u00a0%", 1, sign=True), "change"),
-        (Column("mixture perplexity", 2), "mixture_test_perplexity"),
-        (Column("epistemic, nats", 4), "epistemic"),
-        (Column("distance ‖θ_d\u00a0−\u00a0Θ‖", 2), "deviation_norm"),
-        (Column("effective parameters\u00a0γ", 0 if max((effective or {"": 0.0}).values()) >= 100 else 1), "effective"),
-    ]
-    rows = []
-    for task in tasks.values():
-        own = {"change": _change(task), "effective": None if effective is None else effective.get(task["name"])}
-        rows.append({**task, **own})
-    shown = [(column, key) for column, key in columns if any(row.get(key) is not None for row in rows)]
-    total = {key: sum(row.get(key) or 0 for row in rows) for key in ("train_documents", "test_documents")}
-    total |= {key: metrics.get(key) for _, key in columns if key.endswith("perplexity")} | {"change": _change(metrics)}
-    caption = "Test documents by task, without and with its adapter"
-    caption += "; γ: how many of the adapter's parameters the task's own data determine" if effective else ""
-    return Table(
-        caption,
-        [Column("task"), *(column for column, _ in shown)],
-        [[replaced(row["name"]), *(row.get(key) for _, key in shown)] for row in rows],
-        total=["all tasks", *(total.get(key) for _, key in shown)],
-    )
-
-
-def _change(scores: Mapping[str, Any]) -> float | None:
-    adapted, base = scores.get("test_perplexity"), scores.get("base_test_perplexity")
-    return 100 * (adapted / base - 1) if adapted is not None and base else None
-
-
 def _tables_of_learning(history: list[dict[str, Any]], metrics: Mapping[str, Any]) -> Iterator[Any]:
-    groups = metrics.get("tau_by_group")
+    groups, measure = metrics.get("tau_by_group"), measure_of(metrics)
     if groups:
         rows = []
         for group, value in groups.items():
@@ -292,14 +255,16 @@ def _tables_of_learning(history: list[dict[str, Any]], metrics: Mapping[str, Any
         yield Folded(
             f"{len(history)} epoch{'s' * (len(history) != 1)} in numbers",
             Table(
-                "Epochs: the loss in nats a training observation, the validation perplexity after it",
+                f"Epochs: the loss in nats a training observation, the validation {measure.title} after it",
                 [
-                    Column("epoch", 0), Column("step", 0), Column("loss", 4), Column("validation perplexity", 2),
+                    Column("epoch", 0), Column("step", 0), Column("loss", 4),
+                    Column(f"validation {measure.title}", measure.digits),
                     Column("learning rate", number=True), Column("tokens/s", 0), Column("seconds so far", 1),
                 ],
                 [
                     [
-                        record.get("epoch"), record.get("step"), record.get("loss"), record.get("validation_perplexity"),
+                        record.get("epoch"), record.get("step"), record.get("loss"),
+                        record.get(f"validation_{measure.name}"),
                         Cell(f"{record['learning_rate']:.3g}", record["learning_rate"]) if record.get("learning_rate") else None,
                         record.get("training_tokens_per_second"), record.get("seconds"),
                     ]

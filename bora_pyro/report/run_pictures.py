@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bora_pyro.diagnostics import plots
+from bora_pyro.likelihoods import PERPLEXITY, Measure
 from bora_pyro.report.blocks import Picture
 from bora_pyro.report.pictures import WIDTH, draw_picture, name_labels
 
@@ -84,22 +85,27 @@ def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray) -
         )
 
 
-def learning_pictures(history: Sequence[Mapping[str, Any]], *, unit: str, best_epoch: int | None) -> Iterator[Picture]:
-    """Draw perplexity and τ over the course of the fit.
+def learning_pictures(
+    history: Sequence[Mapping[str, Any]], *, unit: str, measure: Measure = PERPLEXITY, best_epoch: int | None
+) -> Iterator[Picture]:
+    """Draw the measure of the documents and τ over the course of the fit.
 
     Args:
         history: the records of ``metrics.jsonl``.
-        unit: unit of the likelihood, ``tokens`` or ``documents``.
+        unit: unit of a likelihood of tokens, ``tokens`` or ``documents``.
+        measure: the measure of the likelihood.
         best_epoch: the epoch whose state was kept.
     """
     history = [record for record in history if record.get("epoch") is not None]
-    if any(record.get("validation_perplexity") is not None or (unit == "tokens" and record.get("loss")) for record in history):
+    scored = any(record.get(f"validation_{measure.name}") is not None for record in history)
+    if scored or any(unit == "tokens" and record.get("loss") for record in history):
+        title = measure.unit[0].upper() + measure.unit[1:]
         yield draw_picture(
             "learning",
             "Learning curves",
-            "Perplexity of the training documents during each epoch, and of the validation documents after it. The fit kept the "
+            f"{title} of the training documents during each epoch, and of the validation documents after it. The fit kept the "
             "state of the epoch with the ring.",
-            lambda ax: plots.learning_curves(history, ax, unit=unit, best_epoch=best_epoch),
+            lambda ax: plots.learning_curves(history, ax, unit=unit, measure=measure, best_epoch=best_epoch),
         )
     path = [
         {"step": point["step"], "tau": {group: tau for group, tau in point["tau"].items() if _is_finite(tau)}}

@@ -86,4 +86,11 @@ def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
         values["text_column"] = config.text_column or "text"  # the default, which has no effect beside a prompt or a chat
         values["document_form"] = config.document_form or AUTO
     values["chat_template"] = load_chat_template(values["chat_template"])
+    if not run.fitted.model.likelihood.reads_options:
+        if config.options_column is not None:
+            raise InputError(
+                f"options_column is {config.options_column!r}, but the run in {config.run} does not observe answers among "
+                "options; leave it out"
+            )
+        values["options_column"] = None
     return dataclasses.replace(config, **values)

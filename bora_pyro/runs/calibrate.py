@@ -4,14 +4,14 @@
 
 It predicts the run's test documents at the centre of the posterior (``mean``) and with a mixture of draws (``mixture``). With
 ``--predict linearised`` the draws predict with the linear expansion of the network around the centre, and the prediction is
-called ``linearised``. A MAP fit has one prediction, ``map``. It writes these files into the folder ``diagnostics`` of the run, or
-into ``--output``:
+called ``linearised``. A MAP fit has one prediction, ``map``. What is predicted is each token, or each answer if the fit observes
+answers among options. The command writes these files into the folder ``diagnostics`` of the run, or into ``--output``:
 
 - ``calibration.csv``: one row for each task and one for all tasks, with the likelihood, Brier score and calibration error of each
   prediction;
 - ``reliability.png``: accuracy against confidence;
-- ``risk_coverage.csv``, ``.png``: the risk of the tokens that remain when the most uncertain ones are left out, for each measure
-  of uncertainty; ``area`` is the area under the whole curve;
+- ``risk_coverage.csv``, ``.png``: the risk of the tokens or answers that remain when the most uncertain ones are left out, for
+  each measure of uncertainty; ``area`` is the area under the whole curve;
 - with ``--foreign`` (texts that belong to no task): ``foreign.csv``, ``foreign_auroc.csv`` and ``foreign.png``, which show how
   well each measure separates foreign texts from test documents. ``foreign.csv`` has one row for each text. Each text is read with
   the adapter that gives it the highest likelihood;
@@ -42,8 +42,9 @@ from bora_pyro.diagnostics.unknown_texts import sample_texts, text_scores
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import check_choices, option
-from bora_pyro.predict.mixture import Draws, TokenPredictions, predictive
-from bora_pyro.predict.multiple_choice import ChoicePredictions, Question, choose
+from bora_pyro.predict.answers import ChoicePredictions, predictions
+from bora_pyro.predict.mixture import Draws, TokenPredictions
+from bora_pyro.predict.multiple_choice import Question, choose
 from bora_pyro.predict.posterior import PREDICT
 from bora_pyro.runs.calibration_files import write_calibration, write_foreign, write_questions
 from bora_pyro.runs.command import Command
@@ -102,7 +103,7 @@ class Predictor:
 
     def __init__(self, run: SavedRun, config: CalibrateConfig) -> None:
         model, centre = run.fitted.model, run.fitted.weights()[0]
-        self.centre, self.token_budget = centre, config.token_budget
+        self.centre, self.token_budget, self.likelihood = centre, config.token_budget, model.likelihood
         #: The model and the draws of each prediction, by its name; the mixture is last.
         self.parts: dict[str, tuple[BoRA, Draws]] = {"map": (model, lambda: [centre])}
         if run.posterior_config is not None:
@@ -116,15 +117,19 @@ class Predictor:
                 f"out, or fit a posterior around it: scripts/posterior_fit.py {run.folder.path}"
             )
 
-    def tokens(self, split: TokenSplit) -> dict[str, TokenPredictions]:
-        """The predictions of every token, by name; the mixture is last."""
+    def predictions(self, split: TokenSplit) -> dict[str, TokenPredictions | ChoicePredictions]:
+        """The predictions of every token or answer, by name; the mixture is last."""
         budget = self.token_budget
-        return {name: predictive(model, split, draws, token_budget=budget) for name, (model, draws) in self.parts.items()}
+        return {name: predictions(model, split, draws, token_budget=budget) for name, (model, draws) in self.parts.items()}
 
     def answers(self, questions: list[Question], tasks: list[str]) -> dict[str, ChoicePredictions]:
         """The predictions of every multiple-choice question, by name; the mixture is last."""
-        budget = self.token_budget
-        return {name: choose(model, questions, draws, tasks, token_budget=budget) for name, (model, draws) in self.parts.items()}
+        # options are compared as the fit has compared them
+        normalise = "none" if getattr(self.likelihood, "option_score", "mean") == "sum" else "tokens"
+        return {
+            name: choose(model, questions, draws, tasks, normalise=normalise, token_budget=self.token_budget)
+            for name, (model, draws) in self.parts.items()
+        }
 
     def texts(self, split: TokenSplit) -> pd.DataFrame:
         """Score how foreign each text is. A point estimate has no epistemic uncertainty."""
@@ -146,6 +151,8 @@ def calibrate(config: CalibrateConfig) -> Path:
     predictor, tasks = Predictor(run, config), run.data.tasks
     if not len(run.data.test):
         raise InputError(f"the run in {run.folder.path} has no test documents; split the data so that some tasks have some")
+    if config.foreign is not None:
+        predictor.likelihood.check_texts("--foreign")
     foreign = read_foreign(config, run) if config.foreign is not None else None
     questions = read_questions(Path(config.questions)) if config.questions is not None else None
     folder = Path(config.output) if config.output is not None else run.folder.path / DIAGNOSTICS
@@ -153,7 +160,8 @@ def calibrate(config: CalibrateConfig) -> Path:
         if questions is not None:  # first, because a question may still name an unknown task
             write_questions(place, questions, predictor.answers(questions, tasks), tasks)
         print_data(run.data)
-        write_calibration(place, predictor.tokens(run.data.test), tasks)
+        unit = "questions" if predictor.likelihood.reads_options else "tokens"
+        write_calibration(place, predictor.predictions(run.data.test), tasks, unit=unit)
         if foreign is not None:
             own = sample_texts(run.data.test, config.foreign_documents, seed=config.seed)
             write_foreign(place, predictor.texts(own), predictor.texts(foreign), tasks)

@@ -23,11 +23,12 @@ from bora_pyro.diagnostics.calibration import (
 )
 from bora_pyro.diagnostics.plots.style import plain_log_ticks
 from bora_pyro.diagnostics.unknown_texts import SCORES, auroc_by_score
+from bora_pyro.predict.answers import ChoicePredictions
 from bora_pyro.predict.mixture import TokenPredictions
-from bora_pyro.predict.multiple_choice import ChoicePredictions, Question
+from bora_pyro.predict.multiple_choice import Question
 
 POINTS = 200  # points of a risk-coverage curve
-LOSSES = {"nll": "mean negative log-likelihood\nof the tokens kept (nats)", "wrong": "share of wrong tokens\namong those kept"}
+LOSSES = {"nll": "mean negative log-likelihood\nof the {unit} kept (nats)", "wrong": "share of wrong {unit}\namong those kept"}
 
 
 def calibration_table(predictions: Mapping[str, Predictions], tasks: list[str], *, unit: str = "tokens") -> pd.DataFrame:
@@ -40,9 +41,18 @@ def calibration_table(predictions: Mapping[str, Predictions], tasks: list[str], 
     return table.rename(columns={table.columns[0]: unit}).astype({unit: int})
 
 
-def write_calibration(folder: Path, predictions: dict[str, TokenPredictions], tasks: list[str]) -> None:
-    """Write the calibration of the tokens, and the risk that remains when the most uncertain tokens are left out."""
-    table = calibration_table(predictions, tasks)
+def write_calibration(
+    folder: Path, predictions: Mapping[str, TokenPredictions | ChoicePredictions], tasks: list[str], *, unit: str = "tokens"
+) -> None:
+    """Write the calibration of the predictions, and the risk that remains when the most uncertain ones are left out.
+
+    Args:
+        folder: the folder for the files.
+        predictions: the predictions of the test documents by name; the mixture is last.
+        tasks: the names of the tasks.
+        unit: what is predicted: tokens or questions.
+    """
+    table = calibration_table(predictions, tasks, unit=unit)
     table.to_csv(folder / "calibration.csv", float_format="%.6g")
     tables = {name: reliability(each.confidence, each.correct) for name, each in predictions.items()}
     figure = Figure(figsize=(6, 6))
@@ -54,13 +64,13 @@ def write_calibration(folder: Path, predictions: dict[str, TokenPredictions], ta
     for (loss, label), ax in zip(LOSSES.items(), figure.subplots(1, 2), strict=True):
         of_loss = curves[curves["loss"] == loss]
         series = {str(name): rows.reset_index() for name, rows in of_loss.groupby("uncertainty", sort=False)}
-        plots.risk_coverage_curves(series, ax, risk=label)
+        plots.risk_coverage_curves(series, ax, risk=label.format(unit=unit))
     figure.savefig(folder / "risk_coverage.png")
-    _show(f"{table['tokens'].iloc[-1]} tokens of the test documents:", _by_prediction(table, predictions))
+    _show(f"{table[unit].iloc[-1]} {unit} of the test documents:", _by_prediction(table, predictions))
     _show("area under risk-coverage (lower is better):", curves.pivot_table("area", "uncertainty", "loss", sort=False))
 
 
-def risk_coverage_table(predictions: TokenPredictions) -> pd.DataFrame:
+def risk_coverage_table(predictions: TokenPredictions | ChoicePredictions) -> pd.DataFrame:
     """The risk-coverage curve of each loss and each measure of uncertainty, as one table.
 
     Its columns: loss, uncertainty, coverage, risk, threshold, and area (the area under the whole curve).

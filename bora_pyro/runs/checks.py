@@ -7,12 +7,12 @@ from typing import Any
 
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError
+from bora_pyro.likelihoods import measure_of
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import METRICS
 
-# Names that metrics.json must have.
-_NEEDED = ("test_perplexity", "train_documents", "test_documents", "tasks")
-_NEEDED_OF_TASK = ("test_perplexity", "base_test_perplexity")
+# Names that metrics.json must have, besides the measure of the test documents.
+_NEEDED = ("train_documents", "test_documents", "tasks")
 
 
 def read_metrics(folder: RunFolder) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read_metrics(folder: RunFolder) -> dict[str, Any]:
         InputError: the file is missing, or lacks a name that every run writes.
     """
     metrics = folder.read_metrics()
-    if missing := [name for name in _NEEDED if name not in metrics]:
+    if missing := [name for name in (f"test_{measure_of(metrics).name}", *_NEEDED) if name not in metrics]:
         raise InputError(f"{folder.path / METRICS} has no {missing[0]!r}; run the fit again with --resume true")
     return metrics
 
@@ -55,8 +55,9 @@ def check_data(folder: RunFolder, data: TaskData, metrics: dict[str, Any], metad
     rows = metrics["tasks"].values()
     if [row["name"] for row in rows] != data.tasks:
         raise InputError(f"{folder.path / METRICS} has other tasks than split.json; run the fit again with --resume true")
+    measure = measure_of(metrics).name
     for row in rows:
-        if missing := [name for name in _NEEDED_OF_TASK if name not in row]:
+        if missing := [name for name in (f"test_{measure}", f"base_test_{measure}") if name not in row]:
             raise InputError(
                 f"{folder.path / METRICS} has no {missing[0]!r} of task {row['name']!r}; run the fit again with --resume true"
             )

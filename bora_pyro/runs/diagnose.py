@@ -102,12 +102,13 @@ def diagnose(config: DiagnoseConfig) -> Path:
 
 
 def shrinkage_table(run: SavedRun, container: Any) -> pd.DataFrame:
-    """One row for each task: documents, distance from Θ, effective parameters, test perplexity without and with the adapter.
+    """One row for each task: documents, distance from Θ, effective parameters, test measure without and with the adapter.
 
     All values are those of the posterior's centre, except the quantiles over draws (``displacement_q05`` and the like). The
     displacement is the distance from Θ in the direction of the centre.
     """
     posterior, constant = container["posterior"], container["constant_data"]
+    measure = run.fitted.model.likelihood.measure.name  # perplexity, or the NLL a question
     many = posterior.sizes["draw"] > 1
     quantiles = {
         f"{name}_q{round(100 * q):02}": posterior[name].quantile(q, ("chain", "draw")).values
@@ -128,7 +129,7 @@ def shrinkage_table(run: SavedRun, container: Any) -> pd.DataFrame:
                 name: np.array(
                     [row[name] for row in run.scores], dtype=float
                 )  # a task without test documents has None, which becomes NaN
-                for name in ("base_test_perplexity", "test_perplexity")
+                for name in (f"base_test_{measure}", f"test_{measure}")
             },
         }
     )

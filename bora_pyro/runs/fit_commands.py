@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bora_pyro.likelihoods import measure_of
 from bora_pyro.runs.adapt import run_adapt
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.adapt import AdaptConfig
@@ -53,11 +54,11 @@ def show_posterior_fit(config: PosteriorFitConfig, metrics: Mapping[str, Any]) -
     """Print the table of the tasks, the scores of the posterior mean and mixture, and the run folder."""
     print_table(metrics)
     if "mixture" in metrics:
-        kind = "linearised draws" if metrics.get("predict") == "linearised" else "draws"
-        print(
-            f"test perplexity: MAP {metrics['map_test_perplexity']:.2f}, posterior mean {metrics['test_perplexity']:.2f}, "
-            f"mixture of {config.draws} {kind} {metrics['mixture_test_perplexity']:.2f}"
+        measure, kind = measure_of(metrics), "linearised draws" if metrics.get("predict") == "linearised" else "draws"
+        of_map, of_mean, of_mixture = (
+            f"{metrics[f'{of}test_{measure.name}']:.{measure.digits}f}" for of in ("map_", "", "mixture_")
         )
+        print(f"test {measure.title}: MAP {of_map}, posterior mean {of_mean}, mixture of {config.draws} {kind} {of_mixture}")
         print(f"calibration error (ECE): posterior mean {metrics['mean']['ece']:.3f}, mixture {metrics['mixture']['ece']:.3f}")
     print(f"run folder: {config.output_dir}")
 

@@ -66,6 +66,7 @@ class Member:
         if run.adapted:
             raise InputError(f"the run in {path} is an adaptation of another fit; fold takes MAP fits")
         model = run.fitted.model
+        model.likelihood.check_texts("fold")
         try:
             forms = _forms(run)
         except InputError as error:

@@ -25,8 +25,8 @@ from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.spread import check_average
 from bora_pyro.options.field import part_of
+from bora_pyro.predict.answers import predictions
 from bora_pyro.predict.held_out import settle
-from bora_pyro.predict.mixture import predictive
 from bora_pyro.predict.posterior import Posterior
 from bora_pyro.runs.checks import stored_result
 from bora_pyro.runs.config.map_fit import MapFitConfig
@@ -138,12 +138,13 @@ def _add_note(run: SavedRun, note: str, *, quiet: bool) -> None:
 
 def _note_where_nothing_was_better(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, *, quiet: bool) -> None:
     rate = f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g})"
-    best, of_map = fitted.validation_perplexity, run.fitted.validation_perplexity
+    best, of_map, measure = fitted.validation_score, run.fitted.validation_score, fitted.model.likelihood.measure
     if fitted.history and not fitted.best_epoch:
-        what = "no epoch had a lower validation perplexity than the MAP, so the posterior is as it began, its scales not fitted"
-        _add_note(run, f"{what}; {rate} or --scale", quiet=quiet)
+        what = f"no epoch had a lower validation {measure.title} than the MAP"
+        _add_note(run, f"{what}, so the posterior is as it began, its scales not fitted; {rate} or --scale", quiet=quiet)
     elif isinstance(fitted.guide, FromSteps) and best is not None and of_map is not None and best > of_map:
-        what = f"the mean of the steps has a higher validation perplexity than the MAP ({best:.2f} against {of_map:.2f})"
+        both = f"{best:.{measure.digits}f} against {of_map:.{measure.digits}f}"
+        what = f"the mean of the steps has a higher validation {measure.title} than the MAP ({both})"
         _add_note(run, f"{what}; {rate}", quiet=quiet)
 
 
@@ -225,29 +226,29 @@ def _fit(
 
 def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, chosen: dict[str, Any]) -> dict[str, Any]:
     metrics = metrics_of(fitted, run.data, tau=run.config.tau, learning_rate=config.learning_rate, seed=run.config.seed)
+    measure = fitted.model.likelihood.measure.name
     metrics |= {
         "guide": config.guide,
         "temperature": config.temperature,
         "draws": config.draws,
         "predict": config.predict,
-        "map_test_perplexity": run.metrics["test_perplexity"],
-        "map_validation_perplexity": run.metrics.get("validation_perplexity"),
+        f"map_test_{measure}": run.metrics[f"test_{measure}"],
+        f"map_validation_{measure}": run.metrics.get(f"validation_{measure}"),
         **({"chosen": chosen} if chosen else {}),
     }
     if config.tau != FIXED:
         metrics |= {"tau": fitted.tau(), "tau_by_group": fitted.tau_by_group()}
     if not run.data.test.num_tokens:
         return metrics
-    posterior, mean = Posterior(fitted, seed=config.seed), fitted.weights()[0]
-    mixture = posterior.score(run.data.test, draws=config.draws, linearised=config.predict == "linearised")
-    centre = predictive(fitted.model, run.data.test, lambda: [mean])
+    posterior, theta = Posterior(fitted, seed=config.seed), fitted.weights()[0]
+    predictor = posterior.predictor(config.predict == "linearised")
+    mixture = predictions(predictor, run.data.test, lambda: posterior.draws(config.draws))
+    centre = predictions(fitted.model, run.data.test, lambda: [theta])
     metrics |= {"mixture": dataclasses.asdict(calibration(mixture)), "mean": dataclasses.asdict(calibration(centre))}
-    metrics["mixture_test_perplexity"] = mixture.perplexity()
+    metrics |= {f"mixture_test_{name}": value for name, value in mixture.numbers().items()}
     slugs = adapter_folders(fitted.tasks)
     for d, name in enumerate(fitted.tasks):
         own = mixture.epistemic[mixture.task == d]
-        metrics["tasks"][slugs[name]] |= {
-            "mixture_test_perplexity": mixture.perplexity(d),
-            "epistemic": float(own.mean()) if len(own) else None,
-        }
+        metrics["tasks"][slugs[name]] |= {f"mixture_test_{key}": value for key, value in mixture.numbers(d).items()}
+        metrics["tasks"][slugs[name]] |= {"epistemic": float(own.mean()) if len(own) else None}
     return metrics

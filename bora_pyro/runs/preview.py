@@ -113,9 +113,12 @@ def show(config: PreviewConfig, found: Preview, *, file: TextIO | None = None) -
     trained = [d for d, number in enumerate(data.train.documents_per_task) if number]
     for d in trained[: config.documents]:
         n = data.train.task.tolist().index(d)
+        rows = (data.train.document_of == data.train.document_of[n]).nonzero()[:, 0]
+        which = f", the first of {len(rows):,} pieces" if len(rows) > 1 else ""
+        if data.train.correct is not None:
+            n, which = int(rows[data.train.correct[rows]]), f", with the right one of {len(rows):,} options"
         tokens, predicted = counted(int(data.train.lengths[n]), "token"), int(data.train.predicted[n])
-        pieces = int((data.train.document_of == data.train.document_of[n]).sum())
-        what = f"{name_line(data.tasks[d])}{f', the first of {pieces:,} pieces' if pieces > 1 else ''}"
+        what = f"{name_line(data.tasks[d])}{which}"
         shown.append(Text(f"{what}: {tokens}, {predicted:,} of them predicted: {' '.join(signs)}"))
         shown.append(Text.assemble(document_text(data.train, n, found.tokenizer, signs), "\n"))
     print_fitted(*shown, file=file)

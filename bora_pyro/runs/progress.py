@@ -31,7 +31,7 @@ from rich.text import Text
 
 from bora_pyro.data import TaskData
 from bora_pyro.files.text import NAME_LENGTH, escaped, name_line
-from bora_pyro.likelihoods import PERPLEXITY, Measure
+from bora_pyro.likelihoods import PERPLEXITY, Measure, measure_of
 
 _MISSING = "–"
 
@@ -170,20 +170,36 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("task", overflow="fold", max_width=NAME_LENGTH)
-    headings = ("train\ndocuments", "test\ndocuments", "base\nperplexity", "adapted\nperplexity", "\n‖θ_d − Θ‖")
-    for heading in headings:
+    columns = result_columns(metrics)
+    for heading in ("train\ndocuments", "test\ndocuments", *columns):
         table.add_column(heading, justify="right", no_wrap=True)
     tasks = metrics.get("tasks") or {}
     for slug, task in tasks.items():
         # Text, not str: a task's name may look like rich's markup
-        table.add_row(Text(name_line(task.get("name") or slug, characters=None)), *_cells(task))
+        table.add_row(Text(name_line(task.get("name") or slug, characters=None)), *_cells(task, columns))
     table.add_section()
     counts = {
         key: sum(known) if (known := [t[key] for t in tasks.values() if t.get(key) is not None]) else None
         for key in ("train_documents", "test_documents")
     }
-    table.add_row("all tasks", *_cells({**metrics, **counts, "deviation_norm": None}))
+    table.add_row("all tasks", *_cells({**metrics, **counts, "deviation_norm": None}, columns))
     return table
+
+
+def result_columns(metrics: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """The columns of `result_table` behind the numbers of documents: by heading, the name in ``metrics.json`` and the decimals.
+
+    >>> list(result_columns({"test_nll": 0.5}))[:3]
+    ['base\\nNLL', 'adapted\\nNLL', 'base\\naccuracy']
+    """
+    measure = measure_of(metrics)
+    shown = {measure.title: (measure.name, measure.digits)}
+    if measure.observation == "question":
+        shown["accuracy"] = ("accuracy", 3)
+    found: dict[str, tuple[str, int]] = {}
+    for title, (name, digits) in shown.items():
+        found |= {f"base\n{title}": (f"base_test_{name}", digits), f"adapted\n{title}": (f"test_{name}", digits)}
+    return found | {"\n‖θ_d − Θ‖": ("deviation_norm", 2)}
 
 
 def print_table(metrics: Mapping[str, Any], *, file: TextIO | None = None) -> None:
@@ -236,10 +252,9 @@ def data_lines(data: TaskData) -> list[str]:
     return [escaped(line) for line in [*lines, *(f"note: {note}" for note in data.notes)]]
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(row: Mapping[str, Any], columns: Mapping[str, tuple[str, int]]) -> list[str]:
     counts = [_MISSING if row.get(key) is None else f"{row[key]:,}" for key in ("train_documents", "test_documents")]
-    measures = ("base_test_perplexity", "test_perplexity", "deviation_norm")
-    return counts + [_MISSING if row.get(key) is None else f"{row[key]:,.2f}" for key in measures]
+    return counts + [_MISSING if row.get(key) is None else f"{row[key]:,.{digits}f}" for key, digits in columns.values()]
 
 
 def _duration(seconds: float) -> str:

@@ -17,22 +17,27 @@ from typing import Any
 
 from bora_pyro.errors import shown
 
+# The numbers of answers among options, behind the name of a split.
+_OF_ANSWERS = ("nll", "accuracy", "ece", "brier")
+_ANSWERS = tuple(
+    f"{of}{split}_{name}" for of in ("", "base_", "mixture_", "map_") for split in ("test", "validation") for name in _OF_ANSWERS
+)
 #: Names in ``metrics.json`` whose values are numbers or None.
 NUMBERS = (
     "test_perplexity", "base_test_perplexity", "validation_perplexity", "mixture_test_perplexity", "map_test_perplexity",
     "map_validation_perplexity", "test_bits_per_character", "base_test_bits_per_character", "epochs", "best_epoch", "draws",
     "fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "train_documents",
-    "test_documents",
+    "test_documents", *_ANSWERS,
 )  # fmt: skip
 #: The same for the entry of a task.
 NUMBERS_OF_TASK = (
     "test_perplexity", "base_test_perplexity", "mixture_test_perplexity", "test_bits_per_character", "epistemic",
-    "deviation_norm", "train_documents", "test_documents",
+    "deviation_norm", "train_documents", "test_documents", *_ANSWERS,
 )  # fmt: skip
 #: The same for a line of ``metrics.jsonl``.
 NUMBERS_OF_RECORD = (
     "loss", "validation_perplexity", "validation_perplexity_last", "validation_perplexity_averaged", "learning_rate",
-    "training_tokens_per_second", "seconds",
+    "training_tokens_per_second", "seconds", "validation_nll", "validation_nll_last", "validation_nll_averaged",
 )  # fmt: skip
 COUNTS_OF_RECORD = ("epoch", "step")
 _LARGEST = 1e300  # metrics of a fit that diverged can be almost as large

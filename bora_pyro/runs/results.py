@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bora_pyro.data import TaskData
+from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.names import write_task_names
 from bora_pyro.exchange.save import save_peft
@@ -18,6 +19,8 @@ from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.memory import peak_memory_bytes
 from bora_pyro.inference.optimum import gradient_summary
 from bora_pyro.inference.processes import Processes
+from bora_pyro.likelihoods import AnswerScores, Scores
+from bora_pyro.predict.answers import of_scores
 from bora_pyro.runs.config.groups import LEARNED
 from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
@@ -87,6 +90,9 @@ def metrics_of(
 ) -> dict[str, Any]:
     """Compute the content of ``metrics.json`` at the guide's centre.
 
+    For answers among options it has no perplexities, but the NLL a question, accuracy, calibration error and Brier score of the
+    test and the validation questions.
+
     Args:
         fitted: the fit.
         data: the documents of the fit.
@@ -96,11 +102,16 @@ def metrics_of(
         processes: the processes that share the work.
     """
     slugs = adapter_folders(fitted.tasks)
-    scores = fitted.evaluate(data.test, processes=processes)
+    scores = fitted.evaluate(data.test, processes=processes, numbers=numbers_of)
     norms, documents = fitted.deviation_norms(), data.train.documents_per_task
+    rows = scores.pop("tasks")
+    if fitted.model.likelihood.reads_options:
+        of_validation = fitted.evaluate(data.validation, name="validation", processes=processes, numbers=numbers_of)
+        rows = [row | more for row, more in zip(rows, of_validation.pop("tasks"), strict=True)]
+        scores |= of_validation
     tasks = {
         slugs[row["name"]]: row | {"train_documents": documents[d], "deviation_norm": float(norms[d])}
-        for d, row in enumerate(scores.pop("tasks"))
+        for d, row in enumerate(rows)
     }
     return scores | {
         f"validation_{fitted.model.likelihood.measure.name}": fitted.validation_score,
@@ -121,6 +132,21 @@ def metrics_of(
         "versions": versions(),
         "tasks": tasks,
     }
+
+
+def numbers_of(scores: Scores, task: int | None = None) -> dict[str, float | None]:
+    """The numbers of scores in ``metrics.json``, over all documents or over those of one task.
+
+    Answers among options also have the calibration error of the most probable option (15 bins of equal width) and the Brier
+    score.
+    """
+    numbers = scores.numbers(task)
+    if not isinstance(scores, AnswerScores):
+        return numbers
+    if not bool((scores.question_task == task).any() if task is not None else len(scores.label)):
+        return numbers | {"ece": None, "brier": None}
+    measured = calibration(of_scores([scores]), where=None if task is None else scores.question_task == task)
+    return numbers | {"ece": measured.ece, "brier": measured.brier}
 
 
 def _tau(fitted: Fitted, tau: float | str) -> dict[str, Any]:

@@ -61,6 +61,17 @@ def test_pieces_of_a_long_document_are_told_where_one_is_shown(base, tmp_path):
     assert [row.split()[1:4] for row in out.splitlines() if row.startswith("  Cleo")] == [["6", "2", "2"]]
 
 
+def test_of_a_question_the_right_option_is_shown(base, tmp_path):
+    columns = {"prompt_column": "prompt", "completion_column": "completion", "options_column": "options"}
+    rows = [{"task": task, "prompt": "Ada is", "completion": " red", "options": [" one two", " red"]} for task in "ab" * 4]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out = printed(PreviewConfig(data=str(tmp_path / "t.jsonl"), base_model=base, max_tokens=32, **columns))
+    assert "columns: 'task', 'prompt', 'completion', 'options'" in out
+    assert "a, with the right one of 2 options: " in out
+    assert out.count("</s>Ada is⟦ red</s>⟧") == 2
+    assert "one two" not in out
+
+
 def test_it_counts_as_a_fit_counts(tmp_path):
     options = quick_fit(tmp_path)
     fit = parse_config(MapFitConfig, line(options | {"output_dir": tmp_path / "run", "epochs": 1}))

@@ -1,4 +1,4 @@
-"""Plot of a fit's learning curves: perplexity of the training and the validation documents by epoch.
+"""Plot of a fit's learning curves: how well the training and the validation documents are predicted, by epoch.
 
 >>> import matplotlib.pyplot as plt
 >>> figure, ax = plt.subplots()
@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,37 +19,44 @@ from matplotlib.ticker import MaxNLocator
 from bora_pyro.diagnostics.plots.labels import legend_above
 from bora_pyro.diagnostics.plots.style import BLACK, BLUE, VERMILLION
 from bora_pyro.errors import InputError
+from bora_pyro.likelihoods import PERPLEXITY, Measure
 
 
 def learning_curves(
-    history: Sequence[Mapping[str, Any]], ax: Axes, *, unit: str = "tokens", best_epoch: int | None = None
+    history: Sequence[Mapping[str, Any]],
+    ax: Axes,
+    *,
+    unit: str = "tokens",
+    measure: Measure = PERPLEXITY,
+    best_epoch: int | None = None,
 ) -> Axes:
-    """Draw the perplexity of the training documents (mean during the epoch) and the validation documents (after the epoch).
+    """Draw the measure of the training documents (mean during the epoch) and the validation documents (after the epoch).
 
     Args:
         history: the records of ``metrics.jsonl``, one per epoch: epoch, loss (nats per training observation), and
-            validation_perplexity if there are validation documents.
+            validation_perplexity, or validation_ and the name of another measure, if there are validation documents.
         ax: the axis to draw on. Its y axis becomes logarithmic if the values differ by more than a factor of 10.
-        unit: the observation of the likelihood. The training curve is drawn only for ``tokens``, because the loss per document
-            is not a perplexity.
+        unit: the observation of a likelihood of tokens. The training curve is drawn only for ``tokens``, because the loss per
+            document is not a perplexity.
+        measure: the measure of the likelihood; its values are the y axis.
         best_epoch: the epoch whose state was kept, marked with a ring; None: no ring.
 
     Raises:
         InputError: if no record has a value to draw.
     """
     losses = [(record["epoch"], record["loss"]) for record in history if record.get("loss") is not None]
-    curves = {"training, mean of the epoch": [(epoch, math.exp(min(loss, 700.0))) for epoch, loss in losses]}
+    curves = {"training, mean of the epoch": [(epoch, measure.of(-loss, 1) or 0.0) for epoch, loss in losses]}
     if unit != "tokens":
         curves.clear()
     curves["validation, after the epoch"] = [
-        (record["epoch"], record["validation_perplexity"])
+        (record["epoch"], record[f"validation_{measure.name}"])
         for record in history
-        if record.get("validation_perplexity") is not None
+        if record.get(f"validation_{measure.name}") is not None
     ]
     styles = ((BLUE, "o", "-"), (VERMILLION, "s", "--")) if len(curves) == 2 else ((VERMILLION, "s", "--"),)
     values = [value for points in curves.values() for _, value in points]
     if not values:
-        raise InputError("no record has a training loss per token or a validation perplexity; give those of metrics.jsonl")
+        raise InputError(f"no record has a training loss per token or a validation {measure.title}; give those of metrics.jsonl")
     for (name, points), (color, marker, line) in zip(curves.items(), styles, strict=True):
         if not points:
             continue
@@ -59,12 +65,12 @@ def learning_curves(
         if kept and name.startswith("validation"):
             ring: dict[str, Any] = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": BLACK}
             ax.plot(*zip(*kept, strict=True), linestyle="none", label=f"kept: epoch {best_epoch}", gid="kept", **ring)
-    if max(values) > 10 * min(values):
+    if min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale("log")
     epochs = [epoch for points in curves.values() for epoch, _ in points]
     ax.set_xlim(min(epochs) - 0.3, max(epochs) + 0.3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("epoch")
-    ax.set_ylabel("perplexity")
+    ax.set_ylabel(measure.unit)
     legend_above(ax, ncols=2)
     return ax

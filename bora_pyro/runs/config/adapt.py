@@ -54,6 +54,9 @@ class AdaptConfig:
     completion_column: str | None = changed(
         DataOptions, "completion_column", None, "column with the text after the prompt (default: see text_column)"
     )
+    options_column: str | None = changed(
+        DataOptions, "options_column", None, "column with the options of each prompt (default: see text_column)"
+    )
     messages_column: str | None = changed(DataOptions, "messages_column", None, "column with a chat (default: see text_column)")
     document_form: str | None = changed(
         DataOptions, "document_form", None, "how a row is a document (default: as in the fit, or auto where a column is named)"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from bora_pyro.diagnostics.sweep_table import LEARNED, number_text, tau_order
 from bora_pyro.errors import InputError
+from bora_pyro.likelihoods import LIKELIHOODS, PERPLEXITY
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import check_choices, option
 from bora_pyro.runs.config.map_fit import MapFitConfig
@@ -112,7 +113,13 @@ class SweepConfig:
 
     def fit(self, run: Run) -> MapFitConfig:
         """The configuration of the MAP fit of a run."""
-        return parse_config(MapFitConfig, self.arguments(run))
+        config = parse_config(MapFitConfig, self.arguments(run))
+        if config.likelihood in LIKELIHOODS and LIKELIHOODS[config.likelihood].measure != PERPLEXITY:
+            raise InputError(
+                f"{self.fit_config} has likelihood {config.likelihood}, and a sweep compares perplexities, which it has not; fit "
+                "each tau with map-fit, and compare validation_nll in metrics.json"
+            )
+        return config
 
 
 def _texts(name: str, values: list[str], allowed: str) -> set[str]:

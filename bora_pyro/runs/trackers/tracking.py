@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+from bora_pyro.likelihoods import measure_of
 from bora_pyro.runs.trackers.base import Tracker
 
 #: Largest number of logged steps of a fit. The last step of each epoch is logged in addition.
@@ -29,8 +30,9 @@ class Tracking:
     """The trackers of one fit, as a context manager.
 
     Each step has ``train/loss``, ``train/learning_rate`` and ``train/tokens_per_second``. The loss is the mean of the epoch so
-    far in nats a training observation, as in ``metrics.jsonl``. Each epoch has ``validation/perplexity`` and, if τ is learned,
-    ``tau/<group>``. The whole fit has every number at the top level of ``metrics.json``, as ``final/<name>``.
+    far in nats a training observation, as in ``metrics.jsonl``. Each epoch has ``validation/perplexity`` (for answers among
+    options ``validation/nll``) and, if τ is learned, ``tau/<group>``. The whole fit has every number at the top level of
+    ``metrics.json``, as ``final/<name>``.
 
     Args:
         trackers: the trackers that receive the numbers.
@@ -86,13 +88,14 @@ class Tracking:
 
 
 def epoch_numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Validation perplexity, and τ by group at the end of an epoch.
+    """The measure of the validation documents, and τ by group at the end of an epoch.
 
     A group with a list of τ, one a layer or one a task, gives one number for each.
     """
     numbers = {}
-    if _is_number(report.get("validation_perplexity")):
-        numbers["validation/perplexity"] = float(report["validation_perplexity"])
+    measure = measure_of(report, "validation").name
+    if _is_number(report.get(f"validation_{measure}")):
+        numbers[f"validation/{measure}"] = float(report[f"validation_{measure}"])
     for path in (report.get("tau_path") or [])[-1:]:
         for group, value in path["tau"].items():
             if isinstance(value, list):
