@@ -1,13 +1,4 @@
-"""Let held-out documents choose what a guide leaves open after its fit, such as the scale of its draws.
-
->>> import bora_pyro as bp
->>> backbone = bp.Backbone.from_pretrained("builtin:nano")
->>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
->>> data, model = bp.load_tasks(bp.table(table), backbone.tokenizer), bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1))
->>> fitted = bp.fit(model, data, guide=bp.swag_guide(model, scales="0.5,1"), epochs=2)
->>> settle(fitted, data.validation, draws=2)
-{'scale': ..., 'scales': {'0.5': ..., '1.0': ...}, 'notes': [...]}
-"""
+"""Let held-out documents choose what a guide leaves open after its fit, such as the scale of its draws."""
 
 from __future__ import annotations
 
@@ -49,6 +40,14 @@ class HeldOutMixture:
 
 def settle(fitted: Fitted, split: TokenSplit, **mixture: Any) -> dict[str, Any]:
     """Let the documents of a split choose what the guide of a fit leaves open. A guide that leaves nothing open stays as it is.
+
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> data, model = bp.load_tasks(bp.table(table), backbone.tokenizer), bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1))
+        >>> fitted = bp.fit(model, data, guide=bp.swag_guide(model, scales="0.5,1"), epochs=2)
+        >>> bp.settle(fitted, data.validation, draws=2)
+        {'scale': ..., 'scales': {'0.5': ..., '1.0': ...}, 'notes': [...]}
 
     Args:
         fitted: the fit, whose guide is changed.
