@@ -92,11 +92,16 @@ class BoRA:
 
     def logits(self, batch: Batch, weights: Weights | None) -> Tensor:
         """Logits (rows, tokens, vocabulary) of a batch under its adapters, or under the base where there are no weights."""
-        return self.backbone.logits(batch.input_ids, self._change(weights, batch))
+        return self.backbone.logits(batch.input_ids, self._change(weights, batch), layout=batch.layout)
 
     def lazy_logits(self, batch: Batch, weights: Weights | None) -> Tensor | LazyLogits:
         """As ``logits``, for a likelihood or a score, which needs no more than a chunk of them at once."""
-        return self.backbone.lazy_logits(batch.input_ids, self._change(weights, batch))
+        return self.backbone.lazy_logits(batch.input_ids, self._change(weights, batch), layout=batch.layout)
+
+    @property
+    def longest_shared(self) -> int:
+        """The longest row of several continuations of one prompt (``Batch.layout``) that the base reads; 0: it reads none."""
+        return self.backbone.longest_shared
 
     def _change(self, weights: Weights | None, batch: Batch) -> Change | None:
         return None if weights is None else self.change(weights, batch.row, batch.task)

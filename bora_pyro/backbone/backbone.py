@@ -32,6 +32,7 @@ from bora_pyro.backbone.generation import Generation, left_padding, probe_genera
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.loading import check_exact_products, keep_differentiable, placement_arguments
 from bora_pyro.backbone.probe import probe
+from bora_pyro.backbone.probe_layout import reads_layout
 from bora_pyro.backbone.slots import (
     Slot,
     checkpointed_blocks,
@@ -200,32 +201,39 @@ class Backbone:
         """The frozen weight of one layer of a slot, (out, in) float32."""
         return linear_weight(self._modules[slot.paths[layer]])
 
-    def logits(self, input_ids: Tensor, change: Change | None = None, *, attention_mask: Tensor | None = None) -> Tensor:
+    @cached_property
+    def longest_shared(self) -> int:
+        """The longest row of several continuations of one prompt (``SharedPrompts``); 0 if short passes found it reads none."""
+        return (self.context or sys.maxsize) if reads_layout(self.model, self.device) else 0
+
+    def logits(self, input_ids: Tensor, change: Change | None = None, *, layout: Mapping[str, Tensor] | None = None) -> Tensor:
         """Next-token logits, (rows, tokens, vocabulary).
 
         Args:
             input_ids: (rows, tokens) int64.
             change: called for every target layer to change its output; None changes nothing.
-            attention_mask: (rows, tokens), 1 at tokens and 0 at padding. Rows that are padded on the right need no mask:
-                attention is causal, so no token sees the padding after it. Attention is faster without a mask.
+            layout: an ``attention_mask`` and ``position_ids`` for the model, as ``Batch.layout``. Rows that are padded on the
+                right need neither: attention is causal, so no token sees the padding after it. It is faster without a mask.
         """
         with ExitStack() as stack:
             if change is not None:
                 self._enter(stack, change, len(input_ids))
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            return self.model(input_ids=input_ids, use_cache=False, **(layout or {})).logits
 
-    def lazy_logits(self, input_ids: Tensor, change: Change | None = None) -> Tensor | LazyLogits:
+    def lazy_logits(
+        self, input_ids: Tensor, change: Change | None = None, *, layout: Mapping[str, Tensor] | None = None
+    ) -> Tensor | LazyLogits:
         """As ``logits``, but without the head: the caller computes the logits, for example a loss in chunks of tokens.
 
         Some models do more than a linear map after their last hidden state, for example Gemma 2 with its soft cap and Granite
         with its scale. For them the result is the logits themselves.
         """
         if not self.ends_with_head:
-            return self.logits(input_ids, change)
+            return self.logits(input_ids, change, layout=layout)
         with ExitStack() as stack:
             if change is not None:
                 self._enter(stack, change, len(input_ids))
-            states = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            states = self.model.base_model(input_ids=input_ids, use_cache=False, **(layout or {})).last_hidden_state
         return LazyLogits(states, self.model.get_output_embeddings())
 
     def dummy_pass(self, *, backward: bool = False) -> None:

@@ -24,6 +24,7 @@ CONTEXT = (
 )  # fmt: skip
 _INNER = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size", "feed_forward_size", "d_inner", "dff")
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that keep the same tensors
+_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")  # fields that limit attention
 _ACTIVATION = ("activation_function", "hidden_act", "hidden_activation", "activation", "afn")
 
 
@@ -156,6 +157,18 @@ def widths_of(config: PreTrainedConfig) -> Widths | None:
     keys = (_number(text, ("num_key_value_heads", "num_kv_heads")) or heads) * head
     activation = next((str(found) for name in _ACTIVATION if (found := _value(text, name))), "gelu")
     return Widths(hidden, heads * head, keys, inner, activation)
+
+
+def has_windows(config: PreTrainedConfig) -> bool:
+    """Whether some layer may see a part of the text alone, such as a sliding window, or has something else than attention.
+
+    >>> from transformers import LlamaConfig, MistralConfig
+    >>> has_windows(LlamaConfig()), has_windows(MistralConfig(sliding_window=4096))
+    (False, True)
+    """
+    text = text_config(config)
+    kinds = set(_value(text, "layer_types") or ())
+    return bool(kinds - {"full_attention"}) or any(_value(text, name) for name in _WINDOWS)
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:

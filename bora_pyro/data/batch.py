@@ -7,6 +7,7 @@ tensor([1, 0, 1])
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +39,8 @@ class Batch:
         question: (rows,) int64, for questions with options: the number of each row's question in the batch, in ascending order
             from 0. Its rows are the options, each behind the prompt. None: there are no questions.
         correct: (rows,) bool, for questions: whether each row is the right option.
+        layout: further arguments of the language model for rows that share prompts: the ``position_ids``, (rows, tokens), and an
+            ``attention_mask``, (rows, 1, tokens, tokens) bool. None: each row is one text.
     """
 
     input_ids: Tensor
@@ -52,6 +55,7 @@ class Batch:
     piece_share: Tensor | None = None
     question: Tensor | None = None
     correct: Tensor | None = None
+    layout: Mapping[str, Tensor] | None = None
 
     @property
     def first_rows(self) -> Tensor:
@@ -113,6 +117,7 @@ class Batch:
             piece_share=None if self.piece_share is None else self.piece_share.to(device),
             question=None if self.question is None else self.question.to(device),
             correct=None if self.correct is None else self.correct.to(device),
+            layout=None if self.layout is None else {name: value.to(device) for name, value in self.layout.items()},
         )
 
 

@@ -26,7 +26,10 @@ L = TypeVar("L", bound="Likelihood")
 
 
 class LanguageModel(Protocol):
-    """The part of the model that a likelihood uses: the logits of a batch under given adapters, or of the base without any."""
+    """The part of the model that a likelihood uses: the logits of a batch under given adapters, or of the base without any.
+
+    A model may also have an attribute ``longest_shared``: the longest row that it reads in batches with a ``layout``.
+    """
 
     def logits(self, batch: Batch, weights: dict[str, Tensor] | None) -> Tensor:
         """Logits (rows, tokens, vocabulary) as a tensor."""

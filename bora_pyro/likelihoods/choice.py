@@ -1,7 +1,7 @@
 """Of each question the answer is observed: one of its options.
 
 >>> Choice()
-Choice(option_score='sum')
+Choice(option_score='mean')
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pyro import poutine
 from pyro.distributions import Categorical
 from torch import Tensor
 
+from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.data.batch import Batch
+from bora_pyro.data.shared_prompts import SharedPrompts
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, check_one_of
 from bora_pyro.likelihoods.base import LanguageModel, Likelihood
@@ -24,7 +26,7 @@ from bora_pyro.likelihoods.measure import QUESTION_NLL, Measure
 from bora_pyro.likelihoods.scores import Scores
 
 #: The scores of an option.
-OPTION_SCORES = ("sum", "mean")
+OPTION_SCORES = ("mean", "sum")
 
 
 class Choice(Likelihood):
@@ -46,13 +48,13 @@ class Choice(Likelihood):
         >>> for score in OPTION_SCORES:
         ...     trace = poutine.trace(Choice(score)).get_trace(Coin(), None, batch)
         ...     print(score, round(float(trace.log_prob_sum().exp()), 4))
-        sum 0.6667
         mean 0.5
+        sum 0.6667
 
     Args:
-        option_score: ``sum`` adds up the log-probabilities. Then p(answer | prompt) is the language model's own probability of
-            the answer, given that it is one of the options. ``mean`` divides by the number of tokens, so that long options have
-            no disadvantage (Brown et al., 2020).
+        option_score: ``mean`` is the mean of the log-probabilities, so that long options have no disadvantage (Brown et al.,
+            2020). ``sum`` adds them up. Then p(answer | prompt) is the language model's own probability of the answer, given
+            that it is one of the options.
         task_weights: (D,) float32 above 0: the factor of each task's log-likelihood; None: 1 for all.
 
     Raises:
@@ -62,7 +64,7 @@ class Choice(Likelihood):
     measure: ClassVar[Measure] = QUESTION_NLL
     reads_options: ClassVar[bool] = True
 
-    def __init__(self, option_score: str = "sum", *, task_weights: Tensor | None = None) -> None:
+    def __init__(self, option_score: str = "mean", *, task_weights: Tensor | None = None) -> None:
         check_one_of("option_score", option_score, OPTION_SCORES)
         self.option_score = option_score
         self.task_weights = self.with_task_weights(task_weights).task_weights
@@ -88,8 +90,7 @@ class Choice(Likelihood):
 
     def score(self, model: LanguageModel, weights: dict[str, Tensor] | None, batch: Batch) -> Tensor:
         """The score of each option, (rows,)."""
-        per_token = self.option_score == "mean"
-        return NextTokens(model.lazy_logits(batch, weights), per_token=per_token).log_prob(batch.labels)
+        return NextTokens(_logits(model, weights, batch), per_token=self.option_score == "mean").log_prob(batch.labels)
 
     def scores(self, split: TokenSplit, log_likelihood: Tensor, tokens: Tensor) -> Scores:
         scored = tokens > 0
@@ -112,6 +113,19 @@ class Choice(Likelihood):
 
     def __repr__(self) -> str:
         return f"Choice(option_score={self.option_score!r}{self._weights_text()})"
+
+
+def _logits(model: LanguageModel, weights: dict[str, Tensor] | None, batch: Batch) -> Tensor | LazyLogits:
+    """The logits of each option; the model reads a prompt once for all its options, if it can."""
+    # a model without the attribute, such as one of a test, reads each row by itself
+    longest = getattr(model, "longest_shared", 0)
+    shared = SharedPrompts.of(batch, longest=longest) if longest else None
+    if shared is None:
+        return model.lazy_logits(batch, weights)
+    logits = model.lazy_logits(shared.batch, weights)
+    if isinstance(logits, LazyLogits):
+        return LazyLogits(shared.unpacked(logits.states), logits.head)
+    return shared.unpacked(logits)
 
 
 @dataclass(frozen=True)

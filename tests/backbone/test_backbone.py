@@ -82,7 +82,7 @@ def test_an_attention_mask_reaches_the_model():
     input_ids, mask = random_ids(), torch.ones(3, 7, dtype=torch.int64)
     mask[1, 5:] = 0
     expected = model(input_ids=input_ids, attention_mask=mask).logits
-    assert torch.equal(Backbone(model).logits(input_ids, attention_mask=mask), expected)
+    assert torch.equal(Backbone(model).logits(input_ids, layout={"attention_mask": mask}), expected)
 
 
 @EVERY_ARCHITECTURE

@@ -184,8 +184,8 @@ class PriorOptions:
     )
     option_score: str | None = option(
         None,
-        "what likelihood choice compares options by: the sum of the log-probabilities of an option's tokens, or their mean "
-        "(default: sum)",
+        "what likelihood choice compares options by: the mean of the log-probabilities of an option's tokens, or their sum "
+        "(default: mean)",
         group=PRIOR,
         choices=OPTION_SCORES,
     )
