@@ -7,25 +7,41 @@ from pathlib import Path
 
 import torch
 
-from bora_pyro import HierarchicalNormal, InputError, LearnedPrecision, fit
+from bora_pyro import HierarchicalNormal, InputError, LearnedPrecision, TaskData, fit
 from bora_pyro.guides import GUIDES
 from bora_pyro.inference.loop import Loop
 from bora_pyro.inference.optimum import gradient_norms
 from bora_pyro.inference.processes import processes
-from tests.tiny import tiny_bora, tiny_data
+from bora_pyro.likelihoods import Choice
+from tests.tiny import tiny_bora, tiny_data, tiny_questions
 
 COUNTS = (3, 0, 1, 4, 2, 9, 2)
-PRIORS = {"normal": lambda: HierarchicalNormal(10.0), "learned": lambda: LearnedPrecision(start=10.0)}
+ANSWERS = "answers"
+#: Priors by name; under the last one, the tasks have answers among options.
+PRIORS = {
+    "normal": lambda: HierarchicalNormal(10.0), "learned": lambda: LearnedPrecision(start=10.0),
+    ANSWERS: lambda: HierarchicalNormal(10.0),
+}  # fmt: skip
+
+
+def model_and_data(prior, tasks=COUNTS):
+    """A tiny model and its data."""
+    likelihood = Choice() if prior == ANSWERS else None
+    model = tiny_bora(targets=["q_proj"], tasks=len(tasks), prior=PRIORS[prior](), likelihood=likelihood)
+    if prior != ANSWERS:
+        return model, tiny_data(tasks)
+    splits = (tiny_questions(tasks, seed=seed) for seed in range(3))
+    return model, TaskData([f"task {d}" for d in range(len(tasks))], *splits)
 
 
 def loop(prior, guide, tasks=COUNTS, **options):
     """A loop of some steps an epoch on tiny tasks."""
-    model = tiny_bora(targets=["q_proj"], tasks=len(tasks), prior=PRIORS[prior]())
+    model, data = model_and_data(prior, tasks)
     options = {
         "learning_rate": 0.01, "warmup": 0.1, "token_budget": 12, "accumulate": 1, "gradient_clip": 1.0, "seed": 0, "epochs": 9,
         "task_subsampling": True,
     } | options  # fmt: skip
-    return Loop(model, tiny_data(tasks), GUIDES[guide](model), **options)
+    return Loop(model, data, GUIDES[guide](model), **options)
 
 
 def run(own, epochs):
@@ -57,9 +73,9 @@ def main(what, folder):
                 result = {"error": str(error)}
         elif what.startswith("fit"):
             _, epochs, prior = what.split()
-            model = tiny_bora(targets=["q_proj"], tasks=len(COUNTS), prior=PRIORS[prior]())
+            model, data = model_and_data(prior)
             options = {"epochs": int(epochs), "token_budget": 12, "patience": 0, "checkpoints": folder / "checkpoints"}
-            fitted = fit(model, tiny_data(COUNTS), processes=team, **options)
+            fitted = fit(model, data, processes=team, **options)
             result = {"history": fitted.history, "best": fitted.best_epoch, "norms": fitted.gradient_norms}
             if not team.rank:
                 torch.save(fitted.sites(), folder / "sites.pt")
@@ -70,6 +86,7 @@ def main(what, folder):
             reports, norms, own = run(own, epochs)
             result = {"objective": [r["objective"] for r in reports], "steps": epochs * own.steps_per_epoch, "norms": norms}
             result["tau"] = own.fitted.tau_by_group() if not team.rank else None
+            result["validation"] = own.fitted.validation_score
             if not team.rank:
                 torch.save(own.fitted.sites() | own.guide.state_dict(), folder / "sites.pt")
     (folder / f"rank{team.rank}.json").write_text(json.dumps(result))

@@ -197,8 +197,9 @@ def _with_training(
     if options.small_tasks == "error":
         documents = counted(Counter(found.parts["train"]["task"][:])[untrained[0]], "training document")
         more, why = others(len(untrained) - 1, "nor"), f" ({'; '.join(notes)})" if notes else ""
+        lacks = "has a token to predict" if options.options_column is None else "has room for all its options"
         raise InputError(
-            f"task {shown(untrained[0])} has no training document left: none of its {documents} has a token to predict within "
+            f"task {shown(untrained[0])} has no training document left: none of its {documents} {lacks} within "
             f"max_tokens {options.max_tokens}{more}{why}; raise max_tokens, or leave such tasks out with small_tasks=drop"
         )
     found = drop_tasks(found, untrained, f"of which no training document has a token to predict within {options.max_tokens}")

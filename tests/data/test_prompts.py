@@ -11,10 +11,10 @@ import torch
 
 from bora_pyro import evaluate, load_tasks
 from bora_pyro.data import TokenSplit, read_table, table
+from bora_pyro.data.digest import document_checksums
 from bora_pyro.data.subset import subset
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.tokenise import tokenise
-from bora_pyro.diagnostics.shrinkage import _checksums
 from bora_pyro.diagnostics.unknown_texts import sample_texts
 from bora_pyro.errors import InputError
 from bora_pyro.guides import map_guide
@@ -212,7 +212,7 @@ def test_the_loss_of_a_step_is_a_predicted_token_s(split):
 def test_the_checksum_of_a_document_knows_what_is_predicted(split):
     plain = TokenSplit.from_documents(DOCUMENTS, task=TASK, num_tasks=3)
     other = TokenSplit.from_documents(DOCUMENTS, task=TASK, num_tasks=3, read=[3, 1, 2])
-    sums = [_checksums(each).tolist() for each in (split, other, plain)]
+    sums = [document_checksums(each).tolist() for each in (split, other, plain)]
     assert sums[0][0] != sums[1][0] != sums[2][0]
     assert sums[0][1:] == sums[1][1:]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from bora_pyro import InputError, TaskData
+from bora_pyro.backbone.backbone import BUILTIN_BASES
 from bora_pyro.data import TokenSplit, load_tasks, table
 from bora_pyro.data.subset import subset
 from bora_pyro.inference.folds import Folds
@@ -17,6 +20,7 @@ from bora_pyro.inference.task_groups import task_groups
 from tests.data_fixtures import WORDS, word_tokenizer
 from tests.tiny import tiny_questions
 
+CROSSFIT = Path(__file__).parents[2] / "shared" / "data" / "crossfit_choices.jsonl.gz"
 OPTIONS = ["red", "green blue", "one"]
 COLUMNS = {"prompt_column": "prompt", "completion_column": "completion", "options_column": "options"}
 
@@ -176,6 +180,10 @@ def test_questions_that_are_too_long_are_left_out_and_counted():
     assert data.train.lengths.max() < 16
     assert "3 documents with an option that has no token, or more than 16 with its prompt, were dropped" in data.notes
     assert data.counts.left_out == {"with an option without a token, or too long": 3}
+    for row in changed[:10]:
+        row["options"] = json.dumps([*OPTIONS, "green " * 30])
+    with pytest.raises(InputError, match=r"task 'a' .* has room for all its options within max_tokens 16"):
+        load(changed, max_tokens=16)
     for row in changed:
         row["options"] = json.dumps([*OPTIONS, "green " * 30])
     with pytest.raises(InputError, match="give prompts and options of 16 tokens or fewer together"):
@@ -208,3 +216,14 @@ def test_a_split_knows_what_a_question_is():
         split.replace(correct=two)
     with pytest.raises(InputError, match="document_index is missing"):
         TokenSplit.from_documents([[0, 5], [0, 6]], task=[0, 0], num_tasks=2, correct=[True, False])
+
+
+@pytest.mark.skipif(not CROSSFIT.is_file(), reason="CrossFit's questions are not here")
+def test_crossfits_questions_are_read():
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN_BASES["builtin:nano"])
+    few = {"split_column": "split", "max_tokens": 512, "max_train_documents": 2, "max_eval_documents": 1}
+    data = load_tasks(str(CROSSFIT), tokenizer, **COLUMNS, **few)
+    assert (data.num_tasks, data.train.num_documents) == (63, 126)
+    assert "4 prompts with an option twice; it counts once" in data.notes
+    options = torch.bincount(data.train.document_of)
+    assert (int(options.min()), int(options.max())) == (2, 20)

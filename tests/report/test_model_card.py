@@ -32,6 +32,17 @@ def test_a_card_is_read_as_it_was_written(tmp_path):
     assert "draws of the posterior" not in again.text
 
 
+def test_a_card_of_a_fit_to_answers_has_no_perplexity():
+    row = {"name": "Ada", "train_documents": 3, "base_test_nll": 1.5, "test_nll": 0.25, "deviation_norm": 1.0}
+    text = export_card(CardFacts("gpt2"), "t", {"ada": row}, ["ada"], picture=False).text
+    assert "| NLL, base | NLL, adapted |" in text
+    assert "| `ada` | 3 | 1.50 | 0.25 | 1.00 |" in text
+    assert "NLL, nats a question: the means over the test questions, which the fit did not use" in text
+    of_task = adapter_card(CardFacts("gpt2"), "Ada", "ada", "the MAP estimate", row).text
+    assert "NLL, nats a question of its test documents: 1.50 under the base, 0.25 under the adapter of the fit." in of_task
+    assert "erplexit" not in text + of_task
+
+
 def test_one_adapter_alone_and_no_picture():
     card = export_card(CardFacts("gpt2"), "t", {}, ["global-mean--draw-0"], picture=False)
     assert PICTURE not in card.text

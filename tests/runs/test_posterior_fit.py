@@ -58,7 +58,7 @@ def test_a_swag_posterior_tells_what_the_validation_documents_chose(tmp_path, ma
     assert (float(guide.scale), int(guide.filled)) == (metrics["chosen"]["scale"], 2)
     assert not any("higher validation perplexity" in note for note in metrics["notes"])
     loop = sys.modules["bora_pyro.inference.fit"].Loop  # the package's own name `fit` is the function
-    monkeypatch.setattr(loop, "_perplexity", lambda self: 1e4)
+    monkeypatch.setattr(loop, "_score", lambda self: 1e4)
     metrics = posterior_fit(map_run, tmp_path / "far", learning_rate=1.0, **options)
     assert metrics["best_epoch"] == 1
     [note] = [note for note in metrics["notes"] if "the mean of the steps has a higher validation perplexity" in note]
