@@ -139,6 +139,22 @@ class Adapter(ABC):
         """
         raise InputError(f"LoRA matrices cannot be read as {self}")
 
+    def linear_maps(self, x: Tensor, gradient: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """The latents of a layer as linear maps M: for each one its input u, and the gradient with respect to its output M u.
+
+        Kronecker-factored curvature is made of them. The gradient with respect to M is the sum of (gradient) uᵀ over tokens.
+
+        Args:
+            x: the layer's input (rows, tokens, in_features).
+            gradient: the gradient with respect to the layer's output (rows, tokens, out_features).
+            tensors: as for :meth:`output`.
+
+        Returns:
+            By name of the latent, M of shape (a, b): u (rows, tokens, b) and the gradient (rows, tokens, a). None if the latents
+            are not the matrices of linear maps.
+        """
+        return None
+
     def kept_per_token(self, slot: Slot) -> int:
         """How many numbers per token a layer of ``slot`` keeps for the backward pass. The memory estimate uses it."""
         return 0

@@ -31,6 +31,10 @@ class FrozenALoRA(LoRA):
         latents = super().start(slot, weight, generator).latents
         return Start({"lora_B": latents["lora_B"]}, fixed={"lora_A": latents["lora_A"]})
 
+    def linear_maps(self, x: Tensor, gradient: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
+        maps = super().linear_maps(x, gradient, tensors)
+        return None if maps is None else {"lora_B": maps["lora_B"]}
+
     def from_factors(self, factors: Factors, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(factors.lora_A, fixed["lora_A"].to(factors.lora_A)):
             raise InputError(f"the A of these matrices is not the frozen one of {self}; read them as plain LoRA")

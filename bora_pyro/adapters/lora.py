@@ -111,5 +111,10 @@ class LoRA(Adapter):
     def from_factors(self, factors: Factors, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"lora_A": factors.lora_A, "lora_B": factors.lora_B}
 
+    def linear_maps(self, x: Tensor, gradient: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
+        a, b = LoRA._factors(self, x, tensors)
+        gradient = self.scaling * gradient
+        return {"lora_A": (x, gradient @ b), "lora_B": (x @ a.mT, gradient)}
+
     def kept_per_token(self, slot: Slot) -> int:
         return self.rank

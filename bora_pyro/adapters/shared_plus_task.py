@@ -53,6 +53,14 @@ class SharedPlusTaskLoRA(LoRA):
         lora_b = torch.cat([tensors["shared_B"], tensors["lora_B"]], dim=-1)
         return Factors(lora_a, lora_b, 2 * self.alpha)
 
+    def linear_maps(self, x: Tensor, gradient: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for pair in ("shared", "lora"):
+            own = {name: tensors[name.replace("lora", pair)] for name in ("lora_A", "lora_B")}
+            maps = super().linear_maps(x, gradient, own) or {}
+            found |= {name.replace("lora", pair): value for name, value in maps.items()}
+        return found
+
     def kept_per_token(self, slot: Slot) -> int:
         return 2 * self.rank
 

@@ -1,7 +1,7 @@
 """How the posterior is approximated: guides for the model. Each one can start from the result of an earlier fit.
 
     >>> sorted(GUIDES)
-    ['auto_normal', 'laplace', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'structured', 'swag', 'tfb']
+    ['auto_normal', 'laplace', 'laplace_kfac', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'structured', 'swag', 'tfb']
 
 A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
 may give.
@@ -13,6 +13,7 @@ from typing import Any
 from bora_pyro.guides.auto_normal import auto_normal_guide
 from bora_pyro.guides.base import GuideBuilder, SiteGuide, init_to_sites, init_to_start, make_parameters
 from bora_pyro.guides.laplace import LaplaceGuide, laplace_guide
+from bora_pyro.guides.laplace_kfac import KfacLaplaceGuide, laplace_kfac_guide
 from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide, laplace_kronecker_guide
 from bora_pyro.guides.low_rank import LowRankGuide, LowRankNormal, low_rank_guide
 from bora_pyro.guides.map import map_guide
@@ -29,6 +30,7 @@ GUIDES: dict[str, GuideBuilder] = {
     "structured": structured_guide,
     "low_rank": low_rank_guide,
     "laplace": laplace_guide,
+    "laplace_kfac": laplace_kfac_guide,
     "laplace_kronecker": laplace_kronecker_guide,
     "auto_normal": auto_normal_guide,
     "swag": swag_guide,
@@ -37,7 +39,7 @@ GUIDES: dict[str, GuideBuilder] = {
 
 #: Guides that are made around a MAP estimate: from the curvature there, from steps, or from held-out documents. The others are
 #: fitted by an ELBO.
-AROUND_MAP = frozenset({"laplace", "laplace_kronecker", "swag", "tfb"})
+AROUND_MAP = frozenset({"laplace", "laplace_kfac", "laplace_kronecker", "swag", "tfb"})
 
 
 def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
@@ -57,8 +59,8 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 
 __all__ = [
-    "AROUND_MAP", "GUIDES", "GuideBuilder", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal",
-    "NormalGuide", "SiteGuide", "StructuredNormalGuide", "SwagGuide", "TfbGuide", "auto_normal_guide", "guide_options",
-    "init_to_sites", "init_to_start", "laplace_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters",
-    "map_guide", "normal_guide", "structured_guide", "swag_guide", "tfb_guide",
+    "AROUND_MAP", "GUIDES", "GuideBuilder", "KfacLaplaceGuide", "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide",
+    "LowRankNormal", "NormalGuide", "SiteGuide", "StructuredNormalGuide", "SwagGuide", "TfbGuide", "auto_normal_guide",
+    "guide_options", "init_to_sites", "init_to_start", "laplace_guide", "laplace_kfac_guide", "laplace_kronecker_guide",
+    "low_rank_guide", "make_parameters", "map_guide", "normal_guide", "structured_guide", "swag_guide", "tfb_guide",
 ]  # fmt: skip

@@ -43,15 +43,25 @@ def document_gradients(model: BoRA, theta: Weights, batch: Batch) -> Weights:
     Raises:
         InputError: the router lets the adapters of all tasks read a document.
     """
+    rows, log_likelihood = own_rows(model, theta, batch)
+    # a layer may be out of use for short documents, such as an expert that no token chose: its gradient is 0
+    gradients = torch.autograd.grad(log_likelihood, list(rows.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(rows, gradients, strict=True))
+
+
+def own_rows(model: BoRA, theta: Weights, batch: Batch) -> tuple[Weights, Tensor]:
+    """A copy of θ of its task for each document, (rows, layers, *shape) by name, and log p(batch | θ) as a function of them.
+
+    Raises:
+        InputError: the router lets the adapters of all tasks read a document.
+    """
     if model.router.reads_all_tasks:
         raise InputError(f"{model.router} lets the adapters of all tasks read a document; give a router by task")
     own = batch.row[batch.first_rows]
     rows = {name: value.detach().index_select(0, own).requires_grad_() for name, value in theta.items()}
     trace = poutine.trace(model.likelihood).get_trace(model, rows, replace(batch, own_rows=True))
-    log_likelihood = sum(site["fn"].log_prob(site["value"]).sum() for site in map(trace.nodes.get, trace.observation_nodes))
-    # a layer may be out of use for short documents, such as an expert that no token chose: its gradient is 0
-    gradients = torch.autograd.grad(log_likelihood, list(rows.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(rows, gradients, strict=True))
+    observed = map(trace.nodes.get, trace.observation_nodes)
+    return rows, torch.stack([site["fn"].log_prob(site["value"]).sum() for site in observed]).sum()
 
 
 def gradients_of(model: BoRA, theta: Weights, split: TokenSplit, *, token_budget: int = 4096) -> Iterator[tuple[Tensor, Weights]]:

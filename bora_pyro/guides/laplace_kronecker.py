@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.errors import InputError
 from bora_pyro.guides.around_map import start_sites
 from bora_pyro.guides.curvature import kronecker_fisher
-from bora_pyro.guides.laplace import LEAST, LaplaceGuide
+from bora_pyro.guides.laplace import LEAST, Coordinates, LaplaceGuide, check_temperatures
 from bora_pyro.guides.rotated_normal import RotatedNormal, from_columns, to_columns
-from bora_pyro.model import BoRA, Weights
+from bora_pyro.model import BoRA
 
 
 class KroneckerLaplaceGuide(LaplaceGuide):
@@ -29,15 +31,20 @@ class KroneckerLaplaceGuide(LaplaceGuide):
         sites: the MAP.
         curvature: for each latent ``<latent>.short``: L, (D, layers, r, r), and ``<latent>.long``: v, (D, layers, n), as
             :func:`~bora_pyro.guides.curvature.kronecker_fisher` returns them.
+        draw_mean: as for ``LaplaceGuide``.
+        temperatures: as for ``LaplaceGuide``.
     """
 
-    def begin(self, name: str, curvature: Weights) -> None:
+    def begin(self, name: str, curvature: Mapping[str, Any]) -> None:
         short, long = curvature[f"{name}.short"], curvature[f"{name}.long"]
         eigenvalues, basis = torch.linalg.eigh(short)
         self.keep("curvature", name, eigenvalues.clamp(min=0)[..., None, :] * long[..., None])  # (D, layers, n, r)
         self.keep("basis", name, basis[..., None, :, :])  # (D, layers, 1, r, r)
 
-    def of_mean(self, name: str, mean: Tensor, tau: Tensor) -> dist.TorchDistribution:
+    def coordinates(self, name: str, values: Tensor) -> list[Coordinates]:
+        raise InputError("the tasks of guide laplace_kronecker have no common axes; use laplace_kfac or laplace")
+
+    def normal_of_mean(self, name: str, mean: Tensor, tau: Tensor) -> dist.TorchDistribution:
         basis = self.kept("basis", name)
         of_tasks = 1 / (1 / tau + 1 / self.kept("curvature", name))  # (D, layers, n, r)
         precision = ((basis * of_tasks[..., None, :]) @ basis.mT).sum(0)  # (layers, n, r, r)
@@ -62,8 +69,12 @@ def laplace_kronecker_guide(
     data: TaskData | None = None,
     scale: float = 0.1,
     temperature: float = 1.0,
+    draw_mean: bool = True,
+    temperatures: str | Sequence[float] = "",
 ) -> KroneckerLaplaceGuide:
-    """The Kronecker-factored Laplace approximation; the arguments are those of :func:`~bora_pyro.guides.laplace_guide`."""
+    """Laplace with one full Kronecker factor; the arguments are those of :func:`~bora_pyro.guides.laplace_guide`."""
+    check_temperatures(temperature, temperatures)
     sites = start_sites(model) if sites is None else sites
     theta, _ = model.weights_given(sites)
-    return KroneckerLaplaceGuide(model, sites, kronecker_fisher(model, theta, None if data is None else data.train, temperature))
+    curvature = kronecker_fisher(model, theta, None if data is None else data.train, temperature)
+    return KroneckerLaplaceGuide(model, sites, curvature, draw_mean=draw_mean, temperatures=temperatures)

@@ -150,7 +150,7 @@ class Posterior:
             task: name of the task.
             draws: K, the number of draws in the mixture. Memory does not grow with it.
             linearised: the draws predict with :class:`~bora_pyro.predict.linearised.LinearisedBoRA`, the expansion of the
-                network around the posterior's centre. This is right for the guides ``laplace`` and ``laplace_kronecker``.
+                network around the posterior's centre. This is right for the guides from the curvature, such as ``laplace``.
             max_tokens: longer texts are truncated; default: the context of the base.
 
         Returns:

@@ -64,7 +64,7 @@ class CalibrateConfig:
     predict: str = option(
         "draws",
         "draws: each draw predicts with the network; linearised: with its linear expansion around the centre, which is right for "
-        "the guides laplace and laplace_kronecker",
+        "the guides laplace, laplace_kfac and laplace_kronecker",
         choices=PREDICT,
     )
     foreign: str | None = option(None, "texts that belong to no task: a table, a saved folder, a hub id or builtin:documentation")

@@ -21,6 +21,7 @@ TENSORS = {
     "structured": 2,
     "low_rank": 4,
     "laplace": 0,
+    "laplace_kfac": 0,
     "laplace_kronecker": 0,
     "auto_normal": 2,
     "swag": 1,

@@ -64,7 +64,7 @@ class PosteriorFitConfig(RunOptions, FitOptions):
     predict: str = option(
         "draws",
         "draws: each draw of this mixture predicts with the network; linearised: with its linear expansion around the mean, "
-        "which is right for the guides laplace and laplace_kronecker",
+        "which is right for the guides laplace, laplace_kfac and laplace_kronecker",
         group=POSTERIOR,
         choices=PREDICT,
     )

@@ -1,0 +1,260 @@
+"""K-FAC: the Fisher information of each task, layer and matrix as a Kronecker product, along axes that all tasks share.
+
+A latent is the matrix M of a linear map u ↦ M u. For each token the gradient with respect to M is g uᵀ, where g is the gradient
+with respect to M u. K-FAC (Martens & Grosse, 2015; for LoRA: Yang et al., 2024) takes u and g as independent. The information of
+a task is then
+
+    F_d ≈ (Σ g gᵀ) ⊗ (Σ u uᵀ) / T_d,
+
+with sums over its T_d tokens. These matrices are statistics of one base model, and those of different tasks have nearly the same
+eigenvectors. So all tasks share the eigenvectors of the sums over all tasks, and a task has its own values along these axes: they
+are (Σ (q_i·g)²) (Σ (p_j·u)²) / T_d. With shared axes the joint posterior of Θ and all θ_d is known exactly.
+
+>>> import bora_pyro as bp
+>>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
+>>> split = bp.data.TokenSplit.from_documents([[0, 5, 6], [0, 7]], task=[1, 0], num_tasks=2)
+>>> theta = {name: start.expand(2, *start.shape) for name, start in model.starts.items()}
+>>> curvature = kfac(model, theta, split, axes=16)["q_proj.lora_A"]
+>>> curvature.long.shape, curvature.short.shape, curvature.along.shape
+(torch.Size([4, 256, 16]), torch.Size([4, 2, 2]), torch.Size([2, 4, 17, 2]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bora_pyro.backbone.backbone import Change
+from bora_pyro.backbone.slots import Slot
+from bora_pyro.data.batch import IGNORED, Batch
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.errors import InputError, check_at_least
+from bora_pyro.guides.curvature import own_rows
+from bora_pyro.model import BoRA, Weights
+
+# How many more random directions than axes are used to find the axes of a long side (Halko et al., 2011).
+_OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class KroneckerCurvature:
+    """The curvature of one latent, a matrix with n rows or columns on its longer side and r on its shorter side.
+
+    Attributes:
+        long: (layers, n, k), axes of the longer side as orthonormal columns: those with the largest eigenvalues.
+        short: (layers, r, r), axes of the shorter side.
+        along: (D, layers, k, r), the curvature along each pair of axes. If k < n, it has one row more: the mean curvature in the
+            directions of the longer side that have no axis.
+    """
+
+    long: Tensor
+    short: Tensor
+    along: Tensor
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Vectors of the tokens of one batch on the two sides of a latent at one layer, 0 at tokens that do not count.
+
+    Attributes:
+        name: the latent.
+        layer: the layer.
+        long: (rows, tokens, n).
+        short: (rows, tokens, r).
+    """
+
+    name: str
+    layer: int
+    long: Tensor
+    short: Tensor
+
+
+class _Recording(BoRA):
+    """A model that keeps the inputs and changed outputs of the target layers during a forward pass."""
+
+    def __init__(self, model: BoRA) -> None:
+        vars(self).update(vars(model))
+        self.seen: list[tuple[Slot, int, Tensor, Tensor]] = []
+        self.on = True
+
+    def change(self, weights: Weights, row: Tensor, task: Tensor | None = None) -> Change:
+        change = super().change(weights, row, task)
+
+        def recorded(slot: Slot, layer: int, x: Tensor, output: Tensor) -> Tensor:
+            changed = change(slot, layer, x, output)
+            if self.on:  # gradient checkpointing runs a layer again in the backward pass
+                self.seen.append((slot, layer, x.detach(), changed))
+            return changed
+
+        return recorded
+
+
+def kfac(
+    model: BoRA,
+    theta: Weights,
+    split: TokenSplit,
+    *,
+    axes: int,
+    temperature: float = 1.0,
+    token_budget: int = 4096,
+    seed: int = 0,
+) -> dict[str, KroneckerCurvature]:
+    """The Kronecker-factored empirical Fisher information of all tasks, in two passes over the documents.
+
+    The first pass finds the axes, the second one measures the tasks along them. The axes of a side longer than ``axes`` come from
+    its product with random vectors (the Nyström approximation), so that no matrix of size n x n is needed.
+
+    Args:
+        model: the BoRA model.
+        theta: θ of all tasks, (D, layers, *shape) by name.
+        split: the documents.
+        axes: k, the largest number of axes on the longer side of a matrix.
+        temperature: the information is divided by it.
+        token_budget: tokens of a batch, padding included.
+        seed: seed of the random vectors.
+
+    Returns:
+        The curvature by name of the latent; 0 along all axes for a task without documents.
+
+    Raises:
+        InputError: ``axes`` is below 1; the latents are not matrices of linear maps; the adapter masks entries; or the router
+            lets the adapters of all tasks read a document.
+    """
+    check_at_least("axes", axes, 1)
+    long, short = _find_axes(model, theta, split, axes, token_budget, seed)
+    of_long, of_short, tokens = _along_axes(model, theta, split, long, short, token_budget)
+    found = {}
+    for name, values in of_long.items():
+        product = values[..., None] * of_short[name][..., None, :] / (temperature * tokens.clamp(min=1)).view(-1, 1, 1, 1)
+        found[name] = KroneckerCurvature(long[name], short[name], product.to(theta[name].dtype))
+    return found
+
+
+def no_curvature(model: BoRA, *, axes: int) -> dict[str, KroneckerCurvature]:
+    """A curvature of 0, with the shapes of :func:`kfac`."""
+    check_at_least("axes", axes, 1)
+    found = {}
+    for name, start in model.starts.items():
+        r, n = _sizes(name, start)
+        k = min(axes, n)
+        eye = torch.eye(n, dtype=start.dtype, device=start.device)
+        along = start.new_zeros(model.num_tasks, len(start), k + (k < n), r)
+        found[name] = KroneckerCurvature(eye[:, :k].expand(len(start), n, k), eye[:r, :r].expand(len(start), r, r), along)
+    return found
+
+
+def _sizes(name: str, start: Tensor) -> tuple[int, int]:
+    """The sizes of the shorter and the longer side of a latent."""
+    if start.dim() != 3:
+        raise InputError(f"latent {name!r} is not a matrix, (layers, rows, columns); use the guide laplace, which is diagonal")
+    r, n = sorted(start.shape[1:])
+    return r, n
+
+
+def _find_axes(
+    model: BoRA, theta: Weights, split: TokenSplit, axes: int, token_budget: int, seed: int
+) -> tuple[Weights, Weights]:
+    """The axes of the longer and the shorter side of each latent, (layers, n, k) and (layers, r, r)."""
+    generator, device = torch.Generator().manual_seed(seed), model.backbone.device
+    probes, products, moments = {}, {}, {}
+    for name, start in model.starts.items():
+        r, n = _sizes(name, start)
+        p = axes + _OVERSAMPLING
+        probe = torch.eye(n) if n <= p else torch.randn((n, p), generator=generator)
+        probes[name] = probe.to(device)
+        products[name] = torch.zeros(len(start), *probe.shape, dtype=torch.float64, device=device)
+        moments[name] = torch.zeros(len(start), r, r, dtype=torch.float64, device=device)
+    for _, _, sides in _passes(model, theta, split, token_budget):
+        for each in sides:
+            long, short = each.long.flatten(0, 1), each.short.flatten(0, 1)
+            products[each.name][each.layer] += long.mT @ (long @ probes[each.name])
+            moments[each.name][each.layer] += short.mT @ short
+    found = {
+        name: torch.stack([_largest_axes(of_layer, probes[name].double(), axes) for of_layer in product])
+        for name, product in products.items()
+    }
+    dtypes = {name: start.dtype for name, start in model.starts.items()}
+    return (
+        {name: value.to(dtypes[name]) for name, value in found.items()},
+        {name: torch.linalg.eigh(moment).eigenvectors.to(dtypes[name]) for name, moment in moments.items()},
+    )
+
+
+def _along_axes(
+    model: BoRA, theta: Weights, split: TokenSplit, long: Weights, short: Weights, token_budget: int
+) -> tuple[Weights, Weights, Tensor]:
+    """The sums of squares of each task along the axes, and its number of tokens.
+
+    Returns:
+        The sums of the longer sides, (D, layers, k or k + 1), those of the shorter sides, (D, layers, r), and the tokens, (D,).
+    """
+    tasks, device = model.num_tasks, model.backbone.device
+    of_long, of_short = (
+        {name: torch.zeros(tasks, *value.shape[::2], dtype=torch.float64, device=device) for name, value in axes.items()}
+        for axes in (long, short)
+    )
+    of_all = {name: torch.zeros(tasks, len(value), dtype=torch.float64, device=device) for name, value in long.items()}
+    tokens = torch.zeros(tasks, dtype=torch.float64, device=device)
+    for task, counted, sides in _passes(model, theta, split, token_budget):
+        tokens.index_add_(0, task, counted.double())
+        for each in sides:
+            for sums, vectors, axes in ((of_long, each.long, long), (of_short, each.short, short)):
+                squares = (vectors @ axes[each.name][each.layer]).square().sum(1)
+                sums[each.name][:, each.layer].index_add_(0, task, squares.double())
+            of_all[each.name][:, each.layer].index_add_(0, task, each.long.square().sum((1, 2)).double())
+    for name, along in of_long.items():
+        n, k = long[name].shape[-2:]
+        if k < n:
+            rest = (of_all[name] - along.sum(-1)).clamp(min=0) / (n - k)
+            of_long[name] = torch.cat([along, rest[..., None]], -1)
+    return of_long, of_short, tokens
+
+
+def _largest_axes(product: Tensor, probe: Tensor, axes: int) -> Tensor:
+    """Eigenvectors of a matrix X for its largest eigenvalues, (n, k), from X times the probe vectors, (n, p).
+
+    They are those of the Nyström approximation (X Ω) (Ωᵀ X Ω)⁻¹ (X Ω)ᵀ, which is X itself if Ω is square.
+    """
+    core = probe.mT @ product
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    kept = values > 1e-10 * values.max().clamp(min=torch.finfo(values.dtype).tiny)
+    root = product @ (vectors * torch.where(kept, values.clamp(min=torch.finfo(values.dtype).tiny) ** -0.5, 0.0))
+    return torch.linalg.svd(root, full_matrices=False).U[:, : min(axes, len(probe))]
+
+
+def _passes(
+    model: BoRA, theta: Weights, split: TokenSplit, token_budget: int
+) -> Iterator[tuple[Tensor, Tensor, Iterator[_Sides]]]:
+    """Yield the tasks of some documents, their numbers of tokens that count, and the sides of all latents and layers."""
+    for batch in split.batches(token_budget=token_budget):
+        batch = batch.to(model.backbone.device)
+        # a token counts if a later one is predicted: the others have no gradient
+        predicted = (batch.labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+        counted = F.pad(predicted[:, 1:], (0, 1))
+        yield batch.task, counted.sum(1), _sides_of(model, theta, batch, counted)
+
+
+def _sides_of(model: BoRA, theta: Weights, batch: Batch, counted: Tensor) -> Iterator[_Sides]:
+    recording = _Recording(model)
+    rows, log_likelihood = own_rows(recording, theta, batch)
+    recording.on = False
+    outputs = [output for *_, output in recording.seen]
+    gradients = torch.autograd.grad(log_likelihood, outputs, allow_unused=True, materialize_grads=True)
+    weight = model.likelihood.task_weight(batch.task).sqrt()[:, None, None]
+    for (slot, layer, x, _), gradient in zip(recording.seen, gradients, strict=True):
+        latents = {name: rows[f"{slot.name}.{name}"].detach()[:, layer] for name in model.tensors.names(slot)}
+        dtype = next(iter(latents.values())).dtype
+        x, gradient = x.to(weight.device, dtype), gradient.to(weight.device, dtype) * weight
+        maps = model.adapter.linear_maps(x, gradient, model.tensors.at_layer(slot, layer, latents))
+        if model.tensors.masks or maps is None or maps.keys() != latents.keys():
+            raise InputError(
+                f"{model.adapter} has latents that are not the matrices of linear maps; use the guide laplace, which is diagonal"
+            )
+        for name, vectors in maps.items():
+            inputs, of_outputs = (value * counted[..., None] for value in vectors)
+            sides = (inputs, of_outputs) if inputs.shape[-1] >= of_outputs.shape[-1] else (of_outputs, inputs)
+            yield _Sides(f"{slot.name}.{name}", layer, *sides)
