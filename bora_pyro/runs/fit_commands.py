@@ -60,6 +60,12 @@ def show_posterior_fit(config: PosteriorFitConfig, metrics: Mapping[str, Any]) -
         )
         print(f"test {measure.title}: MAP {of_map}, posterior mean {of_mean}, mixture of {config.draws} {kind} {of_mixture}")
         print(f"calibration error (ECE): posterior mean {metrics['mean']['ece']:.3f}, mixture {metrics['mixture']['ece']:.3f}")
+    if metrics.get("evidence", {}).get("best_tau") is not None:
+        found = metrics["evidence"]
+        print(
+            f"log evidence: {found['nats']:,.1f} nats at τ = {metrics['tau']:.3g}; {found['gain']:,.1f} more at the best τ, "
+            f"{found['best_tau']:.3g} (by group in metrics.json)"
+        )
     print(f"run folder: {config.output_dir}")
 
 

@@ -16,6 +16,7 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoGuide
 
 from bora_pyro.diagnostics.calibration import calibration
+from bora_pyro.diagnostics.evidence import evidence_summary
 from bora_pyro.errors import InputError
 from bora_pyro.files.slugs import adapter_folders
 from bora_pyro.guides import GUIDES, guide_options, make_parameters
@@ -65,7 +66,7 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
 
     Returns:
         The content of ``metrics.json``: the numbers of a fit at the posterior's mean, and ``mixture``, with the calibration of
-        both; and ``chosen``, what the validation documents chose of the guide.
+        both; ``chosen``, what the validation documents chose of the guide; and ``evidence``, for guides from the curvature.
 
     Raises:
         InputError: something in the configuration, the run or its data cannot be used, in which case nothing is written; or a
@@ -238,6 +239,8 @@ def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, chosen: 
     }
     if config.tau != FIXED:
         metrics |= {"tau": fitted.tau(), "tau_by_group": fitted.tau_by_group()}
+    if config.temperature == 1 and not chosen and (evidence := evidence_summary(fitted.guide, run.data.train)):
+        metrics["evidence"] = evidence
     if not run.data.test.num_tokens:
         return metrics
     posterior, theta = Posterior(fitted, seed=config.seed), fitted.weights()[0]

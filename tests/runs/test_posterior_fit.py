@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bora_pyro import InputError
+from bora_pyro.diagnostics.evidence import log_evidence
 from bora_pyro.guides import GUIDES
 from bora_pyro.predict.mixture import predictive
 from bora_pyro.predict.posterior import Posterior
@@ -92,6 +93,24 @@ def test_linearised_draws_of_laplace(tmp_path, map_run):
     assert metrics["predict"] == "linearised"
     # far from the MAP the network is not what Laplace's approximation is about
     assert metrics["mixture_test_perplexity"] < run.posterior(seed=0).score(run.data.test, draws=2).perplexity()
+
+
+def test_the_temperature_that_validation_chooses_and_the_evidence(tmp_path, map_run, main, capsys):
+    options = {"guide": "laplace_kfac", "predict": "linearised"}
+    plain = posterior_fit(map_run, tmp_path / "plain", guide_option=["axes=3"], **options)
+    chosen = posterior_fit(map_run, tmp_path / "chosen", guide_option=["axes=3", "temperatures=1,1e-4"], **options)
+    assert "chosen" not in plain
+    assert chosen["chosen"]["temperature"] == 1e-4
+    assert chosen["mixture_test_perplexity"] < plain["mixture_test_perplexity"]
+    assert "evidence" not in chosen  # that of a temperature means nothing
+    evidence = plain["evidence"]
+    guide = load_run(tmp_path / "plain").fitted.guide
+    assert evidence["nats"] == pytest.approx(log_evidence(guide, load_run(map_run).data.train).nats, rel=1e-5)
+    kept = guide.kept("curvature", "fc2.lora_B")
+    torch.testing.assert_close(load_run(tmp_path / "chosen").fitted.guide.kept("curvature", "fc2.lora_B"), 1e4 * kept)
+    words = ["--guide", "laplace", "--draws", "2", "--threads", "1", "--output_dir", str(tmp_path / "said")]
+    assert main([str(map_run), *words]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].startswith("log evidence: ")
 
 
 @pytest.mark.parametrize("hyperprior", ["half_cauchy", "gamma"])
