@@ -11,8 +11,10 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
 - ``normal``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its weight.
 - ``swag``: the mean and the spread of the steps of a fit with a constant rate; the validation split chooses the scale.
 - ``tfb``: the widest isotropic noise of each task's ΔW that the validation split allows, without a fit.
-- ``laplace``, ``laplace_kronecker``: guides from the curvature, without a fit; in ``..._tempered`` the curvature is divided by a
-  temperature that the validation split chooses.
+- ``laplace``, ``laplace_kronecker``, ``laplace_kfac``: guides from the curvature, without a fit; in ``..._tempered`` the
+  curvature is divided by a temperature that the validation split chooses; in ``..._tasks`` Θ stays at its estimate.
+- ``..._linearised``: the draws predict with the linear expansion of the network. ``normal_linearised`` has the learning rate of
+  ``normal``.
 
 The first seed chooses learning rates and temperatures on the validation split. The perplexity of the posterior's mean chooses a
 learning rate, in a search that climbs from the middle of the grid. The perplexity of the mixture chooses Laplace's temperature.
@@ -41,6 +43,7 @@ import pandas as pd
 import torch
 import transformers
 from fit_options import check_usual
+from posterior_arms import ARMS, NAMES, Arm
 from posteriors_table import markdown
 from pyro.infer.autoguide import AutoDelta
 from scipy import stats
@@ -52,7 +55,7 @@ from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
-from bora_pyro.model import Weights
+from bora_pyro.model import BoRA, Weights
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option, part_of
 from bora_pyro.predict.held_out import settle
@@ -69,43 +72,6 @@ MEMBERS = 4
 RATES = (0.001, 0.003, 0.01, 0.03)
 MIDDLE = 0.01
 TEMPERATURES = (1.0, 1e-3, 1e-6)
-#: The guides that are computed at the MAP, without a fit.
-COMPUTED = ("laplace", "laplace_kronecker", "tfb")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How a posterior is made.
-
-    Attributes:
-        guide: name of the guide.
-        temperature: temperature of the guide; None: the validation split chooses it.
-        scale: initial standard deviations, in units of the prior's.
-    """
-
-    guide: str
-    temperature: float | None = 1.0
-    scale: float = 0.5
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the guide is fitted; otherwise it is computed at the MAP."""
-        return self.guide not in COMPUTED
-
-
-ARMS = {
-    "map_longer": Arm("map"),
-    "normal": Arm("normal"),
-    "normal_tempered": Arm("normal", temperature=0.3),
-    "low_rank": Arm("low_rank"),
-    "swag": Arm("swag"),
-    "tfb": Arm("tfb"),
-    "laplace": Arm("laplace"),
-    "laplace_tempered": Arm("laplace", temperature=None),
-    "laplace_kronecker": Arm("laplace_kronecker"),
-    "laplace_kronecker_tempered": Arm("laplace_kronecker", temperature=None),
-}
-NAMES = ("map", *ARMS, "ensemble")
 KEYS = ["arm", "seed", "temperature", "learning_rate", "prediction"]
 
 
@@ -181,7 +147,16 @@ class Comparison:
                 self.fill(arm, run, seed, temperature, None, partial(self.computed, ARMS[arm], run, seed, temperature))
 
     def rates(self, arm: str, seed: int) -> Iterator[float]:
-        """The learning rates to run: the first seed climbs from the middle of the grid, the others use its choice."""
+        """The learning rates to run: the first seed climbs from the middle of the grid, the others use its choice.
+
+        Raises:
+            InputError: the arm has the rate of another one, which has not been run.
+        """
+        if source := ARMS[arm].rate_of:
+            if not (self.table.arm == source).any():
+                raise InputError(f"arm {arm!r} has the learning rate of {source!r}, which has no rows; put {source} before it")
+            yield float(self.best(source, "mean")["learning_rate"])
+            return
         if seed:
             yield float(self.best(arm, "mean")["learning_rate"])
             return
@@ -229,14 +204,17 @@ class Comparison:
         fitted, draws, seconds = make()
         centre = fitted.weights()[0]
         keys: dict[str, Any] = {"arm": arm, "seed": seed, "temperature": temperature, "learning_rate": rate}
+        model = run.fitted.model
         common = {"seconds": round(seconds, 1), "state": state_ratio(fitted, run), "best_epoch": fitted.best_epoch}
         if draws is None and not isinstance(fitted.guide, AutoDelta):
             posterior = Posterior(fitted, seed=seed)
             common["scale_correlation"] = self.scale_correlation(posterior, run)
-            draws = partial(posterior.draws, self.config.draws)
-        rows = [self.row(keys | {"prediction": "mean"} | common, run, lambda: [centre])] if arm != "ensemble" else []
+            draws, model = partial(posterior.draws, self.config.draws), posterior.predictor(ARMS[arm].linearised)
+        rows = []
+        if arm != "ensemble":
+            rows.append(self.row(keys | {"prediction": "mean"} | common, run, run.fitted.model, lambda: [centre]))
         if draws is not None:
-            rows.append(self.row(keys | {"prediction": "mixture"} | common, run, draws))
+            rows.append(self.row(keys | {"prediction": "mixture"} | common, run, model, draws))
         self.table = pd.DataFrame([*self.table.to_dict("records"), *rows])
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_results(self.table, self.output)
@@ -249,18 +227,19 @@ class Comparison:
             )
             sys.stdout.flush()
 
-    def row(self, keys: dict[str, Any], run: SavedRun, draws: Draws) -> dict[str, Any]:
+    def row(self, keys: dict[str, Any], run: SavedRun, model: BoRA, draws: Draws) -> dict[str, Any]:
         """Score the mixture of some draws on both held-out splits.
 
         Args:
             keys: columns that identify the row.
             run: the MAP fit, with the data.
+            model: the model that predicts with the draws.
             draws: function that returns the weights of each draw.
         """
         row, few = dict(keys), few_tasks(run)
         for name, split in (("validation", run.data.validation), ("test", run.data.test)):
             start = time.perf_counter()
-            found = predictive(run.fitted.model, split, draws)
+            found = predictive(model, split, draws)
             row[f"{name}_perplexity"] = found.perplexity()
             row |= {f"{name}_{key}": value for key, value in asdict(calibration(found)).items() if key in ("nll", "ece", "brier")}
             own = asdict(calibration(found, where=torch.isin(found.task, few)))
@@ -272,25 +251,25 @@ class Comparison:
     def variational(self, arm: Arm, run: SavedRun, seed: int, rate: float) -> tuple[Fitted, None, float]:
         """Fit a guide around the MAP."""
         assert arm.temperature is not None
-        guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=arm.scale)
+        guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=arm.scale, **arm.options)
         options: dict[str, Any] = {"epochs": self.config.epochs, "patience": 0, "learning_rate": rate, "seed": seed}
         options |= {"temperature": arm.temperature}
         options["callbacks"] = []  # the posteriors have the τ that the fit has learned
         fitted = fit(run.fitted.model, run.data, part_of(run.config, FitOptions), guide=guide, **options)
-        return fitted, None, fitted.seconds + self.settle(fitted, run, seed)
+        return fitted, None, fitted.seconds + self.settle(arm, fitted, run, seed)
 
     def computed(self, arm: Arm, run: SavedRun, seed: int, temperature: float) -> tuple[Fitted, None, float]:
         """Make a guide at the MAP that needs no fit."""
         start = time.perf_counter()
-        guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, temperature=temperature)
+        guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, temperature=temperature, **arm.options)
         make_parameters(guide, run.fitted.model)
         fitted, seconds = Fitted(run.fitted.model, guide, run.data.tasks), time.perf_counter() - start
-        return fitted, None, seconds + self.settle(fitted, run, seed)
+        return fitted, None, seconds + self.settle(arm, fitted, run, seed)
 
-    def settle(self, fitted: Fitted, run: SavedRun, seed: int) -> float:
+    def settle(self, arm: Arm, fitted: Fitted, run: SavedRun, seed: int) -> float:
         """Let the validation documents choose what the guide leaves open, and return the seconds."""
         start = time.perf_counter()
-        settle(fitted, run.data.validation, draws=self.config.draws, seed=seed)
+        settle(fitted, run.data.validation, draws=self.config.draws, linearised=arm.linearised, seed=seed)
         return time.perf_counter() - start
 
     def ensemble(self, run: SavedRun, seed: int) -> tuple[Fitted, Draws, float]:

@@ -25,7 +25,8 @@ def finished(tmp_path_factory, main):
     (folder / "fit.yaml").write_text(yaml.safe_dump(options | {"targets": ["v_proj", "fc2"]}))
     words = line({"fit_config": folder / "fit.yaml", "seeds": 2, "epochs": 1, "draws": 2, "map_learning_rate": 0.03})
     words += line({"runs_dir": folder / "runs", "output": folder / "table.csv"})
-    words += ["--arms", "map", "normal", "swag", "tfb", "laplace_tempered", "ensemble"]
+    words += ["--arms", "map", "normal", "swag", "tfb", "laplace_tempered", "ensemble", "normal_linearised"]
+    words += ["laplace_linearised", "laplace_kfac_tasks_linearised"]
     assert main(words) == 0
     return words, folder / "table.csv"
 
@@ -54,6 +55,18 @@ def test_the_table_hangs_together(finished):
     assert table[table.arm == "swag"].state.between(7, 7.01).all()
     assert table[table.arm == "swag"].best_epoch.eq(1).all()
     assert set(table[(table.arm == "swag") & (table.seed == 0)].prediction) == {"mean", "mixture"}
+    # the same draws, which predict with the linear expansion
+    chosen = table[(table.arm == "normal_linearised") & (table.seed == 0)]
+    network = table[(table.arm == "normal") & (table.seed == 0) & (table.learning_rate == chosen.learning_rate.iloc[0])]
+    assert set(chosen.learning_rate) == {first.loc[first.validation_nll.idxmin()].learning_rate}
+    of_mean, of_mixture = (
+        [float(rows[rows.prediction == name].test_nll.iloc[0]) for rows in (network, chosen)] for name in ("mean", "mixture")
+    )
+    assert of_mean[0] == pytest.approx(of_mean[1], rel=1e-6)
+    assert of_mixture[0] != pytest.approx(of_mixture[1], rel=1e-6)
+    laplace = table[(table.arm == "laplace_tempered") & (table.temperature == 1.0) & (table.prediction == "mixture")]
+    linearised = table[(table.arm == "laplace_linearised") & (table.prediction == "mixture")]
+    assert linearised.test_nll.iloc[0] < laplace.test_nll.iloc[0]
     assert sorted(table.prediction[table.arm == "ensemble"]) == ["mixture", "mixture"]
 
 
@@ -84,3 +97,13 @@ def test_bad_input(main, capsys, words, message):
     said = capsys.readouterr().err
     assert said.startswith("error: " + message)
     assert said.count("\n") == 1
+
+
+def test_an_arm_with_the_rate_of_another_comes_after_it(finished, main, capsys, tmp_path):
+    words, _ = finished
+    options = dict(zip(words[: words.index("--arms") : 2], words[1 : words.index("--arms") : 2], strict=True))
+    options |= {"--output": str(tmp_path / "table.csv")}
+    assert main([word for pair in options.items() for word in pair] + ["--arms", "normal_linearised"]) == 2
+    assert capsys.readouterr().err == (
+        "error: arm 'normal_linearised' has the learning rate of 'normal', which has no rows; put normal before it\n"
+    )
