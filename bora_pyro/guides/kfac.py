@@ -6,9 +6,10 @@ a task is then
 
     F_d ≈ (Σ g gᵀ) ⊗ (Σ u uᵀ) / T_d,
 
-with sums over its T_d tokens. These matrices are statistics of one base model, and those of different tasks have nearly the same
-eigenvectors. So all tasks share the eigenvectors of the sums over all tasks, and a task has its own values along these axes: they
-are (Σ (q_i·g)²) (Σ (p_j·u)²) / T_d. With shared axes the joint posterior of Θ and all θ_d is known exactly.
+with sums over the T_d tokens from which something is predicted. These matrices are statistics of one base model, and those of
+different tasks have nearly the same eigenvectors. So all tasks share the eigenvectors of the sums over all tasks, and a task has
+its own values along these axes: they are (Σ (q_i·g)²) (Σ (p_j·u)²) / T_d. With shared axes the joint posterior of Θ and all θ_d
+is known exactly.
 
 >>> import bora_pyro as bp
 >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=2))
@@ -21,19 +22,14 @@ are (Σ (q_i·g)²) (Σ (p_j·u)²) / T_d. With shared axes the joint posterior 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bora_pyro.backbone.backbone import Change
-from bora_pyro.backbone.slots import Slot
-from bora_pyro.data.batch import IGNORED, Batch
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, check_at_least
-from bora_pyro.guides.curvature import own_rows
+from bora_pyro.guides.matrix_sides import matrix_sides
 from bora_pyro.model import BoRA, Weights
 
 # How many more random directions than axes are used to find the axes of a long side (Halko et al., 2011).
@@ -54,43 +50,6 @@ class KroneckerCurvature:
     long: Tensor
     short: Tensor
     along: Tensor
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Vectors of the tokens of one batch on the two sides of a latent at one layer, 0 at tokens that do not count.
-
-    Attributes:
-        name: the latent.
-        layer: the layer.
-        long: (rows, tokens, n).
-        short: (rows, tokens, r).
-    """
-
-    name: str
-    layer: int
-    long: Tensor
-    short: Tensor
-
-
-class _Recording(BoRA):
-    """A model that keeps the inputs and changed outputs of the target layers during a forward pass."""
-
-    def __init__(self, model: BoRA) -> None:
-        vars(self).update(vars(model))
-        self.seen: list[tuple[Slot, int, Tensor, Tensor]] = []
-        self.on = True
-
-    def change(self, weights: Weights, row: Tensor, task: Tensor | None = None) -> Change:
-        change = super().change(weights, row, task)
-
-        def recorded(slot: Slot, layer: int, x: Tensor, output: Tensor) -> Tensor:
-            changed = change(slot, layer, x, output)
-            if self.on:  # gradient checkpointing runs a layer again in the backward pass
-                self.seen.append((slot, layer, x.detach(), changed))
-            return changed
-
-        return recorded
 
 
 def kfac(
@@ -129,7 +88,7 @@ def kfac(
     of_long, of_short, tokens = _along_axes(model, theta, split, long, short, token_budget)
     found = {}
     for name, values in of_long.items():
-        product = values[..., None] * of_short[name][..., None, :] / (temperature * tokens.clamp(min=1)).view(-1, 1, 1, 1)
+        product = values[..., None] * of_short[name][..., None, :] / (temperature * tokens[name].clamp(min=1)[..., None, None])
         found[name] = KroneckerCurvature(long[name], short[name], product.to(theta[name].dtype))
     return found
 
@@ -168,11 +127,10 @@ def _find_axes(
         probes[name] = probe.to(device)
         products[name] = torch.zeros(len(start), *probe.shape, dtype=torch.float64, device=device)
         moments[name] = torch.zeros(len(start), r, r, dtype=torch.float64, device=device)
-    for _, _, sides in _passes(model, theta, split, token_budget):
-        for each in sides:
-            long, short = each.long.flatten(0, 1), each.short.flatten(0, 1)
-            products[each.name][each.layer] += long.mT @ (long @ probes[each.name])
-            moments[each.name][each.layer] += short.mT @ short
+    for each in matrix_sides(model, theta, split, token_budget=token_budget):
+        long, short = each.long.flatten(0, 1), each.short.flatten(0, 1)
+        products[each.name][each.layer] += long.mT @ (long @ probes[each.name])
+        moments[each.name][each.layer] += short.mT @ short
     found = {
         name: torch.stack([_largest_axes(of_layer, probes[name].double(), axes) for of_layer in product])
         for name, product in products.items()
@@ -186,26 +144,29 @@ def _find_axes(
 
 def _along_axes(
     model: BoRA, theta: Weights, split: TokenSplit, long: Weights, short: Weights, token_budget: int
-) -> tuple[Weights, Weights, Tensor]:
+) -> tuple[Weights, Weights, Weights]:
     """The sums of squares of each task along the axes, and its number of tokens.
 
     Returns:
-        The sums of the longer sides, (D, layers, k or k + 1), those of the shorter sides, (D, layers, r), and the tokens, (D,).
+        The sums of the longer sides, (D, layers, k or k + 1), those of the shorter sides, (D, layers, r), and the tokens,
+        (D, layers).
     """
-    tasks, device = model.num_tasks, model.backbone.device
-    of_long, of_short = (
-        {name: torch.zeros(tasks, *value.shape[::2], dtype=torch.float64, device=device) for name, value in axes.items()}
-        for axes in (long, short)
-    )
-    of_all = {name: torch.zeros(tasks, len(value), dtype=torch.float64, device=device) for name, value in long.items()}
-    tokens = torch.zeros(tasks, dtype=torch.float64, device=device)
-    for task, counted, sides in _passes(model, theta, split, token_budget):
-        tokens.index_add_(0, task, counted.double())
-        for each in sides:
-            for sums, vectors, axes in ((of_long, each.long, long), (of_short, each.short, short)):
-                squares = (vectors @ axes[each.name][each.layer]).square().sum(1)
-                sums[each.name][:, each.layer].index_add_(0, task, squares.double())
-            of_all[each.name][:, each.layer].index_add_(0, task, each.long.square().sum((1, 2)).double())
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(model.num_tasks, *sizes, dtype=torch.float64, device=model.backbone.device)
+
+    of_long, of_short = ({name: zeros(*value.shape[::2]) for name, value in axes.items()} for axes in (long, short))
+    of_all, tokens = ({name: zeros(len(value)) for name, value in long.items()} for _ in range(2))
+    for each in matrix_sides(model, theta, split, token_budget=token_budget):
+        name, layer = each.name, each.layer
+        found = (
+            (of_long, (each.long @ long[name][layer]).square().sum(1)),
+            (of_short, (each.short @ short[name][layer]).square().sum(1)),
+            (of_all, each.long.square().sum((1, 2))),
+            (tokens, each.tokens),
+        )
+        for sums, value in found:
+            sums[name][:, layer].index_add_(0, each.task, value.double())
     for name, along in of_long.items():
         n, k = long[name].shape[-2:]
         if k < n:
@@ -224,37 +185,3 @@ def _largest_axes(product: Tensor, probe: Tensor, axes: int) -> Tensor:
     kept = values > 1e-10 * values.max().clamp(min=torch.finfo(values.dtype).tiny)
     root = product @ (vectors * torch.where(kept, values.clamp(min=torch.finfo(values.dtype).tiny) ** -0.5, 0.0))
     return torch.linalg.svd(root, full_matrices=False).U[:, : min(axes, len(probe))]
-
-
-def _passes(
-    model: BoRA, theta: Weights, split: TokenSplit, token_budget: int
-) -> Iterator[tuple[Tensor, Tensor, Iterator[_Sides]]]:
-    """Yield the tasks of some documents, their numbers of tokens that count, and the sides of all latents and layers."""
-    for batch in split.batches(token_budget=token_budget):
-        batch = batch.to(model.backbone.device)
-        # a token counts if a later one is predicted: the others have no gradient
-        predicted = (batch.labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
-        counted = F.pad(predicted[:, 1:], (0, 1))
-        yield batch.task, counted.sum(1), _sides_of(model, theta, batch, counted)
-
-
-def _sides_of(model: BoRA, theta: Weights, batch: Batch, counted: Tensor) -> Iterator[_Sides]:
-    recording = _Recording(model)
-    rows, log_likelihood = own_rows(recording, theta, batch)
-    recording.on = False
-    outputs = [output for *_, output in recording.seen]
-    gradients = torch.autograd.grad(log_likelihood, outputs, allow_unused=True, materialize_grads=True)
-    weight = model.likelihood.task_weight(batch.task).sqrt()[:, None, None]
-    for (slot, layer, x, _), gradient in zip(recording.seen, gradients, strict=True):
-        latents = {name: rows[f"{slot.name}.{name}"].detach()[:, layer] for name in model.tensors.names(slot)}
-        dtype = next(iter(latents.values())).dtype
-        x, gradient = x.to(weight.device, dtype), gradient.to(weight.device, dtype) * weight
-        maps = model.adapter.linear_maps(x, gradient, model.tensors.at_layer(slot, layer, latents))
-        if model.tensors.masks or maps is None or maps.keys() != latents.keys():
-            raise InputError(
-                f"{model.adapter} has latents that are not the matrices of linear maps; use the guide laplace, which is diagonal"
-            )
-        for name, vectors in maps.items():
-            inputs, of_outputs = (value * counted[..., None] for value in vectors)
-            sides = (inputs, of_outputs) if inputs.shape[-1] >= of_outputs.shape[-1] else (of_outputs, inputs)
-            yield _Sides(f"{slot.name}.{name}", layer, *sides)

@@ -13,8 +13,10 @@ from bora_pyro.data import TokenSplit
 from bora_pyro.guides import KfacLaplaceGuide, laplace_guide, laplace_kfac_guide, laplace_kronecker_guide
 from bora_pyro.guides.aligned_normal import AlignedNormal
 from bora_pyro.guides.curvature import diagonal_fisher, document_gradients
-from bora_pyro.guides.kfac import KroneckerCurvature, _passes, kfac
+from bora_pyro.guides.kfac import KroneckerCurvature, kfac
+from bora_pyro.guides.matrix_sides import matrix_sides
 from bora_pyro.guides.rotated_normal import from_columns
+from bora_pyro.likelihoods import Choice
 from tests.linear_gaussian import LinearGaussian
 from tests.tiny import TASKS, VOCABULARY, random_weights, tiny_backbone, tiny_bora, tiny_data, tiny_split
 from tests.toy_members import model_with
@@ -28,9 +30,13 @@ def orthonormal(*shape, seed=0):
 
 
 def sides(model, theta, split):
-    """The vectors of all tokens by latent and layer: of the longer side, (rows, tokens, n), and the shorter one."""
-    [(task, counted, found)] = _passes(model, theta, split, EVERYTHING)
-    return task, counted, {(each.name, each.layer): (each.long, each.short) for each in found}
+    """The vectors of all tokens by latent and layer."""
+    return {(each.name, each.layer): each for each in matrix_sides(model, theta, split, token_budget=EVERYTHING)}
+
+
+def by_task(each, value):
+    """Sum of values of the rows of each task."""
+    return torch.zeros(TASKS, *value.shape[1:], dtype=value.dtype).index_add(0, each.task, value)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -41,21 +47,44 @@ def test_the_two_sides_give_the_gradients_of_documents(architecture, adapter, ch
     if checkpointing:
         model.backbone = tiny_backbone(architecture, targets="all-linear", gradient_checkpointing=True)
     theta, [batch] = random_weights(model), split.batches(token_budget=EVERYTHING)
-    expected = document_gradients(model, theta, batch)
-    task, counted, found = sides(model, theta, split)
-    assert torch.equal(task, batch.task)
-    assert torch.equal(counted, batch.predicted)
+    expected, found = document_gradients(model, theta, batch), sides(model, theta, split)
     assert len(found) == sum(len(start) for start in model.starts.values())
-    for (name, layer), (long, short) in found.items():
-        gradients = from_columns(long.mT @ short, expected[name][:, layer])
+    for (name, layer), each in found.items():
+        assert torch.equal(each.task, batch.task)
+        assert torch.equal(each.tokens, batch.predicted)
+        gradients = from_columns(each.long.mT @ each.short, expected[name][:, layer])
         torch.testing.assert_close(gradients, expected[name][:, layer], rtol=1e-4, atol=1e-5)
 
 
-def test_a_prompt_does_not_count_after_its_last_prediction():
-    model = tiny_bora()
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("option_score", ["mean", "sum"])
+def test_the_two_sides_give_the_gradients_of_questions(option_score, shared):
+    """Of all options together, whether they share the row of their prompt or not."""
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    model = tiny_bora("llama", targets="all-linear", likelihood=Choice(option_score, task_weights=weights))
+    assert model.longest_shared
+    if not shared:
+        model.backbone.longest_shared = 0
+    prompt = [0, 9, 8, 7, 6]
+    rows = [[*prompt, *option] for option in ([5], [4, 3], [10, 11], [12], [13, 14, 15])]
+    more = {"read": [len(prompt)] * 5, "document_index": [0, 0, 1, 1, 1], "correct": [True, False, False, False, True]}
+    split = TokenSplit.from_documents(rows, task=[1, 1, 2, 2, 2], num_tasks=TASKS, **more)
+    theta, [batch] = random_weights(model), split.batches(token_budget=EVERYTHING)
+    task = batch.task[batch.first_rows]
+    for (name, layer), each in sides(model, theta, split).items():
+        assert len(each.task) == (2 if shared else 5)
+        assert by_task(each, each.tokens).tolist() == ([0, 6, 8] if shared else [0, 11, 18])
+        expected = document_gradients(model, theta, batch)[name][:, layer] * weights[task].sqrt()[:, None, None]
+        gradients = by_task(each, from_columns(each.long.mT @ each.short, expected))
+        torch.testing.assert_close(gradients, torch.zeros_like(gradients).index_add(0, task, expected), rtol=1e-4, atol=1e-5)
+    assert all(value.along[1:].any() for value in kfac(model, theta, split, axes=EVERYTHING).values())
+
+
+def test_tokens_count_from_which_something_is_predicted():
+    model = tiny_bora("llama", targets=["q_proj", "down_proj"])
     split = TokenSplit.from_documents([[0, 5, 6, 7, 8], [0, 9]], task=[0, 1], num_tasks=TASKS, read=[4, 1])
-    _, counted, _ = sides(model, random_weights(model), split)
-    assert counted.sort().values.tolist() == [1, 4]  # tokens before the prediction have gradients too
+    for each in sides(model, random_weights(model), split).values():  # the prompt of the first document, too
+        assert by_task(each, each.tokens).tolist() == [4, 1, 0]
 
 
 @pytest.mark.parametrize("axes", [40, 5])
@@ -63,9 +92,8 @@ def test_the_curvature_is_the_product_of_sums_over_tokens(axes):
     model, split = tiny_bora(), tiny_split((3, 0, 4))
     theta = random_weights(model)
     found = kfac(model, theta, split, axes=axes, temperature=0.5, token_budget=40)
-    task, counted, vectors = sides(model, theta, split)
-    for (name, layer), (long, short) in vectors.items():
-        own = found[name]
+    for (name, layer), each in sides(model, theta, split).items():
+        own, long, short, task = found[name], each.long, each.short, each.task
         axes_long, axes_short, along = own.long[layer], own.short[layer], own.along[:, layer]
         n, k = axes_long.shape
         torch.testing.assert_close(axes_long.mT @ axes_long, torch.eye(k), atol=1e-5, rtol=0)
@@ -73,7 +101,7 @@ def test_the_curvature_is_the_product_of_sums_over_tokens(axes):
         diagonal = axes_short.mT @ moment @ axes_short
         torch.testing.assert_close(diagonal, torch.diag(diagonal.diagonal()), atol=1e-4 * float(diagonal.max()), rtol=0)
         for d in range(TASKS):
-            tokens = counted[task == d].sum()
+            tokens = each.tokens[task == d].sum()
             of_long = (long[task == d] @ axes_long).square().sum((0, 1))
             if k < n:
                 of_long = torch.cat([of_long, (long[task == d].square().sum() - of_long.sum())[None] / (n - k)])
@@ -88,8 +116,8 @@ def test_axes_are_the_largest_eigenvectors():
     # 40 axes are all of them, found from the whole matrix, and 5 come from its products with random vectors
     whole, few = (kfac(model, theta, split, axes=axes) for axes in (40, 5))
     shares = []
-    for (name, layer), (long, _) in sides(model, theta, split)[2].items():
-        moment = (long.flatten(0, 1).mT @ long.flatten(0, 1)).double()
+    for (name, layer), each in sides(model, theta, split).items():
+        moment = (each.long.flatten(0, 1).mT @ each.long.flatten(0, 1)).double()
         best = torch.linalg.eigvalsh(moment).flip(0)
         axes = whole[name].long[layer].double()
         torch.testing.assert_close((axes.mT @ moment @ axes).diagonal(), best, rtol=1e-3, atol=1e-4 * float(best[0]))

@@ -7,9 +7,11 @@ import torch
 
 from bora_pyro import BoRA, FrozenALoRA, HierarchicalNormal, InputError, Pooled
 from bora_pyro.adapters import SharedPlusTaskLoRA
+from bora_pyro.data import TokenSplit
 from bora_pyro.guides import laplace_guide, normal_guide
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.likelihoods import Choice
 from bora_pyro.predict.linearised import LinearisedBoRA
 from bora_pyro.predict.mixture import predictive
 from bora_pyro.predict.posterior import Posterior
@@ -130,6 +132,20 @@ def test_the_weights_of_some_tasks():
     linear = LinearisedBoRA(model, centre)
     whole, some = evaluate(linear, split, theta, lambda index: {name: value[index] for name, value in theta.items()})
     torch.testing.assert_close(some.log_likelihood, whole.log_likelihood)
+
+
+def test_answers_whether_prompts_are_shared_or_not():
+    model = tiny_bora("llama", likelihood=Choice())
+    prompt = [0, 9, 8, 7, 6]
+    rows = [[*prompt, *option] for option in ([5], [4, 3], [10, 11], [12])]
+    more = {"read": [len(prompt)] * 4, "document_index": [0, 0, 1, 1], "correct": [True, False, False, True]}
+    split = TokenSplit.from_documents(rows, task=[1, 1, 2, 2], num_tasks=TASKS, **more)
+    linear, theta, found = LinearisedBoRA(model, random_weights(model)), random_weights(model, seed=1), []
+    for longest in (model.longest_shared, 0):
+        model.backbone.longest_shared = longest
+        found.append(evaluate(linear, split, theta)[0].log_p)
+    assert linear.longest_shared == 0
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_a_base_without_a_forward_derivative(monkeypatch):
