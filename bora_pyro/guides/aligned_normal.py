@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 
-from bora_pyro.guides.rotated_normal import from_columns, to_columns
+from bora_pyro.guides.matrix_normal import MatrixNormal, to_columns
 
 
 def scale_along(columns: Tensor, factor: Tensor, long: Tensor) -> Tensor:
@@ -29,7 +27,7 @@ def scale_along(columns: Tensor, factor: Tensor, long: Tensor) -> Tensor:
     return rest * columns + long @ ((factor[..., :k, :] - rest) * coordinates)
 
 
-class AlignedNormal(dist.TorchDistribution):
+class AlignedNormal(MatrixNormal):
     """Normal(m, Σ) over matrices, where Σ is diagonal along the products of axes of the two sides.
 
         >>> long, short = torch.eye(3)[:, :1].expand(2, 3, 1), torch.eye(2).expand(2, 2, 2)
@@ -47,24 +45,11 @@ class AlignedNormal(dist.TorchDistribution):
         event_dim: number of event dimensions: the last ones of ``loc``.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
     def __init__(
         self, loc: Tensor, scale: Tensor, long: Tensor, short: Tensor, *, stretch: Tensor | float = 1.0, event_dim: int
     ) -> None:
-        self.loc, self.scale, self.long, self.short = loc, scale, long, short
-        self.stretch = torch.as_tensor(stretch, dtype=loc.dtype, device=loc.device).expand(loc.shape)
-        batch = loc.dim() - event_dim
-        super().__init__(loc.shape[:batch], loc.shape[batch:], validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> Any:
-        return constraints.independent(constraints.real, self.event_dim)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
+        self.scale, self.long, self.short = scale, long, short
+        super().__init__(loc, stretch=stretch, event_dim=event_dim)
 
     def expand(self, batch_shape: torch.Size, _instance: dist.TorchDistribution | None = None) -> AlignedNormal:
         own = len(self.batch_shape)
@@ -73,17 +58,12 @@ class AlignedNormal(dist.TorchDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         noise = torch.randn((*sample_shape, *to_columns(self.loc).shape), dtype=self.loc.dtype, device=self.loc.device)
-        columns = scale_along(noise, self.scale, self.long) @ self.short.mT
-        return self.loc + self.stretch * from_columns(columns, self.loc)
+        return self.stretched(scale_along(noise, self.scale, self.long) @ self.short.mT)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        columns = to_columns((value - self.loc) / self.stretch) @ self.short
-        white = scale_along(columns, 1 / self.scale, self.long)
+        white = scale_along(self.columns_of(value) @ self.short, 1 / self.scale, self.long)
         n, k = self.long.shape[-2:]
         # the row without axes stands for n − k directions
         multiplicity = torch.tensor([1.0] * k + [float(n - k)] * (k < n), dtype=self.loc.dtype, device=self.loc.device)
-        log_scale = multiplicity[:, None] * self.scale.log()
-        dims = self.event_dim
-        found = -0.5 * (white.square() + math.log(2 * math.pi)).flatten(white.dim() - dims).sum(-1)
-        log_stretch = self.stretch.abs().log()
-        return found - sum(each.flatten(each.dim() - dims).sum(-1) for each in (log_scale, log_stretch))
+        densities = -0.5 * (white.square() + math.log(2 * math.pi))
+        return self.log_prob_of(densities, multiplicity[:, None] * self.scale.log())

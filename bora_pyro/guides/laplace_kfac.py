@@ -15,7 +15,7 @@ from bora_pyro.guides.aligned_normal import AlignedNormal, scale_along
 from bora_pyro.guides.around_map import start_sites
 from bora_pyro.guides.kfac import KroneckerCurvature, kfac, no_curvature
 from bora_pyro.guides.laplace import LEAST, Coordinates, LaplaceGuide, check_temperatures
-from bora_pyro.guides.rotated_normal import from_columns, to_columns
+from bora_pyro.guides.matrix_normal import from_columns, to_columns
 from bora_pyro.model import BoRA
 
 

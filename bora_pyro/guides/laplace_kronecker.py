@@ -14,7 +14,8 @@ from bora_pyro.errors import InputError
 from bora_pyro.guides.around_map import start_sites
 from bora_pyro.guides.curvature import kronecker_fisher
 from bora_pyro.guides.laplace import LEAST, Coordinates, LaplaceGuide, check_temperatures
-from bora_pyro.guides.rotated_normal import RotatedNormal, from_columns, to_columns
+from bora_pyro.guides.matrix_normal import from_columns, to_columns
+from bora_pyro.guides.rotated_normal import RotatedNormal
 from bora_pyro.model import BoRA
 
 

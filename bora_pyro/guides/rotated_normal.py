@@ -8,15 +8,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 
+from bora_pyro.guides.matrix_normal import MatrixNormal
 
-class RotatedNormal(dist.TorchDistribution):
+
+class RotatedNormal(MatrixNormal):
     """Normal along orthonormal axes: x = m + stretch · to_shape(Q (s · ε)), ε ~ Normal(0, I).
 
     The last two dimensions of an event are a matrix, read as n columns of r numbers, where r is the shorter dimension. Each
@@ -30,22 +29,9 @@ class RotatedNormal(dist.TorchDistribution):
         event_dim: number of event dimensions: the last ones of ``loc``.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
     def __init__(self, loc: Tensor, scale: Tensor, basis: Tensor, *, stretch: Tensor | float = 1.0, event_dim: int) -> None:
-        self.loc, self.scale, self.basis = loc, scale, basis
-        self.stretch = torch.as_tensor(stretch, dtype=loc.dtype, device=loc.device).expand(loc.shape)
-        batch = loc.dim() - event_dim
-        super().__init__(loc.shape[:batch], loc.shape[batch:], validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> Any:
-        return constraints.independent(constraints.real, self.event_dim)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
+        self.scale, self.basis = scale, basis
+        super().__init__(loc, stretch=stretch, event_dim=event_dim)
 
     def expand(self, batch_shape: torch.Size, _instance: dist.TorchDistribution | None = None) -> RotatedNormal:
         batch_shape, own = torch.Size(batch_shape), len(self.batch_shape)
@@ -56,23 +42,8 @@ class RotatedNormal(dist.TorchDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         noise = torch.randn((*sample_shape, *self.scale.shape), dtype=self.loc.dtype, device=self.loc.device)
-        rotated = (self.basis @ (self.scale * noise)[..., None])[..., 0]
-        return self.loc + self.stretch * from_columns(rotated, self.loc)
+        return self.stretched((self.basis @ (self.scale * noise)[..., None])[..., 0])
 
     def log_prob(self, value: Tensor) -> Tensor:
-        columns = to_columns((value - self.loc) / self.stretch)
-        along_axes = (self.basis.mT @ columns[..., None])[..., 0]
-        densities = dist.Normal(0.0, self.scale, validate_args=False).log_prob(along_axes)
-        dims = self.event_dim
-        log_stretch = self.stretch.abs().log()
-        return densities.flatten(densities.dim() - dims).sum(-1) - log_stretch.flatten(log_stretch.dim() - dims).sum(-1)
-
-
-def to_columns(matrix: Tensor) -> Tensor:
-    """(..., a, b) -> (..., n, r): n columns of r numbers, where r is the shorter dimension."""
-    return matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix
-
-
-def from_columns(columns: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``to_columns``, for matrices of the shape of ``like``."""
-    return columns.mT if like.shape[-2] <= like.shape[-1] else columns
+        along_axes = (self.basis.mT @ self.columns_of(value)[..., None])[..., 0]
+        return self.log_prob_of(dist.Normal(0.0, self.scale, validate_args=False).log_prob(along_axes))

@@ -58,8 +58,8 @@ class StructuredNormalGuide(NormalGuide):
     """
 
     def begin(self, name: str, centre: Tensor, deviation: Tensor, event_dim: int) -> None:
-        latent = self._latent(name)
-        if latent is None:
+        latent = _latent_of(name)
+        if latent is None or not self._follows(latent):
             super().begin(name, centre, deviation, event_dim)
             if name.startswith(_TAU):
                 for kind in ("skew", "log_tail"):
@@ -98,15 +98,17 @@ class StructuredNormalGuide(NormalGuide):
             mean, scale = loc + share * shift, (share / tau).sqrt()
         return dist.Normal(mean, scale, validate_args=False).to_event(event_dim)
 
-    def _latent(self, name: str) -> str | None:
-        """The latent of a site of the tasks that depends on Θ; None for other sites."""
-        if not name.startswith(_THETA):
-            return None
-        latent = name.removeprefix(_THETA).removesuffix(_WHITENED)
+    def _follows(self, latent: str) -> bool:
+        """Whether a latent of the tasks depends on Θ: Θ is a site, and τ is neither 0 nor infinite."""
         if _MEAN + latent not in self.prototype_trace.nodes or latent not in self.model.starts:
-            return None
+            return False
         tau = self.model.prior.precision(latent, self.model.starts[latent])
-        return latent if bool((tau > 0).all()) and not bool(tau.isinf().any()) else None
+        return bool((tau > 0).all()) and not bool(tau.isinf().any())
+
+    def _latent(self, name: str) -> str | None:
+        """The latent of a site of the tasks that depends on Θ, as ``begin`` has decided; None for other sites."""
+        latent = _latent_of(name)
+        return latent if latent is not None and hasattr(self, tensor_key("tau", latent)) else None
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The centre of every site; deviations at the centres of Θ and τ."""
@@ -119,6 +121,11 @@ class StructuredNormalGuide(NormalGuide):
                 share = torch.sigmoid(ratio.log() - log_curvature) / torch.sigmoid(-log_curvature)
                 values[name] = values[name] * share / ratio.sqrt()
         return values
+
+
+def _latent_of(name: str) -> str | None:
+    """The latent of a site of the tasks; None for other sites."""
+    return name.removeprefix(_THETA).removesuffix(_WHITENED) if name.startswith(_THETA) else None
 
 
 def structured_guide(

@@ -14,8 +14,8 @@ from bora_pyro.guides import KfacLaplaceGuide, laplace_guide, laplace_kfac_guide
 from bora_pyro.guides.aligned_normal import AlignedNormal
 from bora_pyro.guides.curvature import diagonal_fisher, document_gradients
 from bora_pyro.guides.kfac import KroneckerCurvature, kfac
+from bora_pyro.guides.matrix_normal import from_columns
 from bora_pyro.guides.matrix_sides import matrix_sides
-from bora_pyro.guides.rotated_normal import from_columns
 from bora_pyro.likelihoods import Choice
 from tests.linear_gaussian import LinearGaussian
 from tests.tiny import TASKS, VOCABULARY, random_weights, tiny_backbone, tiny_bora, tiny_data, tiny_split
