@@ -125,6 +125,19 @@ def test_the_demo_adapts_its_layers_of_nano_and_the_usual_ones_of_another_base(w
     assert parse_config(DemoConfig, words).targets == targets
 
 
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ([], 0.03),
+        (["--base_model", "builtin:smollm2"], 0.01),
+        (["--base_model", "builtin:smollm2", "--learning_rate", "0.03"], 0.03),
+        (["--learning_rate", "0.001"], 0.001),
+    ],
+)
+def test_the_demo_has_the_learning_rate_of_its_base(words, rate):
+    assert parse_config(DemoConfig, words).learning_rate == rate
+
+
 def test_the_demo_of_another_base_adapts_its_usual_layers(tmp_path, capsys):
     tokenizer = toy_tokenizer()
     base = write_gguf(tmp_path / "model.gguf", toy_llama(tokenizer), tokenizer)

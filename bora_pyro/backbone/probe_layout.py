@@ -49,7 +49,7 @@ def reads_layout(model: PreTrainedModel, device: torch.device) -> bool:
         try:
             shared, changed = logits(prompt, first, second, **layout), logits(prompt, other, second, **layout)
             alone = [logits(prompt, own) for own in (first, second)]
-        except Exception:  # the code of a model can raise any type of error
+        except Exception:  # the code of a model can raise any type of error; options then have rows of their own, as exact
             return False
     expected = torch.cat([alone[0], alone[1][_PROMPT:]])
     apart = torch.equal(shared[-_OWN:], changed[-_OWN:])  # the second continuation does not see the first

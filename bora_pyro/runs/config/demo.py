@@ -5,10 +5,13 @@
     ('builtin:nano', 'builtin:documentation', 3, 'runs/demo')
     ('builtin:smollm2', 'builtin:documentation', 3, 'runs/demo-smollm2')
 
-Every option of a MAP fit can be given; those below have other defaults. The targets of the first demo are those of its own base:
+Every option of a MAP fit can be given; those below have other defaults. The targets and the learning rate of the first demo are
+those of its own base:
 
-    >>> DemoConfig().targets, DemoConfig(base_model="builtin:smollm2").targets
-    (['q_proj', 'v_proj', 'fc1', 'fc2'], None)
+    >>> for config in (DemoConfig(), DemoConfig(base_model="builtin:smollm2")):
+    ...     config.targets, config.learning_rate
+    (['q_proj', 'v_proj', 'fc1', 'fc2'], 0.03)
+    (None, 0.01)
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from bora_pyro.options.field import by_heading, changed
 from bora_pyro.runs.config.groups import HEADINGS
 from bora_pyro.runs.config.map_fit import MapFitConfig
 
-#: The base of the first demo, and its layers that get an adapter.
-NANO, TARGETS = "builtin:nano", ("q_proj", "v_proj", "fc1", "fc2")
+#: The base of the first demo, its layers that get an adapter, and its learning rate. A larger base would diverge at this rate.
+NANO, TARGETS, RATE = "builtin:nano", ("q_proj", "v_proj", "fc1", "fc2"), 0.03
 
 
 @by_heading(*HEADINGS)
@@ -38,13 +41,20 @@ class DemoConfig(MapFitConfig):
     )
     # a short fit needs large steps, and many
     epochs: int = changed(MapFitConfig, "epochs", 3)
-    learning_rate: float = changed(MapFitConfig, "learning_rate", 0.03)
+    learning_rate: float | None = changed(  # type: ignore[assignment]
+        MapFitConfig,
+        "learning_rate",
+        None,
+        f"AdamW's largest learning rate (default: {RATE:g} for {NANO}, and {MapFitConfig.learning_rate:g} for another base)",
+    )
     token_budget: int = changed(MapFitConfig, "token_budget", 2048)
     output_dir: str = changed(MapFitConfig, "output_dir", "runs/demo")
 
     def __post_init__(self) -> None:
         if self.targets is None and self.base_model == NANO:
             self.targets = [*TARGETS]
+        if self.learning_rate is None:
+            self.learning_rate = RATE if self.base_model == NANO else MapFitConfig.learning_rate
 
 
 #: The value of ``--precision`` if the demo measures which precision is the faster one.
