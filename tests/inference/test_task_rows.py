@@ -29,7 +29,7 @@ PRIORS = [
     lambda: LearnedPrecision(start=10.0), lambda: LearnedPrecision("task", 10.0), lambda: HierarchicalNorm(50.0),
 ]  # fmt: skip
 NAMES = ["normal", "centered", "independent", "pooled", "learned", "learned per task", "norm"]
-FITTED = ("map", "normal", "low_rank", "auto_normal")
+FITTED = ("map", "normal", "ivon", "low_rank", "auto_normal")
 
 
 def bora(prior):
@@ -95,7 +95,7 @@ def test_steps_that_draw_all_tasks_are_the_ordinary_ones(prior, kind):
         [entry["objective"] for entry in one.history], rel=1e-5
     )
     for name, value in one.sites().items():
-        torch.testing.assert_close(other.sites()[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.sites()[name], value, rtol=1e-5, atol=5e-5)
     torch.testing.assert_close(other.model.prior.state(), one.model.prior.state(), rtol=1e-4, atol=1e-5)
 
 
