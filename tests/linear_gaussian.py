@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pyro
@@ -10,6 +11,7 @@ import torch
 
 from bora_pyro import BoRA
 from bora_pyro.backbone.layer_tensors import LayerTensors
+from bora_pyro.inference.elbo import TemperedELBO
 
 COUNTS = (1, 4, 2, 7)
 SHAPE = (2, 3, 4)  # layers, and a 3 x 4 matrix
@@ -73,3 +75,16 @@ class LinearGaussian(BoRA):
         mean = (weight * y).sum(0) / weight.sum(0)
         of_means = dist.Normal(mean.expand_as(y), variance.sqrt()).log_prob(y).sum()
         return of_documents + of_means + (0.5 * (2 * math.pi / weight.sum(0)).log()).sum()
+
+
+def exact_loss(monkeypatch, model, guide, temperature=1.0):
+    """The negative ELBO itself: the mean of a quadratic over independent Normals is that over one deviation up and one down."""
+    losses = []
+    for signs in itertools.product((-1, 1), repeat=len(guide.median())):
+        drawn = iter(signs)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch.distributions.Normal, "rsample", lambda self, shape=None, s=drawn: self.loc + next(s) * self.scale
+            )
+            losses.append(TemperedELBO(temperature).differentiable_loss(model, guide))
+    return sum(losses) / len(losses)

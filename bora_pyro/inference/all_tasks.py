@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from bora_pyro.data.batch import Batch
 from bora_pyro.inference.averaging import TrajectoryMean, log_tau, mean_shapes
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
-from bora_pyro.inference.optimizer import Rates, adamw, deviation_parameters, rescale, take_step
+from bora_pyro.inference.optimizer import Rates, deviation_parameters, optimizer_of, rescale, take_step
 from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.spread import Collection, give_spread
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes, shapes
@@ -21,7 +21,7 @@ from bora_pyro.model import BoRA, Weights
 
 
 class AllTasks:
-    """The state of a fit whose steps change the adapters of all tasks: one fused AdamW over all parameters of the guide.
+    """The state of a fit whose steps change the adapters of all tasks: one optimiser of all parameters of the guide.
 
     Args:
         model: the BoRA model.
@@ -45,7 +45,7 @@ class AllTasks:
         self.shared: list[Parameter] = [*self.parameters.values()]
         self.own: list[Parameter] = []
         self.latent_of = deviation_parameters(guide) if own_rate else {}
-        self.optimizer = adamw(self.shared, [self.parameters[name] for name in self.latent_of])
+        self.optimizer = optimizer_of(guide, self.parameters, self.latent_of)
         self.mean = TrajectoryMean(self.parameters, collection) if average else None
         self.best: dict[str, Tensor] = {}
 

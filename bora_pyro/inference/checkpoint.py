@@ -178,7 +178,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     """Restore an optimiser's state from the tensors that :func:`optimizer_tensors` returned.
 
     Raises:
-        ValueError: the tensors are not the state of AdamW for these parameters.
+        ValueError: the tensors are not the state of this optimiser for these parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -190,6 +190,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for number, entry in state.items():
         shape = parameters[number].shape
         expected = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
+        if not isinstance(optimizer, torch.optim.AdamW):
+            del expected["exp_avg_sq"]  # IVON
         if {key: value.shape for key, value in entry.items()} != expected:
             raise ValueError(f"optimizer/{number} belongs to another parameter")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bora_pyro.data.tasks import TaskData
+from bora_pyro.guides.ivon import IvonGuide
 from bora_pyro.inference.callbacks import Callback, FitLoop
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.model import BoRA
@@ -15,7 +16,8 @@ class ClipByTask(Callback):
 
     The gradient of a fit is that of −ELBO per observation of all its tasks. A task alone has fewer observations, so its gradient
     is larger by N / N_d (N_d are the observations of task d, N those of all tasks) and is clipped earlier. Give the fit itself no
-    limit (``gradient_clip=inf``), because its norm is over all tasks.
+    limit (``gradient_clip=inf``), because its norm is over all tasks. The gradients of the guide ``ivon`` stay as they are: its
+    steps do not depend on the number of observations, and a clipped gradient would falsify its curvature.
 
         >>> ClipByTask(1.0)
         ClipByTask(1)
@@ -39,6 +41,8 @@ class ClipByTask(Callback):
 
     @torch.no_grad()
     def before_step(self, loop: FitLoop) -> None:
+        if isinstance(loop.state.guide, IvonGuide):
+            return
         gradients = [value.grad for value in (*loop.state.shared, *loop.state.own) if value.grad is not None]
         # every parameter has one row for each task: (tasks, ...)
         squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)

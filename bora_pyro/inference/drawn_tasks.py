@@ -12,7 +12,7 @@ from bora_pyro.data.batch import Batch
 from bora_pyro.files.row_file import RowTensor
 from bora_pyro.inference.averaging import STEPS, TrajectoryMean, log_tau, mean_shapes
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
-from bora_pyro.inference.optimizer import Rates, adamw, take_step
+from bora_pyro.inference.optimizer import Rates, optimizer_of, take_step
 from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.spread import give_spread
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes
@@ -32,7 +32,7 @@ class DrawnTasks:
         task_parameters = {id(parameter) for parameter in self.rows.parameters.values()}
         self.of_all = {name: value for name, value in self.guide.named_parameters() if id(value) not in task_parameters}
         self.shared, self.own = [*self.of_all.values()], [*self.rows.parameters.values()]
-        self.optimizer = adamw(self.shared) if self.shared else None
+        self.optimizer = optimizer_of(self.guide, self.of_all) if self.shared else None
         self.mean = None if rows.means is None else TrajectoryMean(self.of_all, rows.means.collection)
         self.best: dict[str, Tensor] = {}
 

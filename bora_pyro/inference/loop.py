@@ -21,6 +21,7 @@ from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import Batches, TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.guides.from_steps import FromSteps
+from bora_pyro.guides.ivon import IvonGuide
 from bora_pyro.inference.callbacks import Callback, checked_callbacks
 from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.continuation import RECORD, check_packing, check_record, digests
@@ -226,7 +227,8 @@ class Loop:
         norm = all_reduce_gradient(self.processes, self.state.shared, self.state.own, sums)
         if not torch.stack([*sums, norm.to(sums)]).isfinite().all():
             raise self._non_finite(f"the loss is not finite at step {step + 1} (epoch {self.epoch + 1})")
-        torch.nn.utils.clip_grads_with_norm_([*self.state.shared, *self.state.own], self.options.gradient_clip, norm)
+        if not isinstance(self.guide, IvonGuide):
+            torch.nn.utils.clip_grads_with_norm_([*self.state.shared, *self.state.own], self.options.gradient_clip, norm)
         for callback in self.callbacks:
             callback.before_step(self)
         self.state.step(replace(self._rates, part=rate / self._rates.shared))

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bora_pyro.guides.base import task_sites, tensor_key
+from bora_pyro.guides.ivon import IvonGuide
+from bora_pyro.inference.ivon import Ivon
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.schedule import COSINE, schedule
 
@@ -89,12 +91,14 @@ class Rates:
         per_square: N²/S, with N training observations and S steps in an epoch; one number, or one for each task, (D,). The loss
             is in nats per observation, so this factor turns the variance of a task's gradient over the steps into the trace of
             its Fisher information.
+        nats: N/T. This factor turns the gradient of the loss into that of the objective in nats, in units of the temperature T.
     """
 
     part: float
     shared: float
     deviations: float
     per_square: Tensor
+    nats: float = 1.0
 
     def of_deviations(self, noise: Tensor) -> Tensor:
         """The rate of each task's whitened deviations, limited so that a step costs the task at most ``NATS``.
@@ -124,7 +128,7 @@ def largest_rates(options: FitOptions, observations: float, steps_per_epoch: int
     per_square = torch.tensor(observations**2 / steps_per_epoch)
     for factor in factors:
         per_square = per_square / factor.to(per_square).square()
-    return Rates(1.0, options.learning_rate, of_deviations, per_square)
+    return Rates(1.0, options.learning_rate, of_deviations, per_square, nats=observations / options.temperature)
 
 
 def variance(first: Tensor, second: Tensor, steps: Tensor) -> Tensor:
@@ -152,9 +156,25 @@ def adamw(parameters: Iterable[Parameter], deviations: Collection[Parameter] = (
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, eps=EPS, fused=True)
 
 
+def optimizer_of(guide: AutoGuide, parameters: Mapping[str, Parameter], deviations: Iterable[str] = ()) -> torch.optim.Optimizer:
+    """The optimiser of a guide's parameters: IVON of a guide that asks for it, AdamW of all others.
+
+    Args:
+        guide: the guide after its first run.
+        parameters: its parameters by name, or some of them.
+        deviations: the names of those that are whitened deviations.
+    """
+    if isinstance(guide, IvonGuide):
+        return Ivon(parameters, guide)
+    return adamw(parameters.values(), [parameters[name] for name in deviations])
+
+
 @torch.no_grad()
 def take_step(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
     """Take a step with these rates, and delete the gradients."""
+    if isinstance(optimizer, Ivon):
+        optimizer.take_step(rates)
+        return
     before, parts = [], torch.ones(())
     for group in optimizer.param_groups:
         group["lr"] = rates.part * rates.shared
@@ -179,11 +199,12 @@ def _noise(optimizer: torch.optim.Optimizer, parameters: list[Parameter]) -> Ten
 
 @torch.no_grad()
 def rescale(optimizer: torch.optim.Optimizer, factors: Iterable[tuple[Parameter, Tensor]]) -> None:
-    """Multiply AdamW's moments of some parameters as if all their gradients had been multiplied by a factor."""
+    """Multiply the optimiser's moments of some parameters as if all their gradients had been multiplied by a factor."""
     for parameter, factor in factors:
         if state := optimizer.state.get(parameter):
             state["exp_avg"] *= factor
-            state["exp_avg_sq"] *= factor.square()
+            if "exp_avg_sq" in state:
+                state["exp_avg_sq"] *= factor.square()
 
 
 def gradient_factors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:

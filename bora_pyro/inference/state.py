@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -29,12 +30,13 @@ MODEL = ("prior/", "buffers/", "masks/")
 class FitState(Protocol):
     """The parameters of a fit: ``shared`` are the same in every process, ``own`` belong to the tasks of this process."""
 
+    guide: AutoGuide
     shared: list[Parameter]
     own: list[Parameter]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """AdamW of the shared parameters; None if there are none."""
+        """The optimiser of the shared parameters; None if there are none."""
 
     def begin_epoch(self) -> None:
         """Prepare an epoch."""
@@ -43,7 +45,7 @@ class FitState(Protocol):
         """Prepare a step on some batches, and return the batches for the model."""
 
     def step(self, rates: Rates) -> None:
-        """Take AdamW's step and delete the gradients."""
+        """Take the optimiser's step and delete the gradients."""
 
     def rescale(self, factors: Weights) -> None:
         """Multiply AdamW's moments of the whitened deviations, by latent, as their gradients change when τ changes."""

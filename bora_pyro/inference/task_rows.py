@@ -17,6 +17,8 @@ from bora_pyro.data.batch import Batch, TaskDraw, loaded_tasks
 from bora_pyro.errors import InputError
 from bora_pyro.files.row_file import RowTensor, check_space
 from bora_pyro.guides.base import parameters_of_tasks, task_sites
+from bora_pyro.guides.ivon import IvonGuide
+from bora_pyro.inference.ivon import natural_step, scale_of, settings_of
 from bora_pyro.inference.optimizer import BETAS, DEVIATION_BETAS, EPS, Rates, deviation_parameters, variance
 from bora_pyro.inference.row_means import RowMeans, copies_of
 from bora_pyro.inference.spread import Collection
@@ -77,10 +79,13 @@ class TaskRows:
         self.moments = [{name: RowTensor(zero, tasks, folder=place) for name, zero in zeros.items()} for _ in BETAS]
         self.means = RowMeans(zeros, tasks, folder=place, collection=collection) if average else None
         self.latent_of = deviation_parameters(guide) if own_rate else {}
+        self.scale_of = {name: scale for name, scale in scale_of(guide).items() if name in self.parameters}
         #: By latent: the stored moments are multiples of this factor and its square, which change with τ for all rows at once.
         self.units: dict[str, Tensor] = {}
         #: The number of steps of each row, and that of the fit.
         self.count, self.steps = torch.zeros(tasks), 0
+        #: The weight of the prior of each loaded task in the step that was begun last.
+        self.weight = torch.ones(1)
         _drop_first_run(guide, 1)
         self._bytes_mapped, self.loaded = 0.0, own[:1]
         self.load(self.loaded)
@@ -106,13 +111,15 @@ class TaskRows:
         if not draws:
             return []
         self.load(torch.cat([draw.index for draw in draws]).unique())
-        return [
+        found = [
             replace(batch, tasks=replace(batch.tasks.widened(self.loaded), rows_loaded=True)) for batch in batches if batch.tasks
         ]
+        self.weight = torch.stack([batch.tasks.weight * batch.share for batch in found if batch.tasks]).sum(0)
+        return found
 
     @torch.no_grad()
     def step(self, rates: Rates) -> None:
-        """Take AdamW's step on the loaded rows that have gradients, and add their new values to their means."""
+        """Take the optimiser's step on the loaded rows that have gradients, and add their new values to their means."""
         self.steps += 1
         self._step(rates)
         if self.means is not None and self.means.collection is not None and self.means.collection.takes(self.steps):
@@ -128,13 +135,10 @@ class TaskRows:
             return
         before = None if self.sums is None else self.centres()
         self._extend_means(self.loaded, self.steps - 1)
-        moments = {name: self._moments(name) for name in self.latent_of}
-        limited = rates.of_deviations(self._noise(moments.values())).tolist()
-        for name in names:
-            if name in self.latent_of:
-                self._step_of(name, limited, *moments.pop(name))
-            else:
-                self._step_of(name, [rates.part * rates.shared] * len(self.loaded), *self._moments(name))
+        if isinstance(self.guide, IvonGuide):
+            self._natural_steps(self.guide, rates)
+        else:
+            self._adamw_steps(names, rates)
         self.count[self.loaded] += 1
         self._extend_means(self.loaded, self.steps)
         for name in names:
@@ -143,6 +147,28 @@ class TaskRows:
             for name, value in self.centres().items():
                 self.sums[name] += (value - before[name]).sum(0, dtype=torch.float64)
         self._limit_mapped(7)
+
+    def _natural_steps(self, guide: IvonGuide, rates: Rates) -> None:
+        steps = self.count[self.loaded] + 1
+        for name, scale in self.scale_of.items():
+            loc, log_scale = self.parameters[name], self.parameters[scale]
+            assert loc.grad is not None and log_scale.grad is not None
+            first, second = self._moments(name)
+            of_row = (-1, *[1] * (loc.dim() - 1))
+            factor, step = ((value.to(loc)).view(of_row) for value in (rates.nats / self.weight, steps))
+            gradients = (loc.grad, log_scale.grad)
+            natural_step(loc.data, log_scale.data, first, step, factor=factor, gradients=gradients, **settings_of(rates, guide))
+            self._write(name, first, second)
+            self.values[scale].write(self.loaded, log_scale.detach())
+
+    def _adamw_steps(self, names: Sequence[str], rates: Rates) -> None:
+        moments = {name: self._moments(name) for name in self.latent_of}
+        limited = rates.of_deviations(self._noise(moments.values())).tolist()
+        for name in names:
+            if name in self.latent_of:
+                self._step_of(name, limited, *moments.pop(name))
+            else:
+                self._step_of(name, [rates.part * rates.shared] * len(self.loaded), *self._moments(name))
 
     def _moments(self, name: str) -> tuple[Tensor, Tensor]:
         """AdamW's moments of the loaded rows of a parameter: (loaded, ...) each, on its device."""
@@ -159,7 +185,7 @@ class TaskRows:
         return noise * steps / max(self.steps - 1, 1)  # times the part of the earlier steps that drew the task
 
     def _step_of(self, name: str, rates: Sequence[float], first: Tensor, second: Tensor) -> None:
-        parameter, unit = self.parameters[name], self._unit(name)
+        parameter = self.parameters[name]
         beta1, beta2 = DEVIATION_BETAS if name in self.latent_of else BETAS
         assert parameter.grad is not None
         steps = self.count[self.loaded].to(parameter.device)
@@ -172,7 +198,12 @@ class TaskRows:
                 values, gradients, firsts, seconds, [], counts, lr=rate, beta1=beta1, beta2=beta2, eps=EPS, weight_decay=0.0,
                 amsgrad=False, maximize=False, fused=True,
             )  # fmt: skip
-        self.values[name].write(self.loaded, parameter.detach())
+        self._write(name, first, second)
+
+    def _write(self, name: str, first: Tensor, second: Tensor) -> None:
+        """Store the loaded rows of a parameter, and their moments."""
+        unit = self._unit(name)
+        self.values[name].write(self.loaded, self.parameters[name].detach())
         self.moments[0][name].write(self.loaded, first if unit is None else first / unit)
         self.moments[1][name].write(self.loaded, second if unit is None else second / unit.square())
 

@@ -38,6 +38,7 @@ class Arm:
 ARMS = {
     "map_longer": Arm("map"),
     "normal": Arm("normal"),
+    "ivon": Arm("ivon"),
     "normal_tempered": Arm("normal", temperature=0.3),
     "low_rank": Arm("low_rank"),
     "swag": Arm("swag"),

@@ -18,6 +18,7 @@ PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(tau=100, form="centere
 TENSORS = {
     "map": 1,
     "normal": 2,
+    "ivon": 2,
     "structured": 2,
     "low_rank": 4,
     "laplace": 0,

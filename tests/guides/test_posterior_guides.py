@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import pyro
@@ -21,7 +20,7 @@ from bora_pyro.guides.rotated_normal import RotatedNormal
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.priors import StandardNormal
 from bora_pyro.priors.base import flat
-from tests.linear_gaussian import SHAPE, LinearGaussian
+from tests.linear_gaussian import SHAPE, LinearGaussian, exact_loss
 from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora, tiny_data, tiny_split
 
 TAU = 3.0
@@ -118,19 +117,6 @@ def test_normal_has_the_mean_field_solution(monkeypatch, prior):
     site = "theta.q.x_decentered" if prior.form == "noncentered" else "theta.q.x"
     torch.testing.assert_close(guide.get("log_scale", "prior_mean.q.x").exp().detach(), of_mean**-0.5, atol=1e-3, rtol=0)
     torch.testing.assert_close(guide.get("log_scale", site).exp().detach(), of_tasks**-0.5, atol=1e-3, rtol=0)
-
-
-def exact_loss(monkeypatch, model, guide):
-    """The negative ELBO itself: the mean of a quadratic over independent Normals is that over one deviation up and one down."""
-    losses = []
-    for signs in itertools.product((-1, 1), repeat=len(guide.median())):
-        drawn = iter(signs)
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                torch.distributions.Normal, "rsample", lambda self, shape=None, s=drawn: self.loc + next(s) * self.scale
-            )
-            losses.append(TemperedELBO().differentiable_loss(model, guide))
-    return sum(losses) / len(losses)
 
 
 def fit_without_noise(monkeypatch, model, guide):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bora_pyro import HierarchicalNormal, InputError, LearnedPrecision, fit
-from bora_pyro.guides import normal_guide
+from bora_pyro.guides import ivon_guide, normal_guide
 from bora_pyro.inference.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from bora_pyro.inference.fit import FitStopped
 from bora_pyro.runs.folder import RunFolder
@@ -49,7 +49,7 @@ def options(prior, guide=None, **more):
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["all tasks", "drawn tasks"])
-@pytest.mark.parametrize("guide", [None, normal_guide], ids=["map", "normal"])
+@pytest.mark.parametrize("guide", [None, normal_guide, ivon_guide], ids=["map", "normal", "ivon"])
 @pytest.mark.parametrize("prior", [lambda: HierarchicalNormal(10.0), lambda: LearnedPrecision(start=10.0, every=3)])
 def test_stopped_within_an_epoch_and_taken_up_again(tmp_path, prior, guide, drawn):
     def whole(**more):
