@@ -6,9 +6,11 @@
 For each seed (split, start, order of the documents) there is a MAP fit with a learned τ. The arms start from it:
 
 - ``map``: the point estimate.
+- ``map_scaled``: its logits, or the scores of the options, divided by the temperature that the validation split chooses.
 - ``map_longer``: the point estimate, fitted for as many more epochs as the guides. It shows what longer training alone gains.
 - ``ensemble``: four MAP fits from different starts, with averaged probabilities (deep ensembles, Lakshminarayanan et al., 2017).
-- ``normal``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its weight.
+- ``normal``, ``structured``, ``ivon``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its
+  weight.
 - ``swag``: the mean and the spread of the steps of a fit with a constant rate; the validation split chooses the scale.
 - ``tfb``: the widest isotropic noise of each task's ΔW that the validation split allows, without a fit.
 - ``laplace``, ``laplace_kronecker``, ``laplace_kfac``: guides from the curvature, without a fit; in ``..._tempered`` the
@@ -17,11 +19,13 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
   ``normal``.
 
 The first seed chooses learning rates and temperatures on the validation split. The perplexity of the posterior's mean chooses a
-learning rate, in a search that climbs from the middle of the grid. The perplexity of the mixture chooses Laplace's temperature.
+learning rate, in a search that climbs from the middle of the grid. That of the mixture chooses Laplace's temperature. (For tasks
+with answers both are the negative log-likelihood of a question.)
 The other seeds use these choices. What a guide itself leaves to the validation split, such as the scale of ``swag``, is chosen
 anew for each seed. The test split is only reported. Each run has two rows: the prediction of the posterior's mean, and that of
-the mixture of draws. ``few`` columns are about the third of the tasks with the fewest training documents. Rows that the output
-already has are not computed again.
+the mixture of draws. ``few`` columns are about the third of the tasks with the fewest training documents; ``aurc`` is the area
+under the risk-coverage curve, where the risk is the share of wrong predictions, and 1 − confidence orders them. Rows that the
+output already has are not computed again. For tasks with answers (``likelihood: choice``) a prediction is a question.
 
 All fits have the options of ``--fit_config``, and override ``tau``, ``seed`` and ``learning_rate``. Those of the guides and
 ``map_longer`` also override ``epochs``, ``patience`` (0) and ``temperature``.
@@ -49,7 +53,8 @@ from pyro.infer.autoguide import AutoDelta
 from scipy import stats
 
 from bora_pyro.data import ByRecord
-from bora_pyro.diagnostics.calibration import calibration
+from bora_pyro.data.token_split import TokenSplit
+from bora_pyro.diagnostics.calibration import area_under_risk_coverage, calibration
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.inference.fit import fit
@@ -58,9 +63,11 @@ from bora_pyro.inference.options import FitOptions
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option, part_of
+from bora_pyro.predict.answers import ChoicePredictions, predictions
 from bora_pyro.predict.held_out import settle
-from bora_pyro.predict.mixture import Draws, predictive
+from bora_pyro.predict.mixture import Draws, TokenPredictions
 from bora_pyro.predict.posterior import Posterior
+from bora_pyro.predict.temperature import predict_scaled, temperature_of
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.layout import METRICS
@@ -73,6 +80,8 @@ RATES = (0.001, 0.003, 0.01, 0.03)
 MIDDLE = 0.01
 TEMPERATURES = (1.0, 1e-3, 1e-6)
 KEYS = ["arm", "seed", "temperature", "learning_rate", "prediction"]
+#: A function that predicts a split.
+Predict = Callable[[TokenSplit], TokenPredictions | ChoicePredictions]
 
 
 @dataclass(kw_only=True)
@@ -137,6 +146,8 @@ class Comparison:
         """Compute the missing rows of an arm."""
         if arm == "map":
             self.fill(arm, run, seed, None, None, lambda: (run.fitted, None, run.fitted.seconds))
+        elif arm == "map_scaled":
+            self.fill_scaled(run, seed)
         elif arm == "ensemble":
             self.fill(arm, run, seed, None, None, lambda: self.ensemble(run, seed))
         elif ARMS[arm].fitted:
@@ -196,10 +207,7 @@ class Comparison:
             rate: learning rate; None: the arm has none.
             make: function that returns the fitted posterior, its draws (None: draws of its guide) and its seconds.
         """
-        own = self.table[(self.table.arm == arm) & (self.table.seed == seed)]
-        for name, value in (("temperature", temperature), ("learning_rate", rate)):
-            own = own[own[name].isna()] if value is None else own[np.isclose(own[name].astype(float), value)]
-        if len(own):
+        if self.has(arm, seed, temperature, rate):
             return
         fitted, draws, seconds = make()
         centre = fitted.weights()[0]
@@ -212,39 +220,59 @@ class Comparison:
             draws, model = partial(posterior.draws, self.config.draws), posterior.predictor(ARMS[arm].linearised)
         rows = []
         if arm != "ensemble":
-            rows.append(self.row(keys | {"prediction": "mean"} | common, run, run.fitted.model, lambda: [centre]))
+            rows.append(self.row(keys | {"prediction": "mean"} | common, run, of_draws(run.fitted.model, lambda: [centre])))
         if draws is not None:
-            rows.append(self.row(keys | {"prediction": "mixture"} | common, run, model, draws))
+            rows.append(self.row(keys | {"prediction": "mixture"} | common, run, of_draws(model, draws)))
+        self.add(rows)
+
+    def fill_scaled(self, run: SavedRun, seed: int) -> None:
+        """Add the row of the MAP fit with a temperature that the validation split chooses, unless the table has it."""
+        if self.has("map_scaled", seed, None, None):
+            return
+        model, centre, start = run.fitted.model, run.fitted.weights()[0], time.perf_counter()
+        scaling = temperature_of(model, run.data.validation, centre)
+        seconds = run.fitted.seconds + time.perf_counter() - start
+        keys = {"arm": "map_scaled", "seed": seed, "temperature": None, "learning_rate": None, "prediction": "mean"}
+        common = {"seconds": round(seconds, 1), "state": 1.0, "best_epoch": run.fitted.best_epoch, "scaling": scaling}
+        self.add([self.row(keys | common, run, lambda split: predict_scaled(model, split, centre, scaling))])
+
+    def has(self, arm: str, seed: int, temperature: float | None, rate: float | None) -> bool:
+        """Whether the table has rows of an arm with these settings."""
+        own = self.table[(self.table.arm == arm) & (self.table.seed == seed)]
+        for name, value in (("temperature", temperature), ("learning_rate", rate)):
+            own = own[own[name].isna()] if value is None else own[np.isclose(own[name].astype(float), value)]
+        return bool(len(own))
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows to the table, and write the file."""
         self.table = pd.DataFrame([*self.table.to_dict("records"), *rows])
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_results(self.table, self.output)
         for row in rows:
             print("{arm} seed {seed} T {temperature} rate {learning_rate} {prediction}: ".format(**row), end="")
-            print(
-                "validation {validation_perplexity:.3f}, test {test_perplexity:.3f}, ECE {test_ece:.4f}, {seconds} s".format(
-                    **row
-                )
-            )
+            print("validation NLL {validation_nll:.4f}, test {test_nll:.4f}, ECE {test_ece:.4f}, {seconds} s".format(**row))
             sys.stdout.flush()
 
-    def row(self, keys: dict[str, Any], run: SavedRun, model: BoRA, draws: Draws) -> dict[str, Any]:
-        """Score the mixture of some draws on both held-out splits.
+    def row(self, keys: dict[str, Any], run: SavedRun, predict: Predict) -> dict[str, Any]:
+        """Score predictions of both held-out splits.
 
         Args:
             keys: columns that identify the row.
             run: the MAP fit, with the data.
-            model: the model that predicts with the draws.
-            draws: function that returns the weights of each draw.
+            predict: function that predicts a split.
         """
         row, few = dict(keys), few_tasks(run)
         for name, split in (("validation", run.data.validation), ("test", run.data.test)):
             start = time.perf_counter()
-            found = predictive(model, split, draws)
-            row[f"{name}_perplexity"] = found.perplexity()
-            row |= {f"{name}_{key}": value for key, value in asdict(calibration(found)).items() if key in ("nll", "ece", "brier")}
+            found = predict(split)
+            measured = asdict(calibration(found))
+            row |= {f"{name}_{key}": measured[key] for key in ("nll", "ece", "brier", "accuracy")}
+            row[f"{name}_aurc"] = area_under_risk_coverage(1 - found.confidence, (~found.correct).double())
             own = asdict(calibration(found, where=torch.isin(found.task, few)))
             row |= {f"{name}_few_{key}": own[key] for key in ("nll", "ece")}
-            row[f"{name}_documents_nll"] = -float(found.log_predictive().sum()) / len(found.label)
+            if isinstance(found, TokenPredictions):
+                row[f"{name}_perplexity"] = found.perplexity()
+                row[f"{name}_documents_nll"] = -float(found.log_predictive().sum()) / len(found.label)
             row["predict_seconds"] = round(time.perf_counter() - start, 1)
         return row
 
@@ -296,6 +324,16 @@ class Comparison:
         if bool((scales == scales[0]).all()) or bool((tokens == tokens[0]).all()):
             return math.nan  # a rank correlation with a constant is not defined
         return float(stats.spearmanr(tokens.numpy(), scales.numpy()).statistic)
+
+
+def of_draws(model: BoRA, draws: Draws) -> Predict:
+    """The predictions of the mixture of some draws.
+
+    Args:
+        model: the model that predicts with the draws.
+        draws: function that returns the weights of each draw.
+    """
+    return lambda split: predictions(model, split, draws)
 
 
 def few_tasks(run: SavedRun) -> torch.Tensor:

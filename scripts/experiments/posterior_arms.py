@@ -38,6 +38,7 @@ class Arm:
 ARMS = {
     "map_longer": Arm("map"),
     "normal": Arm("normal"),
+    "structured": Arm("structured"),
     "ivon": Arm("ivon"),
     "normal_tempered": Arm("normal", temperature=0.3),
     "low_rank": Arm("low_rank"),
@@ -56,4 +57,4 @@ ARMS = {
     "laplace_kfac_linearised_tempered": Arm("laplace_kfac", temperature=None, linearised=True),
     "laplace_kfac_tasks_linearised": Arm("laplace_kfac", linearised=True, options={"draw_mean": False}),
 }
-NAMES = ("map", *ARMS, "ensemble")
+NAMES = ("map", "map_scaled", *ARMS, "ensemble")

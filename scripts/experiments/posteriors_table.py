@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-_HEADER = "| arm | T | rate | of | NLL a token | perplexity | to MAP | ECE | NLL, few | ECE, few | seconds | state | ρ |"
+# of tokens, and of answers among options
+_TOKENS = "| arm | T | rate | of | NLL a token | perplexity | to MAP | ECE | NLL, few | ECE, few | AURC | seconds | state | ρ |"
+_ANSWERS = (
+    "| arm | T | rate | of | NLL a question | accuracy | NLL − MAP's | ECE | NLL, few | ECE, few | AURC | seconds | state | ρ |"
+)
 
 
 def markdown(table: pd.DataFrame, chosen: Mapping[str, pd.Series | None]) -> str:
@@ -18,8 +22,8 @@ def markdown(table: pd.DataFrame, chosen: Mapping[str, pd.Series | None]) -> str
         table: the rows of the comparison.
         chosen: for each arm a row with the chosen ``temperature`` and ``learning_rate``; None: the arm has neither.
     """
-    lines = [_HEADER, "|" + "---|" * 13]
-    reference = table[table.arm == "map"].set_index("seed").test_perplexity
+    lines = [_TOKENS if _of_tokens(table) else _ANSWERS, "|" + "---|" * 14]
+    reference = table[table.arm == "map"].set_index("seed").test_nll
     for arm, choice in chosen.items():
         for prediction in ("mean", "mixture"):
             rows = table[(table.arm == arm) & (table.prediction == prediction)]
@@ -33,11 +37,21 @@ def markdown(table: pd.DataFrame, chosen: Mapping[str, pd.Series | None]) -> str
 
 def _cells(rows: pd.DataFrame, prediction: str, reference: pd.Series) -> list[str]:
     cells = [_text(rows.temperature.iloc[0]), _text(rows.learning_rate.iloc[0]), prediction]
-    cells += [_mean_sd(rows.test_nll, 3), _mean_sd(rows.test_perplexity, 2), _mean_sd(rows.test_perplexity / reference, 3)]
+    more = (rows.test_nll - reference).dropna()
+    cells.append(_mean_sd(rows.test_nll, 3))
+    if _of_tokens(rows):
+        cells += [_mean_sd(rows.test_perplexity, 2), _mean_sd(np.exp(more), 3)]
+    else:
+        cells += [_mean_sd(rows.test_accuracy, 3), _mean_sd(more, 3)]
     cells += [_mean_sd(rows.test_ece, 4), _mean_sd(rows.test_few_nll, 3), _mean_sd(rows.test_few_ece, 4)]
+    cells.append(_mean_sd(rows.test_aurc, 3) if "test_aurc" in rows else "–")
     cells += [f"{rows.seconds.mean():.0f}", f"{rows.state.mean():.1f}"]
     rho = rows["scale_correlation"] if "scale_correlation" in rows else pd.Series(dtype=float)
     return [*cells, _mean_sd(rho.dropna(), 2)]
+
+
+def _of_tokens(rows: pd.DataFrame) -> bool:
+    return "test_perplexity" in rows and bool(rows.test_perplexity.notna().all())
 
 
 def _text(value: Any) -> str:

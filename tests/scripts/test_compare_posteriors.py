@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from tests.choice_table import table as questions
+from tests.choice_table import write
 from tests.tiny_base import line, quick_fit, script_main
 
 
@@ -25,7 +27,7 @@ def finished(tmp_path_factory, main):
     (folder / "fit.yaml").write_text(yaml.safe_dump(options | {"targets": ["v_proj", "fc2"]}))
     words = line({"fit_config": folder / "fit.yaml", "seeds": 2, "epochs": 1, "draws": 2, "map_learning_rate": 0.03})
     words += line({"runs_dir": folder / "runs", "output": folder / "table.csv"})
-    words += ["--arms", "map", "normal", "swag", "tfb", "laplace_tempered", "ensemble", "normal_linearised"]
+    words += ["--arms", "map", "map_scaled", "normal", "swag", "tfb", "laplace_tempered", "ensemble", "normal_linearised"]
     words += ["laplace_linearised", "laplace_kfac_tasks_linearised"]
     assert main(words) == 0
     return words, folder / "table.csv"
@@ -50,6 +52,11 @@ def test_the_table_hangs_together(finished):
         assert centre.tolist() == pytest.approx(
             [table[(table.arm == "map") & (table.seed == seed)].test_nll.item()] * len(centre)
         )
+    # one temperature for all tokens: the same guesses, and a likelihood on the validation split that is no lower
+    point, scaled = (table[table.arm == arm].set_index("seed") for arm in ("map", "map_scaled"))
+    assert (scaled.validation_nll <= point.validation_nll + 1e-9).all()
+    assert (scaled.scaling != 1).all()
+    assert (scaled.test_accuracy - point.test_accuracy).abs().max() < 1e-12
     assert table[table.arm == "normal"].state.eq(2).all()
     # the mean, the variance and five columns, and two numbers
     assert table[table.arm == "swag"].state.between(7, 7.01).all()
@@ -75,7 +82,7 @@ def test_nothing_is_run_again(finished, main, monkeypatch, capsys):
     before = file.read_bytes()
     module = main.__globals__
     monkeypatch.setitem(module, "fit", None)
-    monkeypatch.setitem(module, "predictive", None)
+    monkeypatch.setitem(module, "predictions", None)
     assert main(words) == 0
     assert file.read_bytes() == before
     said = capsys.readouterr().out
@@ -86,7 +93,7 @@ def test_nothing_is_run_again(finished, main, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--arms", "nomal"], "arm 'nomal' is not known; known: map, map_longer,"),
+        (["--arms", "nomal"], "arm 'nomal' is not known; known: map, map_scaled, map_longer,"),
         (["--draws", "0"], "draws is 0; give a whole number from 1 up"),
         (["--fit_config", "none.yaml"], "fit_config none.yaml does not exist"),
         (["--map_learning_rate", "0"], "map_learning_rate is 0.0; give a finite number above 0"),
@@ -107,3 +114,20 @@ def test_an_arm_with_the_rate_of_another_comes_after_it(finished, main, capsys, 
     assert capsys.readouterr().err == (
         "error: arm 'normal_linearised' has the learning rate of 'normal', which has no rows; put normal before it\n"
     )
+
+
+def test_tasks_with_answers_have_the_numbers_of_questions(main, tmp_path, capsys):
+    options = {name: value for name, value in quick_fit(tmp_path).items() if name not in ("threads", "data")}
+    options |= {"data": write(tmp_path / "rows.jsonl", questions()), "split_column": "split", "options_column": "options"}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(options | {"likelihood": "choice", "targets": ["v_proj", "fc2"]}))
+    words = line({"fit_config": tmp_path / "fit.yaml", "seeds": 1, "epochs": 1, "draws": 2, "output": tmp_path / "table.csv"})
+    words += ["--runs_dir", str(tmp_path / "runs"), "--arms", "map", "map_scaled", "ivon", "laplace_linearised"]
+    assert main(words) == 0
+    rows = pd.read_csv(tmp_path / "table.csv")
+    assert "test_perplexity" not in rows
+    assert (rows.test_accuracy * 12 - (rows.test_accuracy * 12).round()).abs().max() < 1e-3  # two tasks, six questions each
+    assert rows.test_aurc.between(0, 1).all()
+    point, scaled = (rows[rows.arm == arm].iloc[0] for arm in ("map", "map_scaled"))
+    assert scaled.test_accuracy == point.test_accuracy
+    assert scaled.validation_nll < point.validation_nll
+    assert "| NLL a question | accuracy | NLL − MAP's |" in capsys.readouterr().out
