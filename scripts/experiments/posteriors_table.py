@@ -40,7 +40,7 @@ def _cells(rows: pd.DataFrame, prediction: str, reference: pd.Series) -> list[st
     more = (rows.test_nll - reference).dropna()
     cells.append(_mean_sd(rows.test_nll, 3))
     if _of_tokens(rows):
-        cells += [_mean_sd(rows.test_perplexity, 2), _mean_sd(np.exp(more), 3)]
+        cells += [_mean_sd(rows.test_perplexity, 2), _mean_sd(more.map(np.exp), 3)]
     else:
         cells += [_mean_sd(rows.test_accuracy, 3), _mean_sd(more, 3)]
     cells += [_mean_sd(rows.test_ece, 4), _mean_sd(rows.test_few_nll, 3), _mean_sd(rows.test_few_ece, 4)]
