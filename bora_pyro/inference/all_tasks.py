@@ -73,6 +73,10 @@ class AllTasks:
     def adapters(self) -> Weights:
         return self.model.weights_given(self.sites())[0]
 
+    def global_mean(self) -> Weights:
+        _, mean = self.model.weights_given(self.sites())
+        return {name: value.expand(self.model.num_tasks, *value.shape) for name, value in mean.items()}
+
     def totals(self, processes: Processes) -> Weights:
         return {}
 

@@ -32,6 +32,7 @@ RECORD: dict[str, tuple[type, ...]] = {
     "history": (list,),
     "best_epoch": (int,),
     "validation_score": (float, int, type(None)),
+    "global_mean_score": (float, int, type(None)),
     "seconds": (float, int),
     "averaged": (bool,),
     "gradient_norms": (dict,),
@@ -86,6 +87,7 @@ def check_continues(
     Raises:
         InputError: as for `check_same`, `check_packing` and `as_before`; or the same rows are pieces of other documents.
     """
+    checkpoint.progress.setdefault("global_mean_score", None)  # older checkpoints have none
     checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)})
     as_before(checkpoint, options.task_subsampling, processes=processes)
     check_same(checkpoint.progress, data, backbone, what=f"checkpoint {str(checkpoint.path)!r}")

@@ -64,6 +64,9 @@ class DrawnTasks:
     def adapters(self) -> Callable[[Tensor], Weights]:
         return self.rows.weights
 
+    def global_mean(self) -> Callable[[Tensor], Weights]:
+        return self.rows.global_mean
+
     def totals(self, processes: Processes) -> Weights:
         assert self.rows.sums is not None
         message = processes.all_reduce(torch.cat([value.flatten() for value in self.rows.sums.values()]).float())

@@ -44,6 +44,7 @@ class Fitted:
         averaged: whether that state is the mean of the steps up to then, and not the last of them.
         validation_score: the likelihood's measure (perplexity) of the validation documents for the state that was kept; None if
             there are no such documents.
+        global_mean_score: the same measure of the same state under Θ alone; None if it has not chosen the epoch (``kept_by``).
         seconds: time in training steps and validation.
         gradient_norms: the norm of the objective's gradient at the ``start`` and the ``end`` (`optimum`); empty if not measured.
         documents: N_d, the number of training documents of each task; empty if unknown.
@@ -57,6 +58,7 @@ class Fitted:
     best_epoch: int = 0
     averaged: bool = False
     validation_score: float | None = None
+    global_mean_score: float | None = None
     seconds: float = 0.0
     gradient_norms: dict[str, Any] = field(default_factory=dict)
     documents: list[int] = field(default_factory=list)

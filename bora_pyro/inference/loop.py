@@ -30,13 +30,14 @@ from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.folds import Folds
 from bora_pyro.inference.learn_tau import LearnTau
 from bora_pyro.inference.optimizer import largest_rates
-from bora_pyro.inference.options import FitOptions
+from bora_pyro.inference.options import GLOBAL_MEAN, FitOptions
 from bora_pyro.inference.processes import Processes, all_reduce_gradient
 from bora_pyro.inference.schedule import CONSTANT, COSINE, epoch_seed, schedule, step_seed
 from bora_pyro.inference.spread import collection_of
 from bora_pyro.inference.start import first_state, partition_of
 from bora_pyro.inference.state import draws_tasks
 from bora_pyro.inference.steps import EpochSteps, StepsOfEpoch
+from bora_pyro.inference.task_dropout import TaskDropout, check_shares
 from bora_pyro.inference.validation import draw_is_finite, validation_score
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import with_changes
@@ -83,6 +84,10 @@ class Loop:
         self.model, self.data, self.guide = model, data, guide
         self.device, self.elbo = model.backbone.device, TemperedELBO(options.temperature)
         self.observations = model.likelihood.observations_of(data.train)
+        self._dropout = TaskDropout(model, options.task_dropout)
+        self._by_global_mean = options.kept_by == GLOBAL_MEAN
+        if self._by_global_mean:
+            check_shares("kept_by", GLOBAL_MEAN, model)
         self.callbacks = checked_callbacks(usual_callbacks(model) if callbacks is None else callbacks, model, data)
         self.processes = processes or Processes()
         subsampling = options.task_subsampling if continues is None else draws_tasks(continues)
@@ -214,12 +219,13 @@ class Loop:
         # keep the sums on the device: reading them here would synchronise
         sums = torch.zeros(5, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         most = self.model.backbone.pass_tokens
+        self._dropout.draw()
         for batch in self.processes.lockstep(part for whole in self.state.begin(batches) for part in whole.parts(most)):
             if batch is None:
                 self.model.backbone.dummy_pass(backward=True)
                 continue
             counts = [self.model.likelihood.observations_of(batch), int(batch.predicted.sum())]
-            loss = self.backward(batch.to(self.device), validate=validate)
+            loss = self.backward(batch.to(self.device), self._dropout, validate=validate)
             # divide by batch.scale: the log-likelihood of the batch alone, not its estimate for all documents
             sums[:2] += torch.stack([loss, self.elbo.log_likelihood / batch.scale]).to(sums.dtype)
             sums[2:4] += torch.tensor(counts, dtype=sums.dtype).to(self.device, non_blocking=True)
@@ -234,11 +240,17 @@ class Loop:
         self.state.step(replace(self._rates, part=rate / self._rates.shared))
         return sums.cpu()
 
-    def backward(self, batch: Batch, *, validate: bool) -> Tensor:
-        """Add the batch's part of the gradient of −ELBO per training observation, and return its part of the loss."""
+    def backward(self, batch: Batch, model: Callable[[Batch], None] | None = None, *, validate: bool) -> Tensor:
+        """Add the batch's part of the gradient of −ELBO per training observation, and return its part of the loss.
+
+        Args:
+            batch: the documents.
+            model: the Pyro model of them; default: the model of the fit.
+            validate: whether Pyro checks shapes and supports.
+        """
         with pyro.validation_enabled(validate), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # `step` raises an error
-            loss = self.elbo.differentiable_loss(self.model, self.guide, batch) * batch.share / self.observations
+            loss = self.elbo.differentiable_loss(model or self.model, self.guide, batch) * batch.share / self.observations
         loss.backward()
         return loss.detach()
 
@@ -253,8 +265,13 @@ class Loop:
             self.fitted,
         )
 
-    def _score(self) -> float | None:
-        return validation_score(self.model, self.data.validation, self.state, self._validation_documents, self.processes)
+    def _scores(self) -> tuple[float | None, float | None]:
+        """The measure of the validation documents at the current state: under the tasks' adapters, and under Θ if that counts."""
+        split, documents = self.data.validation, self._validation_documents
+        score = validation_score(self.model, split, self.state.adapters(), documents, self.processes)
+        if not self._by_global_mean or score is None:
+            return score, None
+        return score, validation_score(self.model, split, self.state.global_mean(), documents, self.processes)
 
     def keep_best(self) -> dict[str, float]:
         """Compute the measure of the validation documents, and keep the state if it is the lowest so far, including the start.
@@ -265,7 +282,7 @@ class Loop:
             For the measure perplexity: ``validation_perplexity``, the lower one of ``validation_perplexity_last``, of the current
             state, and ``validation_perplexity_averaged``, of the mean of the steps; empty if there are no validation documents.
         """
-        last, name = self._score(), f"validation_{self.model.likelihood.measure.name}"
+        (last, of_mean), name = self._scores(), f"validation_{self.model.likelihood.measure.name}"
         if last is not None and math.isnan(last):
             when = f"after epoch {self.epoch}" if self.epoch else "before the first step: the base model gives NaN"
             raise self._non_finite(f"the {name.replace('_', ' ')} is not a number {when}")
@@ -273,22 +290,28 @@ class Loop:
             raise self._non_finite(f"a draw of the guide gives NaN or inf logits after epoch {self.epoch}: its scales diverge")
         # without validation documents, the last epoch is the best
         if self.collection is None:
-            self._keep_if_best(last, averaged=False)
+            self._keep_if_best(last, of_mean, averaged=False)
         report = {} if last is None else {name: last, f"{name}_last": last}
+        report |= {} if of_mean is None else {f"{name}_global_mean": of_mean}
         if self.epoch and (self.collection is not None or (self.options.average and last is not None)):
             with self.state.averaged():
-                averaged = self._score()
+                averaged, averaged_of_mean = self._scores()
                 if (averaged is None or math.isfinite(averaged)) and self._draw_is_finite():
-                    self._keep_if_best(averaged, averaged=True)
+                    self._keep_if_best(averaged, averaged_of_mean, averaged=True)
                     if last is not None and averaged is not None:
                         better = min(last, averaged) if self.collection is None else averaged
                         report |= {name: better, f"{name}_averaged": averaged}
+                    if of_mean is not None and averaged_of_mean is not None:
+                        better = min(of_mean, averaged_of_mean) if self.collection is None else averaged_of_mean
+                        report[f"{name}_global_mean"] = better
         return report
 
-    def _keep_if_best(self, score: float | None, *, averaged: bool) -> None:
-        best = self.fitted.validation_score
-        if score is None or best is None or score < best:
-            self.fitted.best_epoch, self.fitted.validation_score, self.fitted.averaged = self.epoch, score, averaged
+    def _keep_if_best(self, score: float | None, of_mean: float | None, *, averaged: bool) -> None:
+        fitted = self.fitted
+        now, best = (of_mean, fitted.global_mean_score) if self._by_global_mean else (score, fitted.validation_score)
+        if now is None or best is None or now < best:
+            fitted.best_epoch, fitted.averaged = self.epoch, averaged
+            fitted.validation_score, fitted.global_mean_score = score, of_mean
             if self.epoch:  # the start is kept as it is
                 self.state.keep()
 

@@ -14,6 +14,8 @@ from bora_pyro.options.seed import Seeded
 OPTIMISATION, RUN = "optimisation", "run"
 #: The values of ``tau_documents``.
 ALL, HALF = "all", "half"
+#: The values of ``kept_by``.
+TASKS, GLOBAL_MEAN = "tasks", "global_mean"
 
 
 @dataclass(kw_only=True)
@@ -69,8 +71,21 @@ class FitOptions(Seeded):
         "tasks (default: with more than 64 tasks, or several processes)",
         group=OPTIMISATION,
     )
+    task_dropout: float = option(
+        0.0,
+        "probability with which a task loses its deviation in a step, so that its documents are read with Theta alone: Theta "
+        "is then a better adapter of tasks without documents",
+        group=OPTIMISATION,
+    )
     patience: int = option(
         3, "stop after this many epochs without a better validation perplexity; 0 never stops early", group=OPTIMISATION, least=0
+    )
+    kept_by: str = option(
+        TASKS,
+        "what chooses the epoch that is kept: the validation documents under the adapters of their tasks (tasks); or under Theta "
+        "alone, which tasks without documents get (global_mean)",
+        group=OPTIMISATION,
+        choices=(TASKS, GLOBAL_MEAN),
     )
     tau_documents: str = option(
         ALL,
@@ -111,5 +126,7 @@ class FitOptions(Seeded):
             raise InputError(f"gradient_clip is {self.gradient_clip}; give a number above 0, or inf for no clipping")
         if not 0 <= self.deviation_reach < math.inf:
             raise InputError(f"deviation_reach is {self.deviation_reach}; give a finite number from 0 (one rate for all) up")
+        if not 0 <= self.task_dropout < 1:
+            raise InputError(f"task_dropout is {self.task_dropout}; give a probability from 0 (no dropout) to below 1")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"warmup is {self.warmup}; give a fraction of the steps, from 0 to 1")

@@ -56,6 +56,9 @@ class FitState(Protocol):
     def adapters(self) -> Weights | Callable[[Tensor], Weights]:
         """θ at the guide's centre, in the form that ``evaluate`` takes."""
 
+    def global_mean(self) -> Weights | Callable[[Tensor], Weights]:
+        """As ``adapters``, with Θ for every task."""
+
     def totals(self, processes: Processes) -> Weights:
         """Sums over the tasks of all processes, for ``view``."""
 

@@ -277,6 +277,11 @@ class TaskRows:
             self.load(index.cpu())
         return self.model.weights_given(self.sites(), self._draw())[0]
 
+    def global_mean(self, index: Tensor) -> Weights:
+        """Θ once for each of the tasks ``index``: (tasks, layers, *shape) by name. It must be the same for any tasks."""
+        _, mean = self.model.weights_given(self.sites(), self._draw())
+        return {name: value.expand(len(index), *value.shape) for name, value in mean.items()}
+
     def average_weights(self, sums: Weights) -> Weights:
         """θ of the loaded tasks if their sites had the average values over all tasks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pyro import poutine
@@ -13,19 +13,22 @@ from bora_pyro.data.batch import Batch
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.processes import Processes
-from bora_pyro.inference.state import FitState
-from bora_pyro.model import BoRA
+from bora_pyro.model import BoRA, Weights
 
 
 def validation_score(
-    model: BoRA, split: TokenSplit, state: FitState, documents: Sequence[Tensor | None], processes: Processes
+    model: BoRA,
+    split: TokenSplit,
+    adapters: Weights | Callable[[Tensor], Weights],
+    documents: Sequence[Tensor | None],
+    processes: Processes,
 ) -> float | None:
-    """The likelihood's measure (perplexity) of the validation documents of all processes at the guide's centre.
+    """The likelihood's measure (perplexity) of the validation documents of all processes.
 
     Args:
         model: the BoRA model.
         split: the validation documents.
-        state: the state of the fit.
+        adapters: the adapters of the tasks of this process, in the form that `evaluate` takes.
         documents: the documents that count, for each part of the tasks of this process; None: all.
         processes: the processes of the fit.
 
@@ -37,11 +40,11 @@ def validation_score(
     if processes.size == 1:
         rows = None if documents[0] is None else torch.cat([part for part in documents if part is not None])
         if rows is None or len(rows) == len(split):
-            (scores,) = evaluate(model, split, state.adapters())
+            (scores,) = evaluate(model, split, adapters)
         else:
-            (scores,) = evaluate(model, split, state.adapters(), documents=rows)
+            (scores,) = evaluate(model, split, adapters, documents=rows)
         return scores.value()
-    (scores,) = evaluate(model, split, state.adapters(), documents=documents[0], lockstep=processes.lockstep)
+    (scores,) = evaluate(model, split, adapters, documents=documents[0], lockstep=processes.lockstep)
     return scores.measure.of(*processes.all_reduce(scores.sums()).tolist())
 
 

@@ -27,7 +27,7 @@ NUMBERS = (
     "test_perplexity", "base_test_perplexity", "validation_perplexity", "mixture_test_perplexity", "map_test_perplexity",
     "map_validation_perplexity", "test_bits_per_character", "base_test_bits_per_character", "epochs", "best_epoch", "draws",
     "fit_seconds", "training_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "train_documents",
-    "test_documents", *_ANSWERS,
+    "test_documents", "validation_perplexity_global_mean", "validation_nll_global_mean", *_ANSWERS,
 )  # fmt: skip
 #: The same for the entry of a task.
 NUMBERS_OF_TASK = (
@@ -38,6 +38,7 @@ NUMBERS_OF_TASK = (
 NUMBERS_OF_RECORD = (
     "loss", "validation_perplexity", "validation_perplexity_last", "validation_perplexity_averaged", "learning_rate",
     "training_tokens_per_second", "seconds", "validation_nll", "validation_nll_last", "validation_nll_averaged",
+    "validation_perplexity_global_mean", "validation_nll_global_mean",
 )  # fmt: skip
 COUNTS_OF_RECORD = ("epoch", "step")
 _LARGEST = 1e300  # metrics of a fit that diverged can be almost as large

@@ -101,7 +101,7 @@ def metrics_of(
         seed: the option of the fit.
         processes: the processes that share the work.
     """
-    slugs = adapter_folders(fitted.tasks)
+    slugs, measure = adapter_folders(fitted.tasks), fitted.model.likelihood.measure.name
     scores = fitted.evaluate(data.test, processes=processes, numbers=numbers_of)
     norms, documents = fitted.deviation_norms(), data.train.documents_per_task
     rows = scores.pop("tasks")
@@ -114,7 +114,8 @@ def metrics_of(
         for d, row in enumerate(rows)
     }
     return scores | {
-        f"validation_{fitted.model.likelihood.measure.name}": fitted.validation_score,
+        f"validation_{measure}": fitted.validation_score,
+        **({} if fitted.global_mean_score is None else {f"validation_{measure}_global_mean": fitted.global_mean_score}),
         **_tau(fitted, tau),
         "learning_rate": learning_rate,
         "epochs": len(fitted.history),

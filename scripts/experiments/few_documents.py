@@ -16,7 +16,7 @@ seed and used for the other seeds. The test documents are only reported. Rows th
 
 All fits have the options of ``--fit_config``. The two fits override ``tau``, ``seed``, ``learning_rate``, ``threads`` and the
 numbers of documents (``max_train_documents``, ``max_eval_documents``). The fits to new tasks also override ``epochs`` (as many as
-the steps need), ``token_budget`` (2048), ``patience`` (0) and ``task_subsampling`` (false).
+the steps need), ``token_budget`` (2048), ``patience`` (0), ``task_subsampling`` (false) and ``task_dropout`` (0).
 """
 
 from __future__ import annotations
@@ -114,10 +114,13 @@ class FewDocumentsConfig:
 
 @dataclass
 class Setting:
-    """The fits of one seed to the other tasks, the data of the tasks that were left out, and the options of all fits."""
+    """The fits of one seed to the other tasks, the data of the tasks that were left out, and the options of all fits.
+
+    ``pooled`` is None if no arm needs it.
+    """
 
     bora: Fitted
-    pooled: Fitted
+    pooled: Fitted | None
     new: TaskData
     options: FitOptions
 
@@ -206,7 +209,9 @@ class Curve:
             return fit(BoRA(model.backbone, len(others), prior=shared, seed=seed, **parts), old, options, learning_rate=rate)
 
         bora = self.fit_to_others(seed, "bora", old, chosen.epochs, partial(fit_others, learned))
-        pooled = self.fit_to_others(seed, "pooled", old, chosen.epochs, partial(fit_others, Pooled))
+        pooled = None
+        if any(arm.startswith("pooled") for arm in config.arms):
+            pooled = self.fit_to_others(seed, "pooled", old, chosen.epochs, partial(fit_others, Pooled))
         return Setting(bora, pooled, new, options)
 
     def fit_to_others(self, seed: int, arm: str, old: TaskData, epochs: int, fit_others: Callable[[float], Fitted]) -> Fitted:
@@ -276,11 +281,11 @@ class Curve:
 
     def fitted(self, setting: Setting, arm: str, data: TaskData, rate: float, steps: int, seed: int) -> Fitted:
         """Fit an arm to all new tasks together."""
-        model = setting.pooled.model
+        model = setting.bora.model
         if arm == "bora":
             new = given_model(setting.bora, len(data.tasks))
         else:
-            mean = model.starts if arm == "scratch" else setting.pooled.weights()[1]
+            mean = model.starts if setting.pooled is None or arm == "scratch" else setting.pooled.weights()[1]
             flat = Given(mean, {name: torch.tensor(0.0) for name in mean})
             plain = model.likelihood.with_task_weights(None)
             new = BoRA(model.backbone, len(data.tasks), adapter=model.adapter, prior=flat, likelihood=plain, seed=seed)
@@ -292,7 +297,7 @@ class Curve:
         epochs = -(-steps // -(-batches // setting.options.accumulate))
         return fit(
             new, data, setting.options, epochs=epochs, learning_rate=rate, token_budget=TOKEN_BUDGET, patience=0,
-            task_subsampling=False,
+            task_subsampling=False, task_dropout=0.0,
         )  # fmt: skip
 
 
