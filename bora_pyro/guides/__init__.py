@@ -29,8 +29,8 @@ from bora_pyro.options.members import read_options
 GUIDES: dict[str, GuideBuilder] = {
     "map": map_guide,
     "normal": normal_guide,
-    "ivon": ivon_guide,
     "structured": structured_guide,
+    "ivon": ivon_guide,
     "low_rank": low_rank_guide,
     "laplace": laplace_guide,
     "laplace_kfac": laplace_kfac_guide,

@@ -39,7 +39,7 @@ from bora_pyro.inference.state import draws_tasks
 from bora_pyro.inference.steps import EpochSteps, StepsOfEpoch
 from bora_pyro.inference.task_dropout import TaskDropout, check_shares
 from bora_pyro.inference.validation import draw_is_finite, validation_score
-from bora_pyro.model import BoRA
+from bora_pyro.model import BoRA, Weights
 from bora_pyro.options.field import with_changes
 
 
@@ -265,13 +265,15 @@ class Loop:
             self.fitted,
         )
 
+    def _score(self) -> float | None:
+        return self._measure(self.state.adapters())
+
+    def _measure(self, adapters: Weights | Callable[[Tensor], Weights]) -> float | None:
+        return validation_score(self.model, self.data.validation, adapters, self._validation_documents, self.processes)
+
     def _scores(self) -> tuple[float | None, float | None]:
         """The measure of the validation documents at the current state: under the tasks' adapters, and under Θ if that counts."""
-        split, documents = self.data.validation, self._validation_documents
-        score = validation_score(self.model, split, self.state.adapters(), documents, self.processes)
-        if not self._by_global_mean or score is None:
-            return score, None
-        return score, validation_score(self.model, split, self.state.global_mean(), documents, self.processes)
+        return self._score(), self._measure(self.state.global_mean()) if self._by_global_mean else None
 
     def keep_best(self) -> dict[str, float]:
         """Compute the measure of the validation documents, and keep the state if it is the lowest so far, including the start.

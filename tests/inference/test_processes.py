@@ -59,8 +59,9 @@ def test_two_processes_take_the_steps_of_one(prior, guide, tmp_path):
         torch.testing.assert_close(sites[name], value, rtol=1e-5, atol=1e-5)
     if guide == "swag":
         of_tasks = one.guide.get_buffer("column3/theta/q_proj/lora_A_decentered")
-        with_documents = [value for value, count in zip(of_tasks, COUNTS, strict=True) if count]
-        assert all(value.abs().max() > 1e-3 for value in with_documents)  # the columns of both processes came together
+        # the one document of task 2 has a single token before the predicted one, so its queries do not matter
+        moved = [value for value, count in zip(of_tasks, COUNTS, strict=True) if count > 1]
+        assert all(value.abs().max() > 1e-3 for value in moved)  # the columns of both processes came together
     assert first["tau"] == pytest.approx(one.fitted.tau_by_group(), rel=1e-5)
     expected = one.fitted.validation_score  # a guide that is made of the steps has none before its first epoch is over
     assert first["validation"] == second["validation"] == (expected and pytest.approx(expected, rel=1e-5))
