@@ -87,7 +87,6 @@ def check_continues(
     Raises:
         InputError: as for `check_same`, `check_packing` and `as_before`; or the same rows are pieces of other documents.
     """
-    checkpoint.progress.setdefault("global_mean_score", None)  # older checkpoints have none
     checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)})
     as_before(checkpoint, options.task_subsampling, processes=processes)
     check_same(checkpoint.progress, data, backbone, what=f"checkpoint {str(checkpoint.path)!r}")
@@ -165,6 +164,7 @@ def check_record(checkpoint: Checkpoint) -> None:
     """
     if "validation_perplexity" in checkpoint.progress:  # the name in older checkpoints
         checkpoint.progress.setdefault("validation_score", checkpoint.progress["validation_perplexity"])
+    checkpoint.progress.setdefault("global_mean_score", None)  # older checkpoints have none
     checkpoint.check_progress({"steps": (int,), "epoch": (int,), "within": (dict,)} | RECORD)
     with checkpoint.errors():
         if not all(isinstance(entry["training_tokens_per_second"], float | int) for entry in checkpoint.progress["history"]):

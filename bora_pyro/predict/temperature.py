@@ -17,8 +17,7 @@ estimate, so posteriors are compared with it. The most probable token or option 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -101,16 +100,14 @@ def temperature_of(model: BoRA, split: TokenSplit, weights: Weights | None, *, t
     """
     if not split.num_tokens:
         raise InputError("there are no held-out documents to find a temperature on; give a split that has some")
-    logits: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    of_answers: list[tuple[Tensor, Tensor]] = []  # one pass is enough for them
     if model.likelihood.reads_options:
         found = answers(model, split, lambda: [weights], token_budget=token_budget)
-        pairs = [(found.probabilities.log(), found.label)]
-        logits = lambda: pairs  # noqa: E731
-    else:
-        logits = partial(_tokens, model, split, weights, token_budget)
+        of_answers = [(found.probabilities.log(), found.label)]
     log_t = 0.0
     for _ in range(50):
-        slope, curvature = (sum(parts) for parts in zip(*(_derivatives(*each, log_t) for each in logits()), strict=True))
+        logits = of_answers or _tokens(model, split, weights, token_budget)
+        slope, curvature = (sum(parts) for parts in zip(*(_derivatives(*each, log_t) for each in logits), strict=True))
         # d/d log T = −β d/dβ, and Newton's step of β is taken in log T, where it cannot leave the positive numbers
         move = max(-STEP, min(STEP, slope / (curvature * math.exp(-log_t)) if curvature else math.copysign(STEP, slope)))
         log_t, before = min(max(log_t + move, math.log(LEAST)), math.log(MOST)), log_t

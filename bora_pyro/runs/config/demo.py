@@ -41,7 +41,8 @@ class DemoConfig(MapFitConfig):
     )
     # a short fit needs large steps, and many
     epochs: int = changed(MapFitConfig, "epochs", 3)
-    learning_rate: float | None = changed(  # type: ignore[assignment]
+    # None: that of the base, which is known when all options are
+    learning_rate: float = changed(
         MapFitConfig,
         "learning_rate",
         None,
