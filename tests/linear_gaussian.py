@@ -11,6 +11,8 @@ import torch
 
 from bora_pyro import BoRA
 from bora_pyro.backbone.layer_tensors import LayerTensors
+from bora_pyro.guides import KfacLaplaceGuide
+from bora_pyro.guides.kfac import KroneckerCurvature
 from bora_pyro.inference.elbo import TemperedELBO
 
 COUNTS = (1, 4, 2, 7)
@@ -88,3 +90,13 @@ def exact_loss(monkeypatch, model, guide, temperature=1.0):
             )
             losses.append(TemperedELBO(temperature).differentiable_loss(model, guide))
     return sum(losses) / len(losses)
+
+
+def kfac(model, tau):
+    """K-FAC with the model's curvature, along any axes, of which some directions have none."""
+    r, n = sorted(SHAPE[1:])
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((SHAPE[0], n, 2), (SHAPE[0], r, r))
+    long, short = (torch.linalg.qr(torch.randn(size, generator=generator, dtype=torch.float64)).Q for size in sizes)
+    h = (model.counts() / model.noise**2).expand(model.num_tasks, SHAPE[0], 3, r)
+    return KfacLaplaceGuide(model, model.sites_at_maximum(tau), {"q.x": KroneckerCurvature(long, short, h)})

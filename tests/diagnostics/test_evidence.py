@@ -11,10 +11,9 @@ from scipy.optimize import minimize_scalar
 
 from bora_pyro import CausalLM, Given, HierarchicalNormal, Independent, InputError, Pooled
 from bora_pyro.diagnostics.evidence import best_tau, evidence_summary, log_evidence
-from bora_pyro.guides import KfacLaplaceGuide, LaplaceGuide, laplace_guide, laplace_kfac_guide, laplace_kronecker_guide
-from bora_pyro.guides.kfac import KroneckerCurvature
+from bora_pyro.guides import LaplaceGuide, laplace_guide, laplace_kfac_guide, laplace_kronecker_guide
 from bora_pyro.inference.evaluate import evaluate
-from tests.linear_gaussian import SHAPE, LinearGaussian
+from tests.linear_gaussian import SHAPE, LinearGaussian, kfac
 from tests.tiny import random_weights, tiny_bora, tiny_data
 
 TAU = 3.0
@@ -23,15 +22,6 @@ ANY_TAU = (0.02, TAU, 40.0, 1e4)
 
 def diagonal(model, tau):
     return LaplaceGuide(model, model.sites_at_maximum(tau), {"q.x": model.curvature()})
-
-
-def kfac(model, tau):
-    r, n = sorted(SHAPE[1:])
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((SHAPE[0], n, 2), (SHAPE[0], r, r))
-    long, short = (torch.linalg.qr(torch.randn(size, generator=generator, dtype=torch.float64)).Q for size in sizes)
-    h = (model.counts() / model.noise**2).expand(model.num_tasks, SHAPE[0], 3, r)
-    return KfacLaplaceGuide(model, model.sites_at_maximum(tau), {"q.x": KroneckerCurvature(long, short, h)})
 
 
 EVERY_GUIDE = pytest.mark.parametrize("make", [diagonal, kfac])

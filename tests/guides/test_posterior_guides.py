@@ -12,15 +12,14 @@ from pyro.infer.autoguide import AutoDelta
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from bora_pyro import HierarchicalNormal, Independent, InputError, Pooled, map_guide
-from bora_pyro.guides import GUIDES, KfacLaplaceGuide, LaplaceGuide, LowRankGuide, LowRankNormal, NormalGuide, normal_guide
+from bora_pyro.guides import GUIDES, LaplaceGuide, LowRankGuide, LowRankNormal, NormalGuide, normal_guide
 from bora_pyro.guides.curvature import diagonal_fisher, document_gradients, kronecker_fisher
-from bora_pyro.guides.kfac import KroneckerCurvature
 from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide
 from bora_pyro.guides.rotated_normal import RotatedNormal
 from bora_pyro.inference.elbo import TemperedELBO
 from bora_pyro.priors import StandardNormal
 from bora_pyro.priors.base import flat
-from tests.linear_gaussian import SHAPE, LinearGaussian, exact_loss
+from tests.linear_gaussian import SHAPE, LinearGaussian, exact_loss, kfac
 from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora, tiny_data, tiny_split
 
 TAU = 3.0
@@ -48,16 +47,6 @@ def kronecker(model, tau):
         "q.x.long": torch.ones(model.num_tasks, SHAPE[0], n, dtype=torch.float64),
     }
     return KroneckerLaplaceGuide(model, model.sites_at_maximum(tau), curvature)
-
-
-def kfac(model, tau):
-    # the same along any axes, of which some directions have none
-    r, n = sorted(SHAPE[1:])
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((SHAPE[0], n, 2), (SHAPE[0], r, r))
-    long, short = (torch.linalg.qr(torch.randn(size, generator=generator, dtype=torch.float64)).Q for size in sizes)
-    h = (model.counts() / model.noise**2).expand(model.num_tasks, SHAPE[0], 3, r)
-    return KfacLaplaceGuide(model, model.sites_at_maximum(tau), {"q.x": KroneckerCurvature(long, short, h)})
 
 
 @EVERY_HIERARCHY
