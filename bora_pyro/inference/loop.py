@@ -357,6 +357,11 @@ class Loop:
         self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
         for name in RECORD:
             setattr(self.fitted, name, checkpoint.progress[name])
+        if self._by_global_mean and self.fitted.validation_score is not None and self.fitted.global_mean_score is None:
+            raise InputError(
+                f"kept_by is {GLOBAL_MEAN}, but the epochs of checkpoint {str(checkpoint.path)!r} were chosen by the tasks; give "
+                "kept_by tasks, or start afresh with --overwrite true"
+            )
 
 
 def _with_schedule(guide: AutoGuide, options: FitOptions) -> FitOptions:

@@ -149,3 +149,11 @@ def test_independent_tasks_have_no_theta(option, value):
 def test_a_probability_out_of_range_is_refused(value):
     with pytest.raises(InputError, match=f"task_dropout is {value}; give a probability from 0"):
         fit(tiny_bora(), tiny_data(COUNTS), task_dropout=value)
+
+
+def test_a_fit_whose_epochs_were_chosen_by_its_tasks_goes_on_in_this_way(tmp_path):
+    options = {"token_budget": 12, "checkpoints": tmp_path}
+    fit(tiny_bora(), tiny_data(COUNTS), epochs=1, **options)
+    with pytest.raises(InputError, match=r"kept_by is global_mean, but the epochs of checkpoint .* were chosen by the tasks"):
+        fit(tiny_bora(), tiny_data(COUNTS), epochs=2, kept_by="global_mean", **options)
+    assert len(fit(tiny_bora(), tiny_data(COUNTS), epochs=2, **options).history) == 2
