@@ -60,6 +60,9 @@ class Run:
             data.notes.append(note)
             if not self.quiet:
                 print(f"note: {note}", file=sys.stderr)
+        if not self.quiet and (documents := data.test.num_documents):
+            # a large base takes minutes over them
+            print(f"measuring {documents} test documents", file=sys.stderr)
         metrics = measure()
         if tracking is not None:
             tracking.conclude(metrics, fitted.history)

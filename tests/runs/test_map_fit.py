@@ -241,7 +241,7 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
         env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "default"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    data, adapters, memory, *progress, note = done.stderr.splitlines()
+    data, adapters, memory, *progress, note, measuring = done.stderr.splitlines()
     assert data.startswith("data: 30 rows read; ")
     assert adapters == "adapters: on 4 layers: v_proj x 2, fc2 x 2"
     assert memory.startswith("memory: about ")
@@ -255,6 +255,7 @@ def test_the_script_in_a_process_of_its_own(inputs, tmp_path):
     metrics = RunFolder.open(folder).read_metrics()
     assert note == f"note: {metrics['notes'][-1]}"
     assert "still falling" in note
+    assert measuring == f"measuring {sum(task['test_documents'] for task in metrics['tasks'].values())} test documents"
     assert set(metrics["gradient_norm"]) == {"start", "end", "ratio", "prior_mean_ratio", "deviations_ratio", "documents"}
     assert lines[-2] == f"learned τ: {metrics['tau']:g} (harmonic mean; by group in metrics.json)"
     assert f"{metrics['test_perplexity']:,.2f}" in lines[-3]

@@ -74,6 +74,8 @@ class DemoSmolLM2Config(MapFitConfig):
     max_tokens: int = changed(MapFitConfig, "max_tokens", 96)
     token_budget: int = changed(MapFitConfig, "token_budget", 1024)
     epochs: int = changed(MapFitConfig, "epochs", 3)
+    # its two measurements would take more than a minute of the ten
+    gradient_norm: bool = changed(MapFitConfig, "gradient_norm", False)
     precision: str = changed(
         MapFitConfig,
         "precision",
