@@ -6,6 +6,7 @@ the arguments of its class: ``--adapter NAME --adapter_option KEY=VALUE``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Generator, Tensor
 
 from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.backbone.slots import Slot
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, check_at_least
 
 
 def uniform_fan_in(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -159,6 +160,41 @@ class Adapter(ABC):
         """How many numbers per token a layer of ``slot`` keeps for the backward pass. The memory estimate uses it."""
         return 0
 
+    def kept_per_row(self, slot: Slot) -> int:
+        """How many numbers per row of a batch a layer of ``slot`` keeps besides the row's latents, for the memory estimate."""
+        return 0
+
     def callbacks(self) -> Sequence[Any]:
         """Callbacks that this adapter needs during a fit (:class:`~bora_pyro.inference.callbacks.Callback`)."""
         return ()
+
+
+@dataclass(frozen=True)
+class ScaledAdapter(Adapter):
+    """The base of adapters with a rank r and a scale α/r.
+
+    Args:
+        rank: r, at least 1.
+        alpha: α; the change is scaled by α/r. Default: the rank, so that the scale is 1.
+
+    Raises:
+        InputError: the rank is below 1, or alpha is not positive and finite.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("rank", self.rank, 1)
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank))
+        if not 0 < self.scaling < math.inf:
+            raise InputError(
+                f"alpha {self.alpha} is not allowed; it must be positive and finite; the usual value is the rank ({self.rank})"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """α/r."""
+        assert self.alpha is not None
+        return self.alpha / self.rank

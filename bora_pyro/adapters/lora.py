@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from bora_pyro.adapters.base import Adapter, Factors, uniform_fan_in
+from bora_pyro.adapters.base import Factors, ScaledAdapter, uniform_fan_in
 from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.backbone.slots import Slot
-from bora_pyro.errors import InputError, check_at_least
 
 
 class RowLinear(torch.autograd.Function):
@@ -50,7 +48,7 @@ class RowLinear(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class LoRA(Adapter):
+class LoRA(ScaledAdapter):
     """Two low-rank factors per layer: A (r, in) starts at random, and B (out, r) starts at zero.
 
         >>> LoRA(rank=4)
@@ -66,24 +64,6 @@ class LoRA(Adapter):
     Raises:
         InputError: the rank is below 1, or alpha is not positive and finite.
     """
-
-    rank: int = 8
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        check_at_least("rank", self.rank, 1)
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", float(self.rank))
-        if not 0 < self.scaling < math.inf:
-            raise InputError(
-                f"alpha {self.alpha} is not allowed; it must be positive and finite; the usual value is the rank ({self.rank})"
-            )
-
-    @property
-    def scaling(self) -> float:
-        """α/r."""
-        assert self.alpha is not None
-        return self.alpha / self.rank
 
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
         lora_a = uniform_fan_in((self.rank, slot.in_features), generator)

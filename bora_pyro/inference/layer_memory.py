@@ -26,6 +26,10 @@ MEASURED_TOKENS = 256
 class Layers(Protocol):
     """Bytes per token that the layers of a base need."""
 
+    @property
+    def number(self) -> int:
+        """The number of decoder layers."""
+
     def layer(self) -> int:
         """Bytes per token that one layer keeps for its backward pass."""
 

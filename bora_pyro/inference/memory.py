@@ -86,7 +86,8 @@ def estimate_memory(
     - The base: its parameters and buffers as they are stored.
     - The state, during the whole fit: 4 (5 G + D P + P), for the guide, two moments of AdamW, the copy of the best state, the
       mean of the steps, θ that the guide keeps from its first run, and the common start. Without the mean it is 4 G less.
-    - A step at its loss: T (L kept + 6 h b) for the layers, 4 R P for the documents' adapters, and 12 C V for the logits of the C
+    - A step at its loss: T (L kept + 6 h b) for the layers, 4 R P for the documents' adapters (and 4 R times
+      the numbers that an adapter forms of its latents), and 12 C V for the logits of the C
       tokens whose logits exist at one time (``head.chunk_tokens``; all T tokens if the model caps its logits). The 12 bytes are
       the logits in float32, their log-softmax, and the logits and their gradient in the base's precision. ``kept`` is the memory
       per token that autograd keeps in one layer: 2 h for the inputs of two norms (in float32 if the norm is not torch's);
@@ -132,6 +133,9 @@ def estimate_memory(
     copies = 5 if average else 4
     throughout = FLOAT * (copies * guide + all_tasks + size) + fixed
     drawn = (model.num_tasks > MANY_TASKS or processes > 1) if task_subsampling is None else task_subsampling
+    # what the adapters form for a row; with gradient checkpointing only that of one decoder layer exists at a time
+    formed = sum(model.adapter.kept_per_row(slot) * slot.layers for slot in backbone.slots)
+    formed = -(-formed // layers.number) if checkpointing else formed
     of_one = _guide_numbers(model, 2) - _guide_numbers(model, 1)
     of_all = guide - model.num_tasks * of_one
     if drawn:
@@ -146,7 +150,7 @@ def estimate_memory(
     # the guide's rows, their gradients and moments, θ and its gradient
     throughout += FLOAT * min(accumulate * drawn_rows, model.num_tasks) * (4 * of_one + 2 * size)
     for rows, tokens in (_part(*shape, backbone.pass_tokens) for shape in _shapes(data.train, token_budget)):
-        kept = tokens * layers.kept(checkpointing=checkpointing) + FLOAT * rows * size
+        kept = tokens * layers.kept(checkpointing=checkpointing) + FLOAT * rows * (size + formed)
         logits = 3 * FLOAT * min(tokens, chunk) * vocabulary
         again = tokens * (layers.scratch() + (layers.layer() if checkpointing else 0))
         own, gradients = FLOAT * rows * size, FLOAT * (of_all if drawn else guide + all_tasks)

@@ -40,7 +40,8 @@ def config_of(folder):
 def test_a_saved_adapter_gives_the_same_logits_in_peft(adapter, architecture, targets, tmp_path):
     model = tiny_bora(architecture, targets=targets, adapter=ADAPTERS[adapter](rank=2, alpha=3.0))
     weights, input_ids = random_weights(model), random_ids()
-    save_peft(tmp_path, model, of_task(weights, 1))
+    # no layer has a larger rank, so that nothing is lost where the form is not exact
+    save_peft(tmp_path, model, of_task(weights, 1), rank=256)
     peft = loaded_peft(tiny_model(architecture), tmp_path)
     expected = model.backbone.logits(input_ids, model.change(weights, torch.tensor([1, 1, 1])))
     torch.testing.assert_close(peft(input_ids=input_ids).logits, expected, **CLOSE)
