@@ -75,7 +75,13 @@ def test_exactly_the_declared_latents_are_trained(name, prior, copies):
 
 @pytest.mark.parametrize(
     ("name", "entries"),
-    [("lora", 2 * (16 + 24)), ("lora_frozen_a", 2 * 24), ("lora_shared_plus_task", 4 * (16 + 24)), ("nola", 2 * 256)],
+    [
+        ("lora", 2 * (16 + 24)),
+        ("lora_frozen_a", 2 * 24),
+        ("lora_shared_plus_task", 4 * (16 + 24)),
+        ("nola", 2 * 256),
+        ("soka", 2 * (1 + 16 + 24)),
+    ],
 )
 def test_number_of_latents_a_layer(name, entries):
     assert sum(value.numel() for value in start_of(ADAPTERS[name](rank=2)).latents.values()) == entries
@@ -163,7 +169,8 @@ def test_the_seed_decides_the_start(name):
     state = torch.random.get_rng_state()
     for store in ("starts", "fixed"):
         torch.testing.assert_close(getattr(one, store), getattr(same, store), atol=0, rtol=0)
-    assert any(not torch.equal(value, (other.starts | other.fixed)[key]) for key, value in (one.starts | one.fixed).items())
+    differ = any(not torch.equal(value, (other.starts | other.fixed)[key]) for key, value in (one.starts | one.fixed).items())
+    assert differ == (name != "soka")  # which begins at the frozen weight
     assert torch.equal(torch.random.get_rng_state(), state)  # no global generator is touched
 
 

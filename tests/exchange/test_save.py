@@ -41,10 +41,12 @@ def test_a_saved_adapter_gives_the_same_logits_in_peft(adapter, architecture, ta
     model = tiny_bora(architecture, targets=targets, adapter=ADAPTERS[adapter](rank=2, alpha=3.0))
     weights, input_ids = random_weights(model), random_ids()
     # no layer has a larger rank, so that nothing is lost where the form is not exact
-    save_peft(tmp_path, model, of_task(weights, 1), rank=256)
+    error = save_peft(tmp_path, model, of_task(weights, 1), rank=256)
+    assert error < 1e-5
     peft = loaded_peft(tiny_model(architecture), tmp_path)
     expected = model.backbone.logits(input_ids, model.change(weights, torch.tensor([1, 1, 1])))
-    torch.testing.assert_close(peft(input_ids=input_ids).logits, expected, **CLOSE)
+    close = {"atol": 1e-4, "rtol": 1e-4} if error else CLOSE  # an SVD in float32 lies between
+    torch.testing.assert_close(peft(input_ids=input_ids).logits, expected, **close)
     assert (expected - model.backbone.logits(input_ids)).abs().mean() > 0.05
 
 
