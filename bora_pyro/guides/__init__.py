@@ -1,8 +1,8 @@
 """How the posterior is approximated: guides for the model. Each one can start from the result of an earlier fit.
 
     >>> sorted(GUIDES)
-    ['auto_normal', 'ivon', 'laplace', 'laplace_kfac', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'structured', 'swag',
-     'tfb']
+    ['auto_normal', 'ivon', 'laplace', 'laplace_kfac', 'laplace_kronecker', 'low_rank', 'map', 'multivariate_normal', 'normal',
+     'structured', 'swag', 'tfb']
 
 A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
 may give.
@@ -19,6 +19,7 @@ from bora_pyro.guides.laplace_kfac import KfacLaplaceGuide, laplace_kfac_guide
 from bora_pyro.guides.laplace_kronecker import KroneckerLaplaceGuide, laplace_kronecker_guide
 from bora_pyro.guides.low_rank import LowRankGuide, LowRankNormal, low_rank_guide
 from bora_pyro.guides.map import map_guide
+from bora_pyro.guides.multivariate_normal import MultivariateNormalGuide, multivariate_normal_guide
 from bora_pyro.guides.normal import NormalGuide, normal_guide
 from bora_pyro.guides.structured import StructuredNormalGuide, structured_guide
 from bora_pyro.guides.swag import SwagGuide, swag_guide
@@ -32,6 +33,7 @@ GUIDES: dict[str, GuideBuilder] = {
     "structured": structured_guide,
     "ivon": ivon_guide,
     "low_rank": low_rank_guide,
+    "multivariate_normal": multivariate_normal_guide,
     "laplace": laplace_guide,
     "laplace_kfac": laplace_kfac_guide,
     "laplace_kronecker": laplace_kronecker_guide,
@@ -63,8 +65,8 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 __all__ = [
     "AROUND_MAP", "GUIDES", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide", "KroneckerLaplaceGuide", "LaplaceGuide",
-    "LowRankGuide", "LowRankNormal", "NormalGuide", "SiteGuide", "StructuredNormalGuide", "SwagGuide", "TfbGuide",
-    "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide", "laplace_guide", "laplace_kfac_guide",
-    "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "normal_guide", "structured_guide",
-    "swag_guide", "tfb_guide",
+    "LowRankGuide", "LowRankNormal", "MultivariateNormalGuide", "NormalGuide", "SiteGuide", "StructuredNormalGuide",
+    "SwagGuide", "TfbGuide", "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide",
+    "laplace_guide", "laplace_kfac_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide",
+    "multivariate_normal_guide", "normal_guide", "structured_guide", "swag_guide", "tfb_guide",
 ]  # fmt: skip

@@ -76,8 +76,16 @@ class LowRankNormal(dist.TorchDistribution):
         return self._flat.entropy()
 
 
-@register_kl(LowRankNormal, Independent)
-def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
+def kl_to_independent(q: Any, p: Independent) -> Tensor:
+    """KL(q ‖ p) of a Normal from one with independent entries: only the means, variances and entropy of q are needed.
+
+    Args:
+        q: the Normal, with ``loc``, ``variance``, ``event_dim`` and ``entropy()``.
+        p: a Normal or a flat prior of the entries, with the same number of event dimensions.
+
+    Raises:
+        NotImplementedError: there is no closed form for p.
+    """
     base, dims = p.base_dist, p.reinterpreted_batch_ndims
     if dims != q.event_dim or not isinstance(base, Flat | dist.Normal):
         raise NotImplementedError  # as torch's kl_divergence without a closed form; the ELBO then estimates the divergence
@@ -89,6 +97,11 @@ def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
         excess = (q.variance + (q.loc - base.loc).square()) / base.scale.square() + 2 * base.scale.log()
     entries = 0.5 * (excess + math.log(2 * math.pi))
     return entries.flatten(entries.dim() - dims).sum(-1) - q.entropy() if dims else entries - q.entropy()
+
+
+@register_kl(LowRankNormal, Independent)
+def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
+    return kl_to_independent(q, p)
 
 
 class LowRankGuide(SiteGuide):
