@@ -100,11 +100,11 @@ class NOLA(LoRA):
     run is loaded, bit for bit with the same version of torch. Some numbers of them are stored, by which a run recognises them.
 
     **What the bases cost.** With ``bases_from="memory"`` a layer keeps 4 (k r in + l r out) bytes, whatever the number of tasks:
-    8 MB for k = l = 256, r = 8 and a layer of 512 x 512, or 0.27 GB for k = l = 512, r = 16 and a layer of 4096 x 4096, four times
-    the layer itself in float32. With ``bases_from="seed"`` a layer keeps only its seed, and at most ``CHUNK`` numbers of the bases
-    exist at a time. The CPU then draws k r in + l r out numbers in each forward and each backward pass of a layer, some 0.1
-    billion a second, and a model on another device waits for them. Both give the same bases. In either case each row
-    of a batch takes k r in + l r out multiplications, which form its A and B, and these are kept for the backward pass.
+    8 MB for k = l = 256, r = 8 and a layer of 512 x 512, or 0.27 GB for k = l = 512, r = 16 and a layer of 4096 x 4096, which is
+    four times the layer itself in float32. With ``bases_from="seed"`` a layer keeps only its seed, and at most ``CHUNK`` numbers
+    of the bases exist at a time. The CPU then draws k r in + l r out numbers in each forward and each backward pass of a layer,
+    some 0.1 billion a second, and a model on another device waits for them. Both give the same bases. In either case each row of
+    a batch takes k r in + l r out multiplications, which form its A and B, and these are kept for the backward pass.
 
     **What the paper does not tell.** The scale 1/√k is that of the released experiments; the paper's formula has none. Here the
     sum for B has 1/√l. The released code stores A₀ or draws it without a seed of its own; here the seed gives it too. The paper

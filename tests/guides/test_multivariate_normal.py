@@ -201,9 +201,7 @@ def test_a_posterior_of_coefficients_by_the_commands(tmp_path):
 
 def test_what_is_too_large_is_one_line():
     large = tiny_bora(adapter=LoRA(rank=LARGEST // 32 + 1))
-    message = (
-        rf"covariance of at most {LARGEST} entries, but a layer of ._proj.lora_A has 544; use the guide low_rank, .* nola"
-    )
+    message = rf"covariance of at most {LARGEST} entries, but a layer of ._proj.lora_A has 544; use the guide low_rank, .* nola"
     with pytest.raises(InputError, match=message) as caught:
         MultivariateNormalGuide(large)
     assert "\n" not in str(caught.value)
