@@ -59,7 +59,7 @@ def kronecker_svd(matrix: Tensor, m: int, n: int) -> tuple[Tensor, Tensor, Tenso
 def rank_by_energy(sigma: Tensor, energy: float) -> int:
     """How many products to keep: the fewest with the share ``energy`` of Σ σ², but none beyond the elbow of the singular values.
 
-        >>> rank_by_energy(torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1]), 0.9)
+        >>> rank_by_energy(torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1]), 0.85)
         2
         >>> rank_by_energy(torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1]), 1.0)  # the elbow is the fourth value
         3
