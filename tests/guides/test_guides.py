@@ -14,13 +14,15 @@ from bora_pyro.guides import GUIDES, init_to_start
 from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora
 
 PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(tau=100, form="centered"), Independent(), Pooled()]
-#: Parameters of each guide, in units of the sites: a location, a scale, and the two columns of a low-rank factor.
+#: Parameters of each guide, in units of the sites: a location, a scale, and the two columns of a low-rank factor. Half of the
+#: entries are those of A.
 TENSORS = {
     "map": 1,
     "normal": 2,
     "ivon": 2,
     "structured": 2,
     "low_rank": 4,
+    "blob": 1.5,
     "laplace": 0,
     "laplace_kfac": 0,
     "laplace_kronecker": 0,
