@@ -2,7 +2,7 @@
 
     >>> sorted(GUIDES)
     ['auto_normal', 'blob', 'ivon', 'laplace', 'laplace_kfac', 'laplace_kronecker', 'low_rank', 'map', 'normal', 'structured',
-     'swag', 'tfb']
+     'subspace', 'swag', 'tfb']
 
 A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
 may give.
@@ -22,6 +22,7 @@ from bora_pyro.guides.low_rank import LowRankGuide, LowRankNormal, low_rank_guid
 from bora_pyro.guides.map import map_guide
 from bora_pyro.guides.normal import NormalGuide, normal_guide
 from bora_pyro.guides.structured import StructuredNormalGuide, structured_guide
+from bora_pyro.guides.subspace import SubspaceGuide, subspace_guide
 from bora_pyro.guides.swag import SwagGuide, swag_guide
 from bora_pyro.guides.tfb import TfbGuide, tfb_guide
 from bora_pyro.options.members import read_options
@@ -33,6 +34,7 @@ GUIDES: dict[str, GuideBuilder] = {
     "structured": structured_guide,
     "ivon": ivon_guide,
     "low_rank": low_rank_guide,
+    "subspace": subspace_guide,
     "blob": blob_guide,
     "laplace": laplace_guide,
     "laplace_kfac": laplace_kfac_guide,
@@ -65,8 +67,8 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 __all__ = [
     "AROUND_MAP", "GUIDES", "BlobGuide", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide", "KroneckerLaplaceGuide",
-    "LaplaceGuide", "LowRankGuide", "LowRankNormal", "NormalGuide", "SiteGuide", "StructuredNormalGuide", "SwagGuide",
-    "TfbGuide", "auto_normal_guide", "blob_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide",
+    "LaplaceGuide", "LowRankGuide", "LowRankNormal", "NormalGuide", "SiteGuide", "StructuredNormalGuide", "SubspaceGuide",
+    "SwagGuide", "TfbGuide", "auto_normal_guide", "blob_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide",
     "laplace_guide", "laplace_kfac_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide",
-    "normal_guide", "structured_guide", "swag_guide", "tfb_guide",
+    "normal_guide", "structured_guide", "subspace_guide", "swag_guide", "tfb_guide",
 ]  # fmt: skip

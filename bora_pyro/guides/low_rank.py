@@ -76,8 +76,13 @@ class LowRankNormal(dist.TorchDistribution):
         return self._flat.entropy()
 
 
-@register_kl(LowRankNormal, Independent)
-def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
+def divergence_from_entries(q: Any, p: Independent) -> Tensor:
+    """KL(q ‖ p) for a prior p of independent entries, Normal or flat, from the moments and the entropy of q: (*batch).
+
+    Args:
+        q: a distribution with ``loc``, its mean, ``variance`` (of each entry), ``event_dim`` and ``entropy()``.
+        p: the prior, with as many event dimensions.
+    """
     base, dims = p.base_dist, p.reinterpreted_batch_ndims
     if dims != q.event_dim or not isinstance(base, Flat | dist.Normal):
         raise NotImplementedError  # as torch's kl_divergence without a closed form; the ELBO then estimates the divergence
@@ -89,6 +94,9 @@ def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
         excess = (q.variance + (q.loc - base.loc).square()) / base.scale.square() + 2 * base.scale.log()
     entries = 0.5 * (excess + math.log(2 * math.pi))
     return entries.flatten(entries.dim() - dims).sum(-1) - q.entropy() if dims else entries - q.entropy()
+
+
+register_kl(LowRankNormal, Independent)(divergence_from_entries)
 
 
 class LowRankGuide(SiteGuide):

@@ -15,7 +15,7 @@ from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora
 
 PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(tau=100, form="centered"), Independent(), Pooled()]
 #: Parameters of each guide, in units of the sites: a location, a scale, and the two columns of a low-rank factor. Half of the
-#: entries are those of A.
+#: entries are those of A. A matrix of 64 entries has five directions.
 TENSORS = {
     "map": 1,
     "normal": 2,
@@ -23,6 +23,7 @@ TENSORS = {
     "structured": 2,
     "low_rank": 4,
     "blob": 1.5,
+    "subspace": 1 + (5 + 5 * 5) / 64,
     "laplace": 0,
     "laplace_kfac": 0,
     "laplace_kronecker": 0,
