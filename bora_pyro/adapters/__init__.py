@@ -3,6 +3,7 @@
 from bora_pyro.adapters.base import Adapter, Factors
 from bora_pyro.adapters.frozen_a import FrozenALoRA
 from bora_pyro.adapters.lora import LoRA
+from bora_pyro.adapters.lora_dropout import DropoutLoRA
 from bora_pyro.adapters.nola import NOLA
 from bora_pyro.adapters.shared_plus_task import SharedPlusTaskLoRA
 from bora_pyro.adapters.soka import SoKA
@@ -12,8 +13,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "lora": LoRA,
     "lora_frozen_a": FrozenALoRA,
     "lora_shared_plus_task": SharedPlusTaskLoRA,
+    "lora_dropout": DropoutLoRA,
     "nola": NOLA,
     "soka": SoKA,
 }
 
-__all__ = ["ADAPTERS", "NOLA", "Adapter", "Factors", "FrozenALoRA", "LoRA", "SharedPlusTaskLoRA", "SoKA"]
+__all__ = ["ADAPTERS", "NOLA", "Adapter", "DropoutLoRA", "Factors", "FrozenALoRA", "LoRA", "SharedPlusTaskLoRA", "SoKA"]

@@ -1,8 +1,8 @@
 """How the posterior is approximated: guides for the model. Each one can start from the result of an earlier fit.
 
     >>> sorted(GUIDES)
-    ['auto_normal', 'ivon', 'laplace', 'laplace_kfac', 'laplace_kronecker', 'low_rank', 'map', 'multivariate_normal', 'normal',
-     'structured', 'swag', 'tfb']
+    ['auto_normal', 'blob', 'ivon', 'laplace', 'laplace_kfac', 'laplace_kronecker', 'low_rank', 'map', 'multivariate_normal',
+     'normal', 'structured', 'subspace', 'swag', 'tfb']
 
 A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
 may give.
@@ -13,6 +13,7 @@ from typing import Any
 
 from bora_pyro.guides.auto_normal import auto_normal_guide
 from bora_pyro.guides.base import GuideBuilder, SiteGuide, init_to_sites, init_to_start, make_parameters
+from bora_pyro.guides.blob import BlobGuide, blob_guide
 from bora_pyro.guides.ivon import IvonGuide, ivon_guide
 from bora_pyro.guides.laplace import LaplaceGuide, laplace_guide
 from bora_pyro.guides.laplace_kfac import KfacLaplaceGuide, laplace_kfac_guide
@@ -22,6 +23,7 @@ from bora_pyro.guides.map import map_guide
 from bora_pyro.guides.multivariate_normal import MultivariateNormalGuide, multivariate_normal_guide
 from bora_pyro.guides.normal import NormalGuide, normal_guide
 from bora_pyro.guides.structured import StructuredNormalGuide, structured_guide
+from bora_pyro.guides.subspace import SubspaceGuide, subspace_guide
 from bora_pyro.guides.swag import SwagGuide, swag_guide
 from bora_pyro.guides.tfb import TfbGuide, tfb_guide
 from bora_pyro.options.members import read_options
@@ -34,6 +36,8 @@ GUIDES: dict[str, GuideBuilder] = {
     "ivon": ivon_guide,
     "low_rank": low_rank_guide,
     "multivariate_normal": multivariate_normal_guide,
+    "subspace": subspace_guide,
+    "blob": blob_guide,
     "laplace": laplace_guide,
     "laplace_kfac": laplace_kfac_guide,
     "laplace_kronecker": laplace_kronecker_guide,
@@ -64,9 +68,10 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 
 __all__ = [
-    "AROUND_MAP", "GUIDES", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide", "KroneckerLaplaceGuide", "LaplaceGuide",
-    "LowRankGuide", "LowRankNormal", "MultivariateNormalGuide", "NormalGuide", "SiteGuide", "StructuredNormalGuide",
-    "SwagGuide", "TfbGuide", "auto_normal_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide",
-    "laplace_guide", "laplace_kfac_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide",
-    "multivariate_normal_guide", "normal_guide", "structured_guide", "swag_guide", "tfb_guide",
+    "AROUND_MAP", "GUIDES", "BlobGuide", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide", "KroneckerLaplaceGuide",
+    "LaplaceGuide", "LowRankGuide", "LowRankNormal", "MultivariateNormalGuide", "NormalGuide", "SiteGuide",
+    "StructuredNormalGuide", "SubspaceGuide", "SwagGuide", "TfbGuide", "auto_normal_guide", "blob_guide", "guide_options",
+    "init_to_sites", "init_to_start", "ivon_guide", "laplace_guide", "laplace_kfac_guide", "laplace_kronecker_guide",
+    "low_rank_guide", "make_parameters", "map_guide", "multivariate_normal_guide", "normal_guide", "structured_guide",
+    "subspace_guide", "swag_guide", "tfb_guide",
 ]  # fmt: skip

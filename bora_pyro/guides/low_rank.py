@@ -76,15 +76,12 @@ class LowRankNormal(dist.TorchDistribution):
         return self._flat.entropy()
 
 
-def kl_to_independent(q: Any, p: Independent) -> Tensor:
-    """KL(q ‖ p) of a Normal from one with independent entries: only the means, variances and entropy of q are needed.
+def divergence_from_entries(q: Any, p: Independent) -> Tensor:
+    """KL(q ‖ p) for a prior p of independent entries, Normal or flat, from the moments and the entropy of q: (*batch).
 
     Args:
-        q: the Normal, with ``loc``, ``variance``, ``event_dim`` and ``entropy()``.
-        p: a Normal or a flat prior of the entries, with the same number of event dimensions.
-
-    Raises:
-        NotImplementedError: there is no closed form for p.
+        q: a distribution with ``loc``, its mean, ``variance`` (of each entry), ``event_dim`` and ``entropy()``.
+        p: the prior, with as many event dimensions.
     """
     base, dims = p.base_dist, p.reinterpreted_batch_ndims
     if dims != q.event_dim or not isinstance(base, Flat | dist.Normal):
@@ -99,9 +96,7 @@ def kl_to_independent(q: Any, p: Independent) -> Tensor:
     return entries.flatten(entries.dim() - dims).sum(-1) - q.entropy() if dims else entries - q.entropy()
 
 
-@register_kl(LowRankNormal, Independent)
-def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
-    return kl_to_independent(q, p)
+register_kl(LowRankNormal, Independent)(divergence_from_entries)
 
 
 class LowRankGuide(SiteGuide):

@@ -16,7 +16,7 @@ from torch.distributions import Independent, MultivariateNormal, register_kl
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
 from bora_pyro.guides.base import SiteGuide, check_no_masks
-from bora_pyro.guides.low_rank import kl_to_independent
+from bora_pyro.guides.low_rank import divergence_from_entries
 from bora_pyro.model import BoRA
 
 #: The most entries of a latent of one layer. A covariance of n entries has n (n + 1)/2 numbers, for each task and layer.
@@ -74,9 +74,7 @@ class BlockNormal(dist.TorchDistribution):
         return self._blocks.entropy().sum(-1)
 
 
-@register_kl(BlockNormal, Independent)
-def _kl_block(q: BlockNormal, p: Independent) -> Tensor:
-    return kl_to_independent(q, p)
+register_kl(BlockNormal, Independent)(divergence_from_entries)
 
 
 class MultivariateNormalGuide(SiteGuide):

@@ -37,8 +37,8 @@ from bora_pyro.inference.task_groups import joined_history, joined_score, of_gro
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Given
 
-#: Guides of the new deviations: all that are fitted by an ELBO.
-ALLOWED = tuple(name for name in GUIDES if name not in AROUND_MAP)
+#: Guides of the new deviations: all that are fitted by an ELBO. The directions of ``subspace`` are those of one fit's documents.
+ALLOWED = tuple(name for name in GUIDES if name not in AROUND_MAP | {"subspace"})
 #: The options of ``fit`` that an adaptation accepts.
 OPTIONS = (
     "warmup", "accumulate", "gradient_clip", "temperature", "patience", "deviation_reach", "average", "on_step", "on_epoch",

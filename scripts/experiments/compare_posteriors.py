@@ -9,8 +9,11 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
 - ``map_scaled``: its logits, or the scores of the options, divided by the temperature that the validation split chooses.
 - ``map_longer``: the point estimate, fitted for as many more epochs as the guides. It shows what longer training alone gains.
 - ``ensemble``: four MAP fits from different starts, with averaged probabilities (deep ensembles, Lakshminarayanan et al., 2017).
-- ``normal``, ``structured``, ``ivon``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its
-  weight.
+- ``checkpoint_ensemble``: the states after the last four epochs of the MAP fit, with averaged probabilities.
+- ``mc_dropout``: a MAP fit with dropout on the inputs of the adapters (``lora_dropout``), and masks at prediction (Gal and
+  Ghahramani, 2016). The centre predicts without masks.
+- ``normal``, ``structured``, ``ivon``, ``low_rank``, ``subspace``, ``blob``: guides fitted by the ELBO; ``normal_tempered`` has
+  the KL term at 0.3 of its weight.
 - ``swag``: the mean and the spread of the steps of a fit with a constant rate; the validation split chooses the scale.
 - ``tfb``: the widest isotropic noise of each task's ΔW that the validation split allows, without a fit.
 - ``laplace``, ``laplace_kronecker``, ``laplace_kfac``: guides from the curvature, without a fit; in ``..._tempered`` the
@@ -27,6 +30,10 @@ the mixture of draws. ``few`` columns are about the third of the tasks with the 
 under the risk-coverage curve, where the risk is the share of wrong predictions, and 1 − confidence orders them. Rows that the
 output already has are not computed again. For tasks with answers (``likelihood: choice``) a prediction is a question.
 
+With ``--foreign``, the columns ``foreign_...`` have the area under the ROC curve of each score that should separate texts of no
+task from test documents: the total entropy of the prediction, the mutual information of token and weights (``epistemic``, of
+mixtures alone), and the perplexity. Each text is read with the adapter that gives it the highest likelihood.
+
 All fits have the options of ``--fit_config``, and override ``tau``, ``seed`` and ``learning_rate``. Those of the guides and
 ``map_longer`` also override ``epochs``, ``patience`` (0) and ``temperature``.
 """
@@ -37,7 +44,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,13 +55,15 @@ import torch
 import transformers
 from fit_options import check_usual
 from posterior_arms import ARMS, NAMES, Arm
+from posterior_ensembles import Made, checkpoint_ensemble, ensemble, mc_dropout
 from posteriors_table import markdown
+from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from scipy import stats
 
-from bora_pyro.data import ByRecord
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.diagnostics.calibration import area_under_risk_coverage, calibration
+from bora_pyro.diagnostics.unknown_texts import auroc_by_score, sample_texts, text_scores
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.inference.fit import fit
@@ -68,14 +77,13 @@ from bora_pyro.predict.held_out import settle
 from bora_pyro.predict.mixture import Draws, TokenPredictions
 from bora_pyro.predict.posterior import Posterior
 from bora_pyro.predict.temperature import predict_scaled, temperature_of
-from bora_pyro.runs.build import build_run
+from bora_pyro.runs.calibrate import CalibrateConfig, read_foreign
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.layout import METRICS
 from bora_pyro.runs.map_fit import run_map_fit
 from bora_pyro.runs.results_table import read_results, write_results
 from bora_pyro.runs.saved import SavedRun, load_run
 
-MEMBERS = 4
 RATES = (0.001, 0.003, 0.01, 0.03)
 MIDDLE = 0.01
 TEMPERATURES = (1.0, 1e-3, 1e-6)
@@ -95,13 +103,16 @@ class PosteriorsConfig:
     epochs: int = option(6, "epochs of the fitted guides")
     draws: int = option(8, "draws of a mixture")
     map_learning_rate: float = option(0.03, "learning rate of the MAP fits")
+    foreign: str | None = option(None, "texts that belong to no task, as for calibrate.py (default: none)")
+    foreign_text_column: str = option("text", "column of the foreign texts; no other column is read")
+    foreign_documents: int = option(200, "largest number of foreign texts, and of test documents to compare them with")
     threads: int = option(1, "CPU threads")
     runs_dir: str = option("runs/posteriors", "folder of the MAP fits")
     output: str = option("results/posteriors_documentation.csv", "the table, two rows for each run")
 
     def validate(self) -> None:
         """Check the values."""
-        for name in ("seeds", "epochs", "draws", "threads"):
+        for name in ("seeds", "epochs", "draws", "threads", "foreign_documents"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give a whole number from 1 up")
         for name in self.arms:
@@ -121,11 +132,17 @@ class Comparison:
     def __init__(self, config: PosteriorsConfig) -> None:
         self.config, self.output = config, Path(config.output)
         self.table = read_results(self.output, KEYS)
+        if config.foreign is not None and len(self.table) and "foreign_total" not in self.table:
+            raise InputError(f"output {self.output} has rows without --foreign; give another --output, or leave --foreign out")
+        #: Test documents and foreign texts, by seed.
+        self.texts: dict[int, tuple[TokenSplit, TokenSplit]] = {}
 
     def run_all(self) -> None:
         """Run every arm with every seed; the first seed makes the choices."""
         for seed in range(self.config.seeds):
             run = self.map_run(seed)
+            if self.config.foreign is not None:
+                run.fitted.model.likelihood.check_texts("--foreign")
             for arm in self.config.arms:
                 self.run_arm(arm, run, seed)
 
@@ -145,17 +162,22 @@ class Comparison:
     def run_arm(self, arm: str, run: SavedRun, seed: int) -> None:
         """Compute the missing rows of an arm."""
         if arm == "map":
-            self.fill(arm, run, seed, None, None, lambda: (run.fitted, None, run.fitted.seconds))
+            self.fill(arm, run, seed, None, None, lambda: Made(run.fitted, run.fitted.seconds))
         elif arm == "map_scaled":
             self.fill_scaled(run, seed)
-        elif arm == "ensemble":
-            self.fill(arm, run, seed, None, None, lambda: self.ensemble(run, seed))
+        elif arm in (members := self.made_of_fits()):
+            self.fill(arm, run, seed, None, None, lambda: members[arm](run, seed))
         elif ARMS[arm].fitted:
             for rate in self.rates(arm, seed):
                 self.fill(arm, run, seed, ARMS[arm].temperature, rate, partial(self.variational, ARMS[arm], run, seed, rate))
         else:
             for temperature in self.temperatures(arm, seed):
                 self.fill(arm, run, seed, temperature, None, partial(self.computed, ARMS[arm], run, seed, temperature))
+
+    def made_of_fits(self) -> dict[str, Callable[[SavedRun, int], Made]]:
+        """The arms that are made of MAP fits of their own, by name."""
+        dropout = partial(mc_dropout, draws=self.config.draws)
+        return {"ensemble": ensemble, "checkpoint_ensemble": checkpoint_ensemble, "mc_dropout": dropout}
 
     def rates(self, arm: str, seed: int) -> Iterator[float]:
         """The learning rates to run: the first seed climbs from the middle of the grid, the others use its choice.
@@ -195,7 +217,7 @@ class Comparison:
         return rows.loc[rows.validation_nll.idxmin()]
 
     def fill(
-        self, arm: str, run: SavedRun, seed: int, temperature: float | None, rate: float | None, make: Callable[[], Any]
+        self, arm: str, run: SavedRun, seed: int, temperature: float | None, rate: float | None, make: Callable[[], Made]
     ) -> None:
         """Make a posterior and add its rows, unless the table has them.
 
@@ -205,25 +227,45 @@ class Comparison:
             seed: the seed.
             temperature: temperature of the guide; None: the arm has none.
             rate: learning rate; None: the arm has none.
-            make: function that returns the fitted posterior, its draws (None: draws of its guide) and its seconds.
+            make: function that makes the posterior.
         """
         if self.has(arm, seed, temperature, rate):
             return
-        fitted, draws, seconds = make()
-        centre = fitted.weights()[0]
+        made = make()
+        fitted, draws, centre = made.fitted, made.draws, made.fitted.weights()[0]
         keys: dict[str, Any] = {"arm": arm, "seed": seed, "temperature": temperature, "learning_rate": rate}
-        model = run.fitted.model
-        common = {"seconds": round(seconds, 1), "state": state_ratio(fitted, run), "best_epoch": fitted.best_epoch}
+        model = made.model or run.fitted.model
+        common = {"seconds": round(made.seconds, 1), "state": state_ratio(fitted, run), "best_epoch": fitted.best_epoch}
         if draws is None and not isinstance(fitted.guide, AutoDelta):
             posterior = Posterior(fitted, seed=seed)
             common["scale_correlation"] = self.scale_correlation(posterior, run)
             draws, model = partial(posterior.draws, self.config.draws), posterior.predictor(ARMS[arm].linearised)
-        rows = []
-        if arm != "ensemble":
-            rows.append(self.row(keys | {"prediction": "mean"} | common, run, of_draws(run.fitted.model, lambda: [centre])))
+        parts: dict[str, tuple[BoRA, Draws]] = {}
+        if made.has_centre:
+            parts["mean"] = (run.fitted.model, lambda: [centre])
         if draws is not None:
-            rows.append(self.row(keys | {"prediction": "mixture"} | common, run, of_draws(model, draws)))
+            parts["mixture"] = (model, draws)
+        rows = []
+        for name, (predictor, own) in parts.items():
+            row = self.row(keys | {"prediction": name} | common, run, of_draws(predictor, own))
+            rows.append(row | self.foreign_numbers(run, seed, predictor, centre, own, epistemic=name == "mixture"))
         self.add(rows)
+
+    def foreign_numbers(
+        self, run: SavedRun, seed: int, model: BoRA, centre: Weights, draws: Draws, *, epistemic: bool
+    ) -> dict[str, float]:
+        """How well each score separates foreign texts from test documents; empty without foreign texts."""
+        if self.config.foreign is None:
+            return {}
+        if seed not in self.texts:
+            names = ("foreign", "foreign_text_column", "foreign_documents")
+            config = CalibrateConfig(run=str(run.folder.path), seed=seed, **{name: getattr(self.config, name) for name in names})
+            own = sample_texts(run.data.test, self.config.foreign_documents, seed=seed)
+            self.texts[seed] = own, read_foreign(config, run)
+        with poutine.seed(rng_seed=seed):  # the model may draw masks
+            scores = [text_scores(model, split, centre, draws) for split in self.texts[seed]]
+        found = auroc_by_score(*scores).to_dict()
+        return {f"foreign_{name}": value for name, value in found.items() if epistemic or name != "epistemic"}
 
     def fill_scaled(self, run: SavedRun, seed: int) -> None:
         """Add the row of the MAP fit with a temperature that the validation split chooses, unless the table has it."""
@@ -264,7 +306,8 @@ class Comparison:
         row, few = dict(keys), few_tasks(run)
         for name, split in (("validation", run.data.validation), ("test", run.data.test)):
             start = time.perf_counter()
-            found = predict(split)
+            with poutine.seed(rng_seed=keys["seed"]):  # the model may draw masks
+                found = predict(split)
             measured = asdict(calibration(found))
             row |= {f"{name}_{key}": measured[key] for key in ("nll", "ece", "brier", "accuracy")}
             row[f"{name}_aurc"] = area_under_risk_coverage(1 - found.confidence, (~found.correct).double())
@@ -276,7 +319,7 @@ class Comparison:
             row["predict_seconds"] = round(time.perf_counter() - start, 1)
         return row
 
-    def variational(self, arm: Arm, run: SavedRun, seed: int, rate: float) -> tuple[Fitted, None, float]:
+    def variational(self, arm: Arm, run: SavedRun, seed: int, rate: float) -> Made:
         """Fit a guide around the MAP."""
         assert arm.temperature is not None
         guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=arm.scale, **arm.options)
@@ -284,34 +327,21 @@ class Comparison:
         options |= {"temperature": arm.temperature}
         options["callbacks"] = []  # the posteriors have the τ that the fit has learned
         fitted = fit(run.fitted.model, run.data, part_of(run.config, FitOptions), guide=guide, **options)
-        return fitted, None, fitted.seconds + self.settle(arm, fitted, run, seed)
+        return Made(fitted, fitted.seconds + self.settle(arm, fitted, run, seed))
 
-    def computed(self, arm: Arm, run: SavedRun, seed: int, temperature: float) -> tuple[Fitted, None, float]:
+    def computed(self, arm: Arm, run: SavedRun, seed: int, temperature: float) -> Made:
         """Make a guide at the MAP that needs no fit."""
         start = time.perf_counter()
         guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, temperature=temperature, **arm.options)
         make_parameters(guide, run.fitted.model)
         fitted, seconds = Fitted(run.fitted.model, guide, run.data.tasks), time.perf_counter() - start
-        return fitted, None, seconds + self.settle(arm, fitted, run, seed)
+        return Made(fitted, seconds + self.settle(arm, fitted, run, seed))
 
     def settle(self, arm: Arm, fitted: Fitted, run: SavedRun, seed: int) -> float:
         """Let the validation documents choose what the guide leaves open, and return the seconds."""
         start = time.perf_counter()
         settle(fitted, run.data.validation, draws=self.config.draws, linearised=arm.linearised, seed=seed)
         return time.perf_counter() - start
-
-    def ensemble(self, run: SavedRun, seed: int) -> tuple[Fitted, Draws, float]:
-        """Fit three more MAP estimates on the same split, with other starts and orders of the documents."""
-        members: list[Weights] = [run.fitted.weights()[0]]
-        seconds = run.fitted.seconds
-        for number in range(1, MEMBERS):
-            config = replace(run.config, seed=1000 * number + seed)
-            # use the documents of the run: with another seed, a limit on their number would select different ones
-            model, _ = build_run(config, quiet=True, split=ByRecord(run.folder.read_split()))
-            fitted = fit(model, run.data, part_of(config, FitOptions))
-            members.append(fitted.weights()[0])
-            seconds += fitted.seconds
-        return run.fitted, lambda: members, seconds
 
     def chosen(self, arm: str) -> pd.Series | None:
         """The row with an arm's chosen learning rate and temperature; None for an arm that has neither."""

@@ -42,6 +42,8 @@ ARMS = {
     "ivon": Arm("ivon"),
     "normal_tempered": Arm("normal", temperature=0.3),
     "low_rank": Arm("low_rank"),
+    "subspace": Arm("subspace"),
+    "blob": Arm("blob"),
     "swag": Arm("swag"),
     "tfb": Arm("tfb"),
     "laplace": Arm("laplace"),
@@ -57,4 +59,4 @@ ARMS = {
     "laplace_kfac_linearised_tempered": Arm("laplace_kfac", temperature=None, linearised=True),
     "laplace_kfac_tasks_linearised": Arm("laplace_kfac", linearised=True, options={"draw_mean": False}),
 }
-NAMES = ("map", "map_scaled", *ARMS, "ensemble")
+NAMES = ("map", "map_scaled", *ARMS, "mc_dropout", "checkpoint_ensemble", "ensemble")

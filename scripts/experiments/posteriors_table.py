@@ -13,6 +13,12 @@ _TOKENS = "| arm | T | rate | of | NLL a token | perplexity | to MAP | ECE | NLL
 _ANSWERS = (
     "| arm | T | rate | of | NLL a question | accuracy | NLL − MAP's | ECE | NLL, few | ECE, few | AURC | seconds | state | ρ |"
 )
+# areas under the ROC curve of foreign texts, by column
+_FOREIGN = {
+    "foreign_total": "foreign: total",
+    "foreign_epistemic": "foreign: epistemic",
+    "foreign_perplexity": "foreign: perplexity",
+}
 
 
 def markdown(table: pd.DataFrame, chosen: Mapping[str, pd.Series | None]) -> str:
@@ -22,7 +28,9 @@ def markdown(table: pd.DataFrame, chosen: Mapping[str, pd.Series | None]) -> str
         table: the rows of the comparison.
         chosen: for each arm a row with the chosen ``temperature`` and ``learning_rate``; None: the arm has neither.
     """
-    lines = [_TOKENS if _of_tokens(table) else _ANSWERS, "|" + "---|" * 14]
+    foreign = [name for name in _FOREIGN if name in table]
+    header = [_TOKENS if _of_tokens(table) else _ANSWERS, *(f" {_FOREIGN[name]} |" for name in foreign)]
+    lines = ["".join(header), "|" + "---|" * (14 + len(foreign))]
     reference = table[table.arm == "map"].set_index("seed").test_nll
     for arm, choice in chosen.items():
         for prediction in ("mean", "mixture"):
@@ -31,7 +39,9 @@ def markdown(table: pd.DataFrame, chosen: Mapping[str, pd.Series | None]) -> str
                 for name in ("temperature", "learning_rate"):
                     rows = rows[rows[name].isna()] if pd.isna(choice[name]) else rows[np.isclose(rows[name], choice[name])]
             if not rows.empty:
-                lines.append(f"| {arm} | " + " | ".join(_cells(rows.set_index("seed"), prediction, reference)) + " |")
+                cells = _cells(rows.set_index("seed"), prediction, reference)
+                cells += [_mean_sd(rows[name].dropna(), 3) for name in foreign]
+                lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -30,8 +30,8 @@ HIERARCHIES = {
     "pooled": (Pooled(), math.inf),
 }
 EVERY_HIERARCHY = pytest.mark.parametrize(("prior", "tau"), HIERARCHIES.values(), ids=HIERARCHIES)
-# the spread of swag comes from a fit, and that of tfb from held-out documents
-SPREAD = [name for name in GUIDES if name not in ("map", "swag", "tfb")]
+# the spread of swag comes from a fit, and that of tfb from held-out documents; most sites of blob are points
+SPREAD = [name for name in GUIDES if name not in ("map", "swag", "tfb", "blob")]
 
 
 def laplace(model, tau):
@@ -281,11 +281,11 @@ def test_every_guide_goes_through_its_state(guide, prior):
     assert all((draws[0][name] != draws[2][name]).any() and draws[0][name].shape == sites[name].shape for name in sites)
 
 
-@pytest.mark.parametrize("guide", [name for name in SPREAD if not name.startswith("laplace")])
+@pytest.mark.parametrize("guide", [NormalGuide, LowRankGuide])
 def test_a_fit_narrows_what_the_documents_say(guide):
     # with many copies of the documents the scales must fall below the prior's
     model = LinearGaussian(HierarchicalNormal(TAU), counts=(1, 400))
-    built = (NormalGuide if guide == "normal" else LowRankGuide)(model, scale=0.5)
+    built = guide(model, scale=0.5)
     fit_by_adam(model, built, steps=150)
     scale = built.get("log_scale", "theta.q.x_decentered").exp().mean((1, 2, 3))
     assert scale[1] < 0.5 * scale[0]

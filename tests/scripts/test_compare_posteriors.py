@@ -9,9 +9,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from bora_pyro.runs.calibrate import CalibrateConfig, calibrate
 from tests.choice_table import table as questions
 from tests.choice_table import write
-from tests.tiny_base import line, quick_fit, script_main
+from tests.tiny_base import documents, line, quick_fit, script_main, write_table
+
+FOREIGN = ["QWERTZ ?!?! ~~~", "9876543210", "red one XYZ", "north north north", "(a + b) * c", "four four", "?", "xyz blue"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,8 @@ def finished(tmp_path_factory, main):
     words = line({"fit_config": folder / "fit.yaml", "seeds": 2, "epochs": 1, "draws": 2, "map_learning_rate": 0.03})
     words += line({"runs_dir": folder / "runs", "output": folder / "table.csv"})
     words += ["--arms", "map", "map_scaled", "normal", "swag", "tfb", "laplace_tempered", "ensemble", "normal_linearised"]
-    words += ["laplace_linearised", "laplace_kfac_tasks_linearised"]
+    words += ["laplace_linearised", "laplace_kfac_tasks_linearised", "mc_dropout", "checkpoint_ensemble"]
+    words += ["--foreign", write_table(folder / "foreign.csv", documents(["Dora"], number=8).assign(text=FOREIGN))]
     assert main(words) == 0
     return words, folder / "table.csv"
 
@@ -74,7 +78,45 @@ def test_the_table_hangs_together(finished):
     laplace = table[(table.arm == "laplace_tempered") & (table.temperature == 1.0) & (table.prediction == "mixture")]
     linearised = table[(table.arm == "laplace_linearised") & (table.prediction == "mixture")]
     assert linearised.test_nll.iloc[0] < laplace.test_nll.iloc[0]
-    assert sorted(table.prediction[table.arm == "ensemble"]) == ["mixture", "mixture"]
+    for arm in ("ensemble", "checkpoint_ensemble"):
+        assert sorted(table.prediction[table.arm == arm]) == ["mixture", "mixture"]
+
+
+def test_dropout_and_checkpoints_are_mixtures(finished):
+    table = pd.read_csv(finished[1]).set_index(["arm", "prediction", "seed"]).sort_index()
+    dropout = table.loc["mc_dropout"]
+    assert sorted(dropout.index) == [("mean", 0), ("mean", 1), ("mixture", 0), ("mixture", 1)]
+    assert dropout.test_nll.nunique() == 4  # masks at prediction alone, and a fit of its own
+    assert not set(dropout.test_nll) & set(table.loc["map"].test_nll)
+    last = table.loc["checkpoint_ensemble", "mixture"]
+    # the states lie around the one that the fit keeps
+    assert (last.test_nll / table.loc["map", "mean"].test_nll).between(0.9, 1.1).all()
+    assert not set(last.test_nll) & set(table.loc["map"].test_nll)
+
+
+def test_foreign_texts(finished, main, capsys, tmp_path):
+    words, file = finished
+    table = pd.read_csv(file)
+    columns = ["foreign_total", "foreign_epistemic", "foreign_perplexity", "foreign_perplexity_ratio"]
+    rows = table[table.arm != "map_scaled"]
+    assert rows[columns].drop(columns="foreign_epistemic").stack().between(0, 1).all()
+    assert len(rows[columns].drop(columns="foreign_epistemic").dropna()) == len(rows)
+    assert rows.foreign_epistemic.notna().eq(rows.prediction == "mixture").all()
+    # those of the MAP fit are those of the command
+    folder = file.parent / "runs" / "table" / "map-seed1"
+    calibrate(CalibrateConfig(run=str(folder), foreign=words[-1], seed=1, output=str(tmp_path / "calibration")))
+    expected = pd.read_csv(tmp_path / "calibration" / "foreign_auroc.csv").set_index("score").auroc
+    of_map = rows[(rows.arm == "map") & (rows.seed == 1)].iloc[0]
+    assert sorted(expected.index) == ["perplexity", "perplexity_ratio", "total"]
+    assert [of_map[f"foreign_{name}"] for name in expected.index] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert main(words) == 0
+    assert "| foreign: total | foreign: epistemic | foreign: perplexity |" in capsys.readouterr().out
+    without = words[: words.index("--foreign")]
+    output = without.index("--output") + 1
+    other = [*without[:output], str(tmp_path / "table.csv"), *without[output + 1 :]]
+    pd.read_csv(file).drop(columns=columns).to_csv(tmp_path / "table.csv", index=False)
+    assert main([*other, "--foreign", words[-1]]) == 2
+    assert "table.csv has rows without --foreign; give another --output, or leave --foreign out" in capsys.readouterr().err
 
 
 def test_nothing_is_run_again(finished, main, monkeypatch, capsys):
@@ -121,7 +163,8 @@ def test_tasks_with_answers_have_the_numbers_of_questions(main, tmp_path, capsys
     options |= {"data": write(tmp_path / "rows.jsonl", questions()), "split_column": "split", "options_column": "options"}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(options | {"likelihood": "choice", "targets": ["v_proj", "fc2"]}))
     words = line({"fit_config": tmp_path / "fit.yaml", "seeds": 1, "epochs": 1, "draws": 2, "output": tmp_path / "table.csv"})
-    words += ["--runs_dir", str(tmp_path / "runs"), "--arms", "map", "map_scaled", "ivon", "laplace_linearised"]
+    words += ["--runs_dir", str(tmp_path / "runs"), "--arms", "map", "map_scaled", "ivon", "blob", "subspace"]
+    words += ["laplace_linearised", "mc_dropout", "checkpoint_ensemble"]
     assert main(words) == 0
     rows = pd.read_csv(tmp_path / "table.csv")
     assert "test_perplexity" not in rows
@@ -130,4 +173,8 @@ def test_tasks_with_answers_have_the_numbers_of_questions(main, tmp_path, capsys
     point, scaled = (rows[rows.arm == arm].iloc[0] for arm in ("map", "map_scaled"))
     assert scaled.test_accuracy == point.test_accuracy
     assert scaled.validation_nll < point.validation_nll
+    assert set(rows.arm) == set(words[words.index("--arms") + 1 :])
     assert "| NLL a question | accuracy | NLL − MAP's |" in capsys.readouterr().out
+    words[words.index("--output") + 1] = str(tmp_path / "other.csv")
+    assert main([*words, "--foreign", options["data"]]) == 2
+    assert "error: --foreign needs a fit to texts" in capsys.readouterr().err
