@@ -103,7 +103,7 @@ def export_adapters(
         run.posterior(seed=seed)  # raises for a point estimate
     facts = CardFacts(base_model, license, repo_id, repr(run.fitted.model), run.adapted)
     scores = {folder: run.metrics["tasks"][folder] for folder in chosen.values()}
-    kind = "the MAP estimate" if run.is_point else "the posterior's mean"
+    kind = run.centre
     described: dict[str, dict[str, Any]] = {}
     checks = ExportChecks(check, base_model)
     with whole_folder(output_dir, record=EXPORT, overwrite=overwrite) as aside:
