@@ -168,8 +168,11 @@ def _adapters(run: SavedRun, chosen: dict[str, str], draws: int, seed: int) -> I
         if fitted.tasks[d] in chosen:
             yield _Exported(chosen[fitted.tasks[d]], d, theta)
     yield _Exported(GLOBAL_MEAN, None, mean or {})
-    for draw in range(draws):
-        drawn, of_draw = fitted.model.weights_given(run.posterior(seed=seed).sites(draw))
+    if not draws:
+        return
+    posterior = run.posterior(seed=seed)
+    for draw in posterior.numbers(draws):
+        drawn, of_draw = fitted.model.weights_given(posterior.sites(draw))
         for name, folder in chosen.items():
             d = fitted.tasks.index(name)
             yield _Exported(f"{folder}--draw-{draw}", d, {latent: value[d] for latent, value in drawn.items()}, draw)

@@ -80,7 +80,9 @@ def test_what_reads_posteriors_reads_its_folder(given, tmp_path, capsys):
     diagnose(DiagnoseConfig(run=path, output=str(tmp_path / "diagnosis"), threads=1))
     page = run_page(path, RunOptions(adapters=False))
     assert [number.label for number in page.numbers][:2] == ["test perplexity, best member", "mixture of 2 members"]
-    assert EXPORT.main([path, "--output_dir", str(tmp_path / "export")]) == 0
+    assert EXPORT.main([path, "--draws", "3", "--output_dir", str(tmp_path / "export")]) == 0
+    draws = sorted(place.name for place in (tmp_path / "export").glob("ada--draw-*"))
+    assert draws == ["ada--draw-0", "ada--draw-1"]  # the members
     assert "the best member" in (tmp_path / "export" / "ada" / "README.md").read_text()
     assert read_peft(run.folder.adapters / "ada").rank == 2
 
