@@ -9,6 +9,8 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
 - ``map_scaled``: its logits, or the scores of the options, divided by the temperature that the validation split chooses.
 - ``map_longer``: the point estimate, fitted for as many more epochs as the guides. It shows what longer training alone gains.
 - ``ensemble``: four MAP fits from different starts, with averaged probabilities (deep ensembles, Lakshminarayanan et al., 2017).
+- ``ensemble_folded``: the mean of the ΔW of these four fits, cut to the rank of one of them: one adapter a task.
+  ``ensemble_distilled`` begins there and is fitted to the averaged probabilities on the training documents.
 - ``normal``, ``structured``, ``ivon``, ``low_rank``: guides fitted by the ELBO; ``normal_tempered`` has the KL term at 0.3 of its
   weight.
 - ``swag``: the mean and the spread of the steps of a fit with a constant rate; the validation split chooses the scale.
@@ -47,15 +49,18 @@ import pandas as pd
 import torch
 import transformers
 from fit_options import check_usual
-from posterior_arms import ARMS, NAMES, Arm
+from posterior_arms import ARMS, FOLDED, NAMES, Arm
 from posteriors_table import markdown
 from pyro.infer.autoguide import AutoDelta
 from scipy import stats
 
+from bora_pyro.adapters import LoRA
 from bora_pyro.data import ByRecord
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.diagnostics.calibration import area_under_risk_coverage, calibration
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.exchange.factors import lora_form
+from bora_pyro.exchange.fold import mean_form, stacked
 from bora_pyro.guides import GUIDES, make_parameters
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
@@ -64,12 +69,14 @@ from bora_pyro.model import BoRA, Weights
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option, part_of
 from bora_pyro.predict.answers import ChoicePredictions, predictions
+from bora_pyro.predict.distil import distil
 from bora_pyro.predict.held_out import settle
 from bora_pyro.predict.mixture import Draws, TokenPredictions
 from bora_pyro.predict.posterior import Posterior
 from bora_pyro.predict.temperature import predict_scaled, temperature_of
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.fold import FoldConfig
 from bora_pyro.runs.layout import METRICS
 from bora_pyro.runs.map_fit import run_map_fit
 from bora_pyro.runs.results_table import read_results, write_results
@@ -121,6 +128,7 @@ class Comparison:
     def __init__(self, config: PosteriorsConfig) -> None:
         self.config, self.output = config, Path(config.output)
         self.table = read_results(self.output, KEYS)
+        self._members: tuple[int, list[Weights], float] | None = None
 
     def run_all(self) -> None:
         """Run every arm with every seed; the first seed makes the choices."""
@@ -150,6 +158,8 @@ class Comparison:
             self.fill_scaled(run, seed)
         elif arm == "ensemble":
             self.fill(arm, run, seed, None, None, lambda: self.ensemble(run, seed))
+        elif arm in FOLDED:
+            self.fill_folded(arm, run, seed)
         elif ARMS[arm].fitted:
             for rate in self.rates(arm, seed):
                 self.fill(arm, run, seed, ARMS[arm].temperature, rate, partial(self.variational, ARMS[arm], run, seed, rate))
@@ -236,6 +246,32 @@ class Comparison:
         common = {"seconds": round(seconds, 1), "state": 1.0, "best_epoch": run.fitted.best_epoch, "scaling": scaling}
         self.add([self.row(keys | common, run, lambda split: predict_scaled(model, split, centre, scaling))])
 
+    def fill_folded(self, arm: str, run: SavedRun, seed: int) -> None:
+        """Add the row of the ensemble as one adapter a task, folded or also distilled, unless the table has it."""
+        if self.has(arm, seed, None, None):
+            return
+        if arm == "ensemble_distilled" and run.fitted.model.likelihood.reads_options:
+            print(f"note: {arm} is left out: answers among options are not distilled, only texts", file=sys.stderr)
+            return
+        model, (members, seconds) = run.fitted.model, self.members(run, seed)
+        start = time.perf_counter()
+        tasks = range(len(run.data.tasks))
+        forms = [
+            [lora_form(model, {name: value[d] for name, value in member.items()}, task=d) for member in members] for d in tasks
+        ]
+        folded = [mean_form(of_task, rank=of_task[0].rank) for of_task in forms]
+        student = BoRA(model.backbone, len(tasks), adapter=LoRA(folded[0].rank, folded[0].alpha), likelihood=model.likelihood)
+        theta, best_epoch = stacked(student, folded), run.fitted.best_epoch
+        if arm == "ensemble_distilled":
+            options = {"epochs": self.config.epochs, "patience": 0, "learning_rate": FoldConfig.distil_learning_rate}
+            options |= {"seed": seed, "token_budget": run.config.token_budget}
+            fitted = distil(model, run.data, lambda: members, theta, alpha=folded[0].alpha, **options)
+            theta, best_epoch = fitted.weights()[0], fitted.best_epoch
+        seconds += time.perf_counter() - start
+        keys = {"arm": arm, "seed": seed, "temperature": None, "learning_rate": None, "prediction": "mean"}
+        common = {"seconds": round(seconds, 1), "state": 1.0, "best_epoch": best_epoch}
+        self.add([self.row(keys | common, run, of_draws(student, lambda: [theta]))])
+
     def has(self, arm: str, seed: int, temperature: float | None, rate: float | None) -> bool:
         """Whether the table has rows of an arm with these settings."""
         own = self.table[(self.table.arm == arm) & (self.table.seed == seed)]
@@ -301,7 +337,18 @@ class Comparison:
         return time.perf_counter() - start
 
     def ensemble(self, run: SavedRun, seed: int) -> tuple[Fitted, Draws, float]:
-        """Fit three more MAP estimates on the same split, with other starts and orders of the documents."""
+        """The MAP fit and three more, as draws."""
+        members, seconds = self.members(run, seed)
+        return run.fitted, lambda: members, seconds
+
+    def members(self, run: SavedRun, seed: int) -> tuple[list[Weights], float]:
+        """Fit three more MAP estimates on the same split, with other starts and orders of the documents, once for each seed.
+
+        Returns:
+            θ of all four, and their seconds.
+        """
+        if self._members is not None and self._members[0] == seed:
+            return self._members[1:]
         members: list[Weights] = [run.fitted.weights()[0]]
         seconds = run.fitted.seconds
         for number in range(1, MEMBERS):
@@ -311,7 +358,8 @@ class Comparison:
             fitted = fit(model, run.data, part_of(config, FitOptions))
             members.append(fitted.weights()[0])
             seconds += fitted.seconds
-        return run.fitted, lambda: members, seconds
+        self._members = (seed, members, seconds)
+        return members, seconds
 
     def chosen(self, arm: str) -> pd.Series | None:
         """The row with an arm's chosen learning rate and temperature; None for an arm that has neither."""

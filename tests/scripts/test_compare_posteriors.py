@@ -28,7 +28,7 @@ def finished(tmp_path_factory, main):
     words = line({"fit_config": folder / "fit.yaml", "seeds": 2, "epochs": 1, "draws": 2, "map_learning_rate": 0.03})
     words += line({"runs_dir": folder / "runs", "output": folder / "table.csv"})
     words += ["--arms", "map", "map_scaled", "normal", "swag", "tfb", "laplace_tempered", "ensemble", "normal_linearised"]
-    words += ["laplace_linearised", "laplace_kfac_tasks_linearised"]
+    words += ["laplace_linearised", "laplace_kfac_tasks_linearised", "ensemble_folded", "ensemble_distilled"]
     assert main(words) == 0
     return words, folder / "table.csv"
 
@@ -75,6 +75,11 @@ def test_the_table_hangs_together(finished):
     linearised = table[(table.arm == "laplace_linearised") & (table.prediction == "mixture")]
     assert linearised.test_nll.iloc[0] < laplace.test_nll.iloc[0]
     assert sorted(table.prediction[table.arm == "ensemble"]) == ["mixture", "mixture"]
+    # one adapter a task of the same four fits; distilling keeps what validates better
+    folded, distilled = (table[table.arm == f"ensemble_{name}"].set_index("seed") for name in ("folded", "distilled"))
+    assert folded.prediction.tolist() == distilled.prediction.tolist() == ["mean", "mean"]
+    assert (distilled.validation_nll <= folded.validation_nll + 1e-9).all()
+    assert folded.state.eq(1).all()
 
 
 def test_nothing_is_run_again(finished, main, monkeypatch, capsys):
