@@ -78,7 +78,7 @@ class FoldConfig:
         "epoch with the lowest validation perplexity, or the folded adapters",
     )
     distil_epochs: int = option(3, "passes over the training documents for --distil", least=1)
-    distil_learning_rate: float = option(1e-3, "AdamW's largest learning rate for --distil", positive=True)
+    distil_learning_rate: float = option(3e-3, "AdamW's largest learning rate for --distil", positive=True)
     overwrite: bool = option(False, "replace an earlier result")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
     trust_remote_code: bool = option(
