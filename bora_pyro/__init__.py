@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bora_pyro.guides import laplace_guide, low_rank_guide, map_guide, normal_guide, swag_guide, tfb_guide
     from bora_pyro.inference.adapt import adapt
     from bora_pyro.inference.callbacks import Callback
+    from bora_pyro.inference.ensemble import ensemble
     from bora_pyro.inference.evaluate import Scores, evaluate
     from bora_pyro.inference.fit import fit
     from bora_pyro.inference.fitted import Fitted
@@ -43,9 +44,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Backbone", "BoRA", "Callback", "CausalLM", "Choice", "DataOptions", "FitOptions", "Fitted", "FrozenALoRA",
     "Given", "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior",
-    "RandomPrecision", "Scores", "TaskData", "adapt", "evaluate", "fit", "generate_side_by_side", "infer_task", "laplace_guide",
-    "load_peft", "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft",
-    "settle", "swag_guide", "table", "talk_of_norway", "tfb_guide",
+    "RandomPrecision", "Scores", "TaskData", "adapt", "ensemble", "evaluate", "fit", "generate_side_by_side", "infer_task",
+    "laplace_guide", "load_peft", "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau",
+    "read_peft", "save_peft", "settle", "swag_guide", "table", "talk_of_norway", "tfb_guide",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
@@ -61,6 +62,7 @@ _MODULES = {
     "guides": ("laplace_guide", "low_rank_guide", "map_guide", "normal_guide", "swag_guide", "tfb_guide"),
     "inference.adapt": ("adapt",),
     "inference.callbacks": ("Callback",),
+    "inference.ensemble": ("ensemble",),
     "inference.evaluate": ("Scores", "evaluate"),
     "inference.fit": ("fit",),
     "inference.fitted": ("Fitted",),

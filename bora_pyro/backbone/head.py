@@ -15,6 +15,7 @@ head is frozen, so only the hidden states need a gradient. It is computed chunk 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,73 @@ class LazyLogits:
             (rows, tokens) float32, 0 at tokens without a target.
         """
         return TokenLosses.apply(self.states, self.head.weight, self.head.bias, targets)
+
+
+def divergences(logits: Tensor | LazyLogits, others: Sequence[Tensor | LazyLogits], observed: Tensor) -> Tensor:
+    """KL(p̄ ‖ p) of each token in nats, where p̄ is the mean of several models' probabilities of the next token.
+
+        >>> logits, others = torch.randn(2, 3, 10), [torch.randn(2, 3, 10) for _ in range(4)]
+        >>> observed = torch.tensor([[True, True, False], [True, False, False]])
+        >>> mixture = sum(other.softmax(-1) for other in others) / 4
+        >>> expected = (mixture * (mixture.log() - logits.log_softmax(-1))).sum(-1) * observed
+        >>> torch.allclose(divergences(logits, others, observed), expected, atol=1e-5)
+        True
+
+    Args:
+        logits: the logits of p, (rows, tokens, vocabulary). Only they have a gradient.
+        others: those of the models in the mixture.
+        observed: the tokens that count, (rows, tokens) bool.
+
+    Returns:
+        (rows, tokens) float32, 0 at tokens that do not count.
+    """
+    states, weight, bias = _chosen(logits, observed)
+    mixture = [_chosen(other, observed) for other in others]
+    found = Divergences.apply(states, weight, bias, mixture)
+    return torch.zeros(observed.shape, device=found.device).masked_scatter(observed, found)
+
+
+def _chosen(logits: Tensor | LazyLogits, observed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The hidden states of the tokens that count, and the head; or their logits, and no head."""
+    if isinstance(logits, LazyLogits):
+        return logits.states[observed], logits.head.weight, logits.head.bias
+    return logits[observed], None, None
+
+
+def _log_softmax(states: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return torch.log_softmax(states if weight is None else F.linear(states, weight, bias), -1, dtype=torch.float32)
+
+
+class Divergences(torch.autograd.Function):
+    """KL(p̄ ‖ softmax(h Wᵀ + b)) and its gradient in h, in chunks of tokens; p̄ is a mean of softmax(h_k Wᵀ + b)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        others: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
+    ) -> Tensor:
+        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        found = torch.zeros(len(states), dtype=torch.float32, device=states.device)
+        chunk = chunk_tokens(states.device, states.shape[-1] if weight is None else len(weight))
+        for start in range(0, len(states), chunk):
+            part = slice(start, start + chunk)
+            mixture = torch.stack([_log_softmax(other[part], *head) for other, *head in others]).exp_().mean(0)
+            log_p = _log_softmax(states[part], weight, bias)
+            found[part] = (torch.special.xlogy(mixture, mixture) - mixture * log_p).sum(-1)
+            if gradient is not None:
+                change = log_p.exp_().sub_(mixture).to(states.dtype)
+                gradient[part] = change if weight is None else change @ weight.to(states.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0][:, None].to(gradient.dtype), None, None, None
 
 
 class TokenLosses(torch.autograd.Function):

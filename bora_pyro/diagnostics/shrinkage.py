@@ -251,7 +251,7 @@ def _sites_by_draw(fitted: Fitted, draws: int | None, seed: int, *, minimum: int
     posterior = Posterior(fitted, seed=seed)
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < minimum:
         raise InputError(f"draws is {draws!r}; give a whole number from {minimum} up, or None for the estimate alone")
-    return map(posterior.sites, range(draws))
+    return map(posterior.sites, posterior.numbers(draws))
 
 
 def _summaries(fitted: Fitted, sites: Mapping[str, Tensor], weights: tuple[Weights, Weights], delta: Weights) -> xr.Dataset:

@@ -14,6 +14,7 @@ from typing import Any
 from bora_pyro.guides.auto_normal import auto_normal_guide
 from bora_pyro.guides.base import GuideBuilder, SiteGuide, init_to_sites, init_to_start, make_parameters
 from bora_pyro.guides.blob import BlobGuide, blob_guide
+from bora_pyro.guides.ensemble import ENSEMBLE, EnsembleGuide, ensemble_guide
 from bora_pyro.guides.ivon import IvonGuide, ivon_guide
 from bora_pyro.guides.laplace import LaplaceGuide, laplace_guide
 from bora_pyro.guides.laplace_kfac import KfacLaplaceGuide, laplace_kfac_guide
@@ -68,10 +69,10 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 
 __all__ = [
-    "AROUND_MAP", "GUIDES", "BlobGuide", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide", "KroneckerLaplaceGuide",
-    "LaplaceGuide", "LowRankGuide", "LowRankNormal", "MultivariateNormalGuide", "NormalGuide", "SiteGuide",
-    "StructuredNormalGuide", "SubspaceGuide", "SwagGuide", "TfbGuide", "auto_normal_guide", "blob_guide", "guide_options",
-    "init_to_sites", "init_to_start", "ivon_guide", "laplace_guide", "laplace_kfac_guide", "laplace_kronecker_guide",
-    "low_rank_guide", "make_parameters", "map_guide", "multivariate_normal_guide", "normal_guide", "structured_guide",
-    "subspace_guide", "swag_guide", "tfb_guide",
+    "AROUND_MAP", "ENSEMBLE", "GUIDES", "BlobGuide", "EnsembleGuide", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide",
+    "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal", "MultivariateNormalGuide", "NormalGuide",
+    "SiteGuide", "StructuredNormalGuide", "SubspaceGuide", "SwagGuide", "TfbGuide", "auto_normal_guide", "blob_guide",
+    "ensemble_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide", "laplace_guide", "laplace_kfac_guide",
+    "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "multivariate_normal_guide", "normal_guide",
+    "structured_guide", "subspace_guide", "swag_guide", "tfb_guide",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from torch import Tensor
 from bora_pyro.backbone.texts import token_split
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.guides import EnsembleGuide
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.predict.answers import ChoicePredictions, answers
@@ -69,8 +70,15 @@ class Posterior:
         """θ of all tasks at the centre of the posterior, (D, layers, *shape) by name of the latent."""
         return self.fitted.weights()[0]
 
+    def numbers(self, draws: int) -> range:
+        """The numbers of the first ``draws`` draws; if fewer differ, as of an ensemble of K members, those that differ."""
+        guide = self.fitted.guide
+        return range(min(draws, guide.members) if isinstance(guide, EnsembleGuide) else draws)
+
     def sites(self, number: int) -> dict[str, Tensor]:
-        """The sample sites of draw ``number``."""
+        """The sample sites of draw ``number``; of an ensemble, those of the member with this number."""
+        if isinstance(self.fitted.guide, EnsembleGuide):
+            return self.fitted.guide.member(number)
         # the seeds of two posteriors are a million apart, so that they share no draw
         with torch.no_grad(), poutine.seed(rng_seed=(self.seed * 1_000_003 + number) % 2**32):
             return {name: value.detach() for name, value in self.fitted.guide().items()}
@@ -80,13 +88,13 @@ class Posterior:
         return self.model.weights_given(self.sites(number))[0]
 
     def draws(self, number: int) -> Iterator[Weights]:
-        """The first ``number`` draws, made one at a time.
+        """The first ``number`` draws, made one at a time. An ensemble of K members has K draws at most.
 
         Raises:
             InputError: if ``number`` is below 1.
         """
         _check_number(number)
-        return (self.draw(k) for k in range(number))
+        return (self.draw(k) for k in self.numbers(number))
 
     def deviation_scales(self, *, draws: int = 16) -> Tensor:
         """Posterior scale of each task's deviation relative to the prior: (D,). It is 1 if the documents have no information.
@@ -103,7 +111,9 @@ class Posterior:
         if draws < 2:
             raise InputError(f"draws is {draws}; a standard deviation needs 2 or more")
         sums: dict[str, list[Tensor]] = {}
-        for number in range(draws):
+        numbers = self.numbers(draws)
+        draws = len(numbers)
+        for number in numbers:
             for name, value in self._white_deviations(self.sites(number)).items():
                 total = sums.setdefault(name, [torch.zeros_like(value, dtype=torch.float64) for _ in range(2)])
                 total[0] += value
@@ -121,7 +131,13 @@ class Posterior:
         return {name: value.sqrt() * (theta[name] - mean[name]) for name, value in finite.items()}
 
     def predictor(self, linearised: bool = False) -> BoRA:
-        """The model that predicts with the draws: the network, or its linear expansion around the centre of the posterior."""
+        """The model that predicts with the draws: the network, or its linear expansion around the centre of the posterior.
+
+        Raises:
+            InputError: if the linear expansion of an ensemble is asked for, whose members are far from each other.
+        """
+        if linearised and isinstance(self.fitted.guide, EnsembleGuide):
+            raise InputError("an ensemble has no linear expansion: its members are no neighbours of its centre; use the draws")
         return LinearisedBoRA(self.model, self.mean()) if linearised else self.model
 
     def score(self, split: TokenSplit, *, draws: int = 8, linearised: bool = False, token_budget: int = 4096) -> TokenPredictions:

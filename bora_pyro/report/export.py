@@ -103,7 +103,7 @@ def export_adapters(
         run.posterior(seed=seed)  # raises for a point estimate
     facts = CardFacts(base_model, license, repo_id, repr(run.fitted.model), run.adapted)
     scores = {folder: run.metrics["tasks"][folder] for folder in chosen.values()}
-    kind = "the MAP estimate" if run.is_point else "the posterior's mean"
+    kind = run.centre
     described: dict[str, dict[str, Any]] = {}
     checks = ExportChecks(check, base_model)
     with whole_folder(output_dir, record=EXPORT, overwrite=overwrite) as aside:
@@ -168,8 +168,11 @@ def _adapters(run: SavedRun, chosen: dict[str, str], draws: int, seed: int) -> I
         if fitted.tasks[d] in chosen:
             yield _Exported(chosen[fitted.tasks[d]], d, theta)
     yield _Exported(GLOBAL_MEAN, None, mean or {})
-    for draw in range(draws):
-        drawn, of_draw = fitted.model.weights_given(run.posterior(seed=seed).sites(draw))
+    if not draws:
+        return
+    posterior = run.posterior(seed=seed)
+    for draw in posterior.numbers(draws):
+        drawn, of_draw = fitted.model.weights_given(posterior.sites(draw))
         for name, folder in chosen.items():
             d = fitted.tasks.index(name)
             yield _Exported(f"{folder}--draw-{draw}", d, {latent: value[d] for latent, value in drawn.items()}, draw)

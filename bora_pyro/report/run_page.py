@@ -40,16 +40,24 @@ from bora_pyro.report.results import OF_ANSWERS, change_text, results_table, ver
 from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
 from bora_pyro.runs.config.adapt import AdaptConfig
+from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CONFIG, FIT
+from bora_pyro.runs.layout import CONFIG, FIT, MEMBERS
 from bora_pyro.runs.results import GIVEN
 from bora_pyro.runs.versions import versions
 
 _LOCATION = ("output_dir", "overwrite", "resume")  # options that say where the run is written, not what is fitted
 # Kinds of runs, as the page names them, and the class of their configuration.
-_KINDS: dict[str, type] = {"run": MapFitConfig, "posterior": PosteriorFitConfig, "adaptation": AdaptConfig}
+_KINDS: dict[str, type] = {
+    "run": MapFitConfig,
+    "ensemble": EnsembleConfig,
+    "posterior": PosteriorFitConfig,
+    "adaptation": AdaptConfig,
+}
+# Kinds whose config.yaml is that of the fit.
+_FITS = ("run", "ensemble")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,7 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     folder = RunFolder.open(path)
     metrics, config, history = folder.read_metrics(), folder.read_config(), folder.read_log()
     kind = _kind(folder)
-    of_fit = config if kind == "run" else folder.read_config(FIT)
+    of_fit = config if kind in _FITS else folder.read_config(FIT)
     tasks = metrics.get("tasks")
     if tasks is None:
         raise InputError(f"metrics.json of {folder.path} has no tasks by name; run the fit again with --resume true")
@@ -162,9 +170,9 @@ def _of_adapters(
 
 
 def _kind(folder: RunFolder) -> str:
-    """The kind of the run: a MAP fit, a posterior around a MAP fit, or an adaptation of a MAP fit to new tasks."""
+    """The kind of the run: a MAP fit, an ensemble, a posterior around a MAP fit, or an adaptation of one to new tasks."""
     if not (folder.path / FIT).is_file():
-        return "run"
+        return "ensemble" if MEMBERS in folder.read_config() else "run"
     return "adaptation" if folder.load_metadata("posterior").get("prior") == GIVEN else "posterior"
 
 
@@ -173,7 +181,7 @@ def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], co
     data = ", ".join(map(str, data)) if isinstance(data, list) else data
     parts = [f"{len(tasks):,} task{'s' * (len(tasks) != 1)} of {data}", f"base {of_fit.get('base_model')}"]
     parts.append(f"{of_fit.get('adapter')}, rank {of_fit.get('rank')}")
-    if kind != "run":
+    if kind not in _FITS:
         origin = Path(str(config.get("run"))).name
         parts.append(f"{config.get('guide')} posterior around {origin}" if kind == "posterior" else f"new tasks under {origin}")
     return replaced(" · ".join(parts))
@@ -183,21 +191,23 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     measure = measure_of(metrics)
     digits, test = measure.digits, f"test_{measure.name}"
     adapted, base = metrics.get(test), metrics.get(f"base_{test}")
-    of_mean = ", posterior mean" * (kind == "posterior")
+    of_mean = {"posterior": ", posterior mean", "ensemble": ", best member"}.get(kind, "")
     if adapted is not None:
         change = f", {change_text(measure, adapted, base)}" if base else ""
         note = f"base {number_text(base, digits)}{change}" if base is not None else ""
         yield Number(f"test {measure.unit}{of_mean}", number_text(adapted, digits), note)
     if metrics.get(f"mixture_{test}") is not None:
         note = f"MAP {number_text(metrics[f'map_{test}'], digits)}" if metrics.get(f"map_{test}") else ""
-        label = f"mixture of {metrics.get('draws')}{' linearised' * (metrics.get('predict') == 'linearised')} draws"
+        drawn = "members" if kind == "ensemble" else "draws"
+        label = f"mixture of {metrics.get('draws')}{' linearised' * (metrics.get('predict') == 'linearised')} {drawn}"
         yield Number(label, number_text(metrics[f"mixture_{test}"], digits), note)
     for name, label in OF_ANSWERS.items():
         if metrics.get(f"test_{name}") is not None:
             of_base = metrics.get(f"base_test_{name}")
             note = "" if of_base is None else f"base {number_text(of_base, 3)}"
             yield Number(f"test {label}{of_mean}", number_text(metrics[f"test_{name}"], 3), note)
-    for name, label in (("mean", "calibration error, mean"), ("mixture", "calibration error, mixture")):
+    centre = "best member" if kind == "ensemble" else "mean"
+    for name, label in (("mean", f"calibration error, {centre}"), ("mixture", "calibration error, mixture")):
         if isinstance(metrics.get(name), dict) and metrics[name].get("ece") is not None:
             yield Number(label, number_text(metrics[name]["ece"], 3), "expected (ECE); 0 is calibrated")
     if metrics.get(f"validation_{measure.name}") is not None:
@@ -286,7 +296,7 @@ def _about_samples(options: RunOptions) -> str:
 def _configuration(folder: RunFolder, kind: str) -> Iterator[Any]:
     """A table of the options that differ from the defaults, and a closed table of all options."""
     files = [(CONFIG, _KINDS[kind], "fit" if kind == "run" else kind)]
-    if kind != "run":
+    if kind not in _FITS:
         files.append((FIT, MapFitConfig, "MAP fit that it started from"))
     for name, cls, what in files:
         config = folder.read_config(name)

@@ -19,6 +19,8 @@ from bora_pyro.data.readers.options import COLUMN
 from bora_pyro.errors import InputError
 from bora_pyro.inference.adapt import adapt, load_new_tasks
 from bora_pyro.runs.config.adapt import AdaptConfig
+from bora_pyro.runs.config.ensemble import EnsembleConfig
+from bora_pyro.runs.ensemble import member_folders
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.progress import print_data
 from bora_pyro.runs.results import GIVEN, metrics_of
@@ -50,6 +52,11 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    if isinstance(run.config, EnsembleConfig):
+        raise InputError(
+            f"the run in {config.run} is an ensemble, whose members have a Θ each; adapt one of them, such as "
+            f"{member_folders(config.run)[0]}"
+        )
     config = _resolved(config, run)
     data = load_new_tasks(config.data, run.fitted, long_documents=run.config.long_documents, **config.documents)
     if not quiet:

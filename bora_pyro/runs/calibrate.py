@@ -48,6 +48,7 @@ from bora_pyro.predict.multiple_choice import Question, choose
 from bora_pyro.predict.posterior import PREDICT
 from bora_pyro.runs.calibration_files import write_calibration, write_foreign, write_questions
 from bora_pyro.runs.command import Command
+from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.layout import DIAGNOSTICS
 from bora_pyro.runs.progress import print_data
 from bora_pyro.runs.saved import SavedRun, load_run
@@ -106,10 +107,11 @@ class Predictor:
         self.centre, self.token_budget, self.likelihood = centre, config.token_budget, model.likelihood
         #: The model and the draws of each prediction, by its name; the mixture is last.
         self.parts: dict[str, tuple[BoRA, Draws]] = {"map": (model, lambda: [centre])}
-        if run.posterior_config is not None:
+        if not run.is_point:
             posterior, number = run.posterior(seed=config.seed), config.draws or DRAWS
             mixture, name = posterior.predictor(config.linearised), "linearised" if config.linearised else "mixture"
-            self.parts = {"mean": (model, lambda: [centre]), name: (mixture, lambda: posterior.draws(number))}
+            of_centre = "best_member" if isinstance(run.config, EnsembleConfig) else "mean"
+            self.parts = {of_centre: (model, lambda: [centre]), name: (mixture, lambda: posterior.draws(number))}
         elif config.draws is not None or config.linearised:
             name, value = ("predict", config.predict) if config.draws is None else ("draws", config.draws)
             raise InputError(

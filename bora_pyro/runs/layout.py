@@ -22,6 +22,8 @@ FOLD = "fold.json"
 #: Name of the tensors of the adapter that a fit started from.
 START = "start"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
+#: The members of an ensemble: a run folder for each, named by its number.
+MEMBERS = "members"
 #: The folders in which trackers keep their files.
 TRACKED = ("tensorboard", "wandb")
 #: Lock file of the process that is writing to the folder.
@@ -41,6 +43,7 @@ _OURS = (
     CHECKPOINTS,
     ADAPTERS,
     DIAGNOSTICS,
+    MEMBERS,
     *TRACKED,
 )
 # Names that a run writes inside its folders. The trackers' folders are left out: their files are not known here.
@@ -75,6 +78,12 @@ def foreign_entries(folder: Path, names: Sequence[str], *, within: bool) -> list
         entries = (folder / name).rglob("*")
         paths = [entry.relative_to(folder / name).as_posix() + "/" * entry.is_dir() for entry in entries]
         foreign += sorted(f"{name}/{path}" for path in paths if not written.fullmatch(path))
+    for member in sorted((folder / MEMBERS).iterdir()) if within and MEMBERS in ours and (folder / MEMBERS).is_dir() else ():
+        found = [member.name]
+        if member.is_dir() and member.name.isdecimal():
+            own = foreign_entries(member, sorted(entry.name for entry in member.iterdir()), within=True)
+            found = [f"{member.name}/{name}" for name in own]
+        foreign += [f"{MEMBERS}/{name}" for name in found]
     return foreign
 
 

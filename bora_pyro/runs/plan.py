@@ -18,6 +18,7 @@ import torch
 
 from bora_pyro.data.chat_template import load_chat_template, same_chat_template
 from bora_pyro.data.options import DATA
+from bora_pyro.errors import InputError
 from bora_pyro.inference.memory import resident_bytes
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, is_first, processes
@@ -26,6 +27,7 @@ from bora_pyro.runs.config.groups import MODEL, PRIOR
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.device import find_device
 from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.layout import MEMBERS
 from bora_pyro.runs.resume import Standing, as_written, changed_option, resolve_folder, resume
 
 
@@ -94,6 +96,11 @@ def prepare(config: MapFitConfig, *, quiet: bool = False) -> Iterator[Plan]:
 
 def _check_same_fit(config: MapFitConfig, folder: RunFolder, stored: Mapping[str, Any]) -> None:
     """Check that data, model, prior and seed are those of the run to resume. Options of the optimisation may differ."""
+    if MEMBERS in stored:
+        raise InputError(
+            f"the run in {folder.path} is an ensemble of several fits; go on with bora ensemble --resume true, or give another "
+            "--output_dir"
+        )
     if same_chat_template(config.chat_template, stored.get("chat_template")):  # older runs store the name of its file
         stored = {**stored, "chat_template": config.chat_template}
     for field in dataclasses.fields(config):

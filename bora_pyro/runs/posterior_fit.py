@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoGuide
 
-from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.diagnostics.evidence import evidence_summary
 from bora_pyro.errors import InputError
-from bora_pyro.files.slugs import adapter_folders
 from bora_pyro.guides import GUIDES, guide_options, make_parameters
 from bora_pyro.guides.from_steps import FromSteps
 from bora_pyro.inference.continuation import Continuation
@@ -26,7 +24,6 @@ from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.spread import check_average
 from bora_pyro.options.field import part_of
-from bora_pyro.predict.answers import predictions
 from bora_pyro.predict.held_out import settle
 from bora_pyro.predict.posterior import Posterior
 from bora_pyro.runs.checks import stored_result
@@ -36,7 +33,7 @@ from bora_pyro.runs.fitting import fit_into, start_tracking
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG, FIT, SPLIT
 from bora_pyro.runs.progress import print_data
-from bora_pyro.runs.results import metrics_of
+from bora_pyro.runs.results import add_mixture, metrics_of
 from bora_pyro.runs.resume import (
     Standing,
     as_written,
@@ -241,17 +238,8 @@ def _metrics(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, chosen: 
         metrics |= {"tau": fitted.tau(), "tau_by_group": fitted.tau_by_group()}
     if config.temperature == 1 and not chosen and (evidence := evidence_summary(fitted.guide, run.data.train)):
         metrics["evidence"] = evidence
-    if not run.data.test.num_tokens:
-        return metrics
-    posterior, theta = Posterior(fitted, seed=config.seed), fitted.weights()[0]
-    predictor = posterior.predictor(config.predict == "linearised")
-    mixture = predictions(predictor, run.data.test, lambda: posterior.draws(config.draws))
-    centre = predictions(fitted.model, run.data.test, lambda: [theta])
-    metrics |= {"mixture": dataclasses.asdict(calibration(mixture)), "mean": dataclasses.asdict(calibration(centre))}
-    metrics |= {f"mixture_test_{name}": value for name, value in mixture.numbers().items()}
-    slugs = adapter_folders(fitted.tasks)
-    for d, name in enumerate(fitted.tasks):
-        own = mixture.epistemic[mixture.task == d]
-        metrics["tasks"][slugs[name]] |= {f"mixture_test_{key}": value for key, value in mixture.numbers(d).items()}
-        metrics["tasks"][slugs[name]] |= {"epistemic": float(own.mean()) if len(own) else None}
+    if run.data.test.num_tokens:
+        posterior = Posterior(fitted, seed=config.seed)
+        predictor = posterior.predictor(config.predict == "linearised")
+        add_mixture(metrics, fitted, run.data, predictor, lambda: posterior.draws(config.draws))
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -20,7 +21,9 @@ from bora_pyro.inference.memory import peak_memory_bytes
 from bora_pyro.inference.optimum import gradient_summary
 from bora_pyro.inference.processes import Processes
 from bora_pyro.likelihoods import AnswerScores, Scores
-from bora_pyro.predict.answers import of_scores
+from bora_pyro.model import BoRA
+from bora_pyro.predict.answers import of_scores, predictions
+from bora_pyro.predict.mixture import Draws
 from bora_pyro.runs.config.groups import LEARNED
 from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
@@ -133,6 +136,28 @@ def metrics_of(
         "versions": versions(),
         "tasks": tasks,
     }
+
+
+def add_mixture(metrics: dict[str, Any], fitted: Fitted, data: TaskData, predictor: BoRA, draws: Draws) -> None:
+    """Add the numbers of a posterior to those at its centre: how well the mixture of its draws predicts the test documents.
+
+    Args:
+        metrics: the content of ``metrics.json``, which is changed.
+        fitted: the posterior.
+        data: its documents; the test split has some.
+        predictor: the model that predicts with the draws.
+        draws: returns the draws, the same ones each time.
+    """
+    theta = fitted.weights()[0]
+    mixture = predictions(predictor, data.test, draws)
+    centre = predictions(fitted.model, data.test, lambda: [theta])
+    metrics |= {"mixture": dataclasses.asdict(calibration(mixture)), "mean": dataclasses.asdict(calibration(centre))}
+    metrics |= {f"mixture_test_{name}": value for name, value in mixture.numbers().items()}
+    slugs = adapter_folders(fitted.tasks)
+    for d, name in enumerate(fitted.tasks):
+        own = mixture.epistemic[mixture.task == d]
+        metrics["tasks"][slugs[name]] |= {f"mixture_test_{key}": value for key, value in mixture.numbers(d).items()}
+        metrics["tasks"][slugs[name]] |= {"epistemic": float(own.mean()) if len(own) else None}
 
 
 def numbers_of(scores: Scores, task: int | None = None) -> dict[str, float | None]:

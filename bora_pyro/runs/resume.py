@@ -26,14 +26,14 @@ from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.continuation import Continuation, is_over
 from bora_pyro.inference.options import RUN, FitOptions
 from bora_pyro.options.command_line import parse_config
-from bora_pyro.runs.config.groups import AUTO
+from bora_pyro.runs.config.groups import AUTO, RunOptions
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG
 from bora_pyro.runs.trackers import check_packages
 
-C = TypeVar("C", MapFitConfig, PosteriorFitConfig)
+C = TypeVar("C", bound=RunOptions)
 
 
 @dataclass(frozen=True)

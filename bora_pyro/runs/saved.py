@@ -17,8 +17,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from bora_pyro.data import ByRecord, TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.files.tensors import not_a_number
-from bora_pyro.guides import GUIDES, guide_options, make_parameters
+from bora_pyro.guides import ENSEMBLE, GUIDES, GuideBuilder, ensemble_guide, guide_options, make_parameters
 from bora_pyro.inference.continuation import check_same
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA
@@ -41,6 +41,7 @@ from bora_pyro.priors.given import MEAN
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
 from bora_pyro.runs.config.adapt import AdaptConfig
+from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
@@ -106,6 +107,13 @@ class SavedRun:
         return isinstance(self.fitted.guide, AutoDelta)
 
     @property
+    def centre(self) -> str:
+        """What ``fitted.weights()`` are, in words."""
+        if self.is_point:
+            return "the MAP estimate"
+        return "the best member" if isinstance(self.config, EnsembleConfig) else "the posterior's mean"
+
+    @property
     def scores(self) -> list[dict[str, Any]]:
         """The numbers of each task in ``metrics.json``, in the order of the tasks."""
         return list(self.metrics["tasks"].values())
@@ -127,15 +135,15 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     folder = RunFolder.open(path)
     metrics = read_metrics(folder)
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
-    given = metadata.get("prior") == GIVEN
-    config, posterior = _read_config(folder) if not given else (_read_adaptation(folder), None)
+    given, kind = metadata.get("prior") == GIVEN, str(metadata.get("guide"))
+    config, posterior = _read_config(folder, kind) if not given else (_read_adaptation(folder), None)
     # a named device gets the whole model
     device_map = config.device_map if device == "auto" else None
     config = dataclasses.replace(config, device=device, device_map=device_map, threads=None, trust_remote_code=trust_remote_code)
-    if metadata.get("guide") not in GUIDES:
+    if kind not in GUIDES and not isinstance(config, EnsembleConfig):
         raise InputError(
             f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; known are {', '.join(GUIDES)}"
-            f"{nearest(str(metadata.get('guide')), GUIDES)}"
+            f"{nearest(kind, GUIDES)}"
         )
     centred = not given and config.start_as == CENTRE
     prior = _given(tensors, config.penalty if centred else metadata.get("penalty", "normal")) if given or centred else None
@@ -146,8 +154,13 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         sampled_tau(model, posterior.tau)
     check_data(folder, data, metrics, metadata)
     check_same(metadata, data, model.backbone, what=f"the posterior in {folder.path}", remedy="fit again")
-    options = () if posterior is None else posterior.guide_option or ()
-    guide = _restored(folder, model, tensors, metadata["guide"], options)
+    build_guide: GuideBuilder
+    if isinstance(config, EnsembleConfig):
+        build_guide = partial(ensemble_guide, members=config.members)
+    else:
+        options = () if posterior is None else posterior.guide_option or ()
+        build_guide = partial(GUIDES[kind], **guide_options(kind, options))
+    guide = _restored(folder, model, tensors, build_guide)
     _check_model(folder, model, metadata)
     fitted = Fitted(
         model,
@@ -165,12 +178,13 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     return SavedRun(folder, config, fitted, data, metrics, posterior, adapted=given)
 
 
-def _read_config(folder: RunFolder) -> tuple[MapFitConfig, PosteriorFitConfig | None]:
+def _read_config(folder: RunFolder, guide: str) -> tuple[MapFitConfig, PosteriorFitConfig | None]:
     """Configurations of the MAP fit and of the posterior around it. Options that are newer than the run have their defaults."""
     fit = folder.path / FIT
     try:
         if not fit.is_file():
-            return parse_config(MapFitConfig, ["--config", str(folder.path / CONFIG)]), None
+            of_fit = EnsembleConfig if guide == ENSEMBLE else MapFitConfig
+            return parse_config(of_fit, ["--config", str(folder.path / CONFIG)]), None
         posterior = parse_config(PosteriorFitConfig, ["--config", str(folder.path / CONFIG)])
         return parse_config(MapFitConfig, ["--config", str(fit)]), posterior
     except InputError as error:
@@ -237,7 +251,7 @@ def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> d
     return sites
 
 
-def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: str, options: Sequence[str]) -> AutoGuide:
+def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], build_guide: GuideBuilder) -> AutoGuide:
     """The guide at the stored values of the sites. Also restores the tensors of the adapter and the prior."""
     fixed, samples, learned, state, sites = (
         {name: value.to(model.backbone.device) for name, value in tensors.items() if _group(name) == group}
@@ -259,9 +273,9 @@ def _restored(folder: RunFolder, model: BoRA, tensors: dict[str, Tensor], kind: 
         _check_values(folder, model, trace, learned | sites)
         model.fixed |= {name.removeprefix(_FIXED): value for name, value in fixed.items()}
         model.prior.load_state(learned)
-        guide = GUIDES[kind](model, sites, **guide_options(kind, options))
+        guide = build_guide(model, sites)
         make_parameters(guide, model)
-        if kind != "map":
+        if not isinstance(guide, AutoDelta):
             _check_shapes(folder, {f"{_GUIDE}{name}": value for name, value in guide.state_dict().items()}, state)
             guide.load_state_dict({name.removeprefix(_GUIDE): value for name, value in state.items()})
     return guide

@@ -9,6 +9,8 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
 - ``map_scaled``: its logits, or the scores of the options, divided by the temperature that the validation split chooses.
 - ``map_longer``: the point estimate, fitted for as many more epochs as the guides. It shows what longer training alone gains.
 - ``ensemble``: four MAP fits from different starts, with averaged probabilities (deep ensembles, Lakshminarayanan et al., 2017).
+- ``ensemble_folded``: the mean of the ΔW of these four fits, cut to the rank of one of them: one adapter a task.
+  ``ensemble_distilled`` begins there and is fitted to the averaged probabilities on the training documents.
 - ``checkpoint_ensemble``: the states after the last four epochs of the MAP fit, with averaged probabilities.
 - ``mc_dropout``: a MAP fit with dropout on the inputs of the adapters (``lora_dropout``), and masks at prediction (Gal and
   Ghahramani, 2016). The centre predicts without masks.
@@ -55,7 +57,7 @@ import torch
 import transformers
 from fit_options import check_usual
 from posterior_arms import ARMS, NAMES, Arm
-from posterior_ensembles import Made, checkpoint_ensemble, ensemble, mc_dropout
+from posterior_ensembles import Made, Members, checkpoint_ensemble, mc_dropout
 from posteriors_table import markdown
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
@@ -134,6 +136,7 @@ class Comparison:
         self.table = read_results(self.output, KEYS)
         if config.foreign is not None and len(self.table) and "foreign_total" not in self.table:
             raise InputError(f"output {self.output} has rows without --foreign; give another --output, or leave --foreign out")
+        self.members = Members()
         #: Test documents and foreign texts, by seed.
         self.texts: dict[int, tuple[TokenSplit, TokenSplit]] = {}
 
@@ -165,8 +168,10 @@ class Comparison:
             self.fill(arm, run, seed, None, None, lambda: Made(run.fitted, run.fitted.seconds))
         elif arm == "map_scaled":
             self.fill_scaled(run, seed)
-        elif arm in (members := self.made_of_fits()):
-            self.fill(arm, run, seed, None, None, lambda: members[arm](run, seed))
+        elif arm == "ensemble_distilled" and run.fitted.model.likelihood.reads_options:
+            print(f"note: {arm} is left out: answers among options are not distilled, only texts", file=sys.stderr)
+        elif arm in (made := self.made_of_fits()):
+            self.fill(arm, run, seed, None, None, lambda: made[arm](run, seed))
         elif ARMS[arm].fitted:
             for rate in self.rates(arm, seed):
                 self.fill(arm, run, seed, ARMS[arm].temperature, rate, partial(self.variational, ARMS[arm], run, seed, rate))
@@ -176,8 +181,13 @@ class Comparison:
 
     def made_of_fits(self) -> dict[str, Callable[[SavedRun, int], Made]]:
         """The arms that are made of MAP fits of their own, by name."""
-        dropout = partial(mc_dropout, draws=self.config.draws)
-        return {"ensemble": ensemble, "checkpoint_ensemble": checkpoint_ensemble, "mc_dropout": dropout}
+        return {
+            "ensemble": self.members.ensemble,
+            "ensemble_folded": self.members.folded,
+            "ensemble_distilled": partial(self.members.distilled, epochs=self.config.epochs),
+            "checkpoint_ensemble": checkpoint_ensemble,
+            "mc_dropout": partial(mc_dropout, draws=self.config.draws),
+        }
 
     def rates(self, arm: str, seed: int) -> Iterator[float]:
         """The learning rates to run: the first seed climbs from the middle of the grid, the others use its choice.
@@ -232,7 +242,8 @@ class Comparison:
         if self.has(arm, seed, temperature, rate):
             return
         made = make()
-        fitted, draws, centre = made.fitted, made.draws, made.fitted.weights()[0]
+        fitted, draws = made.fitted, made.draws
+        own_model, centre = made.centre or (run.fitted.model, fitted.weights()[0])
         keys: dict[str, Any] = {"arm": arm, "seed": seed, "temperature": temperature, "learning_rate": rate}
         model = made.model or run.fitted.model
         common = {"seconds": round(made.seconds, 1), "state": state_ratio(fitted, run), "best_epoch": fitted.best_epoch}
@@ -242,7 +253,7 @@ class Comparison:
             draws, model = partial(posterior.draws, self.config.draws), posterior.predictor(ARMS[arm].linearised)
         parts: dict[str, tuple[BoRA, Draws]] = {}
         if made.has_centre:
-            parts["mean"] = (run.fitted.model, lambda: [centre])
+            parts["mean"] = (own_model, lambda: [centre])
         if draws is not None:
             parts["mixture"] = (model, draws)
         rows = []

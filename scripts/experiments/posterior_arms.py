@@ -59,4 +59,6 @@ ARMS = {
     "laplace_kfac_linearised_tempered": Arm("laplace_kfac", temperature=None, linearised=True),
     "laplace_kfac_tasks_linearised": Arm("laplace_kfac", linearised=True, options={"draw_mean": False}),
 }
-NAMES = ("map", "map_scaled", *ARMS, "mc_dropout", "checkpoint_ensemble", "ensemble")
+#: An ensemble as one adapter a task.
+FOLDED = ("ensemble_folded", "ensemble_distilled")
+NAMES = ("map", "map_scaled", *ARMS, "mc_dropout", "checkpoint_ensemble", "ensemble", *FOLDED)

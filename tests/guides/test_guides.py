@@ -15,7 +15,7 @@ from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora
 
 PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(tau=100, form="centered"), Independent(), Pooled()]
 #: Parameters of each guide, in units of the sites: a location, a scale, and the two columns of a low-rank factor, or what lies
-#: below the diagonal of the 64 entries of a layer. Half of the entries are those of A. A matrix of 64 entries has five directions.
+#: below the diagonal of the 64 entries of a layer. Half of the entries are those of A. 64 entries have five directions.
 TENSORS = {
     "map": 1,
     "normal": 2,

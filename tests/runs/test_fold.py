@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
+from bora_pyro import BoRA, LoRA
 from bora_pyro.backbone.tokenizer import load_tokenizer
 from bora_pyro.data import load_tasks
 from bora_pyro.exchange.factors import lora_form
-from bora_pyro.exchange.load import read_peft
+from bora_pyro.exchange.load import load_peft, read_peft
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.predict.mixture import predictive
 from bora_pyro.report.export import COMMAND as EXPORT
@@ -132,6 +133,35 @@ def test_fits_under_any_tau_are_read_as_a_run(fits, tmp_path, tau):
     assert run.fitted.tau() == pytest.approx(tau)
     if tau in (0, math.inf):
         assert (run.fitted.deviation_norms() > 0).all() == (tau == 0)
+
+
+def test_folded_adapters_are_distilled(fits, tmp_path, capsys):
+    options = {"rank": 2, "distil": "true", "distil_epochs": 4, "distil_learning_rate": 0.01}
+    assert main(words(fits, tmp_path / "out", *SEEDS, **options)) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / FOLD).read_text())
+    about = found["distilled"]
+    assert about["kept"] == (about["best_epoch"] > 0)
+    assert about["validation"]["distilled"] <= about["validation"]["folded"]
+    assert found["test_perplexity"] == pytest.approx(about["test"]["distilled"], rel=1e-5)
+    assert f"{about['validation']['folded']:.2f} -> {about['validation']['distilled']:.2f}" in out
+    assert "no run, because the adapters are fitted to the predictions of the mixture" in out
+    assert read_peft(tmp_path / "out" / "adapters" / "ada").rank == 2
+    assert all(0 < error < 1 for error in found["relative_error"].values())  # of the cut, where it begins
+    # what is written is what was measured, and Θ stays folded
+    assert main(words(fits, tmp_path / "folded", *SEEDS, rank=2)) == 0
+    plain = json.loads((tmp_path / "folded" / FOLD).read_text())
+    assert plain["test_perplexity"] == pytest.approx(about["test"]["folded"], rel=1e-5)
+    run = load_run(fits / "seed-0", device="cpu")
+    model = BoRA(run.fitted.model.backbone, 3, adapter=LoRA(rank=2))
+    for name, folder in (("distilled", "out"), ("folded", "folded")):
+        slugs = ("ada", "borge-b", "cleo")
+        of_tasks = [load_peft(tmp_path / folder / "adapters" / slug, model) for slug in slugs]
+        theta = {key: torch.stack([weights[key] for weights in of_tasks]) for key in of_tasks[0]}
+        (score,) = evaluate(model, run.data.test, theta)
+        assert score.perplexity() == pytest.approx(about["test"][name], rel=1e-4)
+    means = [load_peft(tmp_path / folder / "adapters" / "global-mean", model) for folder in ("out", "folded")]
+    assert all(torch.equal(value, means[1][key]) for key, value in means[0].items())
 
 
 def test_fits_of_other_ranks_are_folded_but_are_no_run(fits, tmp_path, capsys):

@@ -32,6 +32,7 @@ def finished(tmp_path_factory, main):
     words += line({"runs_dir": folder / "runs", "output": folder / "table.csv"})
     words += ["--arms", "map", "map_scaled", "normal", "swag", "tfb", "laplace_tempered", "ensemble", "normal_linearised"]
     words += ["laplace_linearised", "laplace_kfac_tasks_linearised", "mc_dropout", "checkpoint_ensemble"]
+    words += ["ensemble_folded", "ensemble_distilled"]
     words += ["--foreign", write_table(folder / "foreign.csv", documents(["Dora"], number=8).assign(text=FOREIGN))]
     assert main(words) == 0
     return words, folder / "table.csv"
@@ -80,6 +81,11 @@ def test_the_table_hangs_together(finished):
     assert linearised.test_nll.iloc[0] < laplace.test_nll.iloc[0]
     for arm in ("ensemble", "checkpoint_ensemble"):
         assert sorted(table.prediction[table.arm == arm]) == ["mixture", "mixture"]
+    # one adapter a task of the same four fits; distilling keeps what validates better
+    folded, distilled = (table[table.arm == f"ensemble_{name}"].set_index("seed") for name in ("folded", "distilled"))
+    assert folded.prediction.tolist() == distilled.prediction.tolist() == ["mean", "mean"]
+    assert (distilled.validation_nll <= folded.validation_nll + 1e-9).all()
+    assert folded.state.eq(1).all()
 
 
 def test_dropout_and_checkpoints_are_mixtures(finished):
