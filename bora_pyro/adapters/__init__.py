@@ -3,6 +3,7 @@
 from bora_pyro.adapters.base import Adapter, Factors
 from bora_pyro.adapters.frozen_a import FrozenALoRA
 from bora_pyro.adapters.lora import LoRA
+from bora_pyro.adapters.sara import SaRA
 from bora_pyro.adapters.shared_plus_task import SharedPlusTaskLoRA
 
 #: Adapters by the name that a configuration gives them.
@@ -10,6 +11,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "lora": LoRA,
     "lora_frozen_a": FrozenALoRA,
     "lora_shared_plus_task": SharedPlusTaskLoRA,
+    "sara": SaRA,
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Factors", "FrozenALoRA", "LoRA", "SharedPlusTaskLoRA"]
+__all__ = ["ADAPTERS", "Adapter", "Factors", "FrozenALoRA", "LoRA", "SaRA", "SharedPlusTaskLoRA"]
