@@ -5,6 +5,7 @@ from bora_pyro.adapters.frozen_a import FrozenALoRA
 from bora_pyro.adapters.lora import LoRA
 from bora_pyro.adapters.sara import SaRA
 from bora_pyro.adapters.shared_plus_task import SharedPlusTaskLoRA
+from bora_pyro.adapters.triadapt import TriAdaptLoRA
 
 #: Adapters by the name that a configuration gives them.
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -12,6 +13,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "lora_frozen_a": FrozenALoRA,
     "lora_shared_plus_task": SharedPlusTaskLoRA,
     "sara": SaRA,
+    "triadapt": TriAdaptLoRA,
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Factors", "FrozenALoRA", "LoRA", "SaRA", "SharedPlusTaskLoRA"]
+__all__ = ["ADAPTERS", "Adapter", "Factors", "FrozenALoRA", "LoRA", "SaRA", "SharedPlusTaskLoRA", "TriAdaptLoRA"]
