@@ -3,6 +3,7 @@
 from bora_pyro.adapters.base import Adapter, Factors
 from bora_pyro.adapters.frozen_a import FrozenALoRA
 from bora_pyro.adapters.lora import LoRA
+from bora_pyro.adapters.osft import OSFT
 from bora_pyro.adapters.sara import SaRA
 from bora_pyro.adapters.shared_plus_task import SharedPlusTaskLoRA
 from bora_pyro.adapters.triadapt import TriAdaptLoRA
@@ -12,8 +13,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "lora": LoRA,
     "lora_frozen_a": FrozenALoRA,
     "lora_shared_plus_task": SharedPlusTaskLoRA,
+    "osft": OSFT,
     "sara": SaRA,
     "triadapt": TriAdaptLoRA,
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Factors", "FrozenALoRA", "LoRA", "SaRA", "SharedPlusTaskLoRA", "TriAdaptLoRA"]
+__all__ = ["ADAPTERS", "OSFT", "Adapter", "Factors", "FrozenALoRA", "LoRA", "SaRA", "SharedPlusTaskLoRA", "TriAdaptLoRA"]
