@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bora_pyro.adapters import Adapter, LoRA
+from bora_pyro.adapters.factor import add_factor
 from bora_pyro.backbone.backbone import Backbone, Change
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.layer_tensors import LayerTensors
@@ -88,7 +89,9 @@ class BoRA:
 
     def weights(self, batch: Batch | TaskDraw | None = None) -> Weights:
         """Sample θ: the latents of all tasks, (D, layers, *shape) each, or a row for each task that a batch speaks of."""
-        return self.prior.sample(self.starts, self.plates(batch), self.tensors.masks)
+        weights = self.prior.sample(self.starts, plate := self.plates(batch), self.tensors.masks)
+        add_factor(self.adapter, self.backbone.slots, self.tensors, weights, plate)
+        return weights
 
     def logits(self, batch: Batch, weights: Weights | None) -> Tensor:
         """Logits (rows, tokens, vocabulary) of a batch under its adapters, or under the base where there are no weights."""

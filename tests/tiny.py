@@ -11,7 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bora_pyro import Backbone, BoRA, LoRA, TaskData
+from bora_pyro.adapters import ADAPTERS
 from bora_pyro.data import TokenSplit
+from bora_pyro.options.members import build_member
 
 VOCABULARY, WIDTH, TASKS = 64, 32, 3
 
@@ -48,6 +50,11 @@ def tiny_model(architecture="opt", *, seed=0, **changes):
 
 def tiny_backbone(architecture="opt", *, targets=None, gradient_checkpointing=False, **changes):
     return Backbone(tiny_model(architecture, **changes), targets=targets, gradient_checkpointing=gradient_checkpointing)
+
+
+def tiny_adapter(name, **usual):
+    """An adapter by its name, of rank 2. It gets those of the given arguments that it has."""
+    return build_member("adapter", ADAPTERS, name, usual={"rank": 2} | usual)
 
 
 def tiny_bora(architecture="opt", *, targets=None, tasks=TASKS, adapter=None, **options):

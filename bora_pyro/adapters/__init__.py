@@ -5,8 +5,11 @@ from bora_pyro.adapters.frozen_a import FrozenALoRA
 from bora_pyro.adapters.lora import LoRA
 from bora_pyro.adapters.lora_dropout import DropoutLoRA
 from bora_pyro.adapters.nola import NOLA
+from bora_pyro.adapters.osft import OSFT
+from bora_pyro.adapters.sara import SaRA
 from bora_pyro.adapters.shared_plus_task import SharedPlusTaskLoRA
 from bora_pyro.adapters.soka import SoKA
+from bora_pyro.adapters.triadapt import TriAdaptLoRA
 
 #: Adapters by the name that a configuration gives them.
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -15,7 +18,13 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "lora_shared_plus_task": SharedPlusTaskLoRA,
     "lora_dropout": DropoutLoRA,
     "nola": NOLA,
+    "osft": OSFT,
+    "sara": SaRA,
     "soka": SoKA,
+    "triadapt": TriAdaptLoRA,
 }
 
-__all__ = ["ADAPTERS", "NOLA", "Adapter", "DropoutLoRA", "Factors", "FrozenALoRA", "LoRA", "SharedPlusTaskLoRA", "SoKA"]
+__all__ = [
+    "ADAPTERS", "NOLA", "OSFT", "Adapter", "DropoutLoRA", "Factors", "FrozenALoRA", "LoRA", "SaRA", "SharedPlusTaskLoRA", "SoKA",
+    "TriAdaptLoRA",
+]  # fmt: skip

@@ -87,7 +87,7 @@ class Adapter(ABC):
         """The tensors of one layer of ``slot`` at the start of a fit.
 
         Args:
-            slot: the kind of layer, with its sizes.
+            slot: the kind of layer, with its sizes and the path of this layer alone.
             weight: a function that returns the frozen weight of this layer, (out, in) float32.
             generator: the source of all random numbers.
         """
@@ -139,6 +139,20 @@ class Adapter(ABC):
             InputError: no latents of this adapter give these matrices.
         """
         raise InputError(f"LoRA matrices cannot be read as {self}")
+
+    def log_factor(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The logarithm of a factor that the adapter adds to the joint density of each task, for one layer; None if it has none.
+
+        The model adds it up over the layers as a site ``prior_factor.adapter`` (``pyro.factor``) in the plate of tasks. It
+        counts as a part of the prior. It need not be normalised.
+
+        Args:
+            tensors: latents (tasks, *shape), fixed tensors and buffers (*shape) of this layer by name.
+
+        Returns:
+            (tasks,)
+        """
+        return None
 
     def linear_maps(self, x: Tensor, gradient: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
         """The latents of a layer as linear maps M: for each one its input u, and the gradient with respect to its output M u.

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from bora_pyro.backbone.slots import Slot
@@ -34,6 +35,9 @@ Tensors = dict[str, Tensor]
 @dataclass(frozen=True)
 class Start:
     """The tensors of one layer at the start of a fit, by name.
+
+    A tensor has one shape in all layers of a slot, except for its first dimension. Zeros fill up the shorter ones, and the
+    entries of latents that are filled up are masked.
 
     Attributes:
         latents: (*shape), the tensors that have a prior. All tasks start with the same values.
@@ -72,7 +76,7 @@ class Part(Protocol):
         """The tensors of one layer of ``slot``.
 
         Args:
-            slot: the kind of layer.
+            slot: the kind of layer, with the path of this layer alone.
             weight: returns the frozen weight of this layer, (out, in) float32.
             generator: source of random numbers.
         """
@@ -114,7 +118,11 @@ class LayerTensors:
         tensors, generator = cls(), torch.Generator().manual_seed(seed)
         for slot in backbone.slots:
             for part in parts:
-                layers = [part.start(slot, partial(backbone.weight, slot, layer), generator) for layer in range(slot.layers)]
+                layers = [
+                    part.start(replace(slot, paths=(path,)), partial(backbone.weight, slot, layer), generator)
+                    for layer, path in enumerate(slot.paths)
+                ]
+                _mask_shorter_latents(layers)
                 for kind in ("latents", "fixed", "buffers", "masks"):
                     tensors._add(kind, slot, [getattr(layer, kind) for layer in layers], layers[0].latents, backbone.device)
         return tensors
@@ -129,7 +137,7 @@ class LayerTensors:
             if any(key in other for other in others):
                 raise InputError(f"two tensors of a layer are called {name!r}; give those of the router names of their own")
             by_task = kind == "masks" and first.dim() > latents[name].dim()
-            store[key] = torch.stack([layer[name] for layer in layers], dim=int(by_task)).to(device)
+            store[key] = torch.stack(_filled_up([layer[name] for layer in layers]), dim=int(by_task)).to(device)
             if kind == "latents":
                 self._names.setdefault(slot.name, []).append(name)
             elif kind in ("fixed", "buffers"):
@@ -191,3 +199,22 @@ class LayerTensors:
             for name, value in store.items():
                 if (stored := state.get(f"{kind}/{name}")) is not None:
                     store[name] = stored.to(value.device, copy=True)
+
+
+def _mask_shorter_latents(layers: Sequence[Start]) -> None:
+    """Masks for latents that do not have the same length in all layers; the entries that will be filled up are inactive."""
+    for name in layers[0].latents:
+        longest = max(len(layer.latents[name]) if layer.latents[name].dim() else 0 for layer in layers)
+        for layer in layers:
+            shape = layer.latents[name].shape
+            if shape and any(len(other.latents[name]) < longest for other in layers):
+                mask = layer.masks.get(name, torch.ones(shape, dtype=torch.bool))
+                layer.masks[name] = mask.expand(shape) if mask.dim() == len(shape) else mask
+
+
+def _filled_up(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors with zeros at the end of the first dimension, so that all have the length of the longest one."""
+    longest = max(len(tensor) if tensor.dim() else 0 for tensor in tensors)
+    if all(not tensor.dim() or len(tensor) == longest for tensor in tensors):
+        return tensors
+    return [F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, longest - len(tensor))) for tensor in tensors]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
+from bora_pyro.backbone.fit_hooks import FitHooks
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import Batches
 from bora_pyro.errors import InputError
@@ -46,7 +44,7 @@ class FitLoop(Protocol):
         """Whether a step moves only the tasks of its documents."""
 
 
-class Callback:
+class Callback(FitHooks):
     """Base class of callbacks. A subclass overrides the methods that it needs.
 
         >>> class Counter(Callback):
@@ -73,10 +71,6 @@ class Callback:
         needs_sums: whether it needs averages over all tasks (``loop.state.totals``), even if a step draws only some tasks.
     """
 
-    name: str = "callback"
-    needs_sums: bool = False
-    gradient_factor: Tensor = torch.ones(())
-
     def begin(self, model: BoRA, data: TaskData) -> None:
         """Called before the first step.
 
@@ -92,13 +86,6 @@ class Callback:
 
     def after_epoch(self, loop: FitLoop) -> None:
         """Called after the last step of each epoch, before the validation documents are scored."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint stores for this callback."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the tensors that ``state`` returned."""
 
 
 def checked_callbacks(callbacks: Sequence[Callback], model: BoRA, data: TaskData) -> list[Callback]:

@@ -15,10 +15,13 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from bora_pyro.adapters.factor import PRIOR_FACTOR
+
 
 class TemperedELBO(TraceMeanField_ELBO):
     """E_q[log p(w | θ)] − T · KL(q ‖ p). For T = 1 it is ``TraceMeanField_ELBO``, if the KL terms have closed forms.
 
+    A factor that an adapter adds to the prior (:meth:`~bora_pyro.adapters.Adapter.log_factor`) is a part of the KL term.
     For a point mass as guide the KL term is −log p(θ), and T = 1 is MAP. A guide's site may depend on earlier sites. Its KL term
     is then exact given the draws of those sites, and unbiased over their draws.
 
@@ -58,8 +61,10 @@ class TemperedELBO(TraceMeanField_ELBO):
         return loss.item(), loss
 
     def _loss(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
-        log_likelihood: Any = sum(model_trace.nodes[name]["log_prob_sum"] for name in model_trace.observation_nodes)
-        divergence: Any = sum(
+        observed = {name: model_trace.nodes[name]["log_prob_sum"] for name in model_trace.observation_nodes}
+        log_likelihood: Any = sum(value for name, value in observed.items() if not name.startswith(PRIOR_FACTOR))
+        divergence: Any = -sum(value for name, value in observed.items() if name.startswith(PRIOR_FACTOR))
+        divergence = divergence + sum(
             _divergence(site, model_trace.nodes.get(name))
             for name, site in guide_trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"]

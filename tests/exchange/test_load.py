@@ -26,7 +26,7 @@ from tests.tiny import (
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("adapter", ["lora", "lora_frozen_a", "lora_shared_plus_task"])  # whose latents are LoRA's matrices
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name.startswith("lora")])
 def test_export_import_export(adapter, architecture, targets, tmp_path):
     model = tiny_bora(architecture, targets=targets, adapter=ADAPTERS[adapter](rank=2, alpha=3.5))
     weights = of_task(random_weights(model), 1)

@@ -14,10 +14,12 @@ from bora_pyro.exchange import save as peft_format
 from tests.tiny import (
     ARCHITECTURES,
     TASKS,
+    VOCABULARY,
     loaded_peft,
     of_task,
     random_ids,
     random_weights,
+    tiny_adapter,
     tiny_backbone,
     tiny_bora,
     tiny_model,
@@ -38,16 +40,16 @@ def config_of(folder):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_saved_adapter_gives_the_same_logits_in_peft(adapter, architecture, targets, tmp_path):
-    model = tiny_bora(architecture, targets=targets, adapter=ADAPTERS[adapter](rank=2, alpha=3.0))
+    model = tiny_bora(architecture, targets=targets, adapter=tiny_adapter(adapter, alpha=3.0))
     weights, input_ids = random_weights(model), random_ids()
-    # no layer has a larger rank, so that nothing is lost where the form is not exact
-    error = save_peft(tmp_path, model, of_task(weights, 1), rank=256)
+    # a change without an exact form is written whole: no layer is wider on both sides
+    error = save_peft(tmp_path, model, of_task(weights, 1), rank=VOCABULARY)
     assert error < 1e-5
     peft = loaded_peft(tiny_model(architecture), tmp_path)
     expected = model.backbone.logits(input_ids, model.change(weights, torch.tensor([1, 1, 1])))
     close = {"atol": 1e-4, "rtol": 1e-4} if error else CLOSE  # an SVD in float32 lies between
     torch.testing.assert_close(peft(input_ids=input_ids).logits, expected, **close)
-    assert (expected - model.backbone.logits(input_ids)).abs().mean() > 0.05
+    assert (expected - model.backbone.logits(input_ids)).abs().mean() > 0.01
 
 
 def test_theta_of_each_task_and_prior_mean(tmp_path):

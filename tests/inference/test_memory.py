@@ -16,7 +16,7 @@ from bora_pyro.inference.layer_memory import layers_of
 from bora_pyro.inference.loop import Loop
 from bora_pyro.inference.memory import MemoryEstimate, base_bytes, estimate_memory, peak_memory_bytes
 from bora_pyro.priors import HierarchicalNormal, Independent, LearnedPrecision, Pooled
-from tests.tiny import tiny_backbone
+from tests.tiny import tiny_adapter, tiny_backbone
 
 PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(form="centered"), Independent(), Pooled(), LearnedPrecision()]
 
@@ -47,7 +47,7 @@ def test_the_parts_add_up_and_are_all_shown():
 @pytest.mark.parametrize("prior", PRIORS, ids=repr)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_state_is_the_bytes_of_the_tensors_of_a_fit(adapter, prior):
-    model = BoRA(tiny_backbone("opt"), 3, adapter=ADAPTERS[adapter](rank=2), prior=prior)
+    model = BoRA(tiny_backbone("opt"), 3, adapter=tiny_adapter(adapter), prior=prior)
     data = data_of(3)
     options = {"warmup": 0.0, "accumulate": 1, "gradient_clip": 1.0, "seed": 0, "epochs": 1, "learning_rate": 0.01}
     loop = Loop(model, data, map_guide(model), token_budget=32, **options)
@@ -59,7 +59,8 @@ def test_the_state_is_the_bytes_of_the_tensors_of_a_fit(adapter, prior):
     best = [value for name, value in loop.state.best.items() if name in loop.state.parameters]
     gradients = [p.grad for p in loop.state.shared]
     means = [loop.state.mean.values[name] for name in loop.state.parameters]
-    held = [*loop.state.shared, *moments, *best, *means, *model.starts.values(), *model.fixed.values()]
+    held = [*loop.state.shared, *moments, *best, *means, *model.starts.values()]
+    held += [value for store in (model.fixed, model.tensors.buffers, model.tensors.masks) for value in store.values()]
     every_task = sum(4 * value.numel() for value in theta.values())
     throughout = sum(t.numel() * t.element_size() for t in held) + every_task
     in_backward = sum(t.numel() * t.element_size() for t in gradients) + every_task

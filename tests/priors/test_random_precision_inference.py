@@ -20,7 +20,7 @@ from bora_pyro.guides import init_to_start, normal_guide
 from bora_pyro.likelihoods.next_tokens import CausalLM
 from bora_pyro.priors import RandomPrecision, with_shared
 from tests.priors.precisions import COUNTS, EVERY_PRIOR, SHAPE, TASK, linear_gaussian, losses_of
-from tests.tiny import TASKS, tiny_batch, tiny_bora
+from tests.tiny import TASKS, tiny_adapter, tiny_batch, tiny_bora
 
 
 @pytest.mark.parametrize("make", [map_guide, normal_guide, AutoNormal, AutoDiagonalNormal])
@@ -84,7 +84,7 @@ def test_the_elbo_of_auto_normal_rises(prior):
 @pytest.mark.parametrize("unit", ["tokens", "documents"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_adapter_and_likelihood(adapter, unit):
-    adapter = ADAPTERS[adapter](rank=2)
+    adapter = tiny_adapter(adapter)
     own = RandomPrecision(per="layer")
     model = tiny_bora(adapter=adapter, prior=with_shared(own, adapter.shared), likelihood=CausalLM(unit))
     guide = AutoNormal(model, init_loc_fn=init_to_start, init_scale=1e-3)
