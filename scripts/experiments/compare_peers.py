@@ -42,13 +42,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 from paired_ratios import by_seed, by_task, mean_sd
 from peer_options import BORA, SOUPS, THROUGH_PEFT, FitOf
+from stored_options import check_options, fit_options
 
 from bora_pyro.data.tables import check_source
 from bora_pyro.diagnostics.sweep_table import number_text
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
-from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.tau_sweep import SEARCHES
 from bora_pyro.runs.results_table import read_results, write_results
 from bora_pyro.runs.sweep import Fits, next_rates, run_fits
@@ -64,11 +64,9 @@ COLUMNS = [
     "trainable_parameters", "rank", "adapter_bytes", "seconds", "peak_memory_bytes", "tau_A", "tau_B", "logit_difference",
     "documents_digest", "options", "tasks",
 ]  # fmt: skip
-#: Options of a fit that an arm sets itself, or that do not change its result.
+#: Options of a fit that an arm sets itself.
 NOT_SHARED = {
     "tau", "tau_per", "tau_start", "prior", "prior_option", "prior_form", "penalty", "start_as", "learning_rate",
-    "seed", "output_dir", "overwrite", "resume", "threads", "device", "trackers", "export_adapters", "checkpoint_every",
-    "checkpoint_minutes", "keep_checkpoints", "task_memory",
 }  # fmt: skip
 
 
@@ -136,41 +134,17 @@ def trained_arm(arm: str) -> str:
     return "peft_each" if arm in SOUPS else arm
 
 
-def shared_options(config: FitOf) -> dict[str, Any]:
-    """What must be the same in all rows: the options of the fits that are not the defaults."""
-    fit, usual = config.fit(), MapFitConfig()
-    found = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit) if field.name not in NOT_SHARED}
-    found = {name: value for name, value in found.items() if value != getattr(usual, name)}
-    found["data"] = [Path(name).name for name in (fit.data if isinstance(fit.data, list) else [fit.data])]  # the digest says more
-    return found
-
-
-def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first option that differs, in words.
-
-    >>> first_difference({"epochs": 3}, {"epochs": 4}), first_difference({}, {"rank": 4}), first_difference({}, {})
-    ('epochs 3 instead of 4', 'the usual rank instead of 4', None)
-    """
-    for name in sorted({*stored, *now}):
-        if (old := stored.get(name)) != (new := now.get(name)):
-            was = f"the usual {name}" if name not in stored else f"{name} {old}"
-            return f"{was} instead of {new if name in now else 'the usual one'}"
-    return None
-
-
 class Comparison:
     """The table, and the fits that fill it."""
 
     def __init__(self, config: PeersConfig) -> None:
-        self.config, self.options = config, shared_options(config)
+        self.config, self.options = config, fit_options(config.fit(), without=NOT_SHARED)
         self.table = read_results(config.output, KEYS)
         if len(self.table):
             missing = [name for name in COLUMNS if name not in self.table]
             if missing:
                 raise InputError(f"output {config.output} has no column {missing[0]!r}; give another file for the table")
-            for stored in self.table.options.unique():
-                if difference := first_difference(json.loads(stored), json.loads(json.dumps(self.options))):
-                    raise InputError(f"output {config.output} has rows with {difference}; give another --output, or move it away")
+            check_options(self.table, self.options, output=config.output)
         self.failed: dict[Run, str] = {}
 
     def scores(self, arm: str, seed: int) -> dict[str, float]:

@@ -62,6 +62,7 @@ from posteriors_table import markdown
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from scipy import stats
+from stored_options import check_options, first_difference, fit_options, with_options
 
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.diagnostics.calibration import area_under_risk_coverage, calibration
@@ -134,6 +135,11 @@ class Comparison:
     def __init__(self, config: PosteriorsConfig) -> None:
         self.config, self.output = config, Path(config.output)
         self.table = read_results(self.output, KEYS)
+        #: What all rows share.
+        self.options = fit_options(self.asked(0)) | {"guide_epochs": config.epochs, "draws": config.draws}
+        if config.foreign is not None:
+            self.options |= {name: getattr(config, name) for name in ("foreign_text_column", "foreign_documents")}
+        check_options(self.table, self.options, output=self.output)
         if config.foreign is not None and len(self.table) and "foreign_total" not in self.table:
             raise InputError(f"output {self.output} has rows without --foreign; give another --output, or leave --foreign out")
         self.members = Members()
@@ -151,16 +157,23 @@ class Comparison:
 
     def map_run(self, seed: int) -> SavedRun:
         """Load the MAP fit of a seed, after fitting it if it is missing."""
-        folder = Path(self.config.runs_dir) / self.output.stem / f"map-seed{seed}"
+        asked = self.asked(seed)
+        folder = Path(asked.output_dir)
         if not (folder / METRICS).is_file():
-            options = {"config": self.config.fit_config, "seed": seed, "learning_rate": self.config.map_learning_rate}
-            options |= {"tau": "learned", "output_dir": folder, "overwrite": "true", "threads": self.config.threads}
-            options |= {"data": self.config.data} if self.config.data else {}
-            words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-            asked = parse_config(MapFitConfig, words)
             check_usual(asked, ["start_from"], file=self.config.fit_config, why="the ensemble has several starts")
             run_map_fit(asked, quiet=True)
-        return load_run(folder, device="cpu")
+        run = load_run(folder, device="cpu")
+        if difference := first_difference(fit_options(run.config), fit_options(asked)):
+            raise InputError(f"the MAP fit in {folder} has {difference}; give another --runs_dir, or move it away")
+        return run
+
+    def asked(self, seed: int) -> MapFitConfig:
+        """The options of the MAP fit of a seed."""
+        folder = Path(self.config.runs_dir) / self.output.stem / f"map-seed{seed}"
+        options = {"config": self.config.fit_config, "seed": seed, "learning_rate": self.config.map_learning_rate}
+        options |= {"tau": "learned", "output_dir": folder, "overwrite": "true", "threads": self.config.threads}
+        options |= {"data": self.config.data} if self.config.data else {}
+        return parse_config(MapFitConfig, [word for name, value in options.items() for word in (f"--{name}", str(value))])
 
     def run_arm(self, arm: str, run: SavedRun, seed: int) -> None:
         """Compute the missing rows of an arm."""
@@ -298,7 +311,7 @@ class Comparison:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Add rows to the table, and write the file."""
-        self.table = pd.DataFrame([*self.table.to_dict("records"), *rows])
+        self.table = pd.DataFrame([*self.table.to_dict("records"), *with_options(rows, self.options)])
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_results(self.table, self.output)
         for row in rows:

@@ -29,6 +29,7 @@ import torch
 import transformers
 from bag_of_words import BagOfWords, beginnings
 from fit_options import check_usual
+from stored_options import check_options, fit_options, with_options
 from torch import Tensor
 
 from bora_pyro.data import TaskData, TokenSplit
@@ -91,12 +92,17 @@ def auroc(of_known: Tensor, of_unknown: Tensor) -> float:
     return float((more.double() + same.double() / 2).mean())
 
 
-def fit_others(config: UnknownConfig, seed: int) -> tuple[Fitted, TaskData, TokenSplit]:
-    """Fit the tasks that are not left out. Returns the fit, its data, and the test documents of the tasks that are left out."""
+def chosen_options(config: UnknownConfig, seed: int) -> MapFitConfig:
+    """The options of the fit of a seed."""
     given = {"config": config.fit_config, "data": config.data, "seed": seed, "learning_rate": config.learning_rate}
     given |= {"max_eval_documents": config.eval_documents, "threads": config.threads}
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    chosen = parse_config(MapFitConfig, words)
+    return parse_config(MapFitConfig, words)
+
+
+def fit_others(config: UnknownConfig, seed: int) -> tuple[Fitted, TaskData, TokenSplit]:
+    """Fit the tasks that are not left out. Returns the fit, its data, and the test documents of the tasks that are left out."""
+    chosen = chosen_options(config, seed)
     names = ("router", "start_from", "scale_learning_rate_with_tau")
     check_usual(chosen, names, file=config.fit_config, why="the fit to the other tasks does not have it")
     model, data = build_run(chosen, quiet=True)
@@ -146,9 +152,12 @@ def main(argv: list[str]) -> int:
         config = parse_config(UnknownConfig, argv, prog="compare_unknown.py")
         torch.set_num_threads(config.threads)
         table = read_results(config.output, KEYS)
+        options = fit_options(chosen_options(config, 0))
+        options |= {name: getattr(config, name) for name in ("left_out", "lengths", "draws", "unknown")}
+        check_options(table, options, output=config.output)
         for seed in range(config.seeds):
             if not (table["seed"] == seed).any():
-                rows = pd.DataFrame(compare(config, seed))
+                rows = pd.DataFrame(with_options(compare(config, seed), options))
                 table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
                 write_results(table, config.output)
     except InputError as error:

@@ -36,6 +36,7 @@ import pandas as pd
 import torch
 import transformers
 from fit_options import OF_PRIOR, check_usual
+from stored_options import check_options, fit_options, with_options
 
 from bora_pyro.data.subset import subset, tasks_to_leave_out
 from bora_pyro.data.tasks import TaskData
@@ -63,6 +64,8 @@ OTHERS = "others"
 KEYS = ["seed", "arm", "documents", "split", "learning_rate", "steps", "task"]
 #: Tokens of a batch of the new tasks' documents.
 TOKEN_BUDGET = 2048
+#: Options of a fit that the script sets itself.
+OF_ARM = {"learning_rate", "max_train_documents", "max_eval_documents"}
 #: A number of documents that is larger than that of any task.
 ALL = 10**9
 
@@ -133,6 +136,10 @@ class Curve:
     def __init__(self, config: FewDocumentsConfig) -> None:
         self.config, self.output = config, Path(config.output)
         self.table = read_results(self.output, KEYS)
+        names = ("left_out", "least_documents", "others_documents", "fit_learning_rates")
+        #: What all rows share.
+        self.options = fit_options(self.chosen(0), without=OF_ARM) | {name: getattr(config, name) for name in names}
+        check_options(self.table, self.options, output=self.output)
 
     def run_all(self) -> None:
         """Run every seed; the first seed makes the choices."""
@@ -187,11 +194,16 @@ class Curve:
         rate, steps = (have["log_likelihood"] / have["tokens"]).idxmax()
         return float(rate), int(steps)
 
+    def chosen(self, seed: int) -> MapFitConfig:
+        """The options of the fits of a seed."""
+        config = self.config
+        words = ["--config", config.fit_config, "--seed", str(seed), *(["--data", config.data] if config.data else [])]
+        return parse_config(MapFitConfig, words)
+
     def setting(self, seed: int) -> Setting:
         """Fit the tasks that are not left out."""
         config = self.config
-        words = ["--config", config.fit_config, "--seed", str(seed), *(["--data", config.data] if config.data else [])]
-        chosen = parse_config(MapFitConfig, words)
+        chosen = self.chosen(seed)
         check_usual(chosen, NOT_HERE, file=config.fit_config, why="the arms do not have it")
         whole = dataclasses.replace(chosen, max_train_documents=None, max_eval_documents=None, threads=config.threads)
         model, data = build_run(whole, quiet=True)
@@ -274,7 +286,8 @@ class Curve:
             score = {"tokens": int(scores.tokens[of_task].sum()), "perplexity": scores.perplexity(d)}
             score["log_likelihood"] = float(scores.log_likelihood[of_task].sum())
             rows.append(dict(zip(KEYS, values, strict=True)) | of_run | score)
-        self.table = pd.concat([self.table, pd.DataFrame(rows)], ignore_index=True) if len(self.table) else pd.DataFrame(rows)
+        new = pd.DataFrame(with_options(rows, self.options))
+        self.table = pd.concat([self.table, new], ignore_index=True) if len(self.table) else new
         write_results(self.table, self.output)
         how = f"{number} documents, rate {rate:g}, {steps} steps"
         print(f"seed {seed}: {arm}, {how}: {split} {scores.perplexity():.2f} in {seconds:.1f} s", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 
 import pandas as pd
 import pytest
@@ -152,6 +153,30 @@ def test_bad_input(main, capsys, words, message):
     said = capsys.readouterr().err
     assert said.startswith("error: " + message)
     assert said.count("\n") == 1
+
+
+def changed(words, **values):
+    """The words of a command with other values of some of its options."""
+    words = [*words]
+    for name, value in values.items():
+        words[words.index(f"--{name}") + 1] = str(value)
+    return words
+
+
+def test_other_options_do_not_join_a_table_or_a_fit(finished, main, capsys, tmp_path):
+    words, file = finished
+    before = file.read_bytes()
+    assert main(changed(words, draws=3)) == 2
+    expected = f"error: output {file} has rows with draws 2 instead of 3; give another --output, or move it away\n"
+    assert capsys.readouterr().err == expected
+    assert file.read_bytes() == before
+    # a new table, whose folder has the MAP fit of another learning rate
+    other = tmp_path / file.name
+    shutil.copytree(file.parent / "runs", tmp_path / "runs")
+    assert main(changed(words, output=other, runs_dir=tmp_path / "runs", map_learning_rate=0.02)) == 2
+    said = capsys.readouterr().err
+    assert "map-seed0 has learning_rate 0.03 instead of 0.02; give another --runs_dir, or move it away" in said
+    assert not other.exists()
 
 
 def test_an_arm_with_the_rate_of_another_comes_after_it(finished, main, capsys, tmp_path):

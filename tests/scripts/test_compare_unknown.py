@@ -46,6 +46,8 @@ def test_the_command(tmp_path, capsys):
     assert main(words) == 0
     assert output.read_bytes() == before
     assert capsys.readouterr().err == ""  # nothing was fitted again
+    assert main([*words, "--draws", "3"]) == 2
+    assert "rows with draws 8 instead of 3; give another --output, or move it away" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

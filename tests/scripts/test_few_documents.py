@@ -105,6 +105,26 @@ def test_a_later_seed_searches_nothing(curve, tmp_path):
     assert len(again[again["documents"] == "others"]) == len(first[first["documents"] == "others"])
 
 
+def test_rows_with_other_options_are_not_added(curve, capsys):
+    path, words = curve
+    before = path.read_bytes()
+    more = [*words, "--others_documents", "5"]
+    assert script_main("few_documents")(more) == 2
+    assert re.search(r"rows with others_documents \d+ instead of 5; give another --output", capsys.readouterr().err)
+    assert path.read_bytes() == before
+
+
+def test_rows_that_do_not_say_their_options_are_counted(curve, tmp_path, capsys):
+    path, words = curve
+    table = pd.read_csv(path).drop(columns="options")
+    table.to_csv(tmp_path / "few.csv", index=False)
+    again = [*words]
+    again[again.index("--output") + 1] = str(tmp_path / "few.csv")
+    assert script_main("few_documents")(again) == 0
+    note = f"note: {len(table)} of {len(table)} rows of {tmp_path / 'few.csv'} do not say which options they had\n"
+    assert capsys.readouterr().err == note
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
