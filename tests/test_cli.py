@@ -151,7 +151,7 @@ def test_the_demo_of_smollm2_is_a_map_fit_with_other_defaults():
     assert list(usual) == list(demo)
     changed = {
         "base_model": "builtin:smollm2", "num_tasks": 12, "max_train_documents": 12, "max_eval_documents": 4, "max_tokens": 96,
-        "token_budget": 1024, "epochs": 3, "precision": "auto", "output_dir": "runs/demo-smollm2",
+        "token_budget": 1024, "epochs": 3, "gradient_norm": False, "precision": "auto", "output_dir": "runs/demo-smollm2",
     }  # fmt: skip
     assert demo == usual | changed
 

@@ -47,6 +47,9 @@ GUIDES: dict[str, GuideBuilder] = {
     "tfb": tfb_guide,
 }
 
+#: Arguments of every builder, which are no options of a single guide.
+OF_ALL = ("scale", "temperature")
+
 #: Guides that are made around a MAP estimate: from the curvature there, from steps, or from held-out documents. The others are
 #: fitted by an ELBO.
 AROUND_MAP = frozenset({"laplace", "laplace_kfac", "laplace_kronecker", "swag", "tfb"})
@@ -60,16 +63,16 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 
     Args:
         name: the guide's name in ``GUIDES``.
-        options: the texts, ``key=value``. ``scale`` and ``temperature`` are no options of a single guide.
+        options: the texts, ``key=value``; none of them is in ``OF_ALL``.
 
     Raises:
         InputError: the guide has no such option, or a text cannot be converted to its type.
     """
-    return read_options("guide", name, GUIDES[name], options, without=("scale", "temperature"))
+    return read_options("guide", name, GUIDES[name], options, without=OF_ALL)
 
 
 __all__ = [
-    "AROUND_MAP", "ENSEMBLE", "GUIDES", "BlobGuide", "EnsembleGuide", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide",
+    "AROUND_MAP", "ENSEMBLE", "GUIDES", "OF_ALL", "BlobGuide", "EnsembleGuide", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide",
     "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal", "MultivariateNormalGuide", "NormalGuide",
     "SiteGuide", "StructuredNormalGuide", "SubspaceGuide", "SwagGuide", "TfbGuide", "auto_normal_guide", "blob_guide",
     "ensemble_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide", "laplace_guide", "laplace_kfac_guide",

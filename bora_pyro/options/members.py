@@ -99,6 +99,35 @@ def member_options(member: Callable[..., Any]) -> dict[str, Any]:
     return {parameter.name: parameter.annotation for parameter in parameters if _plain(parameter.annotation) is not None}
 
 
+def options_text(registry: Mapping[str, Callable[..., Any]], *, without: Sequence[str] = ()) -> str:
+    """The options of all members that have some, with their defaults, for a help text.
+
+        >>> def spiral(centre: list[float], turns: int = 3, name: str | None = None) -> None:
+        ...     ...
+        >>> def dot() -> None:
+        ...     ...
+        >>> options_text({"spiral": spiral, "dot": dot})
+        'spiral turns=3 name=none'
+
+    Args:
+        registry: classes, or functions that build a member, by name.
+        without: arguments that are no options of a member.
+    """
+    parts = []
+    for name, member in registry.items():
+        defaults = inspect.signature(member).parameters
+        options = [f"{key}={_text(defaults[key].default)}" for key in member_options(member) if key not in without]
+        parts += [" ".join([name, *options])] if options else []
+    return "; ".join(parts)
+
+
+def _text(default: Any) -> str:
+    """A default as ``_convert`` reads it."""
+    if default is None or isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
 def _plain(hint: Any) -> type | None:
     """The type to which a text is converted, or None if a text cannot give a value of this type."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

@@ -18,6 +18,7 @@ from bora_pyro.errors import InputError, nearest, shown
 from bora_pyro.inference.options import OPTIMISATION, RUN
 from bora_pyro.likelihoods import LIKELIHOODS, OPTION_SCORES
 from bora_pyro.options.field import check_fields, option
+from bora_pyro.options.members import options_text
 from bora_pyro.priors import PRIORS
 from bora_pyro.priors.learned import BOUNDS, PER
 from bora_pyro.routers import ROUTERS
@@ -83,7 +84,11 @@ class BaseOptions:
     )
     adapter: str = option("lora", f"how a linear layer is changed: {', '.join(ADAPTERS)}", group=MODEL, filled=True)
     adapter_option: list[str] | None = option(
-        None, "further arguments of the adapter, as key=value; may be repeated (default: none)", group=MODEL, whole=True
+        None,
+        f"further arguments of the adapter, as key=value; may be repeated ({options_text(ADAPTERS, without=('rank', 'alpha'))}) "
+        "(default: none)",
+        group=MODEL,
+        whole=True,
     )
     rank: int = option(8, "rank r of the adapter", group=MODEL, least=1, most=_LARGEST_RANK)
     alpha: float | None = option(
@@ -139,7 +144,10 @@ class PriorOptions:
         None, f"how tasks share: {', '.join(PRIORS)} (default: as tau, penalty and prior_form say)", group=PRIOR, filled=True
     )
     prior_option: list[str] | None = option(
-        None, "arguments of the prior, as key=value; may be repeated (default: none)", group=PRIOR, whole=True
+        None,
+        f"arguments of the prior, as key=value; may be repeated ({options_text(PRIORS)}) (default: none)",
+        group=PRIOR,
+        whole=True,
     )
     prior_form: str = option(
         "noncentered",

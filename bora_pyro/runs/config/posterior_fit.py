@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bora_pyro.errors import InputError, nearest
-from bora_pyro.guides import AROUND_MAP, GUIDES, guide_options
+from bora_pyro.guides import AROUND_MAP, GUIDES, OF_ALL, guide_options
 from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import by_heading, changed, option
+from bora_pyro.options.members import options_text
 from bora_pyro.predict.posterior import PREDICT
 from bora_pyro.priors.random_precision import HYPERPRIORS
 from bora_pyro.runs.config.groups import BaseOptions, RunOptions, check_device
@@ -36,7 +37,8 @@ class PosteriorFitConfig(RunOptions, FitOptions):
     guide: str = option("normal", f"how the posterior is approximated: {', '.join(_SPREAD)}", group=POSTERIOR)
     guide_option: list[str] | None = option(
         None,
-        "arguments of the guide, as key=value; may be repeated (default: none)",
+        "arguments of the guide, as key=value; may be repeated "
+        f"({options_text({name: GUIDES[name] for name in _SPREAD}, without=OF_ALL)}) (default: none)",
         group=POSTERIOR,
         whole=True,
     )
