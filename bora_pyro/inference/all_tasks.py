@@ -56,7 +56,9 @@ class AllTasks:
         return batches
 
     def step(self, rates: Rates) -> None:
-        take_step(self.optimizer, rates)
+        precision, starts = self.model.prior.precision, self.model.starts
+        tau = {self.parameters[name]: precision(latent, starts[latent]) for name, latent in self.latent_of.items()}
+        take_step(self.optimizer, rates, tau)
         if self.mean is not None:
             self.mean.add({**self.parameters, **log_tau(self.model)})
 

@@ -10,6 +10,11 @@ trace of the task's Fisher information with respect to z. The moments that AdamW
 gradient over the steps of an epoch, times their number. The rate is limited so that a step costs a task ``NATS`` at most
 (:meth:`Rates.of_deviations`).
 
+This limit knows the curvature only where the fit is. Far from there it can be much larger, for instance if tokens that are
+predicted with certainty hide it, and a deep base diverges. The learning rate is what a user chooses so that this does not happen.
+So a deviation δ moves no faster than other parameters do: the rate of z is at most the learning rate times √τ. It may always be
+large enough to move an entry by ``LEAST_REACH`` standard deviations of the prior in the whole fit.
+
 When τ changes, the gradient with respect to z changes by the same factor as τ^-1/2. The moments of AdamW are multiplied by this
 factor (:func:`rescale`). Otherwise the large gradients at an early, small τ would hold z back for hundreds of steps.
 """
@@ -34,6 +39,8 @@ from bora_pyro.inference.schedule import COSINE, schedule
 NATS = 10.0
 #: The largest rate that a reach gives to deviations, in standard deviations of their prior.
 LARGEST = 0.15
+#: The distance that an entry of z can move in every fit of enough steps, in standard deviations of its prior, under any τ.
+LEAST_REACH = 2.0
 #: AdamW's settings. The second moment of the deviations has a shorter memory, because their scale changes with τ.
 BETAS, DEVIATION_BETAS, EPS = (0.9, 0.999), (0.9, 0.98), 1e-12
 # The ending that Pyro's LocScaleReparam gives a site of whitened values.
@@ -91,6 +98,7 @@ class Rates:
         per_square: N²/S, with N training observations and S steps in an epoch; one number, or one for each task, (D,). The loss
             is in nats per observation, so this factor turns the variance of a task's gradient over the steps into the trace of
             its Fisher information.
+        least: the rate of z that the learning rate does not limit.
         nats: N/T. This factor turns the gradient of the loss into that of the objective in nats, in units of the temperature T.
     """
 
@@ -98,6 +106,7 @@ class Rates:
     shared: float
     deviations: float
     per_square: Tensor
+    least: float = 0.0
     nats: float = 1.0
 
     def of_deviations(self, noise: Tensor) -> Tensor:
@@ -112,6 +121,22 @@ class Rates:
         limited = (2 * NATS / trace).sqrt().clamp(max=self.deviations)
         return self.part * torch.where(trace > 0, limited, self.shared)
 
+    def entries(self, limited: Tensor, tau: Tensor, dims: int) -> Tensor:
+        """The rates of the entries of a parameter z, so that δ = z/√τ moves no faster than other parameters.
+
+            >>> rates = Rates(part=1.0, shared=0.01, deviations=0.06, per_square=torch.tensor(1.0), least=0.02)
+            >>> rates.entries(torch.tensor([0.06, 0.03]), torch.tensor([1.0, 16.0, 100.0]), 2)
+            tensor([[0.0200, 0.0400, 0.0600],
+                    [0.0200, 0.0300, 0.0300]])
+
+        Args:
+            limited: the rates of its tasks, (tasks,).
+            tau: τ, which broadcasts against the parameter.
+            dims: number of dimensions of the parameter, (tasks, ...).
+        """
+        allowed = self.part * (self.shared * tau.sqrt()).clamp(min=self.least)
+        return torch.minimum(limited.view(-1, *[1] * (dims - 1)), allowed.to(limited))
+
 
 def largest_rates(options: FitOptions, observations: float, steps_per_epoch: int, factors: Sequence[Tensor] = ()) -> Rates:
     """The rates of a fit at the top of its schedule.
@@ -124,11 +149,15 @@ def largest_rates(options: FitOptions, observations: float, steps_per_epoch: int
     """
     steps = steps_per_epoch * options.epochs
     kind = options.schedule or COSINE
-    of_deviations = deviation_rate(options.learning_rate, options.deviation_reach, steps, options.warmup, kind)
+    of_deviations, least = (
+        deviation_rate(options.learning_rate, reach, steps, options.warmup, kind)
+        for reach in (options.deviation_reach, min(options.deviation_reach, LEAST_REACH))
+    )
     per_square = torch.tensor(observations**2 / steps_per_epoch)
     for factor in factors:
         per_square = per_square / factor.to(per_square).square()
-    return Rates(1.0, options.learning_rate, of_deviations, per_square, nats=observations / options.temperature)
+    nats = observations / options.temperature
+    return Rates(1.0, options.learning_rate, of_deviations, per_square, least=least, nats=nats)
 
 
 def variance(first: Tensor, second: Tensor, steps: Tensor) -> Tensor:
@@ -170,23 +199,32 @@ def optimizer_of(guide: AutoGuide, parameters: Mapping[str, Parameter], deviatio
 
 
 @torch.no_grad()
-def take_step(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
-    """Take a step with these rates, and delete the gradients."""
+def take_step(optimizer: torch.optim.Optimizer, rates: Rates, tau: Mapping[Parameter, Tensor] | None = None) -> None:
+    """Take a step with these rates, and delete the gradients.
+
+    Args:
+        optimizer: the optimiser.
+        rates: the rates.
+        tau: τ of the whitened deviations, which broadcasts against the parameter; without it, the learning rate limits none.
+    """
     if isinstance(optimizer, Ivon):
         optimizer.take_step(rates)
         return
-    before, parts = [], torch.ones(())
+    slower: list[tuple[Tensor, Tensor, Tensor]] = []
     for group in optimizer.param_groups:
         group["lr"] = rates.part * rates.shared
         if group["betas"] == DEVIATION_BETAS:
             limited = rates.of_deviations(_noise(optimizer, group["params"]))
             group["lr"] = largest = float(limited.max())
-            if largest > float(limited.min()):  # fused AdamW has one rate; tasks with a lower one go only a part of the way
-                before, parts = [(value, value.detach().clone()) for value in group["params"]], limited / largest
+            for value in group["params"]:
+                own = limited if tau is None else rates.entries(limited, tau[value], value.dim())
+                if float(own.min()) < largest:  # fused AdamW has one rate; entries with a lower one go only a part of the way
+                    part = (own / largest).view(*own.shape, *[1] * (value.dim() - own.dim()))
+                    slower.append((value, value.detach().clone(), part))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for value, old in before:
-        value.copy_(old.lerp(value, parts.view(-1, *[1] * (value.dim() - 1)).expand_as(value)))
+    for value, old, part in slower:
+        value.copy_(old.lerp(value, part.expand_as(value)))
 
 
 def _noise(optimizer: torch.optim.Optimizer, parameters: list[Parameter]) -> Tensor:

@@ -32,7 +32,8 @@ class FitOptions(Seeded):
     ``warmup`` of the steps to its largest value, ``learning_rate``, and then falls to 0 as a cosine. A guide that is made of the
     steps themselves needs steps that stay as large as they are, and asks for a constant rate. In the non-centred form,
     deviations are in units of their prior's scale, so that one learning rate suits every τ. In a short fit it is too small for
-    them to get there, so they have a larger one (:func:`~bora_pyro.inference.optimizer.deviation_rate`).
+    them to get there, so they have a larger one (:func:`~bora_pyro.inference.optimizer.deviation_rate`). Under a small τ it is
+    limited by ``learning_rate`` (:meth:`~bora_pyro.inference.optimizer.Rates.entries`).
     """
 
     epochs: int = option(6, "largest number of passes over the training documents", group=OPTIMISATION, least=1)

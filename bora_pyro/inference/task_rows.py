@@ -163,12 +163,20 @@ class TaskRows:
 
     def _adamw_steps(self, names: Sequence[str], rates: Rates) -> None:
         moments = {name: self._moments(name) for name in self.latent_of}
-        limited = rates.of_deviations(self._noise(moments.values())).tolist()
+        limited = rates.of_deviations(self._noise(moments.values()))
         for name in names:
             if name in self.latent_of:
-                self._step_of(name, limited, *moments.pop(name))
+                own = rates.entries(limited, self._tau(name), self.parameters[name].dim())
+                self._step_of(name, limited.tolist(), *moments.pop(name), part=own / limited.view(-1, *[1] * (own.dim() - 1)))
             else:
                 self._step_of(name, [rates.part * rates.shared] * len(self.loaded), *self._moments(name))
+
+    def _tau(self, name: str) -> Tensor:
+        """τ of a whitened deviation, which broadcasts against its loaded rows."""
+        latent = self.latent_of[name]
+        tau = self.model.prior.precision(latent, self.model.starts[latent])
+        of_task = tau.dim() == self.parameters[name].dim() and len(tau) > 1
+        return tau[self.loaded.to(tau.device)] if of_task else tau
 
     def _moments(self, name: str) -> tuple[Tensor, Tensor]:
         """AdamW's moments of the loaded rows of a parameter: (loaded, ...) each, on its device."""
@@ -184,8 +192,10 @@ class TaskRows:
             noise += variance(first, second, steps.clamp(min=1))
         return noise * steps / max(self.steps - 1, 1)  # times the part of the earlier steps that drew the task
 
-    def _step_of(self, name: str, rates: Sequence[float], first: Tensor, second: Tensor) -> None:
+    def _step_of(self, name: str, rates: Sequence[float], first: Tensor, second: Tensor, *, part: Tensor | None = None) -> None:
+        """Take AdamW's step on the loaded rows of a parameter, each with its own rate; entries go the given part of the way."""
         parameter = self.parameters[name]
+        before = parameter.detach().clone() if part is not None and float(part.min()) < 1 else None
         beta1, beta2 = DEVIATION_BETAS if name in self.latent_of else BETAS
         assert parameter.grad is not None
         steps = self.count[self.loaded].to(parameter.device)
@@ -198,6 +208,8 @@ class TaskRows:
                 values, gradients, firsts, seconds, [], counts, lr=rate, beta1=beta1, beta2=beta2, eps=EPS, weight_decay=0.0,
                 amsgrad=False, maximize=False, fused=True,
             )  # fmt: skip
+        if before is not None and part is not None:
+            parameter.data = before.lerp(parameter.data, part.expand_as(before))
         self._write(name, first, second)
 
     def _write(self, name: str, first: Tensor, second: Tensor) -> None:

@@ -38,6 +38,7 @@ from bora_pyro.errors import check_at_least, check_one_of
 from bora_pyro.guides import init_to_start
 from bora_pyro.inference.averaging import TrajectoryMean
 from bora_pyro.inference.optimizer import (
+    LEAST_REACH,
     Rates,
     adamw,
     deviation_parameters,
@@ -179,13 +180,16 @@ def learn(hierarchy: Hierarchy, prior: LearnedPrecision, *, steps: int, rate: fl
     parameters = dict(guide.named_parameters())
     own = [parameters[name] for name in deviation_parameters(guide)]
     optimizer, of_deviations = adamw(parameters.values(), own), deviation_rate(rate, reach, steps, warmup)
+    least = deviation_rate(rate, min(reach, LEAST_REACH), steps, warmup)
     looks = torch.randperm(len(hierarchy.held_out), generator=torch.Generator().manual_seed(0)).split(LOOK)
     mean = TrajectoryMean({NAME: prior.precision(NAME, start).log()})
     for step in range(steps):
         part = schedule(step, steps, warmup)
         with pyro.validation_enabled(False):
             (elbo.differentiable_loss(model, guide) / hierarchy.count.sum()).backward()
-        take_step(optimizer, Rates(part, rate, of_deviations, per_square=hierarchy.count.sum().square().float()))
+        tau = dict.fromkeys(own, prior.precision(NAME, start))
+        per_square = hierarchy.count.sum().square().float()
+        take_step(optimizer, Rates(part, rate, of_deviations, per_square=per_square, least=least), tau)
         if (step + 1) % prior.every == 0:
             before = prior.precision(NAME, start)
             look(hierarchy, prior, theta, guide, looks[(step // prior.every) % len(looks)])

@@ -91,6 +91,33 @@ def test_a_step_costs_a_task_a_limited_number_of_nats():
     assert limited[3] == 5.0  # documents that say little allow the whole rate
 
 
+@pytest.mark.parametrize(("tau", "least", "moved"), [(4.0, 0.0, 0.01), (100.0, 0.0, 0.006), (4.0, 0.04, 0.02), (4.0, 1.0, 0.03)])
+def test_a_deviation_moves_no_faster_than_other_parameters(tau, least, moved):
+    """z may move by 0.06, which is 0.06/√τ in units of the weights; the learning rate is 0.01."""
+    z = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer, rates = adamw([], [z]), Rates(1.0, 0.01, 0.06, per_square=torch.tensor(1.0), least=least)
+    for gradient in (1.0, 1.0 + 1e-3):  # the first step does not know the variance of the gradient yet
+        before = z.detach().clone()
+        z.grad = torch.full_like(z, gradient)
+        take_step(optimizer, rates, {z: torch.tensor(tau)})
+    torch.testing.assert_close((before - z.detach()) / tau**0.5, torch.full((2, 3), moved), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("prior", [HierarchicalNormal(1e-3), LearnedPrecision("task", 1e-3, every=1000)], ids=["one", "by task"])
+@pytest.mark.parametrize("drawn", [False, True], ids=["all tasks", "drawn tasks"])
+def test_the_learning_rate_limits_the_deviations_of_a_fit(prior, drawn):
+    """Under τ = 1e-3 the rate of z would move a deviation by 5 in a step."""
+    model, data = toy_model(prior=prior), toy_data()
+    loop = Loop(model, data, GUIDES["map"](model), epochs=400, learning_rate=0.01, token_budget=40, deviation_reach=4000.0,
+                task_subsampling=drawn, gradient_clip=math.inf)  # fmt: skip
+    least, steps = loop._rates.least, loop.steps_per_epoch
+    assert least == 0.01 < LARGEST == loop._rates.deviations
+    before = {name: value.clone() for name, value in loop.state.sites().items()}
+    loop.run_epoch()
+    moved = [(value - before[name]).abs().max() for name, value in loop.state.sites().items() if name.endswith("_decentered")]
+    assert 0 < max(moved) <= 1.5 * steps * least
+
+
 def test_each_task_has_its_own_limit():
     """A task with many documents goes slower than the others, and no entry goes much faster than its task's rate."""
     model, data = toy_model(prior=HierarchicalNormal(tau=0.01)), toy_data(train=(40, 2, 2))
