@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bora_pyro.adapters import Adapter, LoRA
-from bora_pyro.adapters.factor import add_factor
+from bora_pyro.adapters.factor import Factor, prior_factor
 from bora_pyro.backbone.backbone import Backbone, Change
 from bora_pyro.backbone.head import LazyLogits
 from bora_pyro.backbone.layer_tensors import LayerTensors
@@ -57,6 +57,9 @@ class BoRA:
         InputError: too few tasks.
     """
 
+    #: What the adapter adds to the prior, beside the density of its latents.
+    factor: Factor | None = None
+
     def __init__(
         self,
         backbone: Backbone,
@@ -77,6 +80,7 @@ class BoRA:
         self.tensors = LayerTensors.of((self.adapter, self.router), backbone, seed=seed)
         self.starts, self.fixed = self.tensors.latents, self.tensors.fixed
         self.output, self.add = self.adapter.output, self.adapter.add
+        self.factor = prior_factor(self.adapter, backbone.slots, self.tensors)
 
     def __call__(self, batch: Batch) -> None:
         """Run the model on one batch of documents."""
@@ -90,7 +94,8 @@ class BoRA:
     def weights(self, batch: Batch | TaskDraw | None = None) -> Weights:
         """Sample θ: the latents of all tasks, (D, layers, *shape) each, or a row for each task that a batch speaks of."""
         weights = self.prior.sample(self.starts, plate := self.plates(batch), self.tensors.masks)
-        add_factor(self.adapter, self.backbone.slots, self.tensors, weights, plate)
+        if self.factor is not None:
+            self.factor(weights, plate)
         return weights
 
     def logits(self, batch: Batch, weights: Weights | None) -> Tensor:

@@ -12,14 +12,16 @@
 >>> adapter = SaRA(fraction=1.0, nuclear=0.5)
 >>> tensors = LayerTensors.of([adapter], Frozen())
 >>> weights = {"q_proj.sparse": torch.tensor([[[3.0, 0.0, 0.0, 4.0]], [[0.0, 0.0, 0.0, 0.0]]])}  # ΔW of two tasks
->>> model = poutine.trace(lambda: add_factor(adapter, Frozen.slots, tensors, weights, pyro.plate("tasks", 2, dim=-1)))
->>> model.get_trace().nodes["prior_factor.adapter"]["fn"].log_factor.round(decimals=2)
+>>> factor = prior_factor(adapter, Frozen.slots, tensors)
+>>> trace = poutine.trace(factor).get_trace(weights, pyro.plate("tasks", 2, dim=-1))
+>>> trace.nodes["prior_factor.adapter"]["fn"].log_factor.round(decimals=2)
 tensor([-3.5000, -0.0000])
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import pyro
 from torch import Tensor
@@ -32,20 +34,26 @@ from bora_pyro.backbone.slots import Slot
 PRIOR_FACTOR = "prior_factor."
 
 
-def add_factor(
-    adapter: Adapter, slots: Sequence[Slot], tensors: LayerTensors, weights: Mapping[str, Tensor], tasks: pyro.plate
-) -> None:
-    """Add the sum of ``adapter.log_factor`` over all layers to the joint density; nothing if the adapter has no such factor.
+#: A function that adds the factor: of the latents by ``<slot>.<name>``, (tasks, layers, *shape), and of their plate of tasks.
+Factor = Callable[[Mapping[str, Tensor], pyro.plate], None]
+
+
+def prior_factor(adapter: Adapter, slots: Sequence[Slot], tensors: LayerTensors) -> Factor | None:
+    """A function that adds the sum of ``adapter.log_factor`` over all layers to the joint density; None if there is no factor.
 
     Args:
         adapter: the adapter.
         slots: the adapted layers.
         tensors: the tensors of the layers.
-        weights: latents by ``<slot>.<name>``, (tasks, layers, *shape), the tasks of the plate.
-        tasks: the plate of tasks.
     """
     if type(adapter).log_factor is Adapter.log_factor:
-        return
+        return None
+    return partial(_add_factor, adapter, slots, tensors)
+
+
+def _add_factor(
+    adapter: Adapter, slots: Sequence[Slot], tensors: LayerTensors, weights: Mapping[str, Tensor], tasks: pyro.plate
+) -> None:
     total: Tensor | None = None
     for slot in slots:
         latents = {name: weights[f"{slot.name}.{name}"].unbind(1) for name in tensors.names(slot)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from bora_pyro.adapters.base import Adapter, Factors
+from bora_pyro.adapters.base import Adapter, Factors, ScaledAdapter
 from bora_pyro.adapters.lora import RowLinear
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.layer_tensors import Start
@@ -170,6 +170,10 @@ class OSFT(Adapter):
 
     def kept_per_token(self, slot: Slot) -> int:
         return self.wrapped.kept_per_token(slot)
+
+    def kept_per_row(self, slot: Slot) -> int:
+        projected = self.wrapped.rank * (slot.in_features + slot.out_features) if isinstance(self.wrapped, ScaledAdapter) else 0
+        return self.wrapped.kept_per_row(slot) + projected
 
     def callbacks(self) -> Sequence[Any]:
         return self.wrapped.callbacks()
