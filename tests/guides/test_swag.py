@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from pyro import poutine
@@ -140,7 +142,8 @@ def test_during_a_fit_the_guide_is_the_point_mass_of_map():
     fits = []
     for name in ("map", "swag"):
         model = bora()
-        options = OPTIONS | {"schedule": "constant"}
+        # the guides have their parameters in another order, and so the norm that clips would be summed in another order
+        options = OPTIONS | {"schedule": "constant", "gradient_clip": math.inf}
         loop = Loop(model, tiny_data(COUNTS), GUIDES[name](model), task_subsampling=False, **options)
         fits.append(([loop.run_epoch()["objective"] for _ in range(2)], loop.state.sites()))
     (one, sites), (other, same) = fits
