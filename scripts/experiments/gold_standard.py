@@ -9,9 +9,10 @@ guides are fitted to, with all documents in one batch, in float32. The normalise
 likelihood, so under p(Θ) ∝ 1 the posterior is not strictly proper: far from the MAP it is flat. A chain that starts near the MAP
 does not get there as long as r-hat is near 1.
 
-Each guide of ``bora_pyro.guides.GUIDES`` that approximates the posterior density (not ``map``, nor ``swag`` and ``tfb``, whose
-spread comes from mini-batches and held-out documents) starts at the MAP and is fitted by :func:`bora_pyro.fit` with all documents
-in one batch. The two Laplace guides are not fitted: they replace the Hessian by the empirical Fisher information Σ_n g_n g_nᵀ. At
+Each guide of ``bora_pyro.guides.GUIDES`` that approximates the posterior density (not ``map`` and ``blob``, which have points, nor
+``swag`` and ``tfb``, whose spread comes from mini-batches and held-out documents) starts at the MAP and is fitted by
+:func:`bora_pyro.fit` with all documents in one batch. The two Laplace guides are not fitted: they replace the Hessian by the
+empirical Fisher information Σ_n g_n g_nᵀ. At
 the true weights of a well specified model both have the same expectation. With few documents the Fisher information has a large
 variance. At the MAP it is too small, because the fit has made the gradients small; the fewer documents a task has, the larger
 this effect.
@@ -63,7 +64,7 @@ VOCABULARY, START = 16, 0
 EVERYTHING = 10**9  # a token budget that makes one batch of all documents
 
 #: The guides that approximate the posterior density.
-COMPARED = [name for name in GUIDES if name not in ("map", "swag", "tfb")]
+COMPARED = [name for name in GUIDES if name not in ("map", "blob", "swag", "tfb")]
 
 
 @dataclass(kw_only=True)
