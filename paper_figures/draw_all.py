@@ -3,12 +3,13 @@
     python paper_figures/draw_all.py
 
 The presidents' sweep gives ``figure2.png`` and so on. The documentation's sweep gives ``figure2_documentation.png`` and so on.
-So do the sweeps of `MORE_SWEEPS` whose tables are there.
+So do the sweeps of `MORE_SWEEPS` whose tables are there and have a τ between 0 and ∞, which most figures compare with the limits.
 If a results table is missing, the other figures are still drawn. The errors are printed at the end, and the exit code is 2.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import figure5
 import forms_figure
 import gold_standard_figure
 import model_figure
+import pandas as pd
 import pca_figure
 import simulation_based_calibration_figure as calibration_figure
 import table1
@@ -35,7 +37,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.options.field import option
 
-#: Sweeps that are drawn if their tables are there.
+#: Sweeps that are drawn if their tables are there and have a τ between 0 and ∞.
 MORE_SWEEPS = ("presidents_full", "smollm2_documentation", "smollm2_presidents", "smollm2_crossfit")
 _SWEEP_SCRIPTS: tuple[ModuleType, ...] = (figure1, figure2, figure3, figure4, figure5, table1, table2)
 
@@ -48,10 +50,16 @@ class DrawAllConfig:
     output: str = option("paper_figures", "the folder to write")
 
 
+def has_inner_tau(table: Path) -> bool:
+    """Whether there is a table of a sweep that has a fixed τ above 0 and below ∞."""
+    taus = pd.read_parquet(table, columns=["tau"]).tau if table.is_file() else ()
+    return any(tau != "learned" and 0 < float(tau) < math.inf for tau in taus)
+
+
 def jobs(config: DrawAllConfig) -> Iterator[tuple[str, Callable[[Any], str], Any]]:
     """Yields (path of the output, function that writes it, options of the function)."""
     results, output = config.results, config.output
-    more = ((name, f"_{name}") for name in MORE_SWEEPS if Path(f"{results}/{name}.parquet").is_file())
+    more = ((name, f"_{name}") for name in MORE_SWEEPS if has_inner_tau(Path(f"{results}/{name}.parquet")))
     for corpus, ending in (("presidents", ""), ("documentation", "_documentation"), *more):
         for module in _SWEEP_SCRIPTS:
             name = module.__name__

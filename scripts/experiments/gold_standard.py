@@ -9,8 +9,8 @@ guides are fitted to, with all documents in one batch, in float32. The normalise
 likelihood, so under p(Θ) ∝ 1 the posterior is not strictly proper: far from the MAP it is flat. A chain that starts near the MAP
 does not get there as long as r-hat is near 1.
 
-Each guide of ``bora_pyro.guides.GUIDES`` that approximates the posterior density (not ``map`` and ``blob``, which have points, nor
-``swag`` and ``tfb``, whose spread comes from mini-batches and held-out documents) starts at the MAP and is fitted by
+Each guide of ``bora_pyro.guides.GUIDES`` that approximates the posterior density (not ``map`` and ``blob``, which have points,
+nor ``swag`` and ``tfb``, whose spread comes from mini-batches and held-out documents) starts at the MAP and is fitted by
 :func:`bora_pyro.fit` with all documents in one batch. The two Laplace guides are not fitted: they replace the Hessian by the
 empirical Fisher information Σ_n g_n g_nᵀ. At
 the true weights of a well specified model both have the same expectation. With few documents the Fisher information has a large
