@@ -157,7 +157,7 @@ def _paths(config: FoldConfig) -> list[str]:
     paths = [path for run in config.runs for path in member_folders(run)]
     places = [Path(path).absolute().resolve() for path in paths]
     if twice := [path for n, path in enumerate(paths) if places[n] in places[:n]]:
-        raise InputError(f"the run {shown(twice[0])} is given twice; give each once")
+        raise InputError(f"the run {shown(twice[0], characters=300)} is given twice; give each once")
     if len(paths) < 2:
         raise InputError(
             f"{len(paths)} runs are given; name the folders of two or more fits, as in fold runs/a runs/b, or of an ensemble"
