@@ -38,10 +38,11 @@ def test_the_readme_s_fits_are_those_of_table1(script, monkeypatch):
     assert len({fit.output_dir for fit in fits}) == 6
 
 
-def test_the_readme_s_other_commands_parse(script):
+def test_the_readme_s_other_commands_parse(script, monkeypatch):
     others = [words for words in commands() if words[0] != "scripts/map_fit.py"]
     assert len(others) > 3
     for words in others:
+        monkeypatch.syspath_prepend(FOLDER.parent / Path(words[0]).parent)
         parse_config(config_of(script(Path(words[0]).stem)), words[1:])
 
 
