@@ -136,16 +136,16 @@ class NOLA(LoRA):
         check_one_of("bases_from", self.bases_from, SOURCES)
 
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
-        k, l = self._numbers  # noqa: E741 (the paper's symbol)
+        number_a, number_b = self._numbers
         fixed = {"start_A": uniform_fan_in((self.rank, slot.in_features), generator)}
         seeds = torch.randint(_SEEDS, (2,), generator=generator)
         if self.bases_from == "memory":
             of_a, of_b = seeds.tolist()
-            fixed["bases_A"] = _all_bases(of_a, k, (self.rank, slot.in_features))
-            fixed["bases_B"] = _all_bases(of_b, l, (slot.out_features, self.rank))
+            fixed["bases_A"] = _all_bases(of_a, number_a, (self.rank, slot.in_features))
+            fixed["bases_B"] = _all_bases(of_b, number_b, (slot.out_features, self.rank))
         else:
             fixed |= {"seeds": seeds, "out_features": torch.tensor(slot.out_features)}
-        return Start({"coefficients_A": torch.zeros(k), "coefficients_B": torch.zeros(l)}, fixed=fixed)
+        return Start({"coefficients_A": torch.zeros(number_a), "coefficients_B": torch.zeros(number_b)}, fixed=fixed)
 
     @property
     def _numbers(self) -> tuple[int, int]:
