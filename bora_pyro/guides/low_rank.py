@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, register_kl
 
@@ -17,9 +16,10 @@ from bora_pyro.errors import check_at_least
 from bora_pyro.guides.base import SiteGuide, check_no_masks
 from bora_pyro.model import BoRA
 from bora_pyro.priors import Flat, StandardNormal
+from bora_pyro.priors.real_events import RealEvents
 
 
-class LowRankNormal(dist.TorchDistribution):
+class LowRankNormal(RealEvents):
     """Normal(m, diag(s²) + F Fᵀ) over all n entries of an event of any shape.
 
         >>> event = torch.zeros(5, 2, 3)  # five events of 2 x 3
@@ -34,28 +34,16 @@ class LowRankNormal(dist.TorchDistribution):
         event_dim: number of event dimensions: the last ones of ``loc``.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
     def __init__(self, loc: Tensor, scale: Tensor, factor: Tensor, *, event_dim: int, validate_args: bool | None = None) -> None:
-        batch_shape, event_shape = loc.shape[: loc.dim() - event_dim], loc.shape[loc.dim() - event_dim :]
-        self.loc, self.scale, self.factor = loc, scale, factor
-        n = math.prod(event_shape)
+        super().__init__(loc, event_dim=event_dim, validate_args=validate_args)
+        self.scale, self.factor = scale, factor
+        batch_shape, n = self.batch_shape, math.prod(self.event_shape)
         self._flat = LowRankMultivariateNormal(
             loc.reshape(*batch_shape, n),
             factor.reshape(*batch_shape, n, factor.shape[-1]),
             scale.square().reshape(*batch_shape, n),
             validate_args=False,
         )
-        super().__init__(batch_shape, event_shape, validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> Any:
-        return constraints.independent(constraints.real, self.event_dim)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
 
     @property
     def variance(self) -> Tensor:

@@ -6,15 +6,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 
+from bora_pyro.priors.real_events import RealEvents
 
-class MatrixNormal(dist.TorchDistribution):
+
+class MatrixNormal(RealEvents):
     """The law of x = m + stretch · y, where y is a Normal with mean 0 over matrices, which a subclass defines.
 
     The last two dimensions of an event are a matrix, read as n columns of r numbers, where r is the shorter dimension.
@@ -25,22 +23,9 @@ class MatrixNormal(dist.TorchDistribution):
         event_dim: number of event dimensions: the last ones of ``loc``.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
     def __init__(self, loc: Tensor, *, stretch: Tensor | float, event_dim: int) -> None:
-        self.loc = loc
+        super().__init__(loc, event_dim=event_dim)
         self.stretch = torch.as_tensor(stretch, dtype=loc.dtype, device=loc.device).expand(loc.shape)
-        batch = loc.dim() - event_dim
-        super().__init__(loc.shape[:batch], loc.shape[batch:], validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> Any:
-        return constraints.independent(constraints.real, self.event_dim)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
 
     def stretched(self, columns: Tensor) -> Tensor:
         """x for the columns of y, (*sample, *batch, *event[:-2], n, r)."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, register_kl
 
@@ -18,12 +16,13 @@ from bora_pyro.errors import InputError
 from bora_pyro.guides.base import SiteGuide, check_no_masks
 from bora_pyro.guides.low_rank import divergence_from_entries
 from bora_pyro.model import BoRA
+from bora_pyro.priors.real_events import RealEvents
 
 #: The most entries of a latent of one layer. A covariance of n entries has n (n + 1)/2 numbers, for each task and layer.
 LARGEST = 512
 
 
-class BlockNormal(dist.TorchDistribution):
+class BlockNormal(RealEvents):
     """Normal over an event of any shape, whose entries are divided into blocks: m + L z in each block, blocks independent.
 
         >>> tril = torch.tensor([[1.0, 0.0], [2.0, 3.0]]).expand(4, 3, 2, 2)
@@ -37,23 +36,11 @@ class BlockNormal(dist.TorchDistribution):
         event_dim: number of event dimensions: the last ones of ``loc``.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
     def __init__(self, loc: Tensor, scale_tril: Tensor, *, event_dim: int) -> None:
-        batch_shape, event_shape = loc.shape[: loc.dim() - event_dim], loc.shape[loc.dim() - event_dim :]
-        self.loc, self.scale_tril = loc, scale_tril
-        blocks = loc.reshape(*batch_shape, *scale_tril.shape[-3:-1])
+        super().__init__(loc, event_dim=event_dim)
+        self.scale_tril = scale_tril
+        blocks = loc.reshape(*self.batch_shape, *scale_tril.shape[-3:-1])
         self._blocks = MultivariateNormal(blocks, scale_tril=scale_tril, validate_args=False)
-        super().__init__(batch_shape, event_shape, validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> Any:
-        return constraints.independent(constraints.real, self.event_dim)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
 
     @property
     def variance(self) -> Tensor:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, register_kl
 
 from bora_pyro.guides.low_rank import divergence_from_entries
+from bora_pyro.priors.real_events import RealEvents
 
 
-class SubspaceNormal(dist.TorchDistribution):
+class SubspaceNormal(RealEvents):
     """x = m + P L ε for each layer: P has k orthonormal columns, L is lower triangular, and ε (k,) is standard Normal.
 
         >>> m, basis = torch.zeros(5, 2, 3, 4), torch.eye(12)[:, :2].expand(5, 2, 12, 2)  # five events of two layers
@@ -32,25 +31,13 @@ class SubspaceNormal(dist.TorchDistribution):
         event_dim: number of event dimensions: the last ones of ``loc``, with that of the layers.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
     def __init__(self, loc: Tensor, basis: Tensor, scale_tril: Tensor, *, event_dim: int) -> None:
-        self.loc, self.basis, self.scale_tril = loc, basis, scale_tril
+        super().__init__(loc, event_dim=event_dim)
+        self.basis, self.scale_tril = basis, scale_tril
         # each layer has its own Normal; only the factor L is needed, and not the covariance
         self._coordinates = MultivariateNormal(
             scale_tril.new_zeros(scale_tril.shape[-1]), scale_tril=scale_tril, validate_args=False
         )
-        batch = loc.dim() - event_dim
-        super().__init__(loc.shape[:batch], loc.shape[batch:], validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> Any:
-        return constraints.independent(constraints.real, self.event_dim)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
 
     @property
     def variance(self) -> Tensor:
