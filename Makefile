@@ -9,8 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bora_pyro_stamp
 
-# the rooms whose tests compare numbers
-NUMERICAL := adapters backbone data diagnostics exchange guides inference likelihoods predict priors test_axes.py test_model.py
+# the tests that compare sums of many products, as fits and layers make them
+NUMERICAL := adapters $(addprefix backbone/test_,attention.py backbone.py head.py) exchange guides inference likelihoods predict \
+	priors test_axes.py test_model.py
+# tests of processes and of the forms of bases: their numbers are those of the others
+NOT_NUMERICAL := $(addprefix inference/test_,processes.py survival.py) predict/test_generate_every_base.py exchange/test_servers.py
 
 export TOKENIZERS_PARALLELISM := false
 
@@ -63,7 +66,7 @@ test-portable: export OMP_NUM_THREADS := 1
 test-portable: export ATEN_CPU_CAPABILITY := default
 test-portable: setup  ## run the tests of numbers once more as a processor without AVX computes them
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS) $(addprefix tests/,$(NUMERICAL)) \
-		--ignore tests/inference/test_processes.py --ignore tests/inference/test_survival.py
+		$(addprefix --ignore=tests/,$(NOT_NUMERICAL))
 
 figures: setup  ## draw the figures and tables of paper_figures/ again, from the stored results
 	$(BIN)/python paper_figures/draw_all.py

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad, gradcheck
 
 from bora_pyro import BoRA, HierarchicalNormal, InputError, fit, normal_guide
 from bora_pyro.adapters import NOLA, LoRA
-from bora_pyro.adapters.nola import SeededSum, draw_bases
+from bora_pyro.adapters.nola import SOURCES, SeededSum, draw_bases
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.inference.memory import estimate_memory
 from bora_pyro.predict.linearised import LinearisedBoRA
@@ -26,7 +26,7 @@ from tests.tiny import of_task, random_ids, random_weights, tiny_backbone, tiny_
 from tests.tiny_base import command_main, line, quick_fit
 
 SLOT = Slot("q_proj", ("a.q_proj",), 16, 24)
-EVERY_SOURCE = pytest.mark.parametrize("source", ["memory", "seed"])
+EVERY_SOURCE = pytest.mark.parametrize("source", SOURCES)
 
 
 def tensors_of(adapter, slot=SLOT, *, rows=(), seed=0):
@@ -142,23 +142,25 @@ from safetensors.torch import load_file
 from bora_pyro.adapters import NOLA
 from bora_pyro.backbone.slots import Slot
 torch.manual_seed(99), torch.rand(5)
-adapter = NOLA(rank=3, bases=50, bases_from=sys.argv[2])
-fixed = adapter.start(Slot("q_proj", ("a.q_proj",), 16, 24), None, torch.Generator().manual_seed(0)).fixed
-delta = adapter.delta(fixed | load_file(sys.argv[1]))
-print(hashlib.sha256(delta.numpy().tobytes()).hexdigest())
+for source in sys.argv[2:]:
+    adapter = NOLA(rank=3, bases=50, bases_from=source)
+    fixed = adapter.start(Slot("q_proj", ("a.q_proj",), 16, 24), None, torch.Generator().manual_seed(0)).fixed
+    delta = adapter.delta(fixed | load_file(f"{sys.argv[1]}/{source}.safetensors"))
+    print(hashlib.sha256(delta.numpy().tobytes()).hexdigest())
 """
 
 
-@EVERY_SOURCE
-def test_coefficients_and_seed_give_the_same_bits_in_another_process(source, tmp_path):
-    adapter = NOLA(rank=3, bases=50, bases_from=source)
-    tensors = tensors_of(adapter)
-    save_file(
-        {name: value for name, value in tensors.items() if name.startswith("coefficients")}, tmp_path / "latents.safetensors"
-    )
-    words = [sys.executable, "-c", _AGAIN, str(tmp_path / "latents.safetensors"), source]
+def test_coefficients_and_seed_give_the_same_bits_in_another_process(tmp_path):
+    bits = []
+    for source in SOURCES:
+        adapter = NOLA(rank=3, bases=50, bases_from=source)
+        tensors = tensors_of(adapter)
+        latents = {name: value for name, value in tensors.items() if name.startswith("coefficients")}
+        save_file(latents, tmp_path / f"{source}.safetensors")
+        bits.append(hashlib.sha256(adapter.delta(tensors).numpy().tobytes()).hexdigest())
+    words = [sys.executable, "-c", _AGAIN, str(tmp_path), *SOURCES]
     found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    assert found.stdout.strip() == hashlib.sha256(adapter.delta(tensors).numpy().tobytes()).hexdigest()
+    assert found.stdout.split() == bits
 
 
 @EVERY_SOURCE
