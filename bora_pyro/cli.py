@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo-smollm2": ("bora_pyro.runs.fit_commands:DEMO_SMOLLM2", "fit SmolLM2-135M-Instruct to a part of the embedded data"),
     "posterior-fit": ("bora_pyro.runs.fit_commands:POSTERIOR_FIT", "fit a posterior around a finished MAP fit"),
     "ensemble": ("bora_pyro.runs.ensemble:COMMAND", "fit several MAP fits with other starts, and average their predictions"),
+    "continual-fit": ("bora_pyro.runs.continual:COMMAND", "fit tasks one after another, each merged into the base"),
     "adapt": ("bora_pyro.runs.fit_commands:ADAPT", "adapt a finished fit to new tasks with few documents each"),
     "tau-sweep": ("bora_pyro.runs.tau_sweep:COMMAND", "fit a range of tau; the validation split chooses one"),
     "diagnose": ("bora_pyro.runs.diagnose:COMMAND", "draw the shrinkage of a finished run, and compare it with other runs"),

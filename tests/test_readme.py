@@ -34,7 +34,7 @@ ELSEWHERE = (
 )  # fmt: skip
 LONG = (
     "map_fit.py", "tau_sweep.py", "simulate_tau.py", "compare_", "benchmark", "check_memory.py", "few_documents.py", "pretrain",
-    "fuzz.py",
+    "fuzz.py", "continual_fit.py",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bora_pyro.backbone.configuration import base_name
@@ -48,30 +49,69 @@ def save_merged(
             weight with another one; or the folder is taken or cannot be written.
     """
     base = model.backbone.model
-    if getattr(base, "is_quantized", False):
-        raise InputError("an adapter cannot be merged into a quantised base; load the base without --quantization")
-    if tied := _tied(model):
-        raise InputError(
-            f"{' and '.join(tied[:2])} are one tensor in this base, which cannot have an adapter for each; export adapters"
-        )
-    deltas = layer_deltas(model, weights, task=task)
-    state, lost, total = dict(base.state_dict()), 0.0, 0.0
-    for slot in model.backbone.slots:
-        for path in slot.paths:
-            key, delta = f"{path}.weight", deltas[path]
-            change = (delta.mT if slot.fan_in_fan_out else delta).to(state[key].device)
-            exact = state[key].float() + change
-            state[key] = exact.to(state[key].dtype)
-            lost += float((state[key].double() - exact.double()).square().sum())
-            total += float(change.double().square().sum())
-    relative_error = math.sqrt(lost / total) if total else 0.0
+    changed, relative_error = _merged(model, weights, task)
     with whole_folder(folder, record=MERGED, overwrite=overwrite) as aside:
-        base.save_pretrained(aside, state_dict=state)
+        base.save_pretrained(aside, state_dict=dict(base.state_dict()) | changed)
         if model.backbone.tokenizer is not None:
             model.backbone.tokenizer.save_pretrained(aside)
         content = {"base_model": base_name(base.config), "model": repr(model), "relative_error": relative_error}
         write_record(aside, MERGED, content)
     return relative_error
+
+
+@torch.no_grad()
+def merge_into_base(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None = None) -> float:
+    """Change the weights of the model's own base to W + ΔW. Models that have this base are then models of the changed one.
+
+        >>> import bora_pyro as bp
+        >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano", targets=["q_proj"]), 2, adapter=bp.LoRA(rank=1))
+        >>> before, changed = model.backbone.digest, {name: torch.ones_like(value) for name, value in model.starts.items()}
+        >>> round(merge_into_base(model, changed), 3), model.backbone.digest == before
+        (0.0, False)
+
+    Args:
+        model: the model that the weights belong to. Its adapter still has the start that it made for the old weights.
+        weights: as for :func:`save_merged`.
+        task: as for :func:`save_merged`.
+
+    Returns:
+        The relative error of rounding, as :func:`save_merged` returns it.
+
+    Raises:
+        InputError: as for :func:`save_merged`.
+    """
+    changed, relative_error = _merged(model, weights, task)
+    own = model.backbone.model.state_dict()
+    for key, value in changed.items():
+        own[key].copy_(value)
+    model.backbone.__dict__.pop("digest", None)  # that of the old weights
+    return relative_error
+
+
+def check_mergeable(model: BoRA) -> None:
+    """Raise ``InputError`` if the base is quantised, or an adapted layer shares its weight with another one."""
+    if getattr(model.backbone.model, "is_quantized", False):
+        raise InputError("an adapter cannot be merged into a quantised base; load the base without --quantization")
+    if tied := _tied(model):
+        raise InputError(
+            f"{' and '.join(tied[:2])} are one tensor in this base, which cannot have an adapter for each; export adapters"
+        )
+
+
+def _merged(model: BoRA, weights: Mapping[str, Tensor], task: int | None) -> tuple[dict[str, Tensor], float]:
+    """The changed weights by their keys in the state of the base, and the relative error of rounding."""
+    check_mergeable(model)
+    deltas = layer_deltas(model, weights, task=task)
+    state, changed, lost, total = model.backbone.model.state_dict(), dict[str, Tensor](), 0.0, 0.0
+    for slot in model.backbone.slots:
+        for path in slot.paths:
+            key, delta = f"{path}.weight", deltas[path]
+            change = (delta.mT if slot.fan_in_fan_out else delta).to(state[key].device)
+            exact = state[key].float() + change
+            changed[key] = exact.to(state[key].dtype)
+            lost += float((changed[key].double() - exact.double()).square().sum())
+            total += float(change.double().square().sum())
+    return changed, math.sqrt(lost / total) if total else 0.0
 
 
 def _tied(model: BoRA) -> list[str]:
