@@ -16,10 +16,8 @@ mean of their steps (``--average false``: none has it). They are scored by the s
 - ``peft_big``: one LoRA of rank D r, as many parameters as one a task have, or the largest rank that the layers have room for.
 - ``hydra``: an A for all tasks and a B for each, as in HydraLoRA without its router: the task is known.
 
-With the first seed each arm is fitted at several learning rates, and the one with the lowest validation perplexity is used for
-the other seeds (other splits, starts and orders). The test split is only reported. Every fit is a process of its own
-(``peer_fits.py``), and its rows are written when it ends. If the comparison is interrupted, the same command goes on. Rows store
-the options that matter; a table with other options is refused.
+Each arm is fitted at its own best learning rate, and the comparison can be interrupted (``arm_table.py``). Other seeds have other
+splits, starts and orders. Every fit is a process of its own (``peer_fits.py``).
 
 The columns: ``averaged`` is the share of tasks whose kept state is a mean of steps; ``adapter_bytes`` are PEFT folders (and Θ,
 where there is one); ``training_tokens`` are predicted tokens of all steps; ``tau_A`` and ``tau_B`` are geometric means of τ over
@@ -31,34 +29,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
+from arm_table import KEYS, ArmTable, GridOptions, Run
 from paired_ratios import by_seed, by_task, mean_sd
 from peer_options import BORA, SOUPS, THROUGH_PEFT, FitOf
-from stored_options import check_options, fit_options
+from stored_options import fit_options
 
 from bora_pyro.data.tables import check_source
 from bora_pyro.diagnostics.sweep_table import number_text
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
-from bora_pyro.runs.config.tau_sweep import SEARCHES
-from bora_pyro.runs.results_table import read_results, write_results
-from bora_pyro.runs.sweep import Fits, next_rates, run_fits
 
 ARMS = (
     "base", "bora_learned", "bora_inf", "bora_0", "peft_one", "peft_each", "peft_one_then_each", *SOUPS, "peft_task_id",
     "peft_big", "hydra",
 )  # fmt: skip
 REFERENCE = "bora_learned"
-KEYS = ["arm", "learning_rate", "seed"]
 COLUMNS = [
     *KEYS, "validation_perplexity", "test_perplexity", "test_accuracy", "best_epoch", "averaged", "training_tokens",
     "trainable_parameters", "rank", "adapter_bytes", "seconds", "peak_memory_bytes", "tau_A", "tau_B", "logit_difference",
@@ -70,25 +63,11 @@ NOT_SHARED = {
 }  # fmt: skip
 
 
-class Run(NamedTuple):
-    """One fit; ``arm`` is the arm that is trained."""
-
-    arm: str
-    rate: str
-    seed: int
-
-
 @dataclass(kw_only=True)
-class PeersConfig(FitOf):
+class PeersConfig(GridOptions, FitOf):
     """Compare BoRA with other uses of LoRA for many tasks, through PEFT and transformers."""
 
     arms: list[str] = option([*ARMS], f"which arms; bora_ with any tau is one, as bora_100 (default: {' '.join(ARMS)})")
-    rates: list[str] = option(
-        ["0.001", "0.003", "0.01", "0.03", "0.1"], "the grid of learning rates (default: 0.001 0.003 0.01 0.03 0.1)"
-    )
-    search: str = option("climb", "climb: from the grid's middle to the nearest minimum; grid: all rates", choices=SEARCHES)
-    seeds: int = option(3, "number of seeds, from 0", least=1)
-    jobs: int = option(1, "fits that run at the same time, each with --threads threads", least=1)
     output: str = option("results/peers_documentation.csv", "the table, one row a fit and arm; fits that it has are not repeated")
 
     def validate(self) -> None:
@@ -96,13 +75,7 @@ class PeersConfig(FitOf):
         super().validate()
         for arm in self.arms:
             check_arm(arm)
-        try:
-            self.rates = sorted({number_text(rate) for rate in self.rates}, key=float)
-            usable = all(0 < float(rate) < math.inf for rate in self.rates)
-        except ValueError:
-            usable = False
-        if not usable:
-            raise InputError(f"rates has {' '.join(self.rates)}; give finite numbers above 0")
+        self.check_rates()
         self.fit()
 
 
@@ -134,73 +107,21 @@ def trained_arm(arm: str) -> str:
     return "peft_each" if arm in SOUPS else arm
 
 
-class Comparison:
-    """The table, and the fits that fill it."""
+class Comparison(ArmTable):
+    """The table of the peers."""
+
+    program = (str(Path(__file__).with_name("peer_fits.py")),)
+    without_rate = ("base",)
 
     def __init__(self, config: PeersConfig) -> None:
-        self.config, self.options = config, fit_options(config.fit(), without=NOT_SHARED)
-        self.table = read_results(config.output, KEYS)
-        if len(self.table):
-            missing = [name for name in COLUMNS if name not in self.table]
-            if missing:
-                raise InputError(f"output {config.output} has no column {missing[0]!r}; give another file for the table")
-            check_options(self.table, self.options, output=config.output)
-        self.failed: dict[Run, str] = {}
+        self.config = config
+        options = fit_options(config.fit(), without=NOT_SHARED)
+        super().__init__(config, config.arms, config.output, columns=COLUMNS, options=options)
 
-    def scores(self, arm: str, seed: int) -> dict[str, float]:
-        """Validation perplexity by learning rate of the fits that were tried."""
-        rows = self.table[(self.table.arm == arm) & (self.table.seed == seed)].to_dict("records") if len(self.table) else []
-        found = {number_text(row["learning_rate"]): float(row["validation_perplexity"]) for row in rows}
-        failed = {run.rate: math.inf for run in self.failed if run.arm == trained_arm(arm) and run.seed == seed}
-        return failed | found
-
-    def best_rate(self, arm: str) -> str | None:
-        """The learning rate of lowest validation perplexity with the first seed."""
-        scores = {rate: score for rate, score in self.scores(arm, 0).items() if score < math.inf}
-        return min(scores, key=lambda rate: scores[rate]) if scores else None
-
-    def next_runs(self) -> Iterator[Run]:
-        """The fits to do next, of all arms, those that have begun included."""
-        for arm in self.config.arms:
-            yield from self.next_runs_of(arm)
-
-    def next_runs_of(self, arm: str) -> list[Run]:
-        """The fits of an arm to do next."""
-        config, middle = self.config, self.config.rates[(len(self.config.rates) - 1) // 2]
-        if arm == "base":
-            return [Run(arm, middle, seed) for seed in range(config.seeds) if not self.scores(arm, seed)]
-        tried = {rate: score for rate, score in self.scores(arm, 0).items() if rate in config.rates}
-        wanted = [Run(trained_arm(arm), rate, 0) for rate in next_rates(config.rates, tried, config.search)]
-        best = self.best_rate(arm)
-        if not wanted and best is not None:
-            seeds = [seed for seed in range(1, config.seeds) if best not in self.scores(arm, seed)]
-            wanted = [Run(trained_arm(arm), best, seed) for seed in seeds]
-        return wanted
-
-    def run_all(self) -> None:
-        """Do all fits that the table does not have.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; finished fits are in the table.
-        """
-        fits = Fits((str(Path(__file__).with_name("peer_fits.py")),), self.config.jobs)
-        with tempfile.TemporaryDirectory() as folder:
-
-            def file(run: Run) -> Path:
-                return Path(folder) / f"{run.arm}-{run.rate}-{run.seed}.json"
-
-            def finish(run: Run, reason: str | None) -> None:
-                if reason:
-                    self.failed[run] = reason
-                    which = f"{run.arm}, rate {run.rate}, seed {run.seed}"
-                    print(f"error: the fit of {which} failed: {reason}", file=sys.stderr, flush=True)
-                else:
-                    self.add(run, json.loads(file(run).read_text(encoding="utf-8")))
-
-            run_fits(fits, self.next_runs, lambda run: self.words(run, file(run)), finish)
+    def trained(self, arm: str) -> str:
+        return trained_arm(arm)
 
     def words(self, run: Run, result: Path) -> list[str]:
-        """The command line of a fit."""
         config = self.config
         given = {field.name: getattr(config, field.name) for field in dataclasses.fields(FitOf)}
         given |= {"arm": run.arm, "learning_rate": run.rate, "seed": run.seed, "result": result}
@@ -208,29 +129,9 @@ class Comparison:
         pairs = ((f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in given.items())
         return [word for pair in pairs for word in pair]
 
-    def add(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add the rows of a finished fit."""
-        for row in rows:
-            if len(self.table):
-                own = self.table[self.table.seed == run.seed]
-                if (own.documents_digest != row["documents_digest"]).any():
-                    raise InputError(
-                        f"output {self.config.output} has fits of seed {run.seed} to other documents; give another --output"
-                    )
-            about = {"learning_rate": float(run.rate), "seed": run.seed, "options": json.dumps(self.options, sort_keys=True)}
-            whole = dict.fromkeys(COLUMNS) | about | dict(row) | {"tasks": json.dumps(row["tasks"], ensure_ascii=False)}
-            new = pd.DataFrame([whole])[COLUMNS]
-            self.table = pd.concat([self.table, new.astype(object)], ignore_index=True) if len(self.table) else new
-            scores = f"validation {row['validation_perplexity']:.3f}, test {row['test_perplexity']:.3f}"
-            print(f"{row['arm']:<20} rate {run.rate:>6}  seed {run.seed}: {scores}  ({row['seconds']:.0f} s)", flush=True)
-        write_results(self.table, self.config.output)
-
-    def chosen(self, arm: str) -> pd.DataFrame:
-        """The rows of an arm at its best rate, one a seed, by seed."""
-        rate = self.best_rate(arm)
-        rows = self.table[(self.table.arm == arm) & (self.table.seed < self.config.seeds)]
-        at = rows.learning_rate.astype(float) == (math.nan if rate is None else float(rate))
-        return (rows if arm == "base" else rows[at]).drop_duplicates("seed").set_index("seed").sort_index()
+    def rows(self, run: Run, result: Path) -> list[dict[str, Any]]:
+        found = json.loads(result.read_text(encoding="utf-8"))
+        return [row | {"tasks": json.dumps(row["tasks"], ensure_ascii=False)} for row in found]
 
     def summary(self) -> str:
         """The table in Markdown."""
@@ -257,10 +158,7 @@ class Comparison:
             "by seed, by task: 100 (test perplexity of the arm / that of bora_learned - 1), paired by seed, with an interval "
             "over seeds (Student's t) or over tasks (bootstrap); above 0: bora_learned is better"
         )
-        rates = self.config.rates
-        for arm in chosen:
-            if arm != "base" and len(rates) > 1 and (rate := self.best_rate(arm)) in (rates[0], rates[-1]):
-                yield f"note: {arm} is best at the learning rate {rate}, an end of the grid {' '.join(rates)}"
+        yield from self.at_ends(list(chosen))
         if REFERENCE in chosen and len(rows := chosen[REFERENCE]):
             for factor in "AB":
                 values = rows[f"tau_{factor}"].astype(float)

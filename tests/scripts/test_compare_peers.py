@@ -59,7 +59,7 @@ def compare(tmp_path, monkeypatch, capsys):
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump({name: v for name, v in quick_fit(tmp_path).items() if name != "threads"}))
 
     def run(*more, arms=("base", "bora_learned", "peft_one", "peft_each", "peft_soup"), fail=(), seeds=2):
-        monkeypatch.setattr(peers, "Fits", StandIn)
+        monkeypatch.setattr(script("arm_table"), "Fits", StandIn)
         monkeypatch.setattr(StandIn, "calls", [])
         monkeypatch.setattr(StandIn, "fail", fail)
         words = line({"fit_config": tmp_path / "fit.yaml", "output": tmp_path / "table.csv", "seeds": seeds})

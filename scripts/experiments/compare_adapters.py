@@ -1,0 +1,170 @@
+"""Compare the kinds of adapters at equal numbers of latents a task, under a learned τ.
+
+    python scripts/experiments/compare_adapters.py --output results/adapters_documentation.csv
+
+An arm is an adapter at a budget, as ``sara@8`` (``adapter_arms.py``). The budgets are the latents of LoRA with rank 8 and rank 1,
+and half of rank 1, which LoRA cannot have. NOLA is in the lower ones alone: at rank 8 its bases would span all of A and B.
+Every fit is a process of ``bora map-fit`` with the options of ``--fit_config``, except ``adapter``, ``rank``, ``learning_rate``,
+``seed`` and ``threads``. Each arm has its own best learning rate (``arm_table.py``).
+
+The columns: ``latents`` are those of a task that are active at the end; ``stored_bytes`` are 4 for each of them; ``step_seconds``
+is the time of the fit divided by its steps, validation included; ``tau`` is the harmonic mean.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapter_arms import BUDGETS, Arm, arms_of
+from arm_table import KEYS, ArmTable, GridOptions, Run
+from paired_ratios import by_seed, mean_sd
+from stored_options import fit_options
+
+from bora_pyro.backbone.backbone import Backbone
+from bora_pyro.data.tables import check_source
+from bora_pyro.diagnostics.sweep_table import number_text
+from bora_pyro.errors import InputError, nearest
+from bora_pyro.options.command_line import parse_config, run_script
+from bora_pyro.options.field import check_fields, option
+from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.saved import load_run
+from bora_pyro.runs.sweep import MAP_FIT
+
+COLUMNS = [
+    *KEYS, "budget", "validation_perplexity", "test_perplexity", "base_test_perplexity", "best_epoch", "latents", "stored_bytes",
+    "tau", "seconds", "step_seconds", "peak_memory_bytes", "documents_digest", "options",
+]  # fmt: skip
+#: Options of a fit that an arm sets itself.
+NOT_SHARED = ("adapter", "adapter_option", "rank", "alpha", "learning_rate")
+REFERENCE = "lora"
+
+
+@dataclass(kw_only=True)
+class AdaptersConfig(GridOptions):
+    """Compare the kinds of adapters at equal numbers of latents a task."""
+
+    fit_config: str = option("results/averaged_documentation.yaml", "YAML file of the options that all fits share")
+    data: str | None = option(None, "the documents (default: as in fit_config)")
+    arms: list[str] | None = option(None, "which arms, as sara@8 (default: all that the base has)")
+    rates: list[str] = option(["0.003", "0.01", "0.03"], "the grid of learning rates (default: 0.003 0.01 0.03)")
+    threads: int = option(1, "CPU threads of a fit", least=1)
+    runs_dir: str = option("runs/adapters", "folder of the runs; they go into its subfolder with the name of the output")
+    output: str = option("results/adapters_documentation.csv", "the table, one row a fit; fits that it has are not repeated")
+
+    def validate(self) -> None:
+        """Check the values."""
+        check_fields(self)
+        self.check_rates()
+        if not Path(self.fit_config).is_file():
+            raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
+        usual = MapFitConfig()
+        for name in NOT_SHARED:
+            if (value := getattr(self.fit(), name)) != getattr(usual, name):
+                raise InputError(f"{self.fit_config} has {name} {value}, which is that of an arm; leave it out")
+
+    def words(self) -> list[str]:
+        """The command line of ``map_fit.py`` for what is shared."""
+        return ["--config", self.fit_config, *([] if self.data is None else ["--data", self.data])]
+
+    def fit(self) -> MapFitConfig:
+        """What the fits share."""
+        return parse_config(MapFitConfig, self.words())
+
+
+class Comparison(ArmTable):
+    """The table of the adapters."""
+
+    program = MAP_FIT
+
+    def __init__(self, config: AdaptersConfig, known: dict[str, Arm]) -> None:
+        for name in config.arms or ():
+            if name not in known:
+                raise InputError(f"arm {name!r} is not known; known: {', '.join(known)}{nearest(name, known)}")
+        self.config, self.known = config, known
+        options = fit_options(config.fit(), without=NOT_SHARED)
+        super().__init__(config, config.arms or list(known), config.output, columns=COLUMNS, options=options)
+
+    def folder(self, run: Run) -> Path:
+        """The folder of a run."""
+        return Path(self.config.runs_dir) / Path(self.output).stem / "{}-lr{}-seed{}".format(*run)
+
+    def words(self, run: Run, result: Path) -> list[str]:
+        own = {"learning_rate": run.rate, "seed": run.seed, "threads": self.config.threads, "output_dir": self.folder(run)}
+        own |= {"resume": "auto", "export_adapters": "false"}
+        words = [
+            *self.config.words(),
+            *self.known[run.arm].words(),
+            *(w for name, v in own.items() for w in (f"--{name}", str(v))),
+        ]
+        parse_config(MapFitConfig, words)
+        return words
+
+    def rows(self, run: Run, result: Path) -> list[dict[str, Any]]:
+        folder = self.folder(run)
+        metrics, saved = RunFolder.open(folder).read_metrics(), load_run(folder, device="cpu")
+        latents = active_latents(saved.fitted.model.starts, saved.fitted.model.tensors.masks)
+        shared = ("validation_perplexity", "test_perplexity", "base_test_perplexity", "best_epoch", "tau", "peak_memory_bytes")
+        steps = len(saved.data.train.batches(token_budget=saved.config.token_budget)) * metrics["epochs"]
+        row = {name: metrics[name] for name in shared} | {"arm": run.arm, "budget": self.known[run.arm].budget}
+        row |= {"latents": latents, "stored_bytes": 4 * latents, "seconds": metrics["fit_seconds"]}
+        return [row | {"step_seconds": metrics["fit_seconds"] / steps, "documents_digest": saved.data.digest}]
+
+    def summary(self) -> str:
+        """The table in Markdown, by budget."""
+        lines = [
+            "| arm | rate | latents a task | validation | test | to lora of the budget (95 %) | τ | s a step | peak GiB | fits |",
+            "|" + "---|" * 10,
+        ]
+        chosen = {arm: rows for arm in self.arms if len(rows := self.chosen(arm))}
+        order = sorted(
+            chosen, key=lambda arm: (self.known[arm].budget, float(chosen[arm].validation_perplexity.astype(float).mean()))
+        )
+        for arm in order:
+            rows = chosen[arm]
+            reference = chosen.get(f"{REFERENCE}@{max(1.0, self.known[arm].budget):g}")
+            paired = "" if reference is None or reference is rows else by_seed(rows, reference)
+            numbers = rows[["latents", "tau", "step_seconds", "peak_memory_bytes"]].astype(float)
+            cells = [arm, number_text(float(rows.learning_rate.iloc[0])), f"{numbers.latents.mean():,.0f}"]
+            cells += [mean_sd(rows[f"{name}_perplexity"]) for name in ("validation", "test")]
+            cells += [paired, f"{numbers.tau.mean():.3g}", f"{numbers.step_seconds.mean():.2f}"]
+            cells += [f"{numbers.peak_memory_bytes.max() / 2**30:.2f}", str(len(rows))]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join([*lines, *self.at_ends(order)])
+
+
+def active_latents(starts: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> int:
+    """The number of latents of a task that no mask leaves out.
+
+    >>> active_latents({"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}, {"b": torch.tensor([[True, True, False]] * 2)})
+    10
+    """
+    return sum(int(masks[name].sum()) if name in masks else value.numel() for name, value in starts.items())
+
+
+def main(argv: list[str]) -> int:
+    """Run the comparison, and print its table."""
+    try:
+        config = parse_config(AdaptersConfig, argv, prog="compare_adapters.py")
+        fit = config.fit()
+        check_source(fit.data)
+        base = Backbone.from_pretrained(fit.base_model, targets=fit.targets, precision=getattr(torch, fit.precision))
+        comparison = Comparison(config, arms_of(base.slots, *BUDGETS))
+        del base
+        comparison.run_all()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(comparison.summary() if len(comparison.table) else "no fit has finished")
+    if comparison.failed:
+        print(f"error: {len(comparison.failed)} fits failed; the same command tries them again", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
