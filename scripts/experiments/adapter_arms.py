@@ -3,8 +3,10 @@
 A budget is what LoRA of some rank has. The options are found for the layers of a base, so that every base has the same arms.
 
 >>> slots = [Slot("q_proj", ("q_proj",), 256, 256)]
->>> {name: arm.options for name, arm in arms_of(slots, 8).items()}["sara@8"]
+>>> arms_of(slots, 8)["sara@8"].options
 {'adapter': 'sara', 'adapter_option': ['fraction=0.0625']}
+
+``sara_random`` and ``sara_largest`` are SaRA with as many entries, chosen otherwise: the controls of its claim to forget less.
 """
 
 from __future__ import annotations
@@ -56,10 +58,10 @@ def arms_of(slots: Sequence[Slot], *budgets: float) -> dict[str, Arm]:
     for budget in budgets or BUDGETS:
         wanted = budget * sum(slot.layers * (slot.in_features + slot.out_features) for slot in slots)
         entries = sum(slot.layers * slot.in_features * slot.out_features for slot in slots)
-        rank = int(budget)
+        rank, fraction = int(budget), f"fraction={wanted / entries:.6g}"
         options: dict[str, dict[str, Any]] = {
             "lora_frozen_a": {"rank": round(wanted / sum(slot.layers * slot.out_features for slot in slots))},
-            "sara": {"adapter_option": [f"fraction={wanted / entries:.6g}"]},
+            "sara": {"adapter_option": [fraction]},
         }
         if rank:
             options |= {
@@ -67,6 +69,8 @@ def arms_of(slots: Sequence[Slot], *budgets: float) -> dict[str, Arm]:
                 "osft": {"rank": rank, "adapter_option": ["preserve=0.5"]},
                 "soka": {"rank": _soka_rank(slots, wanted)},
             }
+        for select in ("random", "largest"):
+            options[f"sara_{select}"] = {"adapter": "sara", "adapter_option": [fraction, f"select={select}"]}
         if rank > 1:
             options["triadapt"] = {"rank": rank}
         else:  # with more coefficients than entries of A and B the bases would span them all

@@ -7,6 +7,9 @@ and half of rank 1, which LoRA cannot have. NOLA is in the lower ones alone: at 
 Every fit is a process of ``bora map-fit`` with the options of ``--fit_config``, except ``adapter``, ``rank``, ``learning_rate``,
 ``seed`` and ``threads``. Each arm has its own best learning rate (``arm_table.py``).
 
+With ``--kept_data`` each fit is also asked what its base has forgotten: ``kept_base`` is the perplexity of some test documents of
+these data under the base, and ``kept_adapted`` that under the adapters, each document read by the adapter of every task.
+
 The columns: ``latents`` are those of a task that are active at the end; ``stored_bytes`` are 4 for each of them; ``step_seconds``
 is the time of the fit divided by its steps, validation included; ``tau`` is the harmonic mean.
 """
@@ -25,19 +28,21 @@ from paired_ratios import by_seed, mean_sd
 from stored_options import fit_options
 
 from bora_pyro.backbone.backbone import Backbone
+from bora_pyro.data import load_tasks
 from bora_pyro.data.tables import check_source
 from bora_pyro.diagnostics.sweep_table import number_text
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.saved import load_run
+from bora_pyro.runs.saved import SavedRun, load_run
 from bora_pyro.runs.sweep import MAP_FIT
 
 COLUMNS = [
     *KEYS, "budget", "validation_perplexity", "test_perplexity", "base_test_perplexity", "best_epoch", "latents", "stored_bytes",
-    "tau", "seconds", "step_seconds", "peak_memory_bytes", "documents_digest", "options",
+    "kept_base", "kept_adapted", "tau", "seconds", "step_seconds", "peak_memory_bytes", "documents_digest", "options",
 ]  # fmt: skip
 #: Options of a fit that an arm sets itself.
 NOT_SHARED = ("adapter", "adapter_option", "rank", "alpha", "learning_rate")
@@ -50,6 +55,10 @@ class AdaptersConfig(GridOptions):
 
     fit_config: str = option("results/averaged_documentation.yaml", "YAML file of the options that all fits share")
     data: str | None = option(None, "the documents (default: as in fit_config)")
+    kept_data: str | None = option(
+        None, "documents of the base's own kind, whose test documents say what is forgotten (default: none)"
+    )
+    kept_documents: int = option(24, "at most so many of them", least=1)
     arms: list[str] | None = option(None, "which arms, as sara@8 (default: all that the base has)")
     rates: list[str] = option(["0.003", "0.01", "0.03"], "the grid of learning rates (default: 0.003 0.01 0.03)")
     threads: int = option(1, "CPU threads of a fit", least=1)
@@ -87,6 +96,8 @@ class Comparison(ArmTable):
                 raise InputError(f"arm {name!r} is not known; known: {', '.join(known)}{nearest(name, known)}")
         self.config, self.known = config, known
         options = fit_options(config.fit(), without=NOT_SHARED)
+        if config.kept_data is not None:
+            options |= {"kept_data": Path(config.kept_data).name, "kept_documents": config.kept_documents}
         super().__init__(config, config.arms or list(known), config.output, columns=COLUMNS, options=options)
 
     def folder(self, run: Run) -> Path:
@@ -111,15 +122,15 @@ class Comparison(ArmTable):
         shared = ("validation_perplexity", "test_perplexity", "base_test_perplexity", "best_epoch", "tau", "peak_memory_bytes")
         steps = len(saved.data.train.batches(token_budget=saved.config.token_budget)) * metrics["epochs"]
         row = {name: metrics[name] for name in shared} | {"arm": run.arm, "budget": self.known[run.arm].budget}
+        row |= kept_perplexities(saved, self.config)
         row |= {"latents": latents, "stored_bytes": 4 * latents, "seconds": metrics["fit_seconds"]}
         return [row | {"step_seconds": metrics["fit_seconds"] / steps, "documents_digest": saved.data.digest}]
 
     def summary(self) -> str:
         """The table in Markdown, by budget."""
-        lines = [
-            "| arm | rate | latents a task | validation | test | to lora of the budget (95 %) | τ | s a step | peak GiB | fits |",
-            "|" + "---|" * 10,
-        ]
+        header = ["arm", "rate", "latents a task", "validation", "test", "to lora of the budget (95 %)", "kept", "τ"]
+        header += ["s a step", "peak GiB", "fits"]
+        lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
         chosen = {arm: rows for arm in self.arms if len(rows := self.chosen(arm))}
         order = sorted(
             chosen, key=lambda arm: (self.known[arm].budget, float(chosen[arm].validation_perplexity.astype(float).mean()))
@@ -131,10 +142,29 @@ class Comparison(ArmTable):
             numbers = rows[["latents", "tau", "step_seconds", "peak_memory_bytes"]].astype(float)
             cells = [arm, number_text(float(rows.learning_rate.iloc[0])), f"{numbers.latents.mean():,.0f}"]
             cells += [mean_sd(rows[f"{name}_perplexity"]) for name in ("validation", "test")]
-            cells += [paired, f"{numbers.tau.mean():.3g}", f"{numbers.step_seconds.mean():.2f}"]
+            kept = rows.kept_adapted.astype(float) / rows.kept_base.astype(float)
+            cells += [paired, "" if kept.isna().all() else mean_sd(kept, 3)]
+            cells += [f"{numbers.tau.mean():.3g}", f"{numbers.step_seconds.mean():.2f}"]
             cells += [f"{numbers.peak_memory_bytes.max() / 2**30:.2f}", str(len(rows))]
             lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join([*lines, *self.at_ends(order)])
+        note = "kept: perplexity of the kept documents under the adapters / under the base; above 1 is forgotten"
+        return "\n".join([*lines, *([note] if self.config.kept_data else []), *self.at_ends(order)])
+
+
+@torch.no_grad()
+def kept_perplexities(saved: SavedRun, config: AdaptersConfig) -> dict[str, float | None]:
+    """Perplexity of the kept documents under the base, and under the adapters of all tasks."""
+    if config.kept_data is None:
+        return {"kept_base": None, "kept_adapted": None}
+    fitted, tokenizer = saved.fitted, saved.fitted.model.backbone.tokenizer
+    assert tokenizer is not None
+    own = load_tasks(config.kept_data, tokenizer, max_tokens=saved.config.max_tokens).test
+    chosen = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[: config.kept_documents]
+    tasks = len(fitted.tasks)
+    many = own.subset(chosen.repeat(tasks)).replace(task=torch.arange(tasks).repeat_interleave(len(chosen)), num_tasks=tasks)
+    weights = fitted.weights_of()
+    base, adapted = evaluate(fitted.model, many, None, lambda index: weights(index)[0])
+    return {"kept_base": base.perplexity(), "kept_adapted": adapted.perplexity()}
 
 
 def active_latents(starts: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> int:

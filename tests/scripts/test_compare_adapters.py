@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from concurrent.futures import Future
 
 import pandas as pd
@@ -9,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from bora_pyro import Backbone, BoRA
+from bora_pyro import Backbone, BoRA, load_tasks
 from bora_pyro.runs.fit_commands import MAP_FIT
 from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.saved import load_run
 from tests.tiny import tiny_backbone
 from tests.tiny_base import line, quick_fit, script
 
@@ -34,8 +37,22 @@ def test_the_arms_of_a_budget_have_about_its_number_of_latents(base):
         if not name.startswith("triadapt"):  # whose ranks grow up to the budget
             assert found == pytest.approx(arm.budget * of_rank_one, rel=0.16 if name == "soka@1" else 0.05), name
     assert {name.partition("@")[0] for name in known if name.endswith("@1")} == {
-        "lora", "lora_frozen_a", "nola", "osft", "sara", "soka",
+        "lora", "lora_frozen_a", "nola", "osft", "sara", "sara_largest", "sara_random", "soka",
     }  # fmt: skip
+
+
+def kept_by_hand(run, data, *, adapted):
+    """The perplexity of five test documents, each under every task's adapter (or the base), document by document."""
+    model, split = run.fitted.model, load_tasks(data, run.fitted.model.backbone.tokenizer, max_tokens=32).test
+    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:5].tolist()
+    theta, total, count = run.fitted.weights()[0], 0.0, 0
+    for d, n in itertools.product(range(len(run.fitted.tasks)), chosen):
+        ids = split.document(n)[None]
+        change = model.change({name: value[d : d + 1] for name, value in theta.items()}, torch.tensor([0])) if adapted else None
+        logits = model.backbone.logits(ids, change).log_softmax(-1)
+        total -= float(logits[0, :-1].gather(-1, ids[0, 1:, None]).sum())
+        count += ids.shape[1] - 1
+    return math.exp(total / count)
 
 
 class InThisProcess:
@@ -63,7 +80,18 @@ def test_the_rows_are_those_of_the_fits(tmp_path, monkeypatch, capsys):
     words = line(
         {"fit_config": tmp_path / "fit.yaml", "output": tmp_path / "table.csv", "runs_dir": tmp_path / "runs", "seeds": 1}
     )
-    words += ["--rates", "0.01", "0.03", "--search", "grid", "--arms"]
+    words += [
+        "--rates",
+        "0.01",
+        "0.03",
+        "--search",
+        "grid",
+        "--kept_data",
+        str(options["data"]),
+        "--kept_documents",
+        "5",
+        "--arms",
+    ]
     assert adapters.main([*words, "lora@1", "sara@0.5"]) == 0
     table = pd.read_csv(tmp_path / "table.csv").set_index(["arm", "learning_rate"])
     assert len(table) == len(InThisProcess.calls) == 4
@@ -71,6 +99,9 @@ def test_the_rows_are_those_of_the_fits(tmp_path, monkeypatch, capsys):
         metrics = RunFolder.open(tmp_path / "runs" / "table" / f"{arm}-lr{rate:g}-seed0").read_metrics()
         assert row.test_perplexity == pytest.approx(metrics["test_perplexity"], rel=1e-5)
         assert row.stored_bytes == 4 * row.latents
+        run = load_run(tmp_path / "runs" / "table" / f"{arm}-lr{rate:g}-seed0", device="cpu")
+        for number, adapted in (("kept_base", False), ("kept_adapted", True)):
+            assert row[number] == pytest.approx(kept_by_hand(run, options["data"], adapted=adapted), rel=1e-4)
     assert table.xs("sara@0.5").latents.unique()[0] == pytest.approx(table.xs("lora@1").latents.unique()[0] / 2, rel=0.1)
     out = capsys.readouterr().out
     assert "| lora@1 |" in out
