@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor
@@ -15,7 +15,7 @@ from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError, check_at_least, check_one_of
 
 #: Where the products begin.
-INITS = ("weight", "zero")
+INITS = ("weight", "gradient", "zero")
 
 
 def rearranged(matrix: Tensor, m: int, n: int) -> Tensor:
@@ -96,8 +96,15 @@ class SoKA(ScaledAdapter):
     **The start.** With ``init="weight"`` the products begin at the r largest ones of the frozen weight (``kronecker_svd``), as
     PiSSA begins at its largest singular directions. The sum at the start is subtracted. This is the same as to train the largest
     products and to freeze the rest of W_full. So ΔW = 0 at the start. Θ begins there, its prior is flat, and the prior of θ_d is
-    centred on Θ: nothing pulls the pretrained weight to 0. τ is about σ, U and V, not about ΔW. With ``init="zero"`` nothing is
-    subtracted: the U_k begin at 0 and the V_k at random, without σ, which would be redundant. One such product is LoKr.
+    centred on Θ: nothing pulls the pretrained weight to 0. τ is about σ, U and V, not about ΔW.
+
+    With ``init="gradient"`` they begin at the r largest products of −∇L, the direction in which the loss of some documents falls
+    fastest; σ is scaled to the norm that the weight's r largest products have. ΔW is 0 at the start, too. The gradients come from
+    :func:`~bora_pyro.adapters.layer_gradients.layer_gradients`, in Python alone: a run folder does not store them, so commands
+    refuse this start.
+
+    With ``init="zero"`` nothing is subtracted: the U_k begin at 0 and the V_k at random, without σ, which would be redundant. One
+    such product is LoKr.
 
     **The rank.** There are ``rank`` products. With ``energy`` each layer has as many as ``rank_by_energy`` keeps of its weight,
     and at most ``rank``; the others are masked. Guides that cannot leave out entries then refuse the adapter.
@@ -108,9 +115,8 @@ class SoKA(ScaledAdapter):
     on the CPU: a fraction of a second for a layer of 256 x 256, minutes for one of 4096 x 4096.
 
     **What the paper does not tell**, or not clearly, and what is decided here. The paper speaks of the SVD of the "full weight
-    update", which does not exist before the fit; here it is that of the weight. The other reading, one step of gradients, is left
-    out: an adapter begins before there are documents, and its fixed tensors must follow from the seed and the weight, so that a
-    run can be read. The thresholds are not known, so ``energy`` is none by default; with it, the smaller of the two ranks counts.
+    update", which does not exist before the fit; here it is that of the weight by default, or of one step of gradients. The
+    thresholds are not known, so ``energy`` is none by default; with it, the smaller of the two ranks counts.
     The sizes of U are not known: m and n are the largest divisors of out and in up to their square roots, as in LoKr. σ, U and V
     are all learned. The paper has no scale, as the default α = r.
 
@@ -118,11 +124,14 @@ class SoKA(ScaledAdapter):
         rank: r, the number of products, or the most of them if ``energy`` is given.
         alpha: α; the change is scaled by α/r. Default: the rank, so that the scale is 1.
         factor: m = n = factor for every layer; it divides both sizes of each layer. Default: sizes near the square roots.
-        init: ``weight`` or ``zero``.
+        init: ``weight``, ``gradient`` or ``zero``.
         energy: the share of the squared singular values that is kept, above 0 and at most 1; usual are 0.9 to 0.99.
 
+        gradients: with ``init="gradient"``, the gradient of the loss for each adapted layer by its path, (out, in).
+
     Raises:
-        InputError: an option is out of its range, or, when a model is built, the rank or the factor does not fit a layer.
+        InputError: an option is out of its range; or, when a model is built, the rank or the factor does not fit a layer, or a
+            layer has no gradient or one of another shape.
 
     Source: Chong and Qu, "Singular Value Decomposition on Kronecker Adaptation for Large Language Model", 2025, arXiv 2506.15251.
     LoKr: Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", ICLR 2024.
@@ -131,6 +140,7 @@ class SoKA(ScaledAdapter):
     factor: int | None = None
     init: str = "weight"
     energy: float | None = None
+    gradients: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +151,14 @@ class SoKA(ScaledAdapter):
             raise InputError(f"energy is {self.energy}; give a share above 0 and at most 1, for instance 0.9, or none")
         if self.energy is not None and self.init == "zero":
             raise InputError(f"energy is {self.energy}, but init=zero has no singular values; give init=weight, or no energy")
+
+        if self.init == "gradient" and self.gradients is None:
+            raise InputError(
+                "init is gradient, which needs the gradients of documents; give SoKA(init='gradient', "
+                "gradients=layer_gradients(backbone, split)) in Python, or init=weight"
+            )
+        if self.gradients is not None and self.init != "gradient":
+            raise InputError(f"gradients are given, but init is {self.init}; give init='gradient', or no gradients")
 
     def sizes(self, slot: Slot) -> tuple[int, int, int, int]:
         """m, n, p and q for the layers of ``slot``.
@@ -172,6 +190,10 @@ class SoKA(ScaledAdapter):
             return Start({"U": torch.zeros(self.rank, m, n), "V": uniform_fan_in((self.rank, p, q), generator)})
         # on the CPU, so that a run can be read on any device: another library may turn near-equal directions otherwise
         values, u, v = kronecker_svd(weight().cpu(), m, n)
+        if self.gradients is not None:
+            norm = values[: self.rank].norm()
+            values, u, v = kronecker_svd(-self._gradient(slot), m, n)
+            values = values * (norm / values[: self.rank].norm().clamp(min=torch.finfo(values.dtype).tiny))
         masks = {}
         active = torch.ones(self.rank, dtype=torch.bool)
         if self.energy is not None:
@@ -181,6 +203,15 @@ class SoKA(ScaledAdapter):
         u, v = (value[: self.rank] * active[:, None, None] for value in (u, v))
         latents = {"sigma": sigma, "U": u, "V": v}
         return Start(latents, fixed={f"start_{name}": value.clone() for name, value in latents.items()}, masks=masks)
+
+    def _gradient(self, slot: Slot) -> Tensor:
+        assert self.gradients is not None
+        path, shape = slot.paths[0], (slot.out_features, slot.in_features)
+        gradient = self.gradients.get(path)
+        if gradient is None or gradient.shape != shape:
+            found = "missing" if gradient is None else f"of shape {tuple(gradient.shape)}"
+            raise InputError(f"the gradient of layer {path} is {found}; give shape {shape}, as layer_gradients does")
+        return gradient.float().cpu()
 
     def products(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """L (..., K, m, n) and R (..., K, p, q) with ΔW = Σ_k L_k ⊗ R_k; K = 2r with ``init="weight"``, else r."""

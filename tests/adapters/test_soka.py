@@ -11,6 +11,7 @@ from torch import nn
 
 from bora_pyro import InputError, fit, normal_guide, save_peft
 from bora_pyro.adapters import SoKA
+from bora_pyro.adapters.layer_gradients import layer_gradients
 from bora_pyro.adapters.soka import kronecker_svd, rank_by_energy, rearranged
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.guides import low_rank_guide
@@ -262,7 +263,7 @@ def test_what_does_not_fit_a_layer(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"init": "gradient"}, "init is 'gradient'; allowed: weight, zero"),
+        ({"init": "svd"}, "init is 'svd'; allowed: weight, gradient, zero"),
         ({"factor": 0}, "factor is 0; give a whole number from 1 up"),
         ({"energy": 0.0}, "energy is 0.0; give a share above 0 and at most 1"),
         ({"energy": math.nan}, "energy is nan; give a share above 0 and at most 1"),
@@ -272,3 +273,70 @@ def test_what_does_not_fit_a_layer(options, message):
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         SoKA(**options)
+
+
+def test_layer_gradients_are_those_of_the_weights():
+    """Of the mean loss of a token, over batches; also in a layer that stores its weight transposed."""
+    for architecture in ("llama", "gpt2"):
+        model = tiny_bora(architecture, targets="all-linear")
+        backbone, split = model.backbone, tiny_data().train
+        found = layer_gradients(backbone, split, token_budget=24)
+        backbone.model.requires_grad_(True)
+        total, tokens = 0.0, 0
+        for n in range(len(split)):
+            ids = split.document(n)[None]
+            total = total - backbone.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).sum()
+            tokens += ids.shape[1] - 1
+        (total / tokens).backward()
+        modules = dict(backbone.model.named_modules())
+        for slot in backbone.slots:
+            for path in slot.paths:
+                own = modules[path].weight.grad
+                torch.testing.assert_close(found[path], own.mT if slot.fan_in_fan_out else own, atol=1e-5, rtol=1e-3)
+
+
+def test_it_can_begin_along_the_gradient():
+    """ΔW is 0 at the start, and a first step of σ alone goes where the loss falls fastest among r products."""
+    weight, gradient = random(30, 12, dtype=torch.float32), random(30, 12, seed=1, dtype=torch.float32)
+    adapter = SoKA(rank=3, init="gradient", gradients={"a.q_proj": gradient})
+    start = start_of(adapter, weight=weight)
+    assert not adapter.delta(start.latents | start.fixed).any()
+    sigma = start.latents["sigma"]
+    torch.testing.assert_close(sigma.norm(), start_of(SoKA(rank=3), weight=weight).latents["sigma"].norm())
+    products = [torch.kron(u, v) for u, v in zip(start.latents["U"], start.latents["V"], strict=True)]
+    along = torch.stack([-(product * gradient).sum() for product in products])
+    torch.testing.assert_close(along / along.norm(), sigma / sigma.norm(), atol=1e-4, rtol=1e-3)
+    best, *_ = kronecker_svd(gradient, *adapter.sizes(SLOT)[:2])
+    torch.testing.assert_close(along, best[:3], atol=1e-4, rtol=1e-4)
+
+
+def test_a_fit_that_begins_along_the_gradient_learns():
+    base = tiny_bora(targets=["q_proj"]).backbone
+    adapter = SoKA(rank=2, init="gradient", gradients=layer_gradients(base, tiny_data().train))
+    model = tiny_bora(targets=["q_proj"], adapter=adapter)
+    fitted = fit(model, tiny_data(), epochs=3, learning_rate=0.03, patience=0)
+    assert fitted.history[-1]["loss"] < fitted.history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "gradient"}, r"init is gradient, which needs the gradients of documents; give SoKA\(init='gradient'"),
+        ({"gradients": {}}, "gradients are given, but init is weight"),
+    ],
+)
+def test_gradients_and_their_start_belong_together(options, message):
+    with pytest.raises(InputError, match=message):
+        SoKA(**options)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ({}, r"the gradient of layer a.q_proj is missing; give shape \(30, 12\)"),
+        ({"a.q_proj": torch.zeros(12, 30)}, r"is of shape \(12, 30\)"),
+    ],
+)
+def test_every_layer_needs_a_gradient(gradients, message):
+    with pytest.raises(InputError, match=message):
+        start_of(SoKA(rank=1, init="gradient", gradients=gradients))
