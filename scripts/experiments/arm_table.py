@@ -13,7 +13,7 @@ import math
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +105,10 @@ class ArmTable(ABC):
     def rows(self, run: Run, result: Path) -> Sequence[Mapping[str, Any]]:
         """The rows of a finished fit: of its arm, and of arms that come with it."""
 
+    @abstractmethod
+    def summary(self) -> str:
+        """The table in Markdown, with notes."""
+
     def trained(self, arm: str) -> str:
         """The arm whose fit gives an arm."""
         return arm
@@ -190,3 +194,18 @@ class ArmTable(ABC):
         for arm in arms:
             if arm not in self.without_rate and len(rates) > 1 and (rate := self.best_rate(arm)) in (rates[0], rates[-1]):
                 yield f"note: {arm} is best at the learning rate {rate}, an end of the grid {' '.join(rates)}"
+
+
+def run_table(make: Callable[[], ArmTable]) -> int:
+    """The command of a table: make it, do the missing fits, print it, and return the exit code."""
+    try:
+        table = make()
+        table.run_all()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table.summary() if len(table.table) else "no fit has finished")
+    if table.failed:
+        print(f"error: {len(table.failed)} fits failed; the same command tries them again", file=sys.stderr)
+        return 2
+    return 0

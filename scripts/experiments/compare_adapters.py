@@ -16,14 +16,13 @@ is the time of the fit divided by its steps, validation included; ``tau`` is the
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from adapter_arms import BUDGETS, Arm, arms_of
-from arm_table import KEYS, ArmTable, GridOptions, Run
+from arm_table import KEYS, ArmTable, GridOptions, Run, run_table
 from paired_ratios import by_seed, mean_sd
 from stored_options import fit_options
 
@@ -178,22 +177,15 @@ def active_latents(starts: dict[str, torch.Tensor], masks: dict[str, torch.Tenso
 
 def main(argv: list[str]) -> int:
     """Run the comparison, and print its table."""
-    try:
+
+    def make() -> Comparison:
         config = parse_config(AdaptersConfig, argv, prog="compare_adapters.py")
         fit = config.fit()
         check_source(fit.data)
         base = Backbone.from_pretrained(fit.base_model, targets=fit.targets, precision=getattr(torch, fit.precision))
-        comparison = Comparison(config, arms_of(base.slots, *BUDGETS))
-        del base
-        comparison.run_all()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(comparison.summary() if len(comparison.table) else "no fit has finished")
-    if comparison.failed:
-        print(f"error: {len(comparison.failed)} fits failed; the same command tries them again", file=sys.stderr)
-        return 2
-    return 0
+        return Comparison(config, arms_of(base.slots, *BUDGETS))
+
+    return run_table(make)
 
 
 if __name__ == "__main__":

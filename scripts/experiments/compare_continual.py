@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from arm_table import KEYS, ArmTable, GridOptions, Run
+from arm_table import KEYS, ArmTable, GridOptions, Run, run_table
 from continual_arms import ARMS, SequenceOptions
 from paired_ratios import mean_sd
 from stored_options import fit_options
 
 from bora_pyro.data.tables import check_source
 from bora_pyro.diagnostics.sweep_table import number_text
-from bora_pyro.errors import InputError, check_one_of
+from bora_pyro.errors import check_one_of
 from bora_pyro.exchange.continual import Continual, Stage
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import check_fields, option
@@ -118,19 +117,13 @@ def measures(found: Mapping[str, Any]) -> dict[str, float | None]:
 
 def main(argv: list[str]) -> int:
     """Run the comparison, and print its table."""
-    try:
+
+    def make() -> Comparison:
         config = parse_config(ContinualTableConfig, argv, prog="compare_continual.py")
         check_source(config.fit().data)
-        comparison = Comparison(config)
-        comparison.run_all()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(comparison.summary() if len(comparison.table) else "no fit has finished")
-    if comparison.failed:
-        print(f"error: {len(comparison.failed)} fits failed; the same command tries them again", file=sys.stderr)
-        return 2
-    return 0
+        return Comparison(config)
+
+    return run_table(make)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from arm_table import KEYS, ArmTable, GridOptions, Run
+from arm_table import KEYS, ArmTable, GridOptions, Run, run_table
 from paired_ratios import by_seed, by_task, mean_sd
 from peer_options import BORA, SOUPS, THROUGH_PEFT, FitOf
 from stored_options import fit_options
@@ -171,19 +170,13 @@ class Comparison(ArmTable):
 
 def main(argv: list[str]) -> int:
     """Run the comparison, and print its table."""
-    try:
+
+    def make() -> Comparison:
         config = parse_config(PeersConfig, argv, prog="compare_peers.py")
         check_source(config.fit().data)
-        comparison = Comparison(config)
-        comparison.run_all()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(comparison.summary() if len(comparison.table) else "no fit has finished")
-    if comparison.failed:
-        print(f"error: {len(comparison.failed)} fits failed; the same command tries them again", file=sys.stderr)
-        return 2
-    return 0
+        return Comparison(config)
+
+    return run_table(make)
 
 
 if __name__ == "__main__":
