@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,15 +12,16 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoGuide
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from bora_pyro.data.batch import Batch, loaded_tasks
+from bora_pyro.data.batch import Batch
 from bora_pyro.data.tasks import TaskData
 from bora_pyro.data.token_split import Batches, TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.guides.from_steps import FromSteps
 from bora_pyro.guides.ivon import IvonGuide
+from bora_pyro.inference.best_state import BestState
 from bora_pyro.inference.callbacks import Callback, checked_callbacks
 from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.continuation import RECORD, check_packing, check_record, digests
@@ -38,8 +38,7 @@ from bora_pyro.inference.start import first_state, partition_of
 from bora_pyro.inference.state import draws_tasks
 from bora_pyro.inference.steps import EpochSteps, StepsOfEpoch
 from bora_pyro.inference.task_dropout import TaskDropout, check_shares
-from bora_pyro.inference.validation import draw_is_finite, validation_score
-from bora_pyro.model import BoRA, Weights
+from bora_pyro.model import BoRA
 from bora_pyro.options.field import with_changes
 
 
@@ -85,8 +84,7 @@ class Loop:
         self.device, self.elbo = model.backbone.device, TemperedELBO(options.temperature)
         self.observations = model.likelihood.observations_of(data.train)
         self._dropout = TaskDropout(model, options.task_dropout)
-        self._by_global_mean = options.kept_by == GLOBAL_MEAN
-        if self._by_global_mean:
+        if options.kept_by == GLOBAL_MEAN:
             check_shares("kept_by", GLOBAL_MEAN, model)
         self.callbacks = checked_callbacks(usual_callbacks(model) if callbacks is None else callbacks, model, data)
         self.processes = processes or Processes()
@@ -120,8 +118,19 @@ class Loop:
         #: Returns what this process requests after a step, as a number. The numbers of all processes are summed.
         self.request: Callable[[], float] = lambda: 0.0
         folds = Folds.of(data.validation, options.tau_documents, learns_tau=bool(model.prior.every))
-        self._validation_documents = self._documents_by_part(data.validation, folds.choosing)
         self._tau_documents = self._documents_by_part(data.validation, folds.teaching)
+        self._best = BestState(
+            self.fitted,
+            self.state,
+            data,
+            options,
+            processes=self.processes,
+            validation=self._documents_by_part(data.validation, folds.choosing),
+            train=self._documents_by_part(data.train),
+            draws_tasks=self.draws_tasks,
+            made_of_steps=collection is not None,
+            fail=self._non_finite,
+        )
         self.state.keep()
         self.keep_best()
         if continues is not None:
@@ -265,65 +274,9 @@ class Loop:
             self.fitted,
         )
 
-    def _score(self) -> float | None:
-        return self._measure(self.state.adapters())
-
-    def _measure(self, adapters: Weights | Callable[[Tensor], Weights]) -> float | None:
-        return validation_score(self.model, self.data.validation, adapters, self._validation_documents, self.processes)
-
-    def _scores(self) -> tuple[float | None, float | None]:
-        """The measure of the validation documents at the current state: under the tasks' adapters, and under Θ if that counts."""
-        return self._score(), self._measure(self.state.global_mean()) if self._by_global_mean else None
-
     def keep_best(self) -> dict[str, float]:
-        """Compute the measure of the validation documents, and keep the state if it is the lowest so far, including the start.
-
-        With a guide that is made of the steps, the mean of the steps alone counts.
-
-        Returns:
-            For the measure perplexity: ``validation_perplexity``, the lower one of ``validation_perplexity_last``, of the current
-            state, and ``validation_perplexity_averaged``, of the mean of the steps; empty if there are no validation documents.
-        """
-        (last, of_mean), name = self._scores(), f"validation_{self.model.likelihood.measure.name}"
-        if last is not None and math.isnan(last):
-            when = f"after epoch {self.epoch}" if self.epoch else "before the first step: the base model gives NaN"
-            raise self._non_finite(f"the {name.replace('_', ' ')} is not a number {when}")
-        if not self._draw_is_finite():
-            raise self._non_finite(f"a draw of the guide gives NaN or inf logits after epoch {self.epoch}: its scales diverge")
-        # without validation documents, the last epoch is the best
-        if self.collection is None:
-            self._keep_if_best(last, of_mean, averaged=False)
-        report = {} if last is None else {name: last, f"{name}_last": last}
-        report |= {} if of_mean is None else {f"{name}_global_mean": of_mean}
-        if self.epoch and (self.collection is not None or (self.options.average and last is not None)):
-            with self.state.averaged():
-                averaged, averaged_of_mean = self._scores()
-                if (averaged is None or math.isfinite(averaged)) and self._draw_is_finite():
-                    self._keep_if_best(averaged, averaged_of_mean, averaged=True)
-                    if last is not None and averaged is not None:
-                        better = min(last, averaged) if self.collection is None else averaged
-                        report |= {name: better, f"{name}_averaged": averaged}
-                    if of_mean is not None and averaged_of_mean is not None:
-                        better = min(of_mean, averaged_of_mean) if self.collection is None else averaged_of_mean
-                        report[f"{name}_global_mean"] = better
-        return report
-
-    def _keep_if_best(self, score: float | None, of_mean: float | None, *, averaged: bool) -> None:
-        fitted = self.fitted
-        now, best = (of_mean, fitted.global_mean_score) if self._by_global_mean else (score, fitted.validation_score)
-        if now is None or best is None or now < best:
-            fitted.best_epoch, fitted.averaged = self.epoch, averaged
-            fitted.validation_score, fitted.global_mean_score = score, of_mean
-            if self.epoch:  # the start is kept as it is
-                self.state.keep()
-
-    def _draw_is_finite(self) -> bool:
-        if isinstance(self.guide, AutoDelta | FromSteps):
-            return True  # the validation uses the guide's centre, which is its only value
-        document = self.data.train.batches(token_budget=1, documents=self._documents_by_part(self.data.train)[0])[0]
-        if self.partition is not None:
-            (document,) = self.state.begin([replace(document, tasks=loaded_tasks(document.task.unique()))])
-        return draw_is_finite(self.model, self.guide, document.to(self.device), self.processes, seed=self.options.seed)
+        """Measure the current state, and keep it if it is the best so far (:meth:`BestState.keep`)."""
+        return self._best.keep(self.epoch)
 
     def finish(self) -> None:
         """Restore the guide's best state, with the rows of all tasks in the process of rank 0."""
@@ -357,7 +310,11 @@ class Loop:
         self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
         for name in RECORD:
             setattr(self.fitted, name, checkpoint.progress[name])
-        if self._by_global_mean and self.fitted.validation_score is not None and self.fitted.global_mean_score is None:
+        if (
+            self.options.kept_by == GLOBAL_MEAN
+            and self.fitted.validation_score is not None
+            and self.fitted.global_mean_score is None
+        ):
             raise InputError(
                 f"kept_by is {GLOBAL_MEAN}, but the epochs of checkpoint {str(checkpoint.path)!r} were chosen by the tasks; give "
                 "kept_by tasks, or start afresh with --overwrite true"

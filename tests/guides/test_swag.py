@@ -207,7 +207,7 @@ def test_the_mean_of_the_best_epoch_is_kept_with_its_spread(monkeypatch):
     guide = swag_guide(model)
     loop = Loop(model, tiny_data(COUNTS), guide, task_subsampling=False, **OPTIONS)
     perplexities = iter([1.0, 5.0, 1.0, 4.0, 1.0, 9.0])  # of the last state and the mean in turn; the start had the lowest
-    monkeypatch.setattr(loop, "_score", lambda: next(perplexities))
+    monkeypatch.setattr("bora_pyro.inference.best_state.BestState.score", lambda best: next(perplexities))
     spreads = []
     for _ in range(3):
         loop.run_epoch()
