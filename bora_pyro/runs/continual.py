@@ -39,6 +39,8 @@ CONTINUAL, BASE, LOSSES = "continual.json", "base", "losses.csv"
 #: Options that may differ when a sequence goes on: they change no number, or only where it runs.
 _FREE = ("output_dir", "overwrite", "resume", "threads", "device", "trust_remote_code")
 _MOST_BYTES = 2**26
+# A merge that loses more than this share to rounding gets a note.
+_ROUNDING = 0.01
 
 
 def run_continual(config: ContinualConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -80,8 +82,14 @@ def run_continual(config: ContinualConfig, *, quiet: bool = False) -> dict[str, 
             write_record(aside, CONTINUAL, content)
 
     def report(found: Continual) -> None:
-        write(found)
         stage, place = found.stages[-1], len(found.stages) - 1
+        if stage.rounding > _ROUNDING:
+            lost = f"rounding to {config.precision} changes what {shown(stage.task)} merged by {stage.rounding:.0%}"
+            note = f"{lost}; with --precision float32 less is lost"
+            data.notes.append(note)
+            if not quiet:
+                print(f"note: {note}", file=sys.stderr)
+        write(found)
         if not quiet:
             before, after = (math.exp(losses[place]) for losses in (found.matrix[place].tolist(), stage.losses))
             print(

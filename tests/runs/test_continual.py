@@ -105,3 +105,15 @@ def test_bad_input(given, changes, message, tmp_path, capsys):
     assert code == 2
     assert message in err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_merge_that_rounding_changes_has_a_note(given, tmp_path, capsys):
+    options, _ = given
+    names = pd.read_csv(options["data"]).task.unique()
+    code, err = ended(options | {"output_dir": tmp_path / "half", "precision": "bfloat16", "order": names[0]}, capsys)
+    assert code == 0
+    record = json.loads((tmp_path / "half" / CONTINUAL).read_text(encoding="utf-8"))
+    assert record["stages"][0]["rounding"] > 0.01
+    note = f"rounding to bfloat16 changes what {names[0]!r} merged by {record['stages'][0]['rounding']:.0%}"
+    assert f"note: {note}" in err
+    assert any(note in line for line in record["notes"])
