@@ -45,8 +45,9 @@ _TASK_TYPES: dict[str, type] = {
     "task": str, "task_train_documents": int, "task_test_documents": int, "task_base_test_perplexity": float,
     "task_test_perplexity": float, "deviation_norm": float,
 }  # fmt: skip
-# Columns that only some tables have: accuracies, for documents with options to choose from.
-_MORE_RUN_TYPES: dict[str, type] = {"test_accuracy": float, "base_test_accuracy": float}
+# Columns that only some tables have: accuracies, for documents with options to choose from; and the options of the fit, as JSON,
+# which tables of earlier versions lack.
+_MORE_RUN_TYPES: dict[str, type] = {"test_accuracy": float, "base_test_accuracy": float, "options": str}
 _MORE_TASK_TYPES: dict[str, type] = {"task_test_accuracy": float, "task_base_test_accuracy": float}
 _TYPES = _RUN_TYPES | _TASK_TYPES
 _MORE_TYPES = _MORE_RUN_TYPES | _MORE_TASK_TYPES
@@ -108,7 +109,7 @@ def rows_of_metrics(
         }
         values |= {name: metrics[name] for name in _MORE_RUN_TYPES if name in metrics}
         own = ["base_test_perplexity", "test_perplexity", "train_documents", "test_documents"]
-        own += [name for name in _MORE_RUN_TYPES if name in metrics]
+        own += [name for name in ("test_accuracy", "base_test_accuracy") if name in metrics]
         rows = [
             values
             | {"task": task["name"], "deviation_norm": task["deviation_norm"]}
@@ -296,6 +297,8 @@ def _value(cell: Any, name: str) -> Any:
     try:
         if kind is float:
             return math.nan if missing else float(cell)
+        if missing and name in _MORE_TYPES:
+            return ""
         if missing or (kind is int and (float(cell) != int(float(cell)) or abs(int(float(cell))) >= 2**63)):
             raise ValueError
         if name in ("tau", "learning_rate"):

@@ -28,6 +28,7 @@ from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.tau_sweep import Run, SweepConfig
 from bora_pyro.runs.fitting import RunStopped
 from bora_pyro.runs.results_table import rows_of_run
+from bora_pyro.runs.stored_options import check_options, fit_options, options_json
 from bora_pyro.runs.sweep import MAP_FIT, Fits, can_resume, finished_rows, next_rates, run_fits
 from bora_pyro.runs.sweep_files import check_validation, save_figure, stored_table
 from bora_pyro.runs.warm_sweep import run_warm
@@ -39,6 +40,10 @@ class Sweep:
     def __init__(self, config: SweepConfig) -> None:
         self.config, self.failed = config, dict[Run, str]()
         self.table = stored_table(config)
+        shared = fit_options(config.fit(Run(config.taus[0], config.learning_rates[0], 0)), without=("tau", "learning_rate"))
+        if self.table is not None:
+            check_options(runs(self.table), shared, output=f"{config.stem}.csv", things="fits")
+        self.options = options_json(shared)
 
     def run(self) -> None:
         """Take the finished runs into the table, and fit the rest.
@@ -67,7 +72,7 @@ class Sweep:
             except InputError as error:
                 problems.append(str(error))
             else:
-                self.table = self.table if rows is None else with_run(self.table, rows)
+                self.table = self.table if rows is None else with_run(self.table, rows.assign(options=self.options))
         if self.table is not None:
             print(f"{len(runs(self.table))} finished runs are taken over", flush=True)
             self.write()
@@ -115,7 +120,7 @@ class Sweep:
             self.failed[run] = str(error)
             print(f"error: the fit with {run} failed: {error}", file=sys.stderr, flush=True)
             return
-        self.table, row = with_run(self.table, rows), rows.iloc[0]
+        self.table, row = with_run(self.table, rows.assign(options=self.options)), rows.iloc[0]
         scores = f"validation perplexity {row.validation_perplexity:.2f}, test {row.test_perplexity:.2f}"
         print(f"tau {run.tau:>7}  rate {run.rate:>6}  seed {run.seed}: {scores}  ({row.fit_seconds:.0f} s)", flush=True)
         self.write()

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from stored_options import check_options
 
 from bora_pyro.diagnostics.sweep_table import number_text
 from bora_pyro.errors import InputError
 from bora_pyro.options.field import option
 from bora_pyro.runs.config.tau_sweep import SEARCHES
 from bora_pyro.runs.results_table import read_results, write_results
+from bora_pyro.runs.stored_options import check_options
 from bora_pyro.runs.sweep import Fits, next_rates, run_fits
 
 KEYS = ["arm", "learning_rate", "seed"]

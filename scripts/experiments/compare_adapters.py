@@ -24,7 +24,6 @@ import torch
 from adapter_arms import BUDGETS, Arm, arms_of
 from arm_table import KEYS, ArmTable, GridOptions, Run, run_table
 from paired_ratios import by_seed, mean_sd
-from stored_options import fit_options
 
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.data import load_tasks
@@ -37,6 +36,7 @@ from bora_pyro.options.field import check_fields, option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.saved import SavedRun, load_run
+from bora_pyro.runs.stored_options import fit_options
 from bora_pyro.runs.sweep import MAP_FIT
 
 COLUMNS = [

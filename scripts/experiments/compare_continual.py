@@ -23,7 +23,6 @@ from typing import Any
 from arm_table import KEYS, ArmTable, GridOptions, Run, run_table
 from continual_arms import ARMS, SequenceOptions
 from paired_ratios import mean_sd
-from stored_options import fit_options
 
 from bora_pyro.data.tables import check_source
 from bora_pyro.diagnostics.sweep_table import number_text
@@ -31,6 +30,7 @@ from bora_pyro.errors import check_one_of
 from bora_pyro.exchange.continual import Continual, Stage
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import check_fields, option
+from bora_pyro.runs.stored_options import fit_options
 
 MEASURES = ("average", "learning", "last", "forgetting", "forward")
 COLUMNS = [

@@ -38,13 +38,13 @@ import pandas as pd
 from arm_table import KEYS, ArmTable, GridOptions, Run, run_table
 from paired_ratios import by_seed, by_task, mean_sd
 from peer_options import BORA, SOUPS, THROUGH_PEFT, FitOf
-from stored_options import fit_options
 
 from bora_pyro.data.tables import check_source
 from bora_pyro.diagnostics.sweep_table import number_text
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
+from bora_pyro.runs.stored_options import fit_options
 
 ARMS = (
     "base", "bora_learned", "bora_inf", "bora_0", "peft_one", "peft_each", "peft_one_then_each", *SOUPS, "peft_task_id",

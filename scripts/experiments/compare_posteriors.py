@@ -62,7 +62,6 @@ from posteriors_table import markdown
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from scipy import stats
-from stored_options import check_options, first_difference, fit_options, with_options
 
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.diagnostics.calibration import area_under_risk_coverage, calibration
@@ -86,6 +85,7 @@ from bora_pyro.runs.layout import METRICS
 from bora_pyro.runs.map_fit import run_map_fit
 from bora_pyro.runs.results_table import read_results, write_results
 from bora_pyro.runs.saved import SavedRun, load_run
+from bora_pyro.runs.stored_options import check_options, first_difference, fit_options, with_options
 
 RATES = (0.001, 0.003, 0.01, 0.03)
 MIDDLE = 0.01

@@ -29,7 +29,6 @@ import torch
 import transformers
 from bag_of_words import BagOfWords, beginnings
 from fit_options import check_usual
-from stored_options import check_options, fit_options, with_options
 from torch import Tensor
 
 from bora_pyro.data import TaskData, TokenSplit
@@ -46,6 +45,7 @@ from bora_pyro.predict.infer_task import TaskProbabilities, infer_task
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.results_table import read_results, write_results
+from bora_pyro.runs.stored_options import check_options, fit_options, with_options
 
 KEYS = ["seed", "method", "tokens"]
 

@@ -36,7 +36,6 @@ import pandas as pd
 import torch
 import transformers
 from fit_options import OF_PRIOR, check_usual
-from stored_options import check_options, fit_options, with_options
 
 from bora_pyro.data.subset import subset, tasks_to_leave_out
 from bora_pyro.data.tasks import TaskData
@@ -55,6 +54,7 @@ from bora_pyro.priors import Given, LearnedPrecision, Pooled, Prior, with_shared
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.results_table import read_results, write_results
+from bora_pyro.runs.stored_options import check_options, fit_options, with_options
 
 ARMS = ("bora", "scratch", "pooled", "pooled_tuned")
 #: Options of a fit that the arms do not have.

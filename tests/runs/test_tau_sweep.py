@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bora_pyro.diagnostics.sweep_table import read_sweep, runs
+from bora_pyro.diagnostics.sweep_table import read_sweep, runs, write_sweep
 from bora_pyro.inference.checkpoint import Checkpoints
 from bora_pyro.runs import tau_sweep
 from bora_pyro.runs.folder import RunFolder
@@ -106,6 +106,30 @@ def test_runs_that_only_the_table_has_are_not_repeated(shop):
     assert shop.table().equals(first)
 
 
+def test_fits_with_other_options_do_not_join_the_table(shop):
+    """Not even if their folders are gone. Of a table that does not say what its fits were, a note tells."""
+    shop.main("--seeds", "1")
+    first = (shop.folder / "out" / "sweep.csv").read_bytes()
+    (shop.folder / "runs").rename(shop.folder / "elsewhere")
+    shop.calls()
+    code, printed = shop.main("--seeds", "1", "--precision", "bfloat16")
+    assert (code, shop.calls()) == (2, [])
+    assert "sweep.csv has fits with the usual precision instead of bfloat16; give another --output" in printed.err
+    assert (shop.folder / "out" / "sweep.csv").read_bytes() == first
+    table = shop.table()
+    assert table.options.nunique() == 1
+    write_sweep(table.drop(columns="options"), shop.folder / "out" / "sweep")  # as earlier versions wrote it
+    code, printed = shop.main("--seeds", "2")
+    assert code == 0
+    assert "note: 7 of 7 fits of" in printed.err
+    assert set(shop.table().options) == {"", table.options[0]}
+    assert read_sweep(shop.folder / "out" / "sweep.parquet").equals(shop.table())
+    (shop.folder / "out" / "sweep.csv").write_bytes(first.replace(b'"{', b'"'))
+    code, printed = shop.main("--seeds", "1")
+    assert code == 2
+    assert "has options that are no JSON" in printed.err
+
+
 def test_another_tau_joins_the_table(shop):
     shop.main("--seeds", "1")
     shop.calls()
@@ -162,6 +186,10 @@ def test_a_finished_run_with_other_options_is_not_thrown_away(shop):
     shop.main("--seeds", "1")
     shop.calls()
     (shop.folder / "fit.yaml").write_text("epochs: 3\n")
+    code, printed = shop.main("--seeds", "1")
+    assert (code, shop.calls()) == (2, [])
+    assert "sweep.csv has fits with epochs 2 instead of 3; give another --output" in printed.err
+    (shop.folder / "out" / "sweep.csv").unlink()  # the folders alone say it too
     code, printed = shop.main("--seeds", "1")
     assert (code, shop.calls()) == (2, [])
     assert "is a finished run with epochs 2 instead of 3; give another --output or --runs_dir" in printed.err

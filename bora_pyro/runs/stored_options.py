@@ -1,4 +1,4 @@
-"""The options with which the rows of a stored table were computed: a script adds only rows with the same ones.
+"""The options with which the rows of a stored table were computed: only rows with the same ones are added.
 
 >>> rows = with_options([{"seed": 0, "perplexity": 20.5}], {"epochs": 3})
 >>> table = pd.DataFrame(rows)
@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 from bora_pyro.runs.config.map_fit import MapFitConfig
 
 #: The column that has them, as JSON.
@@ -27,7 +27,7 @@ COLUMN = "options"
 #: Options of a fit that do not change its result, and the seed, which is a key of the rows.
 NOT_OF_RESULT = {
     "seed", "output_dir", "overwrite", "resume", "threads", "device", "trackers", "export_adapters", "checkpoint_every",
-    "checkpoint_minutes", "keep_checkpoints", "task_memory",
+    "checkpoint_minutes", "keep_checkpoints", "task_memory", "gradient_checkpointing", "gradient_norm",
 }  # fmt: skip
 
 
@@ -50,22 +50,37 @@ def fit_options(fit: MapFitConfig, *, without: Collection[str] = ()) -> dict[str
 
 def with_options(rows: Iterable[Mapping[str, Any]], options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows with the column ``options``."""
-    text = json.dumps(options, sort_keys=True)
+    text = options_json(options)
     return [{**row, COLUMN: text} for row in rows]
 
 
-def check_options(table: pd.DataFrame, options: Mapping[str, Any], *, output: str | Path) -> None:
+def options_json(options: Mapping[str, Any]) -> str:
+    """The options as the column has them."""
+    return json.dumps(options, sort_keys=True)
+
+
+def check_options(table: pd.DataFrame, options: Mapping[str, Any], *, output: str | Path, things: str = "rows") -> None:
     """Check that the rows of a table have the given options. A note says how many rows do not say theirs.
+
+    Args:
+        table: the stored rows.
+        options: those of the new rows (`fit_options`).
+        output: the file of the table, for messages.
+        things: what a row is, for messages.
 
     Raises:
         InputError: a row has other options.
     """
-    stored = table[COLUMN] if COLUMN in table else pd.Series(pd.NA, index=table.index, dtype=object)
+    stored = table[COLUMN].replace("", pd.NA) if COLUMN in table else pd.Series(pd.NA, index=table.index, dtype=object)
     for text in stored.dropna().unique():
-        if difference := first_difference(json.loads(text), json.loads(json.dumps(options))):
-            raise InputError(f"output {output} has rows with {difference}; give another --output, or move it away")
+        try:
+            found = dict(json.loads(text))
+        except (TypeError, ValueError):
+            raise InputError(f"output {output} has options that are no JSON ({shown(text)}); give another --output") from None
+        if difference := first_difference(found, json.loads(json.dumps(options))):
+            raise InputError(f"output {output} has {things} with {difference}; give another --output, or move it away")
     if unknown := int(stored.isna().sum()):
-        print(f"note: {unknown} of {len(table)} rows of {output} do not say which options they had", file=sys.stderr)
+        print(f"note: {unknown} of {len(table)} {things} of {output} do not say which options they had", file=sys.stderr)
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
