@@ -45,6 +45,7 @@ from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option, part_of
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.stored_options import check_options, fit_options, options_json
 
 COLUMNS = ["form", "tau", "learning_rate", "step", "epoch", "objective", "validation_perplexity", "test_perplexity"]
 Arm = tuple[str, str, str]  # form, tau, learning rate
@@ -154,7 +155,7 @@ def read_table(output: Path) -> pd.DataFrame:
     if not output.exists():
         return pd.DataFrame(columns=COLUMNS)
     table = pd.read_csv(output, dtype={"tau": str, "learning_rate": str})
-    if list(table) != COLUMNS:
+    if [name for name in table if name != "options"] != COLUMNS:
         raise InputError(f"output {output} has the columns {', '.join(table.columns)}; give another file for the table")
     return table
 
@@ -163,11 +164,15 @@ def run_all(config: FormsConfig) -> pd.DataFrame:
     """Run the arms that the table does not have, and return the rows of the configured arms."""
     output = Path(config.output)
     table = read_table(output)
+    words = [word for name in ("data",) if (value := getattr(config, name)) is not None for word in (f"--{name}", str(value))]
+    shared = parse_config(MapFitConfig, ["--config", config.fit_config, *words])
+    options = fit_options(shared, without=("tau", "prior_form", "learning_rate", "patience")) | {"seed": config.seed}
+    check_options(table, options, output=output)
     done = set(zip(table.form, table.tau, table.learning_rate, strict=True))
     for arm in arms(config):
         if arm in done:
             continue
-        rows = run_arm(config, arm)
+        rows = run_arm(config, arm).assign(options=options_json(options))
         table = rows if table.empty else pd.concat([table, rows], ignore_index=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(output, functools.partial(table.to_csv, index=False, lineterminator="\n"))

@@ -21,6 +21,7 @@ tasks with a learned τ (its adapters on ``merged``, its Θ on ``new``).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import tempfile
@@ -52,6 +53,7 @@ from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.priors import Independent, LearnedPrecision
 from bora_pyro.runs.results_table import read_results, write_results
+from bora_pyro.runs.stored_options import check_options, options_json
 
 COLUMNS = ["seed", "arm", "scale", "density", "split", "tasks", "perplexity", "seconds"]
 #: PEFT's combination for each arm, and whether its weights are a sum (each adapter gets scale/D) or TIES' own mean.
@@ -96,6 +98,11 @@ class MergingConfig:
                     usable = False
                 if not usable:
                     raise InputError(f"{name} has {text!r}; give numbers above 0{'' if most > 1 else ', of at most 1'}")
+
+    def of_result(self) -> dict[str, Any]:
+        """The options that change the rows of a seed."""
+        found = dataclasses.asdict(self) | {"data": Path(self.data).name}
+        return {name: value for name, value in found.items() if name not in ("seeds", "threads", "output")}
 
 
 class ByDocuments(Estimator):
@@ -286,11 +293,12 @@ def summary(table: pd.DataFrame) -> str:
 
 def run_all(config: MergingConfig) -> pd.DataFrame:
     """Run the seeds that the table does not have; returns the table."""
-    table = read_results(config.output, COLUMNS)
+    table, options = read_results(config.output, COLUMNS), config.of_result()
+    check_options(table, options, output=config.output)
     for seed in range(config.seeds):
         if (table.seed == seed).any():
             continue
-        rows = Merging(config, seed).run()
+        rows = Merging(config, seed).run().assign(options=options_json(options))
         table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
         write_results(table, config.output)
     return table

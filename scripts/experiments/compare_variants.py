@@ -37,10 +37,12 @@ from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.stored_options import check_options, fit_options, options_json
 from bora_pyro.runs.sweep import MAP_FIT, Fits, run_fits
 
 COLUMNS = [
     "variant", "tau", "learning_rate", "seed", "validation_perplexity", "test_perplexity", "base_test_perplexity", "fit_seconds",
+    "options",
 ]  # fmt: skip
 Run = tuple[str, str, str, int]  # variant, tau, learning rate, seed
 
@@ -121,10 +123,16 @@ class Comparison:
         self.table = pd.DataFrame(columns=COLUMNS)
         if self.output.exists():
             self.table = pd.read_csv(self.output, dtype={"tau": str, "learning_rate": str})
-            if list(self.table) != COLUMNS:
+            if [*self.table] not in (COLUMNS, COLUMNS[:-1]):  # the options came later
                 raise InputError(
                     f"output {self.output} has the columns {', '.join(self.table.columns)}; give another file for the table"
                 )
+        words = [] if config.data is None else ["--data", config.data]
+        shared = parse_config(MapFitConfig, ["--config", config.fit_config, *words])
+        of_arms = {name for variant in VARIANTS.values() for name in variant.options}
+        self.options = fit_options(shared, without={"tau", "learning_rate", *of_arms})
+        check_options(self.table, self.options, output=self.output)
+        self.table = self.table.reindex(columns=COLUMNS)
 
     def taus(self, variant: str) -> list[str]:
         """The grid of τ of a variant."""
@@ -201,7 +209,7 @@ class Comparison:
     def add(self, run: Run) -> None:
         """Add a finished run to the table."""
         metrics = RunFolder.open(self.folder(run)).read_metrics()
-        row = metrics | dict(zip(COLUMNS[:4], run, strict=True))
+        row = metrics | dict(zip(COLUMNS[:4], run, strict=True)) | {"options": options_json(self.options)}
         self.table = pd.DataFrame([*self.table.to_dict("records"), row])[COLUMNS]
         self._write()
         score = "none" if metrics["test_perplexity"] is None else f"{metrics['test_perplexity']:.2f}"

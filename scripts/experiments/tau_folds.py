@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -22,6 +23,8 @@ from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.results_table import read_results, write_results
+from bora_pyro.runs.stored_options import check_options, fit_options, with_options
 
 KEY = ["tau_documents", "seed"]
 METRICS = ["tau", "best_epoch", "averaged", "validation_perplexity", "test_perplexity", "base_test_perplexity", "fit_seconds"]
@@ -48,21 +51,25 @@ def main(argv: list[str]) -> int:
     try:
         config = parse_config(FoldsConfig, argv, prog="tau_folds.py")
         output = Path(config.output)
-        rows = pd.read_csv(output).to_dict("records") if output.exists() else []
+        shared = ["--config", config.fit_config, "--learning_rate", str(config.learning_rate)]
+        options = fit_options(parse_config(MapFitConfig, shared, prog="tau_folds.py"), without=("tau_documents",))
+        table = read_results(output, KEY)
+        check_options(table, options, output=output)
+        rows: list[Any] = table.to_dict("records")
         done = {tuple(row[name] for name in KEY) for row in rows}
         missing = [key for seed in range(config.seeds) for key in ((ALL, seed), (HALF, seed)) if key not in done]
         for key in missing[: config.most]:
-            options = {**dict(zip(KEY, key, strict=True)), "learning_rate": config.learning_rate, "overwrite": "true"}
-            options |= {"export_adapters": "false", "output_dir": Path(config.runs_dir, "{}-seed{}".format(*key))}
-            words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-            metrics = run_map_fit(parse_config(MapFitConfig, ["--config", config.fit_config, *words], prog="tau_folds.py"))
-            rows.append(dict(zip(KEY, key, strict=True)) | {name: metrics[name] for name in METRICS})
-            output.parent.mkdir(parents=True, exist_ok=True)
-            pd.DataFrame(rows).to_csv(output, index=False, float_format="%.6g")
+            own = {**dict(zip(KEY, key, strict=True)), "overwrite": "true", "export_adapters": "false"}
+            own |= {"output_dir": Path(config.runs_dir, "{}-seed{}".format(*key))}
+            words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+            metrics = run_map_fit(parse_config(MapFitConfig, [*shared, *words], prog="tau_folds.py"))
+            row = dict(zip(KEY, key, strict=True)) | {name: metrics[name] for name in METRICS}
+            rows += with_options([row], options)
+            write_results(pd.DataFrame(rows), output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(pd.DataFrame(rows).to_string(index=False))
+    print(pd.DataFrame(rows)[[*KEY, *METRICS]].to_string(index=False))
     return 0
 
 

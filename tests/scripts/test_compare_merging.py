@@ -40,7 +40,7 @@ def table(options):
 
 
 def test_every_arm_has_its_rows(table):
-    assert list(table) == merging.COLUMNS
+    assert list(table) == [*merging.COLUMNS, "options"]
     arms = {"base", *merging.PEFT_ARMS, *merging.OWN_ARMS}
     assert set(table.arm) == arms | {"apart", "shrunk", "together"}
     test = table[table.split == "test"]
@@ -53,6 +53,11 @@ def test_every_arm_has_its_rows(table):
         chosen = validation.loc[validation.perplexity.idxmin()]
         assert (own[own.split == "test"].scale == chosen.scale).all()
     assert len(table[(table.arm == "ties") & (table.split == "validation")]) == 2
+
+
+def test_seeds_of_other_fits_do_not_join_the_table(options, table, capsys):
+    assert merging.main(line(options | {"epochs": 9, "seeds": 2})) == 2
+    assert "merging.csv has rows with epochs" in capsys.readouterr().err
 
 
 def test_the_mean_of_peft_is_the_mean_of_the_changes(options, tmp_path):

@@ -179,7 +179,9 @@ def test_the_first_fit_that_fails_ends_the_comparison(fit_config, tmp_path, in_p
 
 def test_without_validation_documents_nothing_can_be_chosen(rigged):
     comparison, _ = rigged
-    comparison.table = pd.DataFrame([["paper", "100", rate, 0, None, 9.0, 9.0, 1.0] for rate in "ab"], columns=variants.COLUMNS)
+    comparison.table = pd.DataFrame(
+        [["paper", "100", rate, 0, None, 9.0, 9.0, 1.0, ""] for rate in "ab"], columns=variants.COLUMNS
+    )
     with pytest.raises(InputError, match="no fit of paper has a validation perplexity to choose by"):
         comparison.best("paper", [("100", "a"), ("100", "b")])
 
@@ -233,9 +235,25 @@ def forms_table(fit_config, tmp_path_factory):
     return config, forms.run_all(config)
 
 
+def test_fits_with_other_options_join_no_table(forms_table, fit_config, tmp_path, capsys):
+    """Neither that of the forms nor that of the variants; a table that does not say its options has a note."""
+    config, _ = forms_table
+    words = line({"fit_config": fit_config, "output": config.output, "seed": 1, "taus": "5"})
+    assert forms.main(words) == 2
+    assert "forms.csv has rows with seed 0 instead of 1" in capsys.readouterr().err
+    row = {"variant": "paper", "tau": "4", "learning_rate": "0.01", "seed": 0, "validation_perplexity": 9.0}
+    stored = pd.DataFrame([dict.fromkeys(variants.COLUMNS, 1.0) | row | {"options": '{"epochs": 77}'}])
+    stored.to_csv(tmp_path / "table.csv", index=False)
+    with pytest.raises(InputError, match=r"has rows with .* instead of"):
+        compare(fit_config, tmp_path)
+    stored.drop(columns="options").to_csv(tmp_path / "table.csv", index=False)
+    assert list(compare(fit_config, tmp_path).table) == variants.COLUMNS
+    assert "note: 1 of 1 rows of" in capsys.readouterr().err
+
+
 def test_the_table_of_forms_has_every_epoch_of_every_arm(forms_table):
     config, table = forms_table
-    assert list(table) == forms.COLUMNS
+    assert list(table) == [*forms.COLUMNS, "options"]
     stored = forms.read_table(forms.Path(config.output))
     pd.testing.assert_frame_equal(stored, table, rtol=1e-5, check_dtype=False)
     assert set(zip(table.form, table.tau, table.learning_rate, strict=True)) == {
