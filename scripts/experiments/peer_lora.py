@@ -7,18 +7,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from bora_pyro.adapters import LoRA
 from bora_pyro.backbone.backbone import Backbone
-from bora_pyro.data.batch import Batch
+from bora_pyro.data.batch import IGNORED, Batch
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.peft_model import peft_model
@@ -70,6 +72,11 @@ class Batches(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.batches)
 
+    @cached_property
+    def tokens_of_a_batch(self) -> float:
+        """Predicted tokens of a batch, on average."""
+        return sum(int(batch.predicted.sum()) for batch in self.batches) / len(self.batches)
+
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         batch = self.batches[number]
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
@@ -99,7 +106,18 @@ class Batches(Dataset[dict[str, Tensor]]):
 
 
 class InOrder(Trainer):
-    """A ``Trainer`` that takes the batches in their order, with the base's dropout off, as in all other arms."""
+    """A ``Trainer`` that takes the batches in their order, as in all other arms, and counts all their tokens alike.
+
+    The ``Trainer``'s own loss is the mean over the tokens of a batch, so that a token of a small batch counts more.
+    """
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The negative log-likelihood of a batch, divided by the tokens of a batch of average size."""
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        labels = inputs["labels"][:, 1:]
+        total = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = total / self.train_dataset.tokens_of_a_batch  # type: ignore[union-attr]
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(self.train_dataset)
