@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +60,26 @@ class Best:
 
 
 class Batches(Dataset[dict[str, Tensor]]):
-    """Ready batches in the order of training; ``position`` is the number of each in the schedule, ``ends`` those after epochs."""
+    """Ready batches in the order of training.
+
+    ``position`` is the number of each in the schedule. ``sizes`` are the tokens of an average batch of its epoch. ``ends`` are
+    the epochs by the number of batches up to their ends.
+    """
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.position: list[int] = []
+        self.sizes: list[float] = []
         self.ends: dict[int, int] = {}
         self.total = 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    @cached_property
-    def tokens_of_a_batch(self) -> float:
-        """Predicted tokens of a batch, on average."""
-        return sum(int(batch.predicted.sum()) for batch in self.batches) / len(self.batches)
-
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         batch = self.batches[number]
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+        size = torch.tensor(self.sizes[number])
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels, "size": size}
 
     @classmethod
     def of(cls, split: TokenSplit, order: TokenSplit, config: MapFitConfig, epochs: range, task: int | None) -> Batches:
@@ -92,16 +92,20 @@ class Batches(Dataset[dict[str, Tensor]]):
             epochs: which epochs.
             task: index of the task, or None for all.
         """
-        self, number = cls(), 0
-        for epoch in epochs:
-            for (packed,) in EpochSteps(order, token_budget=config.token_budget, seed=epoch_seed(config.seed, epoch)):
+        self = cls()
+        of_epoch = [EpochSteps(order, token_budget=config.token_budget, seed=epoch_seed(config.seed, epoch)) for epoch in epochs]
+        # `fit` counts the steps of every epoch as many as those of the first one
+        usual = len(of_epoch[0]) if of_epoch else 0
+        self.total = usual * len(of_epoch)
+        tokens = split.num_tokens if task is None else int(split.tokens_per_task[task])
+        for number, steps in enumerate(of_epoch):
+            for step, (packed,) in enumerate(steps):
                 index = packed.index if task is None else packed.index[packed.task == task]
                 if len(index):
                     self.batches.append(split.subset(index).batches(token_budget=sys.maxsize)[0])
-                    self.position.append(number)
-                number += 1
-            self.ends[len(self.batches)] = epoch - epochs.start + 1
-        self.total = number
+                    self.position.append(min(number * usual + step, self.total - 1))
+                    self.sizes.append(tokens / len(steps))
+            self.ends[len(self.batches)] = number + 1
         return self
 
 
@@ -112,11 +116,11 @@ class InOrder(Trainer):
     """
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The negative log-likelihood of a batch, divided by the tokens of a batch of average size."""
+        """The negative log-likelihood of a batch, divided by the average number of tokens of the batches of its epoch."""
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         labels = inputs["labels"][:, 1:]
         total = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        loss = total / self.train_dataset.tokens_of_a_batch  # type: ignore[union-attr]
+        loss = total / inputs["size"]
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

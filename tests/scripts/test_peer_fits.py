@@ -6,12 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 
 from tests.tiny import peft_warnings
-from tests.tiny_base import line, quick_fit, script
+from tests.tiny_base import documents, line, quick_fit, script, write_table
 
 fits, options = script("peer_fits"), script("peer_options")
 peer_peft = script("peer_peft")
@@ -23,6 +24,17 @@ def fit_config(tmp_path_factory):
     given = {name: value for name, value in quick_fit(folder).items() if name != "threads"}
     (folder / "fit.yaml").write_text(yaml.safe_dump(given | {"targets": ["v_proj", "fc2"]}))
     return str(folder / "fit.yaml")
+
+
+@pytest.fixture(scope="module")
+def uneven(fit_config, tmp_path_factory):
+    """The same with texts of two lengths: batches have very different numbers of tokens, and epochs of batches."""
+    folder = tmp_path_factory.mktemp("uneven")
+    table = pd.concat([documents(words=words, number=number, seed=words) for words, number in ((2, 10), (12, 7))])
+    given = yaml.safe_load(Path(fit_config).read_text(encoding="utf-8"))
+    given |= {"data": write_table(folder / "uneven.csv", table), "token_budget": 96, "epochs": 4}
+    (folder / "fit.yaml").write_text(yaml.safe_dump(given))
+    return folder / "fit.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +69,18 @@ def test_two_libraries_give_the_same_fit(ours, theirs, schedule, rows):
     assert other["logit_difference"] < 1e-5
     base = rows("base")["base"]["test_perplexity"]
     assert one["test_perplexity"] < 0.9 * base
+
+
+def test_a_token_counts_alike_in_batches_of_all_sizes(uneven, tmp_path):
+    """So that one adapter for all is the same fit in both libraries, whatever the documents."""
+    found = {}
+    for arm in ("bora_inf", "peft_one"):
+        with peft_warnings():
+            words = {"fit_config": uneven, "arm": arm, "learning_rate": 0.03, "result": tmp_path / f"{arm}.json"}
+            assert fits.main(line(words)) == 0
+        [found[arm]] = json.loads((tmp_path / f"{arm}.json").read_text())
+    for name in ("validation_perplexity", "test_perplexity"):
+        assert found["peft_one"][name] == pytest.approx(found["bora_inf"][name], rel=1e-4)
 
 
 def test_the_soups_come_with_the_adapters_of_each_task(rows):
