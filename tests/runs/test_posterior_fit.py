@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -58,8 +58,7 @@ def test_a_swag_posterior_tells_what_the_validation_documents_chose(tmp_path, ma
     guide = load_run(tmp_path / "posterior").fitted.guide
     assert (float(guide.scale), int(guide.filled)) == (metrics["chosen"]["scale"], 2)
     assert not any("higher validation perplexity" in note for note in metrics["notes"])
-    loop = sys.modules["bora_pyro.inference.fit"].Loop  # the package's own name `fit` is the function
-    monkeypatch.setattr(loop, "_score", lambda self: 1e4)
+    monkeypatch.setattr("bora_pyro.inference.best_state.BestState.score", lambda best: 1e4)
     metrics = posterior_fit(map_run, tmp_path / "far", learning_rate=1.0, **options)
     assert metrics["best_epoch"] == 1
     [note] = [note for note in metrics["notes"] if "the mean of the steps has a higher validation perplexity" in note]
@@ -240,8 +239,8 @@ def test_a_posterior_that_is_not_fitted_says_so(tmp_path, map_run, monkeypatch):
     metrics = posterior_fit(map_run, tmp_path / "good")
     assert metrics["best_epoch"] == 1
     assert not any("as it began" in note for note in metrics["notes"])
-    loop = sys.modules["bora_pyro.inference.fit"].Loop  # the package's own name `fit` is the function
-    monkeypatch.setattr(loop, "_score", lambda self: 2.0 + self.epoch)
+    scores = itertools.count(2.0)  # each is worse than the one before
+    monkeypatch.setattr("bora_pyro.inference.best_state.BestState.score", lambda best: next(scores))
     metrics = posterior_fit(map_run, tmp_path / "bad", learning_rate=0.03)
     assert metrics["best_epoch"] == 0
     assert any("the posterior is as it began" in note and "(now 0.03; try 0.01)" in note for note in metrics["notes"])
