@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.configuration import base_name
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.factors import layer_deltas
@@ -51,12 +52,18 @@ def save_merged(
     base = model.backbone.model
     changed, relative_error = _merged(model, weights, task)
     with whole_folder(folder, record=MERGED, overwrite=overwrite) as aside:
-        base.save_pretrained(aside, state_dict=dict(base.state_dict()) | changed)
-        if model.backbone.tokenizer is not None:
-            model.backbone.tokenizer.save_pretrained(aside)
+        save_base(model.backbone, aside, changed)
         content = {"base_model": base_name(base.config), "model": repr(model), "relative_error": relative_error}
         write_record(aside, MERGED, content)
     return relative_error
+
+
+def save_base(backbone: Backbone, folder: Path, changed: Mapping[str, Tensor] | None = None) -> None:
+    """Write a base and its tokenizer, as ``save_pretrained`` does; ``changed`` are other values of weights by their keys."""
+    base = backbone.model
+    base.save_pretrained(folder, state_dict=dict(base.state_dict()) | dict(changed or {}))
+    if backbone.tokenizer is not None:
+        backbone.tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

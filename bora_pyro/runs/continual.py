@@ -25,6 +25,7 @@ import pandas as pd
 
 from bora_pyro.errors import InputError, shown
 from bora_pyro.exchange.continual import Continual, Stage, continual_fit
+from bora_pyro.exchange.merge import save_base
 from bora_pyro.files.atomic import check_place, whole_folder, write_record
 from bora_pyro.files.regular import read_regular
 from bora_pyro.files.text import escaped
@@ -33,6 +34,7 @@ from bora_pyro.model import BoRA
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.continual import ContinualConfig
+from bora_pyro.runs.progress import layers_line
 
 #: The record of a sequence, the merged base and the table of losses.
 CONTINUAL, BASE, LOSSES = "continual.json", "base", "losses.csv"
@@ -67,9 +69,7 @@ def run_continual(config: ContinualConfig, *, quiet: bool = False) -> dict[str, 
     if earlier is not None and earlier["documents"] != data.digest:
         raise InputError(f"the documents are not those of {folder / CONTINUAL}; give the same --data, or another output_dir")
     if not quiet:
-        slots = model.backbone.slots
-        kinds = ", ".join(f"{slot.name} x {slot.layers}" for slot in slots)
-        print(f"adapters: on {sum(slot.layers for slot in slots)} layers: {kinds}", file=sys.stderr)
+        print(layers_line(model.backbone.slots), file=sys.stderr)
         if done is not None:
             print(f"{len(done.stages)} of {len(done.order)} tasks are merged already", file=sys.stderr)
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(FitOptions)}
@@ -77,7 +77,7 @@ def run_continual(config: ContinualConfig, *, quiet: bool = False) -> dict[str, 
     def write(found: Continual) -> None:
         content = _record(config, found, model, data.digest, data.notes)
         with whole_folder(folder, record=CONTINUAL, overwrite=True) as aside:
-            _write_base(model, aside / BASE)
+            save_base(model.backbone, aside / BASE)
             _table(found).to_csv(aside / LOSSES)
             write_record(aside, CONTINUAL, content)
 
@@ -111,12 +111,6 @@ def run_continual(config: ContinualConfig, *, quiet: bool = False) -> dict[str, 
         **options,
     )
     return _record(config, found, model, data.digest, data.notes)
-
-
-def _write_base(model: BoRA, folder: Path) -> None:
-    model.backbone.model.save_pretrained(folder)
-    if model.backbone.tokenizer is not None:
-        model.backbone.tokenizer.save_pretrained(folder)
 
 
 def _record(config: ContinualConfig, found: Continual, model: BoRA, documents: str, notes: list[str]) -> dict[str, Any]:

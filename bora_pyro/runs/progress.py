@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -29,6 +29,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bora_pyro.backbone.slots import Slot
 from bora_pyro.data import TaskData
 from bora_pyro.files.text import NAME_LENGTH, escaped, name_line
 from bora_pyro.likelihoods import PERPLEXITY, Measure, measure_of
@@ -244,6 +245,12 @@ def print_data(data: TaskData, *, file: TextIO | None = None) -> None:
     """
     for line in data_lines(data):
         print(line, file=file or sys.stderr)
+
+
+def layers_line(slots: Sequence[Slot]) -> str:
+    """One line on the layers that have adapters."""
+    kinds = ", ".join(f"{slot.name} x {slot.layers}" for slot in slots)
+    return f"adapters: on {sum(slot.layers for slot in slots)} layers: {kinds}"
 
 
 def data_lines(data: TaskData) -> list[str]:
