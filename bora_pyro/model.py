@@ -54,7 +54,7 @@ class BoRA:
         seed: of the adapters' common start.
 
     Raises:
-        InputError: too few tasks.
+        InputError: too few tasks; or the adapter's options speak of other layers or tasks.
     """
 
     #: What the adapter adds to the prior, beside the density of its latents.
@@ -77,6 +77,7 @@ class BoRA:
             raise InputError(
                 f"{num_tasks} task given; BoRA shares between tasks and needs 2 or more (for one task use peft's LoRA)"
             )
+        self.adapter.check(backbone.slots, num_tasks)
         self.tensors = LayerTensors.of((self.adapter, self.router), backbone, seed=seed)
         self.starts, self.fixed = self.tensors.latents, self.tensors.fixed
         self.output, self.add = self.adapter.output, self.adapter.add

@@ -87,9 +87,31 @@ class Adapter(ABC):
         """The tensors of one layer of ``slot`` at the start of a fit.
 
         Args:
-            slot: the kind of layer, with its sizes and the path of this layer alone.
+            slot: the kind of layer, with its sizes, the path of this layer alone, and the paths of its kind (``kind_paths``).
             weight: a function that returns the frozen weight of this layer, (out, in) float32.
             generator: the source of all random numbers.
+        """
+
+    def for_tasks(self, tasks: Sequence[str] | None) -> Adapter:
+        """This adapter for the tasks of a fit. An adapter whose options name tasks returns one that knows them by number.
+
+        Args:
+            tasks: names of the tasks in the order of the model. None: new tasks, which were not part of the fit.
+
+        Raises:
+            InputError: an option names a task that does not exist.
+        """
+        return self
+
+    def check(self, slots: Sequence[Slot], num_tasks: int) -> None:  # noqa: B027 (most adapters fit every model)
+        """Check the options that speak of layers or tasks, when a model is built.
+
+        Args:
+            slots: the adapted layers of the model.
+            num_tasks: D.
+
+        Raises:
+            InputError: the adapter cannot be that of such a model.
         """
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor | None:

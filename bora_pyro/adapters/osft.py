@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,13 @@ class OSFT(Adapter):
                 f"{slot.in_features}); give at least {1 / most:.3g}, or 0"
             )
         return k
+
+    def for_tasks(self, tasks: Sequence[str] | None) -> OSFT:
+        inner = self.wrapped.for_tasks(tasks)
+        return self if inner is self.wrapped else replace(self, inner=inner, inner_options="")
+
+    def check(self, slots: Sequence[Slot], num_tasks: int) -> None:
+        self.wrapped.check(slots, num_tasks)
 
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
         inner, k = self.wrapped.start(slot, weight, generator), self.preserved(slot)

@@ -46,8 +46,8 @@ class Start:
         buffers: (*shape), tensors that all tasks share and that change during a fit, but not by gradients, such as counts or a
             bias. They are stored in checkpoints, in the best state and in the run folder.
         masks: bool, by the name of a latent, (*shape) or a shape that broadcasts to it: which entries are active. With one more
-            dimension, (D, *shape), each task has its own mask (ranks by task). An inactive entry is 0 in the adapter and has no
-            prior. A mask may change during a fit, like a buffer.
+            dimension, (D, *shape), each task has its own mask (ranks by task), and an entry of Θ is active if it is active in any
+            task. An inactive entry is 0 in the adapter and has no prior. A mask may change during a fit, like a buffer.
     """
 
     latents: Tensors = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Part(Protocol):
         """The tensors of one layer of ``slot``.
 
         Args:
-            slot: the kind of layer, with the path of this layer alone.
+            slot: the kind of layer, with the path of this layer alone in ``paths``, and those of the kind in ``kind_paths``.
             weight: returns the frozen weight of this layer, (out, in) float32.
             generator: source of random numbers.
         """
@@ -119,7 +119,9 @@ class LayerTensors:
         for slot in backbone.slots:
             for part in parts:
                 layers = [
-                    part.start(replace(slot, paths=(path,)), partial(backbone.weight, slot, layer), generator)
+                    part.start(
+                        replace(slot, paths=(path,), kind_paths=slot.paths), partial(backbone.weight, slot, layer), generator
+                    )
                     for layer, path in enumerate(slot.paths)
                 ]
                 _mask_shorter_latents(layers)
@@ -152,21 +154,42 @@ class LayerTensors:
 
         Args:
             name: the latent, ``<slot>.<name>``.
-            task: (rows,) task index of each row, for masks that differ between tasks. None: an entry is active if it is active in
-                any task.
+            task: (rows,) task index of each row, for masks that differ between tasks, or −1 for Θ. None: Θ.
 
         Returns:
             (layers, *shape), or (rows, layers, *shape) if masks differ between tasks and ``task`` is given.
         """
         mask = self.masks.get(name)
-        if mask is None or mask.dim() <= self.latents[name].dim():
-            return mask
-        return mask.any(0) if task is None else mask[task.to(mask.device)]
+        return _of_tasks(mask, task) if mask is not None and self._by_task(name) else mask
+
+    def _by_task(self, name: str) -> bool:
+        """Whether the tasks have different masks of a latent."""
+        return name in self.masks and self.masks[name].dim() > self.latents[name].dim()
+
+    @property
+    def masks_by_task(self) -> list[str]:
+        """The latents of which the tasks have different masks."""
+        return [name for name in self.masks if self._by_task(name)]
+
+    def active(self, name: str, num_tasks: int) -> Tensor:
+        """(D,) int64: how many entries of a latent are active in each of D tasks."""
+        start, mask = self.latents[name], self.masks.get(name)
+        if mask is None:
+            return torch.full((num_tasks,), start.numel())
+        of_task = mask if self._by_task(name) else mask[None]
+        # a mask has one entry for several of the latent where it broadcasts
+        return (of_task.flatten(1).sum(1) * (start.numel() // of_task[0].numel())).expand(num_tasks).cpu()
 
     def for_new_tasks(self) -> LayerTensors:
-        """The same tensors for tasks that were not fitted: an entry is active for them if it is active in any fitted task."""
-        masks = {name: self.mask(name) for name in self.masks}
-        return replace(self, masks={name: mask for name, mask in masks.items() if mask is not None})
+        """The same tensors for tasks that were not fitted: an entry is active for them if it is active in any fitted task.
+
+        A latent of which all entries are then active has no mask any more.
+        """
+        masks = dict(self.masks)
+        for name in self.masks_by_task:
+            mask = _of_tasks(masks.pop(name), None)
+            masks |= {} if mask.all() else {name: mask}
+        return replace(self, masks=masks)
 
     def at_layer(self, slot: Slot, layer: int, latents: Mapping[str, Tensor], task: Tensor | None = None) -> Tensors:
         """The tensors of one layer, by name: latents with their masks applied, fixed tensors and buffers.
@@ -178,12 +201,11 @@ class LayerTensors:
             task: (rows,) task index of each row of the latents, as for :meth:`mask`.
         """
         found = dict(latents)
-        if self.masks:
-            for name, value in latents.items():
-                mask = self.mask(f"{slot.name}.{name}", task)
-                if mask is not None:
-                    own = mask.dim() > self.latents[f"{slot.name}.{name}"].dim()
-                    found[name] = value * (mask[:, layer] if own else mask[layer]).to(value)
+        for name, value in latents.items() if self.masks else ():
+            mask = self.masks.get(key := f"{slot.name}.{name}")
+            if mask is not None:
+                own = _of_tasks(mask[:, layer], task) if self._by_task(key) else mask[layer]
+                found[name] = value * own.to(value)
         for store, key, name in self._shared.get(slot.name, ()):
             found[name] = store[key][layer]
         return found
@@ -199,6 +221,15 @@ class LayerTensors:
             for name, value in store.items():
                 if (stored := state.get(f"{kind}/{name}")) is not None:
                     store[name] = stored.to(value.device, copy=True)
+
+
+def _of_tasks(mask: Tensor, task: Tensor | None) -> Tensor:
+    """The rows of a mask (D, ...) that belong to tasks (rows,), or to Θ where the task is −1; for None Θ's, without rows."""
+    of_mean = mask.any(0)
+    if task is None:
+        return of_mean
+    task = task.to(mask.device)
+    return torch.where((task < 0).view(-1, *[1] * of_mean.dim()), of_mean, mask[task])
 
 
 def _mask_shorter_latents(layers: Sequence[Start]) -> None:

@@ -36,6 +36,7 @@ class Slot:
         in_features: size of the input.
         out_features: size of the output.
         fan_in_fan_out: whether the weight is stored as (in, out), as in GPT-2's ``Conv1D``.
+        kind_paths: where ``paths`` are some layers of this kind only: the paths of all of them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Slot:
     in_features: int
     out_features: int
     fan_in_fan_out: bool = False
+    kind_paths: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,21 @@ class LoraForm:
     def rank(self) -> int:
         """The rank r."""
         return next(iter(self.factors.values()))["lora_A"].shape[-2]
+
+    def without_zeros(self) -> LoraForm:
+        """The same change and scale without the directions that are zero in A and in B of every layer; one of them stays.
+
+        >>> a, b = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0, 1.0]])
+        >>> form = LoraForm({"fc": {"lora_A": a, "lora_B": b}}, alpha=9.0).without_zeros()
+        >>> form.rank, form.alpha
+        (2, 6.0)
+        """
+        used = torch.stack([(of["lora_A"] != 0).any(1) | (of["lora_B"] != 0).any(0) for of in self.factors.values()]).any(0)
+        if used.all():
+            return self
+        used[0] |= not used.any()
+        factors = {path: {"lora_A": of["lora_A"][used], "lora_B": of["lora_B"][:, used]} for path, of in self.factors.items()}
+        return LoraForm(factors, float(Fraction(self.alpha) * int(used.sum()) / self.rank), self.relative_error)
 
     def with_rank(self, ranks: Sequence[int]) -> LoraForm:
         """The same change with scale 1 and the least of these ranks that is large enough. Rows and columns of zeros fill it up.

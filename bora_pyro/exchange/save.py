@@ -61,7 +61,8 @@ def save_peft(
         weights: one task's (or Θ's) latents by name, (layers, *shape) each.
         base_model: name of the base in the folder; default: the name by which the base was loaded.
         task: index of the task, needed if tasks have masks of their own; None: Θ.
-        rank: the largest rank of a change that has no exact LoRA form.
+        rank: the largest rank of a change that has no exact LoRA form. Where the adapter masks entries, ranks that are inactive
+            in all layers are left out.
         ranks: the ranks that a server allows. The matrices are filled up with zeros to the next of them, and the scale α/r is
             multiplied into B, so that it is 1. Default: the adapter's own rank and α.
 
@@ -76,6 +77,7 @@ def save_peft(
     """
     check_exportable(model.backbone)
     form = lora_form(model, weights, task=task, rank=rank)
+    form = form.without_zeros() if model.tensors.masks else form  # the ranks that a task does not have
     form = form if ranks is None else form.with_rank(ranks)
     metadata = {"relative_error": f"{form.relative_error:.6g}"} if form.relative_error else {}
     write_peft(folder, model.backbone, form.factors, alpha=form.alpha, base_model=base_model, metadata=metadata)

@@ -73,7 +73,7 @@ def adapt(
     Given Θ and τ, new tasks are independent of each other and of the tasks of the fit. Any number of them can be given at once,
     each is fitted as if it were alone, and the documents of the old tasks are not needed. A task without documents gets its
     prior: Θ, with the standard deviation 1/√τ if the guide has one. If each task of the fit has its own τ, a new task gets their
-    geometric mean. Latents that all tasks share do not change.
+    geometric mean. If each has its own rank, a new task has the largest one. Latents that all tasks share do not change.
 
     Args:
         fitted: the fit whose Θ and τ are the prior.
@@ -212,7 +212,7 @@ def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
     prior = Given(mean, precisions, penalty=model.prior.penalty)
     new = copy.copy(model)
     new.num_tasks, new.prior, new.likelihood = num_tasks, prior, likelihood
-    new.tensors = model.tensors.for_new_tasks()
+    new.adapter, new.tensors = model.adapter.for_tasks(None), model.tensors.for_new_tasks()
     return new
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from bora_pyro.backbone.fit_hooks import FitHooks
 from bora_pyro.data.tasks import TaskData
@@ -101,3 +103,19 @@ def checked_callbacks(callbacks: Sequence[Callback], model: BoRA, data: TaskData
     for callback in callbacks:
         callback.begin(model, data)
     return list(callbacks)
+
+
+def states_of(callbacks: Sequence[FitHooks]) -> dict[str, Tensor]:
+    """The tensors of all callbacks for a checkpoint, by ``<callback>.<name>``."""
+    return {f"{callback.name}.{key}": value for callback in callbacks for key, value in callback.state().items()}
+
+
+def load_states(callbacks: Sequence[FitHooks], stored: Mapping[str, Tensor]) -> None:
+    """Give the callbacks the tensors that ``states_of`` returned.
+
+    Raises:
+        InputError: a callback refuses its tensors, because they are of another fit.
+    """
+    for callback in callbacks:
+        own = {name: value for name, value in stored.items() if name.startswith(f"{callback.name}.")}
+        callback.load_state({name.partition(".")[2]: value for name, value in own.items()})

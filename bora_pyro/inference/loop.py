@@ -22,7 +22,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.guides.from_steps import FromSteps
 from bora_pyro.guides.ivon import IvonGuide
 from bora_pyro.inference.best_state import BestState
-from bora_pyro.inference.callbacks import Callback, checked_callbacks
+from bora_pyro.inference.callbacks import Callback, checked_callbacks, load_states, states_of
 from bora_pyro.inference.checkpoint import Checkpoint, Checkpoints
 from bora_pyro.inference.continuation import RECORD, check_packing, check_record, digests
 from bora_pyro.inference.elbo import TemperedELBO
@@ -287,7 +287,7 @@ class Loop:
         """Write a checkpoint."""
         groups = dict(self.state.save(self.processes))
         if not self.processes.rank:
-            groups["callbacks"] = {f"{c.name}.{key}": value for c in self.callbacks for key, value in c.state().items()}
+            groups["callbacks"] = states_of(self.callbacks)
             progress = {"steps": self.steps_done, "epoch": self.epoch, "within": self.within}
             progress |= digests(self.data, self.model.backbone) | {"documents": self.data.train.num_documents}
             progress |= {name: getattr(self.fitted, name) for name in RECORD}
@@ -303,10 +303,7 @@ class Loop:
         check_packing(checkpoint, {"steps_per_epoch": self.steps_per_epoch})
         with checkpoint.errors():
             self.state.load(checkpoint, self.processes)
-        stored = checkpoint.group("callbacks")
-        for callback in self.callbacks:
-            own = {name: value for name, value in stored.items() if name.startswith(f"{callback.name}.")}
-            callback.load_state({name.partition(".")[2]: value for name, value in own.items()})
+        load_states(self.callbacks, checkpoint.group("callbacks"))
         self.steps_done, self.epoch, self.within = (checkpoint.progress[name] for name in ("steps", "epoch", "within"))
         for name in RECORD:
             setattr(self.fitted, name, checkpoint.progress[name])

@@ -59,10 +59,15 @@ class TaskDropout:
 
 
 def check_shares(option: str, value: float | str, model: BoRA) -> None:
-    """Check that Θ is a parameter of the model, for an option of a fit that is about Θ.
+    """Check that Θ is a parameter of the model, and whole in every task, for an option of a fit that is about Θ.
 
     Raises:
-        InputError: Θ is the average over the tasks.
+        InputError: Θ is the average over the tasks, or tasks have masks of their own.
     """
     if any(model.prior.averages(name) for name in model.starts):
         raise InputError(f"{option} is {value}, but under {model.prior} the tasks have no common Theta; leave {option} out")
+    if model.tensors.masks_by_task:
+        raise InputError(
+            f"{option} is {value}, which reads documents with Theta alone, and {model.adapter} cuts Theta to the rank of each "
+            f"task; leave {option} out"
+        )

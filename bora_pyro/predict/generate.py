@@ -118,7 +118,7 @@ def generate_side_by_side(
     backbone, authors = fitted.model.backbone, Authors(fitted.tasks)
     tokenizer = tokenizer_of(backbone, "read and write texts with")
     tasks = list(dict.fromkeys(map(authors.resolve, [tasks] if isinstance(tasks, str) else tasks)))
-    weights, row_of = _weights(fitted, tasks, authors)
+    weights, row_of, task_of = _weights(fitted, tasks, authors)
     template = None if raw else fitted.chat_template
     encoded = [prompt_tokens(backbone, tokenizer, prompt, template) for prompt in prompts]
     requests = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
@@ -133,7 +133,8 @@ def generate_side_by_side(
             torch.manual_seed(seed)
             for new_tokens, group in _groups([len(prompt) for prompt in prompt_of], max_new_tokens, backbone.context, way):
                 rows = torch.tensor([row_of[requests[i][1]] for i in group], device=backbone.device)
-                change = _except_base_rows(fitted.model.change(weights, rows.clamp(min=0)), rows < 0)
+                of_row = rows.clamp(min=0)
+                change = _except_base_rows(fitted.model.change(weights, of_row, task_of.to(rows.device)[of_row]), rows < 0)
                 config = GenerationConfig(
                     max_new_tokens=new_tokens, use_cache=way.cached, return_dict_in_generate=True, output_logits=True, **sampling
                 )
@@ -187,13 +188,16 @@ def _is_predicted(backbone: Backbone, prompts: Sequence[Tensor], found: Sequence
     return bool(difference.max() <= MOST_ROUNDING[rounding_of(backbone.model) >= COARSE_ROUNDING])
 
 
-def _weights(fitted: Fitted, tasks: Sequence[str], authors: Authors) -> tuple[Weights, dict[str, int]]:
-    """θ of the given tasks and Θ, as (rows, layers, *shape) by name, and the row of each author; the base has row −1."""
+def _weights(fitted: Fitted, tasks: Sequence[str], authors: Authors) -> tuple[Weights, dict[str, int], Tensor]:
+    """θ of the given tasks and Θ, as (rows, layers, *shape) by name; the row of each author; and the task of each row.
+
+    The base has row −1. Θ has the task −1.
+    """
     index = sorted({authors.tasks[task] for task in tasks if task in authors.tasks})
     theta, mean = fitted.weights_of()(torch.tensor(index or [0]))
     weights = {name: torch.cat([value[: len(index)], mean[name][None]]) for name, value in theta.items()}
     rows = {task: index.index(authors.tasks[task]) for task in tasks if task in authors.tasks}
-    return weights, {authors.base: -1, authors.mean: len(index)} | rows
+    return weights, {authors.base: -1, authors.mean: len(index)} | rows, torch.tensor([*index, -1])
 
 
 def _groups(lengths: Sequence[int], max_new_tokens: int, context: int | None, way: Generation) -> list[tuple[int, list[int]]]:

@@ -242,7 +242,7 @@ def infer_task(
     names, weights = list(fitted.tasks), fitted.weights_of()
     parts = []
     for index in torch.arange(len(names)).split(_chunk(split, token_budget)):
-        parts.append(log_likelihoods(fitted.model, split, weights(index)[0], token_budget=token_budget))
+        parts.append(log_likelihoods(fitted.model, split, weights(index)[0], token_budget=token_budget, tasks=index))
     log_likelihood = torch.cat(parts, 1)
     if unknown:
         if math.isinf(fitted.tau()):
@@ -281,13 +281,15 @@ def prior_of_unknown(fitted: Fitted, prior: Given) -> Given:
             squares[name] += float((theta[name] - mean[name]).double().square().sum())
     precisions = {}
     for name, tau in prior.tau.items():
-        numbers = len(fitted.tasks) * prior.centres[name].numel()
+        numbers = int(fitted.model.tensors.active(name, len(fitted.tasks)).sum())
         precisions[name] = tau.clamp(min=numbers / squares[name] if squares[name] else math.inf)
     return Given(prior.centres, precisions, penalty=prior.penalty)
 
 
 @torch.inference_mode()
-def log_likelihoods(model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: int = 8192) -> Tensor:
+def log_likelihoods(
+    model: BoRA, split: TokenSplit, theta: Weights, *, token_budget: int = 8192, tasks: Tensor | None = None
+) -> Tensor:
     """log p(document | θ) of each document under each adapter: (documents, adapters) float64, in nats.
 
     Args:
@@ -295,6 +297,7 @@ def log_likelihoods(model: BoRA, split: TokenSplit, theta: Weights, *, token_bud
         split: the documents.
         theta: θ of each adapter, (adapters, layers, *shape) by name of the latent.
         token_budget: tokens of a forward pass, padding included. Its rows are pairs of a document and an adapter.
+        tasks: (adapters,) the task of each adapter, for masks that differ between tasks; default: all tasks of the model.
     """
     adapters = len(next(iter(theta.values())))
     result = torch.empty((len(split), adapters), dtype=torch.float64)
@@ -303,7 +306,8 @@ def log_likelihoods(model: BoRA, split: TokenSplit, theta: Weights, *, token_bud
         rows = len(batch.index)
         input_ids, labels = (value.repeat_interleave(adapters, 0).to(device) for value in (batch.input_ids, batch.labels))
         adapter = torch.arange(adapters, device=device).repeat(rows)
-        log_prob = NextTokens(model.backbone.lazy_logits(input_ids, model.change(theta, adapter))).log_prob(labels)
+        task = adapter if tasks is None else tasks.to(device)[adapter]
+        log_prob = NextTokens(model.backbone.lazy_logits(input_ids, model.change(theta, adapter, task))).log_prob(labels)
         result[batch.index] = log_prob.double().cpu().view(rows, adapters)
     return result
 

@@ -15,6 +15,7 @@ from bora_pyro.data.splitters import Splitter
 from bora_pyro.data.tables import check_source
 from bora_pyro.errors import InputError
 from bora_pyro.exchange.save import check_exportable
+from bora_pyro.inference.callbacks import load_states
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.processes import Processes
 from bora_pyro.likelihoods import LIKELIHOODS, Likelihood
@@ -50,6 +51,8 @@ def build(plan: Plan) -> tuple[BoRA, TaskData, Continuation, Start | None]:
     model, data = build_run(plan.config, quiet=plan.quiet, split=split, team=plan.team, device=plan.device)
     if plan.config.export_adapters:
         check_can_export(model.backbone)
+    if plan.standing.checkpoint is not None:  # an adapter that refuses it does so before anything is written
+        load_states(model.adapter.callbacks(), plan.standing.checkpoint.group("callbacks"))
     start = begin(plan.config, model, data, folder=plan.folder if plan.config.resume else None, quiet=plan.quiet)
     checkpoints = plan.standing.continuation(plan.folder, data, model.backbone, plan.options, processes=plan.team.size)
     return model, data, checkpoints, start
@@ -64,6 +67,7 @@ def build_run(
     prior: Prior | None = None,
     device: torch.device | None = None,
     seed: int | None = None,
+    new_tasks: bool = False,
 ) -> tuple[BoRA, TaskData]:
     """Build the model before the fit, and the tokenised data.
 
@@ -77,6 +81,7 @@ def build_run(
         device: the device, if it is known already; default: that of the configuration.
         seed: seed of the adapter's start; default: that of the configuration. New tasks have the adapter of the fit that they
             were adapted from.
+        new_tasks: the tasks are not those of the fit; options of the adapter that name tasks name others.
 
     Raises:
         InputError: something in the configuration or the data cannot be used.
@@ -89,7 +94,7 @@ def build_run(
     data = _load_data(config, backbone, split, reads_options=likelihood.reads_options, quiet=quiet)
     adapter = build_member(
         "adapter", ADAPTERS, config.adapter, config.adapter_option or (), usual={"rank": config.rank, "alpha": config.alpha}
-    )
+    ).for_tasks(None if new_tasks else data.tasks)
     router = build_member("router", ROUTERS, config.router, config.router_option or (), usual={"tasks": len(data.tasks)})
     model = BoRA(
         backbone,

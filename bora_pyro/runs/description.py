@@ -39,7 +39,7 @@ def describe(model: BoRA) -> dict[str, Any]:
 
 
 def plain(value: Member) -> dict[str, Any]:
-    """Describe a member of an axis: its class, and its fields that are numbers, texts or other members."""
+    """Describe a member of an axis: its class, and its fields that are numbers, rows of numbers, texts or other members."""
     return {"class": type(value).__name__} | _fields(value)
 
 
@@ -50,6 +50,8 @@ def _fields(value: Any) -> dict[str, Any]:
             continue
         if isinstance(field, bool | int | float | str):
             found[name] = field
+        elif isinstance(field, tuple) and field and all(isinstance(item, int | float) for item in field):
+            found[name] = list(field)
         elif isinstance(field, Member):
             found[name] = plain(field)
         elif isinstance(field, Mapping) and field and all(isinstance(item, Member) for item in field.values()):

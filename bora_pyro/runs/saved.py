@@ -149,7 +149,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     prior = _given(tensors, config.penalty if centred else metadata.get("penalty", "normal")) if given or centred else None
     # new tasks have the adapter of the fit that they were adapted from
     seed = folder.read_config(FIT).get("seed") if given else None
-    model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), prior=prior, seed=seed)
+    model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), prior=prior, seed=seed, new_tasks=given)
     if posterior is not None and posterior.tau != FIXED:
         sampled_tau(model, posterior.tau)
     check_data(folder, data, metrics, metadata)
