@@ -4,6 +4,7 @@ from bora_pyro.adapters.base import Adapter, Factors
 from bora_pyro.adapters.frozen_a import FrozenALoRA
 from bora_pyro.adapters.lora import LoRA
 from bora_pyro.adapters.lora_dropout import DropoutLoRA
+from bora_pyro.adapters.mtlora import MTLoRA
 from bora_pyro.adapters.nola import NOLA
 from bora_pyro.adapters.osft import OSFT
 from bora_pyro.adapters.sara import SaRA
@@ -17,6 +18,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "lora_frozen_a": FrozenALoRA,
     "lora_shared_plus_task": SharedPlusTaskLoRA,
     "lora_dropout": DropoutLoRA,
+    "mtlora": MTLoRA,
     "nola": NOLA,
     "osft": OSFT,
     "sara": SaRA,
@@ -25,6 +27,6 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 __all__ = [
-    "ADAPTERS", "NOLA", "OSFT", "Adapter", "DropoutLoRA", "Factors", "FrozenALoRA", "LoRA", "SaRA", "SharedPlusTaskLoRA", "SoKA",
-    "TriAdaptLoRA",
+    "ADAPTERS", "NOLA", "OSFT", "Adapter", "DropoutLoRA", "Factors", "FrozenALoRA", "LoRA", "MTLoRA", "SaRA",
+    "SharedPlusTaskLoRA", "SoKA", "TriAdaptLoRA",
 ]  # fmt: skip

@@ -65,6 +65,11 @@ class LoRA(ScaledAdapter):
         InputError: the rank is below 1, or alpha is not positive and finite.
     """
 
+    @property
+    def own_scaling(self) -> float | None:
+        """The factor of ``lora_B lora_A`` in ΔW; None if it is a latent."""
+        return self.scaling
+
     def start(self, slot: Slot, weight: Callable[[], Tensor], generator: Generator) -> Start:
         lora_a = uniform_fan_in((self.rank, slot.in_features), generator)
         return Start({"lora_A": lora_a, "lora_B": torch.zeros(slot.out_features, self.rank)})

@@ -76,6 +76,8 @@ class TfbGuide(AroundMap):
         check_no_masks(model, "tfb")
         if not isinstance(model.adapter, LoRA) or not any(name.endswith(f".{_A}") for name in model.starts):
             raise InputError(f"guide tfb needs LoRA, whose tasks have an A and a B, not {model.adapter}; use the guide normal")
+        if model.adapter.own_scaling is None:
+            raise InputError(f"guide tfb needs LoRA with a fixed scale, not {model.adapter}; use the guide normal")
         super().__init__(model, sites)
         self.tolerance, self.range, self.steps, self.least_documents = tolerance, (smallest, largest), steps, least_documents
         self.register_buffer("sigma", torch.zeros(model.num_tasks, device=model.backbone.device))
@@ -95,9 +97,9 @@ class TfbGuide(AroundMap):
         b = self.kept("theta" if own else "prior_mean", name.removesuffix(_A) + _B).double()
         squares, v = torch.linalg.eigh(b.mT @ b)  # ascending
         values = squares.clamp(min=0).sqrt()
-        assert isinstance(self.model.adapter, LoRA)
+        assert isinstance(self.model.adapter, LoRA) and self.model.adapter.own_scaling is not None
         kept = values > _LEAST * values.max()
-        inverse = torch.where(kept, 1 / (self.model.adapter.scaling * values), 0.0)
+        inverse = torch.where(kept, 1 / (self.model.adapter.own_scaling * values), 0.0)
         return inverse[..., None, :].to(theta), v[..., None, :, :].to(theta), own
 
     def _around(self, name: str, loc: Tensor, slope: Tensor | float, sigma: Tensor, event_dim: int) -> dist.TorchDistribution:

@@ -18,7 +18,7 @@ from bora_pyro.runs.checks import stored_result
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.fitting import fit_into, start_tracking
 from bora_pyro.runs.plan import Plan, prepare
-from bora_pyro.runs.progress import layers_line
+from bora_pyro.runs.progress import latents_lines, layers_line
 from bora_pyro.runs.questions import questions_of, with_accuracy
 from bora_pyro.runs.results import metrics_of
 from bora_pyro.runs.resume import say_nothing_is_left
@@ -96,7 +96,7 @@ def _memory(plan: Plan, model: BoRA, data: TaskData) -> MemoryEstimate:
         process=plan.resident,
     )
     if not plan.quiet:
-        print(layers_line(model.backbone.slots), file=sys.stderr)
+        print(*[layers_line(model.backbone.slots), *latents_lines(model)], sep="\n", file=sys.stderr)
         print(f"memory: {memory}", file=sys.stderr)
     return memory
 

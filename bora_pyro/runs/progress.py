@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+import torch
 from rich import box
 from rich import progress as rich_progress
 from rich.console import Console, RenderableType
@@ -33,6 +34,7 @@ from bora_pyro.backbone.slots import Slot
 from bora_pyro.data import TaskData
 from bora_pyro.files.text import NAME_LENGTH, escaped, name_line
 from bora_pyro.likelihoods import PERPLEXITY, Measure, measure_of
+from bora_pyro.model import BoRA
 
 _MISSING = "–"
 
@@ -251,6 +253,21 @@ def layers_line(slots: Sequence[Slot]) -> str:
     """One line on the layers that have adapters."""
     kinds = ", ".join(f"{slot.name} x {slot.layers}" for slot in slots)
     return f"adapters: on {sum(slot.layers for slot in slots)} layers: {kinds}"
+
+
+def latents_lines(model: BoRA) -> list[str]:
+    """One line on the number of latents, if tasks have some in common or differ in how many they have; otherwise none."""
+    tensors, shared = model.tensors, model.adapter.shared
+    common, own = 0, torch.zeros(model.num_tasks, dtype=torch.int64)
+    for name in model.starts:
+        if name.rpartition(".")[-1] in shared:
+            common += int(tensors.active(name, 1))
+        else:
+            own += tensors.active(name, model.num_tasks)
+    if not common and not tensors.masks_by_task:
+        return []
+    least, most = int(own.min()), int(own.max())
+    return [f"latents: {common:,} for all tasks together, and {least:,}{f' to {most:,}' * (least != most)} for each task"]
 
 
 def data_lines(data: TaskData) -> list[str]:

@@ -18,8 +18,8 @@ EVERY_ADAPTER = pytest.mark.parametrize("name", ADAPTERS)
 NOT_RANDOM = {"sara", "soka"}
 SLOT = Slot("q_proj", ("a.q_proj", "b.q_proj"), 16, 24)
 #: Adapters whose change is a product of two matrices, and those of them whose latents are these matrices.
-LOW_RANK = ("lora", "lora_frozen_a", "lora_shared_plus_task", "nola")
-MATRICES = LOW_RANK[:3]
+LOW_RANK = ("lora", "lora_frozen_a", "lora_shared_plus_task", "mtlora", "nola")
+MATRICES = LOW_RANK[:4]
 
 
 def start_of(adapter, slot=SLOT, *, seed=0):
@@ -81,6 +81,7 @@ def test_exactly_the_declared_latents_are_trained(name, prior, copies):
         ("lora", 2 * (16 + 24)),
         ("lora_frozen_a", 2 * 24),
         ("lora_shared_plus_task", 4 * (16 + 24)),
+        ("mtlora", 4 * (16 + 24)),
         ("nola", 2 * 256),
         ("soka", 2 * (1 + 16 + 24)),
     ],
@@ -107,7 +108,7 @@ def test_a_frozen_a_is_where_lora_starts():
 
 @pytest.mark.parametrize("name", LOW_RANK)
 def test_lora_matrices_give_the_same_change(name):
-    rank = {"lora_shared_plus_task": 4}.get(name, 2)  # two pairs of rank 2 are one of rank 4
+    rank = {"lora_shared_plus_task": 4, "mtlora": 4}.get(name, 2)  # two pairs of rank 2 are one of rank 4
     adapter, generator = tiny_adapter(name, alpha=3.0), torch.Generator().manual_seed(0)
     latents, fixed = draw(start_of(adapter).latents, generator, rows=(5,)), start_of(adapter).fixed
     x = torch.randn((5, 7, 16), generator=generator)

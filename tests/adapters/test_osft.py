@@ -16,7 +16,7 @@ from bora_pyro.backbone.slots import Slot
 from tests.tiny import TASKS, of_task, random_ids, random_weights, tiny_backbone, tiny_bora, tiny_data, tiny_split
 
 SLOT = Slot("q_proj", ("a.q_proj",), 16, 24)
-INNER = ["lora", "lora_frozen_a", "lora_shared_plus_task", "sara", "triadapt"]
+INNER = ["lora", "lora_frozen_a", "lora_shared_plus_task", "mtlora", "sara", "triadapt"]
 EVERY_INNER = pytest.mark.parametrize("inner", INNER)
 FIT = {"epochs": 3, "learning_rate": 0.03, "token_budget": 16, "patience": 0}
 

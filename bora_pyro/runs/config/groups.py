@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from bora_pyro.adapters import ADAPTERS
+from bora_pyro.adapters.layer_options import LARGEST_RANK
 from bora_pyro.backbone.loading import DEVICE_MAPS, QUANTIZATIONS
 from bora_pyro.data.options import DATA
 from bora_pyro.errors import InputError, nearest, shown
@@ -33,8 +34,6 @@ LEARNED = "learned"
 CENTRE = "centre"
 #: The value of ``--resume`` that resumes a run if the output folder contains one.
 AUTO = "auto"
-# A limit, because the memory for a larger rank would be requested at once.
-_LARGEST_RANK = 2**16
 # Between these values, both τ and its standard deviation are float32 numbers.
 _TAU = (1e-30, 1e30)
 
@@ -90,7 +89,7 @@ class BaseOptions:
         group=MODEL,
         whole=True,
     )
-    rank: int = option(8, "rank r of the adapter", group=MODEL, least=1, most=_LARGEST_RANK)
+    rank: int = option(8, "rank r of the adapter", group=MODEL, least=1, most=LARGEST_RANK)
     alpha: float | None = option(
         None, "scale of the adapter: W + (alpha/r) B A (default: the rank, so that alpha/r = 1)", group=MODEL, positive=True
     )
