@@ -213,6 +213,15 @@ def test_a_fit_trains_what_is_active_and_predicts(options):
         assert moved[active].any() == own(name)
 
 
+def test_steps_that_draw_tasks_keep_their_ranks():
+    model = mt_bora({"task_ranks": RANKS, "task_layers": "-1"})
+    fitted = fit(model, tiny_data(), task_subsampling=True, **FIT)
+    theta, mean = fitted.weights()
+    deviation = (theta["fc1.lora_A"] - mean["fc1.lora_A"]).any(-1)  # (tasks, layers, ranks)
+    assert not deviation[:, 0].any()
+    assert deviation[:, 1].sum(-1).tolist() == list(RANKS)
+
+
 def test_scales_are_learned_around_those_that_are_given():
     model = mt_bora({"trainable_scales": True, "shared_scale": 4.0, "task_scale": 0.5})
     weights, slot = weights_of(model), model.backbone.slots[2]
