@@ -38,15 +38,24 @@ if TYPE_CHECKING:
     from bora_pyro.predict.held_out import settle
     from bora_pyro.predict.infer_task import infer_task
     from bora_pyro.predict.posterior import Posterior
-    from bora_pyro.priors import Given, HierarchicalNormal, Independent, LearnedPrecision, Pooled, RandomPrecision, prior_from_tau
+    from bora_pyro.priors import (
+        Given,
+        GroupedNormal,
+        HierarchicalNormal,
+        Independent,
+        LearnedPrecision,
+        Pooled,
+        RandomPrecision,
+        prior_from_tau,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Backbone", "BoRA", "Callback", "CausalLM", "Choice", "DataOptions", "FitOptions", "Fitted", "FrozenALoRA",
-    "Given", "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled", "Posterior",
-    "RandomPrecision", "Scores", "TaskData", "adapt", "ensemble", "evaluate", "fit", "generate_side_by_side", "infer_task",
-    "laplace_guide", "load_peft", "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool", "prior_from_tau",
-    "read_peft", "save_peft", "settle", "swag_guide", "table", "talk_of_norway", "tfb_guide",
+    "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled",
+    "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt", "ensemble", "evaluate", "fit", "generate_side_by_side",
+    "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool",
+    "prior_from_tau", "read_peft", "save_peft", "settle", "swag_guide", "table", "talk_of_norway", "tfb_guide",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
@@ -75,7 +84,8 @@ _MODULES = {
     "predict.infer_task": ("infer_task",),
     "predict.posterior": ("Posterior",),
     "priors": (
-        "Given", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled", "RandomPrecision", "prior_from_tau",
+        "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled", "RandomPrecision",
+        "prior_from_tau",
     ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

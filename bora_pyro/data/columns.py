@@ -33,6 +33,7 @@ class Columns:
         text_option: the option that named ``text``, for errors.
         document_form: the form of the documents, one of `DOCUMENT_FORMS`.
         options: column with the options of each prompt; None: documents have no options.
+        task_group: column with the group of a document's task; None: tasks have no groups.
     """
 
     task: tuple[str, ...] = ("task",)
@@ -44,6 +45,7 @@ class Columns:
     text_option: str = "text_column"
     document_form: str = AUTO
     options: str | None = None
+    task_group: str | None = None
 
     @classmethod
     def given(
@@ -57,6 +59,7 @@ class Columns:
         completion_column: str | None = None,
         messages_column: str | None = None,
         options_column: str | None = None,
+        task_group_column: str | None = None,
         document_form: str = AUTO,
     ) -> Columns:
         """The columns that the options of ``read_table`` name.
@@ -67,6 +70,7 @@ class Columns:
         task, text = _names("task_column", task_column), _names("text_column", text_column)
         alone = {"prompt_column": prompt_column, "completion_column": completion_column, "messages_column": messages_column}
         others = {"group_column": group_column, "split_column": split_column, "options_column": options_column}
+        others |= {"task_group_column": task_group_column}
         for name, column in (alone | others).items():
             if column is not None and not isinstance(column, str):
                 raise InputError(f"{name} is {shown(column)}; give the name of one column")
@@ -92,8 +96,17 @@ class Columns:
         option = "text_column" if completion_column is None else "completion_column"
         text = text if completion_column is None else (completion_column,)
         return cls(
-            task, text, group_column, split_column, prompt_column, messages_column, option, document_form, options_column
-        )  # fmt: skip
+            task=task,
+            text=text,
+            group=group_column,
+            split=split_column,
+            prompt=prompt_column,
+            messages=messages_column,
+            text_option=option,
+            document_form=document_form,
+            options=options_column,
+            task_group=task_group_column,
+        )
 
     @property
     def names_text(self) -> bool:

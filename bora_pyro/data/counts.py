@@ -31,6 +31,7 @@ class Documents(NamedTuple):
         columns: all columns of the source.
         used: the columns that were read.
         form: the form of the documents, as ``document_form`` names it.
+        task_groups: the group of each task, if there is a column of them.
     """
 
     table: datasets.Dataset
@@ -41,6 +42,7 @@ class Documents(NamedTuple):
     columns: tuple[str, ...] = ()
     used: tuple[str, ...] = ()
     form: str = ""
+    task_groups: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)

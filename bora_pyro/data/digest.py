@@ -25,7 +25,13 @@ from bora_pyro.data.token_split import TokenSplit
 CHUNK = 2**20
 
 
-def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights: Tensor | None = None) -> str:
+def documents_digest(
+    tasks: Sequence[str],
+    splits: Sequence[TokenSplit],
+    weights: Tensor | None = None,
+    *,
+    task_groups: Sequence[str] | None = None,
+) -> str:
     """The SHA-256 of everything that a fit sees of the documents, as 64 hexadecimal digits.
 
     It does not depend on how the documents are stored: with or without gaps between them, in memory or in a file.
@@ -35,6 +41,7 @@ def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights
         splits: the splits. Of each document, its length, its task, its tokens and which tokens are predicted are hashed; of
             options also their question, and which one is right.
         weights: (D,) factors of the tasks' log-likelihoods, or None.
+        task_groups: the name of each task's group, or None.
     """
     whole = hashlib.sha256(json.dumps([*tasks]).encode())
     for split in splits:
@@ -49,6 +56,8 @@ def documents_digest(tasks: Sequence[str], splits: Sequence[TokenSplit], weights
             whole.update(hashlib.sha256(_bytes(about)).digest())
     if weights is not None:
         whole.update(_bytes(weights.double()))
+    if task_groups is not None:
+        whole.update(json.dumps(["task groups", *task_groups]).encode())
     return whole.hexdigest()
 
 

@@ -20,7 +20,7 @@ class DataOptions(ReadingOptions, Seeded):
 
     >>> DataOptions(max_tokens=64).columns  # doctest: +NORMALIZE_WHITESPACE
     Columns(task=('task',), text=('text',), group=None, split=None, prompt=None, messages=None, text_option='text_column',
-            document_form='auto', options=None)
+            document_form='auto', options=None, task_group=None)
     >>> DataOptions(max_tokens=1).validate()
     Traceback (most recent call last):
     bora_pyro.errors.InputError: max_tokens is 1; give a whole number from 2 up
@@ -69,6 +69,13 @@ class DataOptions(ReadingOptions, Seeded):
     group_column: str | None = option(
         None,
         "documents that agree here stay on one side of the split (default: doc_id where the table has it)",
+        group=DATA,
+        filled=True,
+    )
+    task_group_column: str | None = option(
+        None,
+        "column with the group that a row's task belongs to, as a speaker's party: the prior then has a level of groups between "
+        "the tasks and Theta (default: no groups)",
         group=DATA,
         filled=True,
     )
@@ -129,7 +136,7 @@ class DataOptions(ReadingOptions, Seeded):
     @property
     def content_options(self) -> dict[str, Any]:
         """The options that say what the content is: a text, a prompt and its completion, or a chat, and its columns."""
-        others = ("task_column", "group_column", "split_column")
+        others = ("task_column", "group_column", "split_column", "task_group_column")
         columns = {name: value for name, value in self.column_options.items() if name not in others}
         return {**columns, "document_form": self.document_form}
 

@@ -70,6 +70,7 @@ class RowReader:
         self._names = tuple(map(str, names))
         self._dropped: Counter[str] = Counter()
         self._parts: dict[str, tuple[str, ...]] = {}
+        self._task_groups: dict[str, str] = {}
 
     @property
     def needed(self) -> list[str]:
@@ -101,6 +102,7 @@ class RowReader:
         if not task:
             self._dropped["no task"] += 1
             return None
+        self._read_task_group(task, cells, where)
         group = "" if columns.group is None else name_of(cells[columns.group], f"{where}: column {columns.group!r}")
         row = {"task": task, **content, "group": group or f"row {number}"}
         if columns.split is not None:
@@ -115,8 +117,8 @@ class RowReader:
 
     @property
     def about(self) -> dict[str, Any]:
-        """How the documents are read: all columns of the table, those that are used, and the form of the documents."""
-        return {"columns": self._names, "used": tuple(self.needed), "form": self.document.name}
+        """How the documents are read: all columns of the table, those that are used, the form, and the groups of the tasks."""
+        return {"columns": self._names, "used": tuple(self.needed), "form": self.document.name, "task_groups": self._task_groups}
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -133,6 +135,7 @@ class RowReader:
         columns = self.columns
         pairs: list[tuple[str, str | None]] = [("task_column", name) for name in columns.task]
         pairs += [*self.document.columns, ("group_column", columns.group), ("split_column", columns.split)]
+        pairs += [("task_group_column", columns.task_group)]
         return [(option, column) for option, column in pairs if column is not None]
 
     def _task(self, cells: Mapping[str, Any], where: str) -> str:
@@ -146,6 +149,17 @@ class RowReader:
                 f"{' '.join(self.columns.task)}); write these names without {NAME_SEPARATOR!r}"
             )
         return name
+
+    def _read_task_group(self, task: str, cells: Mapping[str, Any], where: str) -> None:
+        """Take the group of a row's task, and check that all rows of the task agree."""
+        if (column := self.columns.task_group) is None:
+            return
+        group = name_of(cells[column], f"{where}: column {column!r}")
+        if group and (known := self._task_groups.setdefault(task, group)) != group:
+            raise InputError(
+                f"{where}: task {shown(task)} is in group {shown(group)}, and in {shown(known)} in an earlier row "
+                f"(task_group_column {column}); give each task one group"
+            )
 
 
 def _dropped_note(count: int, what: str) -> str:

@@ -40,6 +40,7 @@ def read_table(
     completion_column: str | None = None,
     messages_column: str | None = None,
     options_column: str | None = None,
+    task_group_column: str | None = None,
     document_form: str = AUTO,
     template: ChatTemplate | None = None,
     hub_split: str | None = None,
@@ -67,6 +68,8 @@ def read_table(
         messages_column: column with a chat, a list of messages with ``role`` and ``content``, which may be JSON text. Only the
             assistant's messages are predicted.
         options_column: column with the options of each prompt, a list of texts or its JSON text, one of which is the completion.
+        task_group_column: column with the group of a row's task, such as a speaker's party. All rows of a task agree; an empty
+            cell says nothing. ``read_documents`` returns the groups; the table does not have them.
         document_form: the form of the documents (`bora_pyro.data.forms`). ``auto`` means: that of the columns that are named;
             else texts, if there is a column ``text``; else the form that is recognised by the columns and the first rows.
         template: the template that will write chats. What it cannot take is changed, with a note. None: nothing is changed.
@@ -93,6 +96,7 @@ def read_table(
         completion_column=completion_column,
         messages_column=messages_column,
         options_column=options_column,
+        task_group_column=task_group_column,
         document_form=document_form,
     )
     read = read_documents(source, columns, template=template, hub_split=hub_split, reading=reading)
@@ -138,7 +142,16 @@ def read_rows(
     """
     if raw.has_splits and columns.split is None:
         columns = replace(columns, split="split")
-    given = [*columns.task, *columns.text, columns.prompt, columns.messages, columns.options, columns.group, columns.split]
+    given = [
+        *columns.task,
+        *columns.text,
+        columns.prompt,
+        columns.messages,
+        columns.options,
+        columns.group,
+        columns.split,
+        columns.task_group,
+    ]
     names = raw.with_nested([name for name in given if name is not None])
     first = [cells for _, cells in raw.head(SAMPLE, names)]
     if not first:

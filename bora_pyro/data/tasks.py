@@ -61,6 +61,7 @@ class TaskData:
         task_weights: (D,) factors of the tasks' log-likelihoods, for ``CausalLM(task_weights=...)``; None: all are 1.
         chat_template: the template that wrote the documents, if they are chats.
         counts: what was read and left out, if the documents come from a table.
+        task_groups: the name of each task's group, (D,); None: tasks have no groups.
     """
 
     tasks: list[str]
@@ -72,6 +73,7 @@ class TaskData:
     task_weights: Tensor | None = None
     chat_template: str | None = None
     counts: Counts | None = None
+    task_groups: list[str] | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -80,8 +82,9 @@ class TaskData:
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of all that a fit sees of the documents, with task weights. A run recognises its documents by it."""
-        return documents_digest(self.tasks, [self.train, self.validation, self.test], self.task_weights)
+        """The SHA-256 of all that a fit sees: documents, task weights and task groups. A run recognises its documents by it."""
+        splits = [self.train, self.validation, self.test]
+        return documents_digest(self.tasks, splits, self.task_weights, task_groups=self.task_groups)
 
     def __repr__(self) -> str:
         names = ", ".join(shown(task) for task in self.tasks[:3]) + (", ..." if len(self.tasks) > 3 else "")
@@ -144,6 +147,8 @@ def load_tasks(
     if not len(done["train"].split):
         raise _nothing_to_train_on(read.content, options.max_tokens, notes)
     notes += _empty_side_notes(found, done)
+    task_groups = None if options.task_group_column is None else _task_groups(tasks, read.task_groups, options.task_group_column)
+    notes += [] if task_groups is None else [_task_group_note(task_groups)]
     return TaskData(
         tasks=tasks,
         train=done["train"].split,
@@ -154,7 +159,32 @@ def load_tasks(
         task_weights=None if task_weights is None else weights_of(task_weights, tasks, known=set(read.table["task"][:])),
         chat_template=chat_template_of(tokenizer, options.chat_template) if "messages" in read.content else None,
         counts=_counts(read, found, done),
+        task_groups=task_groups,
     )
+
+
+def _task_groups(tasks: Sequence[str], known: Mapping[str, str], column: str) -> list[str]:
+    """The group of each task.
+
+    Raises:
+        InputError: a task has none.
+    """
+    without = [task for task in tasks if task not in known]
+    if without:
+        more = others(len(without) - 1, "nor")
+        raise InputError(
+            f"task {shown(without[0])} has no group in column {column!r} (task_group_column){more}; give every task one; a group "
+            "may have a single task"
+        )
+    return [known[task] for task in tasks]
+
+
+def _task_group_note(groups: Sequence[str], *, most: int = 12) -> str:
+    """A note on the groups and the number of their tasks."""
+    sizes = sorted(Counter(groups).items())
+    parts = [f"{shown(name)} ({number:,})" for name, number in sizes[:most]]
+    parts += [f"{len(sizes) - most:,} more"] * (len(sizes) > most)
+    return f"{counted(len(groups), 'task')} in {counted(len(sizes), 'group')}: {', '.join(parts)}"
 
 
 def _read(source: Source, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> tuple[Documents, TokenFile | None]:

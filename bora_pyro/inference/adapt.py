@@ -57,6 +57,7 @@ def adapt(
     token_budget: int = 4096,
     max_tokens: int | None = None,
     scale: float = 0.1,
+    task_group: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Fitted:
@@ -88,6 +89,8 @@ def adapt(
         token_budget: tokens of a batch, padding included.
         max_tokens: longer texts are cut. Default and upper limit: the longest text that the base reads.
         scale: the initial standard deviations in units of the prior's, for guides that learn standard deviations.
+        task_group: under a prior with groups (:class:`~bora_pyro.priors.GroupedNormal`), the group that all new tasks belong to.
+            Their prior is then Normal(Θ_g, 1/τ). None: they belong to no group of the fit, and it is Normal(Θ, 1/τ_g + 1/τ).
         seed: seed of the order of the documents and of the guide's draws.
         options: options of :func:`~bora_pyro.inference.fit.fit`, those in ``OPTIONS``. ``gradient_clip`` is the largest norm of
             each task's own gradient.
@@ -104,7 +107,7 @@ def adapt(
         data = task_data(fitted, data, max_tokens=max_tokens)
     elif not isinstance(data, TaskData):
         data = load_new_tasks(data, fitted, max_tokens=max_tokens)
-    model = given_model(fitted, len(data.tasks))
+    model = given_model(fitted, len(data.tasks), task_group=task_group)
     model.likelihood = model.likelihood.with_task_weights(data.task_weights)
     return fit_deviations(
         model, data, guide=guide, steps=steps, learning_rate=learning_rate, token_budget=token_budget, scale=scale, seed=seed,
@@ -186,14 +189,19 @@ def _copy_rows(joint_guide: AutoGuide, tasks: Tensor, group_guide: AutoGuide) ->
         value[tasks.to(value.device)] = rows[name]
 
 
-def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
+def given_model(fitted: Fitted, num_tasks: int, *, task_group: str | None = None) -> BoRA:
     """The model of new tasks: the backbone, adapter and likelihood of a fit, with its Θ, τ and penalty as the prior.
 
     All task weights are 1.
 
+    Args:
+        fitted: the fit.
+        num_tasks: the number of new tasks.
+        task_group: the group of the fit that they belong to, under a prior with groups.
+
     Raises:
-        InputError: τ of the fit is infinite, so that new tasks have no deviations; or its router reads the adapters of its own
-            tasks, which new tasks are not.
+        InputError: there is no such group; τ of the fit is infinite, so that new tasks have no deviations; or its router reads
+            the adapters of its own tasks, which new tasks are not.
     """
     model = fitted.model
     if model.router.reads_all_tasks:
@@ -201,8 +209,7 @@ def given_model(fitted: Fitted, num_tasks: int) -> BoRA:
             f"{model.router} reads a token by the adapters of the fit's own tasks; new tasks need the router by_task"
         )
     _, mean = fitted.weights_of()(torch.tensor([0]))
-    sites = fitted.sites()
-    precisions = {name: _new_task_tau(model.prior.precision(name, start, sites), start) for name, start in model.starts.items()}
+    mean, precisions = model.prior.of_new_task(fitted.sites(), mean, group=task_group)
     if all(bool(tau.isinf().all()) for tau in precisions.values()):
         raise InputError(
             "tau of the fit is inf: all tasks, new ones too, have the same adapter (adapters/global-mean); to adapt, fit with "
@@ -263,8 +270,3 @@ def load_new_tasks(source: Source, fitted: Fitted, *, max_tokens: int | None = N
     if max_tokens is not None and most < max_tokens:
         data.notes.insert(0, f"max_tokens {max_tokens} is more than the base model reads; {most} is used")
     return data
-
-
-def _new_task_tau(tau: Tensor, start: Tensor) -> Tensor:
-    """τ of a new task: the τ of the fit, or the geometric mean if each task of the fit has its own."""
-    return tau.log().mean(0).exp() if tau.dim() > start.dim() else tau

@@ -13,7 +13,16 @@ from torch.nn import Parameter
 from bora_pyro.data.batch import Batch
 from bora_pyro.inference.averaging import TrajectoryMean, log_tau, mean_shapes
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
-from bora_pyro.inference.optimizer import Rates, deviation_parameters, optimizer_of, rescale, take_step
+from bora_pyro.inference.optimizer import (
+    GROUP,
+    Rates,
+    deviation_parameters,
+    group_parameters,
+    optimizer_of,
+    precisions,
+    rescale,
+    take_step,
+)
 from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.spread import Collection, give_spread
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes, shapes
@@ -45,7 +54,8 @@ class AllTasks:
         self.shared: list[Parameter] = [*self.parameters.values()]
         self.own: list[Parameter] = []
         self.latent_of = deviation_parameters(guide) if own_rate else {}
-        self.optimizer = optimizer_of(guide, self.parameters, self.latent_of)
+        self.group_of = {name: GROUP + latent for name, latent in group_parameters(guide).items()} if own_rate else {}
+        self.optimizer = optimizer_of(guide, self.parameters, self.latent_of, self.group_of)
         self.mean = TrajectoryMean(self.parameters, collection) if average else None
         self.best: dict[str, Tensor] = {}
 
@@ -56,14 +66,15 @@ class AllTasks:
         return batches
 
     def step(self, rates: Rates) -> None:
-        precision, starts = self.model.prior.precision, self.model.starts
-        tau = {self.parameters[name]: precision(latent, starts[latent]) for name, latent in self.latent_of.items()}
-        take_step(self.optimizer, rates, tau)
+        whitened = {**self.latent_of, **self.group_of}
+        tau = precisions(self.model.prior, self.model.starts, whitened.values())
+        take_step(self.optimizer, rates, {self.parameters[name]: tau[key] for name, key in whitened.items()})
         if self.mean is not None:
             self.mean.add({**self.parameters, **log_tau(self.model)})
 
     def rescale(self, factors: Weights) -> None:
-        rescale(self.optimizer, ((self.parameters[name], factors[latent]) for name, latent in self.latent_of.items()))
+        whitened = {**self.latent_of, **self.group_of}
+        rescale(self.optimizer, ((self.parameters[name], factors[key]) for name, key in whitened.items()))
 
     def averaged(self) -> AbstractContextManager[None]:
         assert self.mean is not None
@@ -84,7 +95,7 @@ class AllTasks:
 
     def view(self, batch: Batch, totals: Weights) -> tuple[Batch, Weights, Weights]:
         theta = self.adapters()
-        return batch, theta, {name: value.mean(0, keepdim=True) for name, value in theta.items()}
+        return batch, theta, self.model.prior.average(self.sites(), theta)
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.parameters.items()} | self.model.state()

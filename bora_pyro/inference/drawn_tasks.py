@@ -12,7 +12,7 @@ from bora_pyro.data.batch import Batch
 from bora_pyro.files.row_file import RowTensor
 from bora_pyro.inference.averaging import STEPS, TrajectoryMean, log_tau, mean_shapes
 from bora_pyro.inference.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
-from bora_pyro.inference.optimizer import Rates, optimizer_of, take_step
+from bora_pyro.inference.optimizer import GROUP, Rates, group_parameters, optimizer_of, precisions, rescale, take_step
 from bora_pyro.inference.processes import Processes
 from bora_pyro.inference.spread import give_spread
 from bora_pyro.inference.state import MODEL, check_kind, check_model_state, check_shapes
@@ -32,7 +32,9 @@ class DrawnTasks:
         task_parameters = {id(parameter) for parameter in self.rows.parameters.values()}
         self.of_all = {name: value for name, value in self.guide.named_parameters() if id(value) not in task_parameters}
         self.shared, self.own = [*self.of_all.values()], [*self.rows.parameters.values()]
-        self.optimizer = optimizer_of(self.guide, self.of_all) if self.shared else None
+        own_rate = bool(rows.latent_of)
+        self.group_of = {name: GROUP + latent for name, latent in group_parameters(self.guide).items()} if own_rate else {}
+        self.optimizer = optimizer_of(self.guide, self.of_all, (), self.group_of) if self.shared else None
         self.mean = None if rows.means is None else TrajectoryMean(self.of_all, rows.means.collection)
         self.best: dict[str, Tensor] = {}
 
@@ -44,13 +46,16 @@ class DrawnTasks:
 
     def step(self, rates: Rates) -> None:
         if self.optimizer is not None:
-            take_step(self.optimizer, rates)
+            tau = precisions(self.model.prior, self.model.starts, self.group_of.values())
+            take_step(self.optimizer, rates, {self.of_all[name]: tau[key] for name, key in self.group_of.items()})
         if self.mean is not None:
             self.mean.add({**self.of_all, **log_tau(self.model)})
         self.rows.step(rates)
 
     def rescale(self, factors: Weights) -> None:
         self.rows.rescale(factors)
+        if self.optimizer is not None:
+            rescale(self.optimizer, ((self.of_all[name], factors[key]) for name, key in self.group_of.items()))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

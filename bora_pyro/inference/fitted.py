@@ -134,6 +134,14 @@ class Fitted:
         taus = {name: self.model.prior.precision(name, start, sites) for name, start in starts.items()}
         return mean_tau(taus, {name: start.numel() for name, start in starts.items()})
 
+    def tau_group(self) -> float | None:
+        """τ_g, the precision of the groups' means around Θ, as ``tau``; None under a prior without groups of tasks."""
+        prior, starts = self.model.prior, self.model.starts
+        if not prior.groups:
+            return None
+        taus = {name: prior.group_precision(name, start) for name, start in starts.items()}
+        return mean_tau(taus, {name: start.numel() for name, start in starts.items()})
+
     def tau_by_group(self) -> dict[str, Any]:
         """τ of each latent: a number, or a list if it differs between layers or tasks."""
         return tau_by_group(self.model, self.sites())

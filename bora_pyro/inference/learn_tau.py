@@ -18,7 +18,7 @@ from bora_pyro.errors import InputError
 from bora_pyro.guides.curvature import document_gradients
 from bora_pyro.inference.callbacks import Callback, FitLoop
 from bora_pyro.inference.fitted import tau_by_group
-from bora_pyro.inference.optimizer import gradient_factors
+from bora_pyro.inference.optimizer import GROUP, gradient_factors, precisions
 from bora_pyro.inference.task_rows import MANY_TASKS
 from bora_pyro.model import BoRA, Weights
 
@@ -69,13 +69,11 @@ class LearnTau(Callback):
             first = batch.first_rows
             deviations.append({name: (value - average[name]).index_select(0, batch.row[first]) for name, value in theta.items()})
             tasks.append(batch.task[first])
-        before = self._tau(loop)
-        model.prior.learn(_joined(deviations), _joined(gradients), torch.cat(tasks), all_reduce=loop.processes.all_reduce)
-        loop.state.rescale(gradient_factors(before, self._tau(loop)))
-
-    @staticmethod
-    def _tau(loop: FitLoop) -> Weights:
-        return {name: loop.model.prior.precision(name, start) for name, start in loop.model.starts.items()}
+        names = [*model.starts, *(GROUP + name for name in model.starts if model.prior.groups)]
+        before, sites = precisions(model.prior, model.starts, names), loop.state.sites() if model.prior.groups else None
+        joined = _joined(deviations), _joined(gradients), torch.cat(tasks)
+        model.prior.learn(*joined, sites=sites, all_reduce=loop.processes.all_reduce)
+        loop.state.rescale(gradient_factors(before, precisions(model.prior, model.starts, names)))
 
 
 def tau_of_path(loop: FitLoop) -> dict[str, Any]:

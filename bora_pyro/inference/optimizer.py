@@ -15,6 +15,9 @@ predicted with certainty hide it, and a deep base diverges. The learning rate is
 So a deviation δ moves no faster than other parameters do: the rate of z is at most the learning rate times √τ. It may always be
 large enough to move an entry by ``LEAST_REACH`` standard deviations of the prior in the whole fit.
 
+The means of groups of tasks (:class:`~bora_pyro.priors.GroupedNormal`) are whitened too. They are treated in the same way, with
+τ_g in place of τ.
+
 When τ changes, the gradient with respect to z changes by the same factor as τ^-1/2. The moments of AdamW are multiplied by this
 factor (:func:`rescale`). Otherwise the large gradients at an early, small τ would hold z back for hundreds of steps.
 """
@@ -34,6 +37,7 @@ from bora_pyro.guides.ivon import IvonGuide
 from bora_pyro.inference.ivon import Ivon
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.schedule import COSINE, schedule
+from bora_pyro.priors import Prior
 
 #: The largest rise of a task's −log p(documents) that the noise of one step may cause.
 NATS = 10.0
@@ -45,6 +49,8 @@ LEAST_REACH = 2.0
 BETAS, DEVIATION_BETAS, EPS = (0.9, 0.999), (0.9, 0.98), 1e-12
 # The ending that Pyro's LocScaleReparam gives a site of whitened values.
 _WHITENED = "_decentered"
+#: Before the names of the sites of groups of tasks, and of their factors.
+GROUP = "group."
 
 
 def deviation_parameters(guide: AutoGuide) -> dict[str, str]:
@@ -53,12 +59,26 @@ def deviation_parameters(guide: AutoGuide) -> dict[str, str]:
     Args:
         guide: the guide after its first run.
     """
+    white = (site for site in task_sites(guide) if site.endswith(_WHITENED))
+    return _centres(guide, {site: site.removeprefix("theta.").removesuffix(_WHITENED) for site in white})
+
+
+def group_parameters(guide: AutoGuide) -> dict[str, str]:
+    """The latent of each parameter of a guide that is the centre of whitened means of groups, by the parameter's name.
+
+    Args:
+        guide: the guide after its first run.
+    """
+    sites = (name for name, _ in guide.prototype_trace.iter_stochastic_nodes())
+    return _centres(guide, {site: site.removeprefix(GROUP).removesuffix(_WHITENED) for site in sites if site.startswith(GROUP)})
+
+
+def _centres(guide: AutoGuide, latents: Mapping[str, str]) -> dict[str, str]:
+    """The latent of each parameter that is the centre of a site, by the parameter's name; ``latents`` are those of the sites."""
     names: dict[str, str] = {}
-    for site in task_sites(guide):
-        if site.endswith(_WHITENED):
-            latent = site.removeprefix("theta.").removesuffix(_WHITENED)
-            # a point estimate, Pyro's own AutoNormal, and the guides of this library
-            names |= dict.fromkeys((site, f"locs.{site}", tensor_key("loc", site)), latent)
+    for site, latent in latents.items():
+        # a point estimate, Pyro's own AutoNormal, and the guides of this library
+        names |= dict.fromkeys((site, f"locs.{site}", tensor_key("loc", site)), latent)
     # Pyro's name of a parameter with a constraint, even if the constraint is the real line
     found = {name: name.removesuffix("_unconstrained") for name, _ in guide.named_parameters()}
     return {name: names[plain] for name, plain in found.items() if plain in names}
@@ -117,7 +137,8 @@ class Rates:
         Args:
             noise: variance over the steps of each task's gradient with respect to z, summed over its entries, (tasks,).
         """
-        trace = self.per_square.to(noise) * noise
+        # groups of tasks, whose number is another, have the mean factor
+        trace = (self.per_square if self.per_square.numel() in (1, len(noise)) else self.per_square.mean()).to(noise) * noise
         limited = (2 * NATS / trace).sqrt().clamp(max=self.deviations)
         return self.part * torch.where(trace > 0, limited, self.shared)
 
@@ -174,28 +195,41 @@ def variance(first: Tensor, second: Tensor, steps: Tensor) -> Tensor:
     return (second.flatten(1).sum(1) / (1 - DEVIATION_BETAS[1] ** steps) - mean).clamp(min=0)
 
 
-def adamw(parameters: Iterable[Parameter], deviations: Collection[Parameter] = ()) -> torch.optim.AdamW:
-    """AdamW without weight decay, which would be a second prior. The parameters in ``deviations`` have a group of their own."""
-    own = {id(parameter) for parameter in deviations}
+def adamw(
+    parameters: Iterable[Parameter], deviations: Collection[Parameter] = (), groups_of_tasks: Collection[Parameter] = ()
+) -> torch.optim.AdamW:
+    """AdamW without weight decay, which would be a second prior.
+
+    Args:
+        parameters: all parameters.
+        deviations: those of them that are whitened deviations of tasks, (tasks, ...).
+        groups_of_tasks: those that are whitened deviations of groups of tasks, (groups, ...).
+    """
+    own = {id(parameter) for parameter in (*deviations, *groups_of_tasks)}
     groups = [
         {"params": [parameter for parameter in parameters if id(parameter) not in own], "betas": BETAS},
         {"params": [*deviations], "betas": DEVIATION_BETAS},
+        {"params": [*groups_of_tasks], "betas": DEVIATION_BETAS},
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, eps=EPS, fused=True)
 
 
-def optimizer_of(guide: AutoGuide, parameters: Mapping[str, Parameter], deviations: Iterable[str] = ()) -> torch.optim.Optimizer:
+def optimizer_of(
+    guide: AutoGuide, parameters: Mapping[str, Parameter], deviations: Iterable[str] = (), groups_of_tasks: Iterable[str] = ()
+) -> torch.optim.Optimizer:
     """The optimiser of a guide's parameters: IVON of a guide that asks for it, AdamW of all others.
 
     Args:
         guide: the guide after its first run.
         parameters: its parameters by name, or some of them.
-        deviations: the names of those that are whitened deviations.
+        deviations: the names of those that are whitened deviations of tasks.
+        groups_of_tasks: the names of those that are whitened deviations of groups of tasks.
     """
     if isinstance(guide, IvonGuide):
         return Ivon(parameters, guide)
-    return adamw(parameters.values(), [parameters[name] for name in deviations])
+    own = ([parameters[name] for name in names] for names in (deviations, groups_of_tasks))
+    return adamw(parameters.values(), *own)
 
 
 @torch.no_grad()
@@ -245,6 +279,23 @@ def rescale(optimizer: torch.optim.Optimizer, factors: Iterable[tuple[Parameter,
                 state["exp_avg_sq"] *= factor.square()
 
 
+def precisions(prior: Prior, starts: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """τ of each latent in ``names``, and τ_g of each name ``group.<latent>``, which broadcast against the whitened values.
+
+    Args:
+        prior: the prior.
+        starts: initial values of the latents, (layers, *shape).
+        names: latents, or ``group.<latent>`` for the means of groups of tasks.
+    """
+    of_groups = {name: name.removeprefix(GROUP) for name in names if name.startswith(GROUP)}
+    return {
+        name: prior.group_precision(of_groups[name], starts[of_groups[name]])
+        if name in of_groups
+        else prior.precision(name, starts[name])
+        for name in names
+    }
+
+
 def gradient_factors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By latent: the factor by which the gradient with respect to z = √τ δ changes with τ, (τ_before / τ_after)^1/2."""
+    """By the names of `precisions`: the factor (τ_before / τ_after)^1/2 by which the gradient of a whitened value changes."""
     return {name: (tau / after[name]).sqrt() for name, tau in before.items()}

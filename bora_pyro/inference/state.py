@@ -48,7 +48,7 @@ class FitState(Protocol):
         """Take the optimiser's step and delete the gradients."""
 
     def rescale(self, factors: Weights) -> None:
-        """Multiply AdamW's moments of the whitened deviations, by latent, as their gradients change when τ changes."""
+        """Multiply AdamW's moments of whitened values, by the names of `precisions`, as their gradients change with τ."""
 
     def sites(self) -> dict[str, Tensor]:
         """The guide's central values of the sites, for the tasks whose parameters it holds."""

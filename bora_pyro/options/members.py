@@ -53,8 +53,8 @@ def build_member(
     """
     check_one_of(axis, name, registry)
     values = read_options(axis, name, registry[name], options)
-    kinds = member_options(registry[name])
-    passed = {key: value for key, value in (usual or {}).items() if key in kinds and key not in values}
+    arguments = inspect.signature(registry[name]).parameters
+    passed = {key: value for key, value in (usual or {}).items() if key in arguments and key not in values}
     return registry[name](**(passed | values))
 
 

@@ -13,6 +13,7 @@ from bora_pyro.priors.base import Flat, PerLatent, Prior, StandardNormal, event
 from bora_pyro.priors.by_latent import ByLatent, with_shared
 from bora_pyro.priors.from_tau import PENALTIES, prior_from_tau
 from bora_pyro.priors.given import Given
+from bora_pyro.priors.grouped import GROUPED, GroupedNormal
 from bora_pyro.priors.hierarchical import FORMS, HierarchicalNormal
 from bora_pyro.priors.learned import LearnedPrecision
 from bora_pyro.priors.limits import Independent, Pooled
@@ -23,6 +24,7 @@ from bora_pyro.priors.random_precision import HYPERPRIORS, RANDOM_PER, GammaPrec
 PRIORS: dict[str, type[Prior]] = {
     "hierarchical_normal": HierarchicalNormal,
     "learned_precision": LearnedPrecision,
+    GROUPED: GroupedNormal,
     "random_precision": RandomPrecision,
     "hierarchical_norm": HierarchicalNorm,
     "independent": Independent,
@@ -39,6 +41,7 @@ __all__ = [
     "Flat",
     "GammaPrecision",
     "Given",
+    "GroupedNormal",
     "HalfCauchyPrecision",
     "HierarchicalNorm",
     "HierarchicalNormal",

@@ -17,7 +17,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
-from bora_pyro.errors import InputError
+from bora_pyro.errors import InputError, shown
 
 # Each guide holds its own parameters. With Pyro's global parameter store, a second guide in the same process would silently
 # use the parameters of the first one. The setting must be made before any guide is built. Every guide needs a model, and every
@@ -35,13 +35,15 @@ class Prior(ABC):
         least_tasks: the smallest number of tasks; the model rejects fewer.
         penalty: whether τ multiplies half the squared deviation (``normal``) or its norm (``norm``).
         every: steps of a fit between two calls of ``learn``; 0: this prior has nothing to learn.
-        per_latent: whether ``sites`` and ``precision`` can be computed for each latent separately.
+        groups: the names of the groups that the tasks belong to, if the prior has such a level.
+        per_latent: whether θ and Θ of a latent determine all its sites but a random τ.
     """
 
     least_tasks: int = 2
     penalty: str = "normal"
     every: int = 0
     per_latent: bool = False
+    groups: tuple[str, ...] = ()
 
     @abstractmethod
     def sample(
@@ -96,22 +98,62 @@ class Prior(ABC):
         """
         raise InputError(f"the precision of deviations under {self} is not known; give its class a method `precision`")
 
+    def group_precision(self, name: str, start: Tensor) -> Tensor:
+        """τ_g of the latent ``name``, the precision of the means of groups of tasks around Θ.
+
+        It broadcasts against (groups, layers, *shape). It is infinite under a prior without groups.
+        """
+        return start.new_tensor(math.inf)
+
+    def average(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """θ if the own deviation of each task were the average over all tasks; it broadcasts against θ, (D, layers, *shape).
+
+        Args:
+            sites: values of the sample sites.
+            theta: θ of all tasks by name of the latent.
+        """
+        return {name: value.mean(0, keepdim=True) for name, value in theta.items()}
+
+    def of_new_task(
+        self, sites: Mapping[str, Tensor], means: Mapping[str, Tensor], *, group: str | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The prior of a task that is not one of the fit: its mean, (layers, *shape), and its precision, by name of the latent.
+
+        If each task of the fit has its own τ, a new task gets their geometric mean.
+
+        Args:
+            sites: values of the sample sites.
+            means: Θ, (layers, *shape) by name of the latent.
+            group: the name of the task's group; None: no group of the fit.
+
+        Raises:
+            InputError: there is no such group.
+        """
+        if group is not None:
+            raise InputError(f"task_group is {shown(group)}, but {self} has no groups of tasks; leave it out")
+        precisions = {}
+        for name, mean in means.items():
+            tau = self.precision(name, mean, sites)
+            precisions[name] = tau.log().mean(0).exp() if tau.dim() > mean.dim() else tau
+        return dict(means), precisions
+
     def learn(  # noqa: B027 (most priors have nothing to learn)
         self,
         deviations: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         task: Tensor,
         *,
+        sites: Mapping[str, Tensor] | None = None,
         all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         """Update the prior's own parameters from validation documents; a prior without such parameters does nothing.
 
         Args:
-            deviations: θ_d(n) − mean_d θ_d by latent: how the task of each document deviates from the average over all tasks,
-                (documents, layers, *shape).
+            deviations: how the task of each document deviates from ``average``, (documents, layers, *shape) by latent.
             gradients: ∇ log p(w_n | θ_d(n)) of each document with respect to the weights of its own task,
                 (documents, layers, *shape).
             task: index of each document's task, (documents,).
+            sites: values of the sample sites; those of single tasks may be of some tasks only. Priors with groups need them.
             all_reduce: sums a tensor over the processes of a fit; each process has its own documents.
         """
 

@@ -37,7 +37,7 @@ class ByLatent(Prior):
                 )
         self.priors, self.other = dict(priors), other
         self.every = other.every  # only ``other`` may have something to learn
-        self.penalty = other.penalty
+        self.penalty, self.groups = other.penalty, other.groups
         self.per_latent = all(prior.per_latent for prior in (*self.priors.values(), other))
 
     def of(self, name: str) -> Prior:
@@ -82,17 +82,37 @@ class ByLatent(Prior):
     def precision(self, name: str, start: Tensor, sites: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.of(name).precision(name, start, sites)
 
+    def group_precision(self, name: str, start: Tensor) -> Tensor:
+        return self.of(name).group_precision(name, start)
+
+    def average(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for prior, names in self._by_prior(theta):
+            found |= prior.average(sites, {name: theta[name] for name in names})
+        return found
+
+    def of_new_task(
+        self, sites: Mapping[str, Tensor], means: Mapping[str, Tensor], *, group: str | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for prior, names in self._by_prior(means):
+            own = prior.of_new_task(sites, {name: means[name] for name in names}, group=group if prior is self.other else None)
+            for values, new in zip(found, own, strict=True):
+                values |= new
+        return found
+
     def learn(
         self,
         deviations: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         task: Tensor,
         *,
+        sites: Mapping[str, Tensor] | None = None,
         all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         names = [name for name in deviations if self.of(name) is self.other]
         deviations, gradients = ({name: values[name] for name in names} for values in (deviations, gradients))
-        self.other.learn(deviations, gradients, task, all_reduce=all_reduce)
+        self.other.learn(deviations, gradients, task, sites=sites, all_reduce=all_reduce)
 
     def state(self) -> dict[str, Tensor]:
         return self.other.state()

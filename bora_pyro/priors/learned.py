@@ -83,11 +83,21 @@ class LearnedPrecision(PerLatent):
         self._sums: dict[str, Tensor] = {}
 
     def sample_latent(self, name: str, start: Tensor, tasks: pyro.plate, mask: Tensor | None = None) -> Tensor:
-        if name not in self.tau:
-            shapes = {"layer": (len(start),) + (1,) * (start.dim() - 1), "task": (tasks.size,) + (1,) * start.dim()}
-            self.tau[name] = start.new_full(shapes.get(self.per, ()), self.start)
+        self.begin(name, start, tasks.size)
         tau = self.tau[name]
         return whitened_deviation(name, start, tasks, (tau[tasks.indices] if self.per == "task" else tau) ** -0.5, mask)
+
+    def begin(self, name: str, start: Tensor, tasks: int) -> None:
+        """Create τ of the latent ``name`` before its first use.
+
+        Args:
+            name: name of the latent.
+            start: initial value of Θ, (layers, *shape).
+            tasks: D.
+        """
+        if name not in self.tau:
+            shapes = {"layer": (len(start),) + (1,) * (start.dim() - 1), "task": (tasks,) + (1,) * start.dim()}
+            self.tau[name] = start.new_full(shapes.get(self.per, ()), self.start)
 
     def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
@@ -105,6 +115,7 @@ class LearnedPrecision(PerLatent):
         gradients: Mapping[str, Tensor],
         task: Tensor,
         *,
+        sites: Mapping[str, Tensor] | None = None,
         all_reduce: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         # (documents, layers) each

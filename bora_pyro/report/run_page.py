@@ -224,6 +224,8 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         )
     if metrics.get("tau") is not None:
         yield Number("precision τ", short_number(float(metrics["tau"])), _about_tau(metrics, kind))
+    if metrics.get("tau_group") is not None:
+        yield Number("precision τ of groups", short_number(float(metrics["tau_group"])), "of the groups' means around Θ")
     documents = f"{metrics.get('train_documents') or 0:,} training, {metrics.get('test_documents') or 0:,} test documents"
     yield Number("tasks", f"{len(tasks):,}", documents)
     if metrics.get("fit_seconds") is not None:

@@ -15,6 +15,7 @@ import torch
 
 from bora_pyro.data.chat_template import load_chat_template
 from bora_pyro.data.columns import AUTO
+from bora_pyro.data.counts import counted
 from bora_pyro.data.readers.options import COLUMN
 from bora_pyro.errors import InputError
 from bora_pyro.inference.adapt import adapt, load_new_tasks
@@ -59,9 +60,17 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
         )
     config = _resolved(config, run)
     data = load_new_tasks(config.data, run.fitted, long_documents=run.config.long_documents, **config.documents)
+    groups = run.fitted.model.prior.groups
+    if groups and config.task_group is None:
+        data.notes.append(
+            f"the fit has {counted(len(groups), 'group')} of tasks, and new tasks are taken to be in none of them; name one with "
+            "--task_group"
+        )
     if not quiet:
         print_data(data)
-    options = {name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "token_budget", "scale", "seed")}
+    options = {
+        name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "token_budget", "scale", "task_group", "seed")
+    }
     fitted = adapt(run.fitted, data, **options)
 
     def measure() -> dict[str, Any]:

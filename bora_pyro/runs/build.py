@@ -22,7 +22,7 @@ from bora_pyro.likelihoods import LIKELIHOODS, Likelihood
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import part_of
 from bora_pyro.options.members import build_member
-from bora_pyro.priors import PRIORS, LearnedPrecision, Prior, prior_from_tau, with_shared
+from bora_pyro.priors import PRIORS, GroupedNormal, LearnedPrecision, Prior, prior_from_tau, with_shared
 from bora_pyro.routers import ROUTERS
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.device import find_device
@@ -100,7 +100,7 @@ def build_run(
         backbone,
         len(data.tasks),
         adapter=adapter,
-        prior=prior or with_shared(_prior(config), (*adapter.shared, *router.shared)),
+        prior=prior or with_shared(_prior(config, data), (*adapter.shared, *router.shared)),
         likelihood=likelihood.with_task_weights(data.task_weights),
         router=router,
         seed=config.seed if seed is None else seed,
@@ -150,9 +150,12 @@ def _likelihood(config: MapFitConfig) -> Likelihood:
     return build_member("likelihood", LIKELIHOODS, config.likelihood, config.likelihood_option or (), usual=usual)
 
 
-def _prior(config: MapFitConfig) -> Prior:
+def _prior(config: MapFitConfig, data: TaskData) -> Prior:
     if config.prior is not None:
-        return build_member("prior", PRIORS, config.prior, config.prior_option or ())
+        return build_member("prior", PRIORS, config.prior, config.prior_option or (), usual={"groups": data.task_groups})
+    if data.task_groups is not None:
+        tau, tau_group = (None if isinstance(value, str) else float(value) for value in (config.tau, config.tau_group))
+        return GroupedNormal(data.task_groups, tau, tau_group, per=config.tau_per, start=config.tau_start)
     if isinstance(config.tau, str):
         return LearnedPrecision(config.tau_per, config.tau_start)
     return prior_from_tau(config.tau, config.prior_form, penalty=config.penalty)

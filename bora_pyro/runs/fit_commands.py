@@ -27,6 +27,8 @@ def show_map_fit(config: MapFitConfig, metrics: Mapping[str, Any]) -> None:
     print_table(metrics)
     if "tau_by_group" in metrics:
         print(f"learned τ: {float(format(metrics['tau'], '.3g')):g} (harmonic mean; by group in metrics.json)")
+    if metrics.get("tau_group") is not None:
+        print(f"τ of the groups' means around Θ: {float(format(metrics['tau_group'], '.3g')):g} (harmonic mean)")
     print(f"run folder: {config.output_dir}")
 
 

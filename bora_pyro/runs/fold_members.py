@@ -20,7 +20,7 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.saved import SavedRun, load_run
 
 # Options of the prior. Fits that agree here can be read as one run.
-_PRIOR = ("prior", "prior_option", "prior_form", "tau", "tau_per", "penalty", "start_as")
+_PRIOR = ("prior", "prior_option", "prior_form", "tau", "tau_group", "tau_per", "penalty", "start_as")
 # Priors whose τ is a number or learned, so that the folded fit has one too.
 _WITH_TAU = (None, "hierarchical_normal", "learned_precision", "independent", "pooled")
 # Options that say which tokens a document has. Fits that differ here have no documents to compare.
@@ -149,6 +149,8 @@ def not_a_run(members: Sequence[Member], *, cut: bool) -> str | None:
         config = member.config
         if config.adapter != "lora" or config.prior not in _WITH_TAU or config.penalty != "normal" or config.start_as == CENTRE:
             return f"{member.path} has an adapter other than lora, or a prior without a tau of its own"
+        if config.task_group_column is not None:
+            return f"{member.path} has groups of tasks, whose means have no mean over fits"
         forms = {(form.rank, form.alpha) for form in (*first.forms, *member.forms)}
         shapes = {name: value.shape for name, value in member.precisions.items()}
         if len(forms) > 1 or shapes != {name: value.shape for name, value in first.precisions.items()}:

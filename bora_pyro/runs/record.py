@@ -53,7 +53,14 @@ def strange_metric(metrics: Mapping[str, Any]) -> str | None:
         The end of an error message, which follows the name of the file; None if all values are right.
     """
     kinds: dict[str, Callable[[Any], bool]] = dict.fromkeys(NUMBERS, _is_number)
-    kinds |= {"tau": _is_tau, "tau_by_group": _is_tau_by_group, "notes": _is_list_of_texts, "versions": _is_texts_by_name}
+    kinds |= {
+        "tau": _is_tau,
+        "tau_group": _is_tau,
+        "task_groups": _is_texts_by_name,
+        "tau_by_group": _is_tau_by_group,
+        "notes": _is_list_of_texts,
+        "versions": _is_texts_by_name,
+    }
     kinds |= {"gradient_norm": _is_numbers_by_name}
     kinds |= {"mean": _is_calibration, "mixture": _is_calibration, "tasks": lambda tasks: isinstance(tasks, Mapping)}
     if problem := _strange(metrics, kinds):

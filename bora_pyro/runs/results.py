@@ -120,6 +120,7 @@ def metrics_of(
         f"validation_{measure}": fitted.validation_score,
         **({} if fitted.global_mean_score is None else {f"validation_{measure}_global_mean": fitted.global_mean_score}),
         **_tau(fitted, tau),
+        **({} if data.task_groups is None else {"task_groups": dict(zip(data.tasks, data.task_groups, strict=True))}),
         "learning_rate": learning_rate,
         "epochs": len(fitted.history),
         "best_epoch": fitted.best_epoch,
@@ -183,6 +184,8 @@ def _tau(fitted: Fitted, tau: float | str) -> dict[str, Any]:
         return {"tau": None}
     # JSON has no infinity; the command line takes "inf"
     found: dict[str, Any] = {"tau": number if number < math.inf else "inf"}
+    if (of_groups := fitted.tau_group()) is not None:
+        found["tau_group"] = of_groups
     return found | ({"tau_by_group": fitted.tau_by_group()} if tau == LEARNED else {})
 
 

@@ -204,6 +204,7 @@ def _read_adaptation(folder: RunFolder) -> MapFitConfig:
         "max_eval_documents": None,
         "streaming": False,
         "task_weights": None,
+        "task_group_column": None,
     }
     return dataclasses.replace(config, data=new.data, **new.documents, **limits)
 
@@ -232,6 +233,10 @@ def sampled_tau(model: BoRA, hyperprior: str, fitted: Fitted | None = None) -> d
     """
     if isinstance(model.prior, Given):
         raise InputError("the centre of the fit's prior is given, and a random tau needs a Theta to infer; use --tau fixed")
+    if model.prior.groups:
+        raise InputError(
+            f"the fit has {len(model.prior.groups)} groups of tasks, which a random tau does not have; use --tau fixed"
+        )
     precisions: dict[str, Tensor] = {}
     shared = (*model.adapter.shared, *model.router.shared)
     theta, mean = ({}, {}) if fitted is None else fitted.weights()

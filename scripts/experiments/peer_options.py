@@ -19,8 +19,8 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 THROUGH_PEFT = ("peft_one", "peft_each", "peft_one_then_each", "peft_task_id", "peft_big")
 #: Options of a fit that the arms through PEFT do not have, and those that the arms themselves set.
 NOT_IN_PEFT = (
-    "adapter", "router", "likelihood", "likelihood_unit", "task_weights", "accumulate", "start_from", "temperature",
-    "tau_documents",
+    "adapter", "router", "likelihood", "likelihood_unit", "task_weights", "task_group_column", "accumulate", "start_from",
+    "temperature", "tau_documents",
 )  # fmt: skip
 OF_THE_ARMS = (*OF_PRIOR, "tau_per", "tau_start")
 BORA = "bora_"

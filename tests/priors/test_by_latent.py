@@ -116,7 +116,7 @@ def test_the_other_prior_learns_from_its_own_latents_alone():
     task = torch.tensor([1, 0])
     prior.learn(deviations, gradients, task, all_reduce=abs)
     own = [{name: values[name] for name in ("q.lora_B", "v.lora_B")} for values in (deviations, gradients)]
-    assert learner.told == ((*own, task), {"all_reduce": abs})
+    assert learner.told == ((*own, task), {"sites": None, "all_reduce": abs})
     assert prior.every == 3
     assert ByLatent({}, other=Pooled()).every == 0
     assert prior.state() == learner.state()

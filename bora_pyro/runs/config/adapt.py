@@ -92,6 +92,12 @@ class AdaptConfig:
         DataOptions, "max_train_documents", None, "largest number of documents of a task (default: all)"
     )
 
+    task_group: str | None = option(
+        None,
+        "the group of the fit that all new tasks belong to, if the fit has groups of tasks (default: none of them)",
+        group=ADAPTATION,
+        filled=True,
+    )
     guide: str = option("map", "how the posterior is approximated; map is a point estimate", group=ADAPTATION, choices=ALLOWED)
     steps: int = option(
         60, "optimiser steps of each task, rounded up to whole passes over its documents", group=ADAPTATION, least=1

@@ -19,8 +19,8 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 
 #: Options that a single task after another has no use for, or that a merged base cannot have.
 UNUSED = (
-    "router", "router_option", "start_from", "quantization", "device_map", "shard_base", "options_column", "task_subsampling",
-    "task_dropout", "task_memory", "kept_by", "tau_documents", "gradient_norm",
+    "router", "router_option", "start_from", "quantization", "device_map", "shard_base", "options_column",
+    "task_group_column", "task_subsampling", "task_dropout", "task_memory", "kept_by", "tau_documents", "gradient_norm",
     "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
 )  # fmt: skip
 

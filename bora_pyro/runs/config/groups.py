@@ -162,6 +162,13 @@ class PriorOptions:
         expects="learned, a number, 0 (independent tasks) or inf (one shared adapter)",
         words=(LEARNED,),
     )
+    tau_group: float | str = option(
+        LEARNED,
+        "precision of the means of groups of tasks around Theta, if task_group_column names their groups: learned, or a number",
+        group=PRIOR,
+        expects="learned, or a number above 0",
+        words=(LEARNED,),
+    )
     start_as: str = option(
         "theta",
         "what the adapter of start_from is: where Theta begins (theta), or the known centre of the prior, "
@@ -226,6 +233,11 @@ class PriorOptions:
             )
         if isinstance(self.tau, float | int) and 0 < self.tau < math.inf and not _TAU[0] <= self.tau <= _TAU[1]:
             raise InputError(f"tau is {self.tau:g}; give a number between {_TAU[0]:g} and {_TAU[1]:g}, or 0, or inf")
+        if self.tau_group != LEARNED and not (isinstance(self.tau_group, float | int) and _TAU[0] <= self.tau_group <= _TAU[1]):
+            raise InputError(
+                f"tau_group is {self.tau_group}; give learned, or a number between {_TAU[0]:g} and {_TAU[1]:g}"
+                f"{nearest(str(self.tau_group), (LEARNED,))}"
+            )
         if self.start_as == CENTRE and not (isinstance(self.tau, float | int) and 0 < self.tau < math.inf):
             raise InputError(
                 f"start_as centre needs a number above 0 for tau, how far tasks are from the centre; here it is {self.tau}"

@@ -19,6 +19,7 @@ from bora_pyro.likelihoods import LIKELIHOODS
 from bora_pyro.options.command_line import parse_config, to_yaml
 from bora_pyro.options.field import by_heading, option
 from bora_pyro.options.members import member_options
+from bora_pyro.priors.grouped import GROUPED
 from bora_pyro.runs.config.groups import CENTRE, HEADINGS, LEARNED, BaseOptions, PriorOptions, RunOptions, SourceOptions
 
 __all__ = ["MapFitConfig", "parse_config", "to_yaml"]
@@ -60,11 +61,37 @@ class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOption
         self._check_likelihood()
         if self.options_column is not None and self.shard_base:
             raise InputError("options_column and shard_base are both given; leave one of them out")
+        self._check_groups()
         if self.scale_learning_rate_with_tau and (self.prior_form != "centered" or self.tau in (0, math.inf, LEARNED)):
             raise InputError(
                 "scale_learning_rate_with_tau is only for the centred prior with a given tau above 0 and below inf; "
                 f"here prior_form is {self.prior_form!r} and tau {self.tau}: leave it out, or give --prior_form centered"
             )
+
+    def _check_groups(self) -> None:
+        """Check that the options of the prior fit groups of tasks, if there are any."""
+        named = self.prior == GROUPED
+        if self.task_group_column is None:
+            if named:
+                raise InputError(f"prior {GROUPED} needs groups of tasks; name the column of their groups (task_group_column)")
+            if self.tau_group != LEARNED:
+                raise InputError(f"tau_group is {self.tau_group}, but there are no groups of tasks; name their task_group_column")
+            return
+        if self.prior is not None and not named:
+            raise InputError(
+                f"task_group_column is {self.task_group_column!r}, but prior {self.prior} has no groups; leave one of them out"
+            )
+        if named and self.tau_group != LEARNED:
+            raise InputError("prior and tau_group are both given; leave tau_group out, or give it as prior_option")
+        for name, usual in (("prior_form", "noncentered"), ("penalty", "normal"), ("start_as", "theta")):
+            if getattr(self, name) != usual:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, which groups of tasks do not have; leave it or task_group_column out"
+                )
+        if self.tau in (0, math.inf):
+            instead = "leave task_group_column out" if self.tau == 0 else f"give --task_column {self.task_group_column}"
+            what = "independent tasks share nothing in a group" if self.tau == 0 else "tasks of a group would have one adapter"
+            raise InputError(f"tau is {self.tau:g}: {what}; {instead}, or give a number for tau")
 
     def _check_likelihood(self) -> None:
         if (kind := LIKELIHOODS.get(self.likelihood)) is None:
