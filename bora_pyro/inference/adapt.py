@@ -34,7 +34,7 @@ from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.task_groups import joined_history, joined_score, of_group, task_groups
-from bora_pyro.model import BoRA
+from bora_pyro.model import BoRA, Weights
 from bora_pyro.priors import Given
 
 #: Guides of the new deviations: all that are fitted by an ELBO. The directions of ``subspace`` are those of one fit's documents.
@@ -58,6 +58,7 @@ def adapt(
     max_tokens: int | None = None,
     scale: float = 0.1,
     task_group: str | None = None,
+    start: Weights | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Fitted:
@@ -91,6 +92,8 @@ def adapt(
         scale: the initial standard deviations in units of the prior's, for guides that learn standard deviations.
         task_group: under a prior with groups (:class:`~bora_pyro.priors.GroupedNormal`), the group that all new tasks belong to.
             Their prior is then Normal(Θ_g, 1/τ). None: they belong to no group of the fit, and it is Normal(Θ, 1/τ_g + 1/τ).
+        start: the adapters at which the new tasks begin, (D, layers, *shape) by name, for example those of a generator. The
+            prior stays the same, so with enough steps the result does too. Default: Θ.
         seed: seed of the order of the documents and of the guide's draws.
         options: options of :func:`~bora_pyro.inference.fit.fit`, those in ``OPTIONS``. ``gradient_clip`` is the largest norm of
             each task's own gradient.
@@ -100,8 +103,8 @@ def adapt(
         the groups weighted by predicted tokens, and its best epoch is the latest of theirs.
 
     Raises:
-        InputError: there is no task, a text has no token, the guide or an option is unknown, ``steps`` is below 1, or the fit has
-            one adapter for all tasks.
+        InputError: there is no task, a text has no token, the guide or an option is unknown, ``steps`` is below 1, ``start`` has
+            other latents or tasks, or the fit has one adapter for all tasks.
     """
     if isinstance(data, Mapping) and not isinstance(data, datasets.DatasetDict):
         data = task_data(fitted, data, max_tokens=max_tokens)
@@ -110,8 +113,8 @@ def adapt(
     model = given_model(fitted, len(data.tasks), task_group=task_group)
     model.likelihood = model.likelihood.with_task_weights(data.task_weights)
     return fit_deviations(
-        model, data, guide=guide, steps=steps, learning_rate=learning_rate, token_budget=token_budget, scale=scale, seed=seed,
-        **options,
+        model, data, guide=guide, steps=steps, learning_rate=learning_rate, token_budget=token_budget, scale=scale, start=start,
+        seed=seed, **options,
     )  # fmt: skip
 
 
@@ -124,6 +127,7 @@ def fit_deviations(
     learning_rate: float = 1e-2,
     token_budget: int = 4096,
     scale: float = 0.1,
+    start: Weights | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Fitted:
@@ -137,11 +141,12 @@ def fit_deviations(
         learning_rate: peak of the schedule.
         token_budget: tokens of a batch.
         scale: the initial standard deviations.
+        start: the adapters at which the tasks begin.
         seed: seed of the order of the documents and of the draws.
         options: options of ``fit``.
 
     Raises:
-        InputError: the guide or an option is unknown, or ``steps`` is below 1.
+        InputError: the guide or an option is unknown, ``steps`` is below 1, or ``start`` has other latents or tasks.
     """
     check_one_of("guide", guide, ALLOWED)
     check_at_least("steps", steps, 1)
@@ -149,6 +154,8 @@ def fit_deviations(
         if name not in OPTIONS:
             why = _NO_OPTIONS.get(name, f"the options of fit that it takes are {', '.join(OPTIONS)}")
             raise InputError(f"adapt has no option {name!r}: {why}{nearest(name, OPTIONS)}")
+    if start is not None:
+        _check_start(model, start)
     options = {"patience": 0, "accumulate": 1} | options | {"learning_rate": learning_rate, "token_budget": token_budget}
     # each task's gradient is clipped apart; no other callbacks: τ, masks and buffers stay as the fit has left them
     callbacks = [ClipByTask(options.get("gradient_clip", FitOptions.gradient_clip))]
@@ -161,7 +168,8 @@ def fit_deviations(
         group_model, group_data = of_group(model, data, group)
         batches = len(group_data.train.batches(token_budget=token_budget, seed=seed))
         options["epochs"] = -(-steps // -(-batches // options["accumulate"]))
-        group_fit = fit(group_model, group_data, callbacks=callbacks, **options)
+        begin = None if start is None else GUIDES["map"](group_model, _sites_of(group_model, start, group))
+        group_fit = fit(group_model, group_data, guide=begin, callbacks=callbacks, **options)
         if guide != "map":
             around = GUIDES[guide](group_model, group_fit.sites(), scale=scale)
             group_fit = fit(group_model, group_data, guide=around, callbacks=callbacks, **options)
@@ -179,6 +187,22 @@ def fit_deviations(
         documents=data.train.documents_per_task,
         chat_template=data.chat_template,
     )
+
+
+def _check_start(model: BoRA, start: Weights) -> None:
+    expected = {name: (model.num_tasks, *value.shape) for name, value in model.starts.items()}
+    if (found := {name: tuple(value.shape) for name, value in start.items()}) != expected:
+        name = next(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+        raise InputError(
+            f"start has {name!r} of shape {found.get(name)}, expected {expected.get(name)}; give an adapter for each new task"
+        )
+
+
+def _sites_of(model: BoRA, start: Weights, tasks: Tensor) -> dict[str, Tensor]:
+    """The sample sites at which some tasks have the adapters ``start``. Θ is that of the prior."""
+    assert isinstance(model.prior, Given)
+    theta = {name: value[tasks.to(value.device)].to(model.starts[name]) for name, value in start.items()}
+    return model.sites_given(theta, model.prior.centres)
 
 
 @torch.no_grad()

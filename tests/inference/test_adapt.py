@@ -156,6 +156,30 @@ def test_a_new_task_is_theta_until_there_are_documents(fits, prior):
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("prior", ["normal", "learned by task", "independent", "norm", "shared and task"])
+def test_it_begins_where_it_is_told(fits, prior):
+    """With steps of no length the tasks stay there; Θ and τ do not move, and a task without documents is Θ."""
+    fitted, data = fits(prior), without(tiny_data((2, 0)), "validation")
+    model = given_model(fitted, 2)
+    start = random_weights(model, scale=0.05)
+    new = adapt(fitted, data, steps=1, learning_rate=1e-12, start=start)
+    (theta, mean), (_, of_fit) = new.weights(), fitted.weights()
+    for name, value in of_fit.items():
+        shared = name.rpartition(".")[-1] in model.adapter.shared
+        torch.testing.assert_close(theta[name][0], value if shared else start[name][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(theta[name][1], value, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(mean[name], value, rtol=0, atol=0)
+
+
+def test_a_start_is_of_the_new_tasks(fits):
+    model, data = given_model(fits("normal"), 2), tiny_data((2, 1))
+    start = random_weights(model)
+    name = next(iter(start))
+    for wrong in ({**start, name: start[name][:1]}, {key: value for key, value in start.items() if key != name}):
+        with pytest.raises(InputError, match=rf"start has '{name}' of shape .*; give an adapter for each new task"):
+            adapt(fits("normal"), data, steps=1, start=wrong)
+
+
 def test_it_learns_more_the_weaker_the_prior(fits):
     # without validation documents: where these are chosen by, a rounding error can decide that no step is kept
     data = dataclasses.replace(tiny_data((4, 3)), validation=tiny_split((0, 0)))
