@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ensemble": ("bora_pyro.runs.ensemble:COMMAND", "fit several MAP fits with other starts, and average their predictions"),
     "continual-fit": ("bora_pyro.runs.continual:COMMAND", "fit tasks one after another, each merged into the base"),
     "adapt": ("bora_pyro.runs.fit_commands:ADAPT", "adapt a finished fit to new tasks with few documents each"),
+    "generator-fit": ("bora_pyro.runs.generator_fit:COMMAND", "fit a generator: a task's documents in, its adapter out"),
+    "generate-adapter": ("bora_pyro.runs.generate_adapter:COMMAND", "make adapters of new tasks by a generator, untrained"),
     "tau-sweep": ("bora_pyro.runs.tau_sweep:COMMAND", "fit a range of tau; the validation split chooses one"),
     "diagnose": ("bora_pyro.runs.diagnose:COMMAND", "draw the shrinkage of a finished run, and compare it with other runs"),
     "calibrate": ("bora_pyro.runs.calibrate:COMMAND", "check a run's probabilities and its uncertainty on its test documents"),

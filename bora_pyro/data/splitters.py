@@ -186,15 +186,29 @@ class ByColumn:
 
 @dataclass(frozen=True)
 class AllTrain:
-    """All documents are for training. This is for new tasks of a finished fit, and one task is enough."""
+    """All documents are for training, or all but a share. This is for new tasks of a finished fit, and one task is enough.
+
+    Attributes:
+        held_out: the share of each task's documents that are for testing, by group. A task with one group keeps it for training.
+        seed: seed of the choice of these documents.
+    """
+
+    held_out: float = 0.0
+    seed: int = 0
 
     def split(self, table: datasets.Dataset, options: DataOptions) -> Split:
-        """Put every group of every task into ``train``."""
+        """Put the groups of every task into ``train`` and, if a share is held out, into ``test``."""
         first = table if options.num_tasks is None else _first_tasks(table, options.num_tasks)
-        tasks: dict[str, dict[str, str]] = {task: {} for task in sorted(set(first["task"][:]))}
-        for task, group in zip(first["task"][:], first["group"][:], strict=True):
-            tasks[task][group] = "train"
-        record = {"seed": None, "fractions": None, "tasks": tasks}
+        record: dict[str, Any]
+        if self.held_out:
+            fractions = checked_fractions((1 - self.held_out, 0.0, self.held_out))
+            tasks = assign_groups(group_sizes(first), fractions, seed=self.seed)
+            record = {"seed": int(self.seed), "fractions": list(fractions), "tasks": tasks}
+        else:
+            tasks = {task: {} for task in sorted(set(first["task"][:]))}
+            for task, group in zip(first["task"][:], first["group"][:], strict=True):
+                tasks[task][group] = "train"
+            record = {"seed": None, "fractions": None, "tasks": tasks}
         parts = apply_split(first, record)
         left_out = {_BEYOND: len(table) - len(first)}
         return Split(parts, record, split_notes(parts, record, asked=False), left_out, keeps_tasks=True)
@@ -202,11 +216,28 @@ class AllTrain:
 
 @dataclass(frozen=True)
 class ForNewTasks:
-    """New tasks of a finished fit: the split that the data has; if it has none, all documents are for training."""
+    """New tasks of a finished fit: the split that the data has; otherwise all documents are for training, or all but a share.
+
+    Attributes:
+        held_out: as for :class:`AllTrain`.
+        seed: as for :class:`AllTrain`.
+    """
+
+    held_out: float = 0.0
+    seed: int = 0
 
     def split(self, table: datasets.Dataset, options: DataOptions) -> Split:
-        """Split by the column ``split`` of the table, if there is one."""
-        way: Splitter = ByColumn(new_tasks=True) if "split" in table.column_names else AllTrain()
+        """Split by the column ``split`` of the table, if there is one.
+
+        Raises:
+            InputError: there is one, and a share is to be held out too.
+        """
+        if self.held_out and "split" in table.column_names:
+            raise InputError(
+                f"held_out is {self.held_out:g}, but the data has a split of its own, which is used; leave held_out out"
+            )
+        given = "split" in table.column_names
+        way: Splitter = ByColumn(new_tasks=True) if given else AllTrain(self.held_out, self.seed)
         found = way.split(table, options)
         return _with_note(found, _used(found.parts) if "split" in table.column_names and options.split_column is None else None)
 

@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 
-from bora_pyro.data.chat_template import load_chat_template
-from bora_pyro.data.columns import AUTO
 from bora_pyro.data.counts import counted
-from bora_pyro.data.readers.options import COLUMN
 from bora_pyro.errors import InputError
 from bora_pyro.inference.adapt import adapt, load_new_tasks
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.ensemble import member_folders
 from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.generator_folder import read_generator
+from bora_pyro.runs.new_documents import with_options_of_fit
 from bora_pyro.runs.progress import print_data
 from bora_pyro.runs.results import GIVEN, metrics_of
 from bora_pyro.runs.run import Run
-from bora_pyro.runs.saved import SavedRun, load_run
+from bora_pyro.runs.saved import load_run
 
 
 def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
             f"the run in {config.run} is an ensemble, whose members have a Θ each; adapt one of them, such as "
             f"{member_folders(config.run)[0]}"
         )
-    config = _resolved(config, run)
+    config = with_options_of_fit(config, run.config, reads_options=run.fitted.model.likelihood.reads_options, run=config.run)
     data = load_new_tasks(config.data, run.fitted, long_documents=run.config.long_documents, **config.documents)
     groups = run.fitted.model.prior.groups
     if groups and config.task_group is None:
@@ -71,6 +70,9 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
     options = {
         name: getattr(config, name) for name in ("guide", "steps", "learning_rate", "token_budget", "scale", "task_group", "seed")
     }
+    if config.start_from_generator is not None:
+        saved, budget = read_generator(config.start_from_generator), options["token_budget"]
+        _, options["start"] = saved.generate(run.fitted.model, data.train, token_budget=budget, seed=config.seed)
     fitted = adapt(run.fitted, data, **options)
 
     def measure() -> dict[str, Any]:
@@ -84,29 +86,3 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> dict[str, Any]:
         folder.write_fit(dataclasses.asdict(run.config))
         folder.write_split(data.split_record)
         return Run(folder, run.config.base_model, guide=config.guide, prior=GIVEN, quiet=quiet).save(fitted, data, measure)
-
-
-def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
-    """The configuration with the fit's values for options that are not given.
-
-    If the form of the documents or one of the columns of the content is given, the other ones are not taken from the fit.
-    """
-    names = ("task_column", "max_tokens", "token_budget", "chat_template")
-    values = {name: getattr(config, name) or getattr(run.config, name) for name in names}
-    if config.task_from != COLUMN and config.task_column is None:
-        values["task_column"] = "task"
-    content = run.config.content_options
-    if not any(getattr(config, name) for name in content):
-        values |= content
-    else:
-        values["text_column"] = config.text_column or "text"  # the default, which has no effect beside a prompt or a chat
-        values["document_form"] = config.document_form or AUTO
-    values["chat_template"] = load_chat_template(values["chat_template"])
-    if not run.fitted.model.likelihood.reads_options:
-        if config.options_column is not None:
-            raise InputError(
-                f"options_column is {config.options_column!r}, but the run in {config.run} does not observe answers among "
-                "options; leave it out"
-            )
-        values["options_column"] = None
-    return dataclasses.replace(config, **values)
