@@ -18,9 +18,11 @@ from bora_pyro.cli import command
 from bora_pyro.data.builtin import BUILTIN
 from bora_pyro.data.documentation import documentation_rows
 from bora_pyro.runs.config.ensemble import EnsembleConfig
+from bora_pyro.runs.config.generator_fit import GeneratorFitConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.ensemble import run_ensemble
+from bora_pyro.runs.generator_fit import run_generator_fit
 from bora_pyro.runs.map_fit import run_map_fit
 from bora_pyro.runs.posterior_fit import run_posterior_fit
 from tests.tiny_base import script_main
@@ -98,7 +100,7 @@ def short_documentation():
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A folder with a small ``runs/demo``, as ``make demo`` leaves a large one, a posterior around it, and an ensemble."""
+    """A folder with a small ``runs/demo``, as ``make demo`` leaves a large one, a posterior, an ensemble and a generator."""
     folder = tmp_path_factory.mktemp("readme")
     with contextlib.chdir(folder):
         fit = {
@@ -115,6 +117,7 @@ def demo(tmp_path_factory):
         run_posterior_fit(config, quiet=True)
         ensemble = parse_config(EnsembleConfig, [*words, "--members", "2", "--output_dir", "runs/ensemble"])
         run_ensemble(ensemble, quiet=True)
+        run_generator_fit(GeneratorFitConfig(run="runs/demo", method="ridge", output_dir="runs/generator"), quiet=True)
         table = ["task,text", *(f'poems,"The rose is red, line {n}."' for n in range(6))]
         Path("new.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -111,7 +111,7 @@ class CVAE(Method):
         c = vectors.float().repeat_interleave(rows.shape[1], 0)
         y = rows.flatten(0, 1).float()
         with poutine.seed(rng_seed=seed):
-            self._decoder, encoder = self._modules(c.shape[1], y.shape[1])
+            self._decoder, encoder = self._networks(c.shape[1], y.shape[1])
             elbo = TraceMeanField_ELBO()(self._decoder, encoder)
             optimizer = torch.optim.Adam([*self._decoder.parameters(), *encoder.parameters()], lr=self.learning_rate)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
@@ -124,10 +124,12 @@ class CVAE(Method):
         if not all(bool(value.isfinite().all()) for value in self._decoder.parameters()):
             raise InputError(f"the fit of the generator diverged; give a smaller learning_rate than {self.learning_rate:g}")
 
-    def _modules(self, hidden: int, outputs: int) -> tuple[Decoder, Encoder]:
+    def _networks(self, hidden: int, outputs: int) -> tuple[Decoder, Encoder]:
+        return self._decoder_of(hidden, outputs), Encoder(hidden, outputs, latent=self.latent, width=self.width)
+
+    def _decoder_of(self, hidden: int, outputs: int) -> Decoder:
         noise = math.sqrt(self.kl_weight * outputs / 2)
-        sizes: dict[str, Any] = {"latent": self.latent, "width": self.width}
-        return Decoder(hidden, outputs, noise=noise, **sizes), Encoder(hidden, outputs, **sizes)
+        return Decoder(hidden, outputs, latent=self.latent, width=self.width, noise=noise)
 
     @torch.no_grad()
     def generate(self, vector: Tensor, *, draw: int | None = None) -> Tensor:
@@ -143,7 +145,10 @@ class CVAE(Method):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         values = {name.replace("/", "."): value for name, value in state.items()}
         weights = [value for name, value in sorted(values.items()) if ".weight" in name]
-        self._decoder, _ = self._modules(weights[0].shape[1] - self.latent, len(weights[-1]))
+        first, _, last = weights
+        if len(first) != self.width or first.shape[1] <= self.latent:  # before a network of any size is built
+            raise ValueError(f"its network has {tuple(first.shape)} weights, not {self.width} x (vector + {self.latent})")
+        self._decoder = self._decoder_of(first.shape[1] - self.latent, len(last))
         self._decoder.decode.load_state_dict(values)
 
 

@@ -153,10 +153,14 @@ class Generator:
             layout = Layout({str(name): tuple(map(int, shape)) for name, shape in about["latents"].items()})
             method = METHODS[about["method"]](**about["options"])
             space = Space.from_state(_part(state, _SPACE), layout)
+            if space.standard.centre.shape != (layout.size,):
+                raise ValueError(
+                    f"its mean adapter has {space.standard.centre.numel()} numbers, its description says {layout.size}"
+                )
             mean, scale = state[_VECTORS].double()
             method.load_state(_part(state, _METHOD))
             found = cls(method, space, mean, torch.where(scale > 0, scale, torch.inf))
-            if space.standard.centre.shape != (layout.size,) or found.flat(mean).shape != (layout.size,):
+            if found.flat(mean).shape != (layout.size,):
                 raise ValueError("its tensors have other sizes than its description says")
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
             raise InputError(f"the generator is damaged ({' '.join(str(error).split())[:200]}); fit it again") from None

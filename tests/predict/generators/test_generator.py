@@ -118,7 +118,7 @@ def test_what_is_refused():
         Generator.fit(Ridge(), vectors, latents[:1].expand(len(vectors), -1), layout=LAYOUT)
 
 
-@pytest.mark.parametrize("change", ["method", "latents", "options", "no tensor", "other size"])
+@pytest.mark.parametrize("change", ["method", "latents", "huge", "options", "wide", "no tensor", "other size"])
 def test_a_damaged_generator_is_one_line(change):
     (vectors, latents), _ = planted()
     generator = Generator.fit(CVAE(steps=1), vectors, latents, layout=LAYOUT)
@@ -127,8 +127,12 @@ def test_a_damaged_generator_is_one_line(change):
         about["method"] = "oracle"
     elif change == "latents":
         about["latents"] = {"q_proj.lora_A": [1]}
+    elif change == "huge":
+        about["latents"] = {name: [10**7, 10**7, 10**7] for name in about["latents"]}
     elif change == "options":
         about["options"] = {"width": 8}
+    elif change == "wide":
+        about["options"] |= {"latent": 10**12}
     elif change == "no tensor":
         del state["space.basis"]
     else:

@@ -115,7 +115,7 @@ def test_the_elbo_is_the_paper_s_loss():
     c, y, q = torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator), 3
     method = CVAE(latent=2, width=8)
     with poutine.seed(rng_seed=0):
-        decoder, encoder = method._modules(4, q)
+        decoder, encoder = method._networks(4, q)
     with poutine.seed(rng_seed=1):
         guided = poutine.trace(encoder).get_trace(c, y)
         modelled = poutine.trace(poutine.replay(decoder, trace=guided)).get_trace(c, y)
