@@ -19,6 +19,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide, init_to_mean
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroParam
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
@@ -199,7 +200,13 @@ class SiteGuide(AutoGuide):
         return getattr(self, tensor_key(kind, name))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
+        model = self.model
+        # a site whose mean is an earlier site (the centred form) begins at that site's start, and not at a draw of it
+        self._model = (InitMessenger(self._location)(model),)
+        try:
+            super()._setup_prototype(*args, **kwargs)
+        finally:
+            self._model = (model,)
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             transform = biject_to(site["fn"].support)
             centre = transform.inv(self._location(site))

@@ -9,8 +9,8 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_mean
 
-from bora_pyro import HierarchicalNormal, Independent, Pooled, map_guide
-from bora_pyro.guides import GUIDES, init_to_start
+from bora_pyro import HierarchicalNormal, Independent, Pooled, low_rank_guide, map_guide, normal_guide
+from bora_pyro.guides import GUIDES, init_to_start, make_parameters
 from tests.tiny import TASKS, random_weights, tiny_batch, tiny_bora
 
 PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(tau=100, form="centered"), Independent(), Pooled()]
@@ -172,3 +172,13 @@ def test_weights_given_inverts_the_whitening():
     torch.testing.assert_close(theta, {name: mean[name] + value / 5 for name, value in z.items()})
     torch.testing.assert_close(given_mean, mean)
     assert not any(value.requires_grad for value in theta.values())
+
+
+@pytest.mark.parametrize("build", [normal_guide, low_rank_guide])
+def test_in_the_centred_form_tasks_begin_at_the_start(build):
+    """θ_d has its mean at the site Θ: at Θ's start, whatever a draw of the flat prior is."""
+    model = tiny_bora(targets=["q_proj"], prior=HierarchicalNormal(100.0, form="centered"))
+    guide = build(model)
+    make_parameters(guide, model)
+    for name, start in model.starts.items():
+        assert torch.equal(guide.median()[f"theta.{name}"], start.expand(model.num_tasks, *start.shape))
