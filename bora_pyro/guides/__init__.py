@@ -2,7 +2,7 @@
 
     >>> sorted(GUIDES)
     ['auto_normal', 'blob', 'ivon', 'laplace', 'laplace_kfac', 'laplace_kronecker', 'low_rank', 'map', 'multivariate_normal',
-     'normal', 'structured', 'subspace', 'swag', 'tfb']
+     'normal', 'structured', 'subspace', 'swag', 'task_normal', 'tfb']
 
 A guide is a Pyro ``AutoGuide``, for ``SVI(model, guide, ...)``. :data:`GUIDES` has a builder for each name that a configuration
 may give.
@@ -26,6 +26,7 @@ from bora_pyro.guides.normal import NormalGuide, normal_guide
 from bora_pyro.guides.structured import StructuredNormalGuide, structured_guide
 from bora_pyro.guides.subspace import SubspaceGuide, subspace_guide
 from bora_pyro.guides.swag import SwagGuide, swag_guide
+from bora_pyro.guides.task_normal import TaskNormalGuide, task_normal_guide
 from bora_pyro.guides.tfb import TfbGuide, tfb_guide
 from bora_pyro.options.members import read_options
 
@@ -33,6 +34,7 @@ from bora_pyro.options.members import read_options
 GUIDES: dict[str, GuideBuilder] = {
     "map": map_guide,
     "normal": normal_guide,
+    "task_normal": task_normal_guide,
     "structured": structured_guide,
     "ivon": ivon_guide,
     "low_rank": low_rank_guide,
@@ -74,8 +76,9 @@ def guide_options(name: str, options: Sequence[str]) -> dict[str, Any]:
 __all__ = [
     "AROUND_MAP", "ENSEMBLE", "GUIDES", "OF_ALL", "BlobGuide", "EnsembleGuide", "GuideBuilder", "IvonGuide", "KfacLaplaceGuide",
     "KroneckerLaplaceGuide", "LaplaceGuide", "LowRankGuide", "LowRankNormal", "MultivariateNormalGuide", "NormalGuide",
-    "SiteGuide", "StructuredNormalGuide", "SubspaceGuide", "SwagGuide", "TfbGuide", "auto_normal_guide", "blob_guide",
-    "ensemble_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide", "laplace_guide", "laplace_kfac_guide",
-    "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide", "multivariate_normal_guide", "normal_guide",
-    "structured_guide", "subspace_guide", "swag_guide", "tfb_guide",
+    "SiteGuide", "StructuredNormalGuide", "SubspaceGuide", "SwagGuide", "TaskNormalGuide", "TfbGuide", "auto_normal_guide",
+    "blob_guide", "ensemble_guide", "guide_options", "init_to_sites", "init_to_start", "ivon_guide", "laplace_guide",
+    "laplace_kfac_guide", "laplace_kronecker_guide", "low_rank_guide", "make_parameters", "map_guide",
+    "multivariate_normal_guide", "normal_guide", "structured_guide", "subspace_guide", "swag_guide", "task_normal_guide",
+    "tfb_guide",
 ]  # fmt: skip

@@ -28,15 +28,18 @@ class TemperedELBO(TraceMeanField_ELBO):
     Args:
         temperature: T. Below 1 the posterior is narrower and fits the documents more closely. The optimum is proportional to the
             prior times the likelihood to the power 1/T.
+        shared_temperature: the factor of the KL terms of sites outside the plate of tasks, if it is not T.
     """
 
     #: Both parts of the last value, detached: the log-likelihood and the KL divergence (without T), in nats.
     log_likelihood: Tensor
     kl: Tensor
+    #: The part of the KL divergence that belongs to sites inside the plate of tasks.
+    kl_of_tasks: Tensor
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, *, shared_temperature: float | None = None) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.shared_temperature = temperature, shared_temperature
 
     def _get_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -63,14 +66,19 @@ class TemperedELBO(TraceMeanField_ELBO):
     def _loss(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
         observed = {name: model_trace.nodes[name]["log_prob_sum"] for name in model_trace.observation_nodes}
         log_likelihood: Any = sum(value for name, value in observed.items() if not name.startswith(PRIOR_FACTOR))
-        divergence: Any = -sum(value for name, value in observed.items() if name.startswith(PRIOR_FACTOR))
-        divergence = divergence + sum(
-            _divergence(site, model_trace.nodes.get(name))
-            for name, site in guide_trace.nodes.items()
-            if site["type"] == "sample" and not site["is_observed"]
-        )
+        factor: Any = -sum(value for name, value in observed.items() if name.startswith(PRIOR_FACTOR))
+        sites = [site for site in guide_trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
+        terms = [_divergence(site, model_trace.nodes.get(site["name"])) for site in sites]
+        divergence = factor + sum(terms)
+        inside = [any(frame.name == "tasks" for frame in site["cond_indep_stack"]) for site in sites]
+        # an adapter's factor is of the tasks' latents
+        of_tasks = factor + sum(term for term, own in zip(terms, inside, strict=True) if own)
         self.log_likelihood, self.kl = log_likelihood.detach(), torch.as_tensor(divergence).detach()
-        return self.temperature * divergence - log_likelihood
+        self.kl_of_tasks = torch.as_tensor(of_tasks).detach()
+        if self.shared_temperature is None:
+            return self.temperature * divergence - log_likelihood
+        shared: Any = sum(term for term, own in zip(terms, inside, strict=True) if not own)
+        return self.temperature * of_tasks + self.shared_temperature * shared - log_likelihood
 
 
 def _divergence(guide_site: dict[str, Any], model_site: dict[str, Any] | None) -> Tensor:

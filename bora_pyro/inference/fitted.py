@@ -196,6 +196,14 @@ def mean_tau(taus: Mapping[str, Tensor], entries: Mapping[str, int]) -> float:
 
 
 def tau_by_group(model: BoRA, sites: Mapping[str, Tensor]) -> dict[str, Any]:
-    """τ of each latent for given values of the sample sites: a number, or a list if it differs between layers or tasks."""
-    precisions = {name: model.prior.precision(name, start, sites) for name, start in model.starts.items()}
-    return {name: value.item() if value.dim() == 0 else value.flatten().tolist() for name, value in precisions.items()}
+    """τ of each latent for given values of the sample sites: a number, or a list if it differs between layers or tasks.
+
+    If each entry has its own, it is the harmonic mean over the entries of each layer.
+    """
+    found: dict[str, Any] = {}
+    for name, start in model.starts.items():
+        value = model.prior.precision(name, start, sites)
+        if value.shape == start.shape and start[0].numel() > 1:
+            value = value.flatten(1).double().reciprocal().mean(1).reciprocal()
+        found[name] = value.item() if value.dim() == 0 else value.flatten().tolist()
+    return found

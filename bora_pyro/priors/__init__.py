@@ -9,6 +9,7 @@ A prior gets names, starting values, masks and the plate of tasks. It does not d
 limits of the hierarchy are separate priors: :class:`Independent` (τ → 0) and :class:`Pooled` (τ → ∞).
 """
 
+from bora_pyro.priors.amortised import GLOBAL_PRIORS, AmortisedNormal
 from bora_pyro.priors.base import Flat, PerLatent, Prior, StandardNormal, event
 from bora_pyro.priors.by_latent import ByLatent, with_shared
 from bora_pyro.priors.from_tau import PENALTIES, prior_from_tau
@@ -29,14 +30,17 @@ PRIORS: dict[str, type[Prior]] = {
     "hierarchical_norm": HierarchicalNorm,
     "independent": Independent,
     "pooled": Pooled,
+    "amortised_normal": AmortisedNormal,
 }
 
 __all__ = [
     "FORMS",
+    "GLOBAL_PRIORS",
     "HYPERPRIORS",
     "PENALTIES",
     "PRIORS",
     "RANDOM_PER",
+    "AmortisedNormal",
     "ByLatent",
     "Flat",
     "GammaPrecision",

@@ -175,6 +175,8 @@ def _check_same_source(folder: RunFolder, run: SavedRun, source: str, standing: 
 def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
     """The guide at the MAP estimate, with its tensors created."""
     model, sites = run.fitted.model, run.fitted.sites()
+    if run.meta_config is not None:
+        raise InputError(f"the run in {run.folder.path} is a meta-fit, whose tasks have posteriors already; give a MAP fit")
     if not isinstance(run.fitted.guide, AutoDelta):
         raise InputError(f"the run in {run.folder.path} is a posterior already; give the MAP fit that it began from")
     scale = config.scale or _usual_scale(run.fitted.tau())

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
+from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
@@ -53,6 +55,8 @@ from bora_pyro.runs.results import GIVEN, SAMPLE, sample_of
 # Prefixes of the tensors in posterior.safetensors that are no sample sites: an adapter's fixed tensors, what a prior has learned,
 # and the tensors of a guide with a spread.
 _FIXED, _LEARNED, _GUIDE = "fixed.", "tau.", "guide."
+# The guide of a meta-fit, unless it is that of a posterior around another fit.
+TASK_NORMAL = "task_normal"
 # Prefixes of the model's own state: buffers and masks.
 _STATE = ("buffers/", "masks/")
 # How far a fixed tensor that is built again may be from the one of the fit, relative to its largest number: a decomposition of a
@@ -72,6 +76,7 @@ class SavedRun:
         data: the documents, split as in ``split.json``.
         metrics: content of ``metrics.json``.
         posterior_config: the configuration of a posterior fit; None for other runs.
+        meta_config: the configuration of a meta-fit, of which ``config`` is the part that a MAP fit has too; None for other runs.
         adapted: whether the tasks were adapted from another fit, whose Θ and τ are the prior.
     """
 
@@ -81,6 +86,7 @@ class SavedRun:
     data: TaskData
     metrics: dict[str, Any]
     posterior_config: PosteriorFitConfig | None = None
+    meta_config: MetaFitConfig | None = None
     adapted: bool = False
 
     def posterior(self, *, seed: int = 0) -> Posterior:
@@ -136,7 +142,10 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     metrics = read_metrics(folder)
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
     given, kind = metadata.get("prior") == GIVEN, str(metadata.get("guide"))
+    meta: MetaFitConfig | None = None
     config, posterior = _read_config(folder, kind) if not given else (_read_adaptation(folder), None)
+    if isinstance(config, MetaFitConfig):
+        meta, config = config, config.map_fit
     # a named device gets the whole model
     device_map = config.device_map if device == "auto" else None
     config = dataclasses.replace(config, device=device, device_map=device_map, threads=None, trust_remote_code=trust_remote_code)
@@ -158,7 +167,8 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     if isinstance(config, EnsembleConfig):
         build_guide = partial(ensemble_guide, members=config.members)
     else:
-        options = () if posterior is None else posterior.guide_option or ()
+        options: Sequence[str] = () if posterior is None else posterior.guide_option or ()
+        options = options if meta is None else [f"positivity={meta.positivity}"]
         build_guide = partial(GUIDES[kind], **guide_options(kind, options))
     guide = _restored(folder, model, tensors, build_guide)
     _check_model(folder, model, metadata)
@@ -175,15 +185,16 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         documents=data.train.documents_per_task,
         chat_template=data.chat_template,
     )
-    return SavedRun(folder, config, fitted, data, metrics, posterior, adapted=given)
+    return SavedRun(folder, config, fitted, data, metrics, posterior, meta, adapted=given)
 
 
-def _read_config(folder: RunFolder, guide: str) -> tuple[MapFitConfig, PosteriorFitConfig | None]:
-    """Configurations of the MAP fit and of the posterior around it. Options that are newer than the run have their defaults."""
+def _read_config(folder: RunFolder, guide: str) -> tuple[MapFitConfig | MetaFitConfig, PosteriorFitConfig | None]:
+    """Configurations of the fit and of the posterior around it. Options that are newer than the run have their defaults."""
     fit = folder.path / FIT
     try:
         if not fit.is_file():
-            of_fit = EnsembleConfig if guide == ENSEMBLE else MapFitConfig
+            kinds: dict[str, type[MapFitConfig | MetaFitConfig]] = {ENSEMBLE: EnsembleConfig, TASK_NORMAL: MetaFitConfig}
+            of_fit = kinds.get(guide, MapFitConfig)
             return parse_config(of_fit, ["--config", str(folder.path / CONFIG)]), None
         posterior = parse_config(PosteriorFitConfig, ["--config", str(folder.path / CONFIG)])
         return parse_config(MapFitConfig, ["--config", str(fit)]), posterior

@@ -19,6 +19,7 @@ PRIORS = [HierarchicalNormal(tau=100), HierarchicalNormal(tau=100, form="centere
 TENSORS = {
     "map": 1,
     "normal": 2,
+    "task_normal": 1,  # and a scale for each task
     "ivon": 2,
     "structured": 2,
     "low_rank": 4,
@@ -84,6 +85,7 @@ def test_number_of_parameters(guide, prior, copies):
     model = tiny_bora(prior=prior)
     built = GUIDES[guide](model)
     built(tiny_batch())
+    copies += TASKS * (guide == "task_normal" and copies > 1)
     # 2 slots x 2 layers of A (2, 32) and B (32, 2), for each task and for Θ
     assert sum(p.numel() for p in built.parameters()) == TENSORS[guide] * copies * 2 * 2 * 2 * (2 * 32)
     assert all(p.requires_grad and p.is_contiguous() and p.dtype == torch.float32 for p in built.parameters())

@@ -1,8 +1,8 @@
 """The configuration of an adaptation to new tasks.
 
 >>> config = parse_config(AdaptConfig, ["runs/demo", "--data", "new.csv", "--guide", "normal"])
->>> config.run, config.data, config.steps
-('runs/demo', 'new.csv', 60)
+>>> config.run, config.data, config.guide
+('runs/demo', 'new.csv', 'normal')
 """
 
 from __future__ import annotations
@@ -36,11 +36,26 @@ class AdaptConfig(NewDocuments):
         group=ADAPTATION,
         filled=True,
     )
-    guide: str = option("map", "how the posterior is approximated; map is a point estimate", group=ADAPTATION, choices=ALLOWED)
-    steps: int = option(
-        60, "optimiser steps of each task, rounded up to whole passes over its documents", group=ADAPTATION, least=1
+    guide: str | None = option(
+        None,
+        "how the posterior is approximated; map is a point estimate (default: map; for a run of meta-fit its inner steps)",
+        group=ADAPTATION,
+        choices=ALLOWED,
     )
-    learning_rate: float = changed(FitOptions, "learning_rate", 1e-2, group=ADAPTATION)
+    steps: int | None = option(
+        None,
+        "optimiser steps of each task, rounded up to whole passes over its documents (default: 60; the inner steps of a run of "
+        "meta-fit, where 0 gives its prior)",
+        group=ADAPTATION,
+        least=0,
+    )
+    learning_rate: float | None = changed(
+        FitOptions,
+        "learning_rate",
+        None,
+        "AdamW's largest learning rate (default: 0.01; the inner rate of a run of meta-fit)",
+        group=ADAPTATION,
+    )
     scale: float = option(
         0.1, "initial standard deviations in units of the prior's, for guides that learn them", group=ADAPTATION, positive=True
     )
@@ -64,9 +79,9 @@ class AdaptConfig(NewDocuments):
     def validate(self) -> None:
         """Check every value that can be checked without the run.
 
-            >>> AdaptConfig(run="runs/demo", data="new.csv", steps=0).validate()
+            >>> AdaptConfig(run="runs/demo", data="new.csv", steps=-1).validate()
             Traceback (most recent call last):
-            bora_pyro.errors.InputError: steps is 0; give a whole number from 1 up
+            bora_pyro.errors.InputError: steps is -1; give a whole number from 0 up
 
         Raises:
             InputError: one line with the value and what is allowed.
