@@ -167,12 +167,20 @@ def kept_perplexities(saved: SavedRun, config: AdaptersConfig) -> dict[str, floa
 
 
 def active_latents(starts: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> int:
-    """The number of latents of a task that no mask leaves out.
+    """The number of latents of a task that no mask leaves out; of tasks with different masks, the rounded mean.
 
-    >>> active_latents({"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}, {"b": torch.tensor([[True, True, False]] * 2)})
+    >>> starts = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}
+    >>> active_latents(starts, {"b": torch.tensor([[True], [False]])})
+    9
+    >>> active_latents(starts, {"b": torch.tensor([[[True], [False]], [[True], [True]]])})  # of two tasks
     10
     """
-    return sum(int(masks[name].sum()) if name in masks else value.numel() for name, value in starts.items())
+    total = 0.0
+    for name, value in starts.items():
+        mask = masks.get(name, torch.ones((), dtype=torch.bool))
+        by_task = mask if mask.dim() > value.dim() else mask[None]
+        total += float(by_task.expand(len(by_task), *value.shape).sum()) / len(by_task)
+    return round(total)
 
 
 def main(argv: list[str]) -> int:
