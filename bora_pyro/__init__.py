@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from bora_pyro.inference.evaluate import Scores, evaluate
     from bora_pyro.inference.fit import fit
     from bora_pyro.inference.fitted import Fitted
+    from bora_pyro.inference.meta_adapt import meta_adapt
+    from bora_pyro.inference.meta_fit import meta_fit
     from bora_pyro.inference.options import FitOptions
     from bora_pyro.likelihoods.choice import Choice
     from bora_pyro.likelihoods.next_tokens import CausalLM
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from bora_pyro.predict.infer_task import infer_task
     from bora_pyro.predict.posterior import Posterior
     from bora_pyro.priors import (
+        AmortisedNormal,
         Given,
         GroupedNormal,
         HierarchicalNormal,
@@ -51,11 +54,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapter", "Backbone", "BoRA", "Callback", "CausalLM", "Choice", "DataOptions", "FitOptions", "Fitted", "FrozenALoRA",
-    "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA", "Pooled",
-    "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt", "ensemble", "evaluate", "fit", "generate_side_by_side",
-    "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide", "map_guide", "normal_guide", "pool",
-    "prior_from_tau", "read_peft", "save_peft", "settle", "swag_guide", "table", "talk_of_norway", "tfb_guide",
+    "Adapter", "AmortisedNormal", "Backbone", "BoRA", "Callback", "CausalLM", "Choice", "DataOptions", "FitOptions", "Fitted",
+    "FrozenALoRA", "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA",
+    "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt", "ensemble", "evaluate", "fit",
+    "generate_side_by_side", "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide", "map_guide",
+    "meta_adapt", "meta_fit", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "settle", "swag_guide",
+    "table", "talk_of_norway", "tfb_guide",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
@@ -75,6 +79,8 @@ _MODULES = {
     "inference.evaluate": ("Scores", "evaluate"),
     "inference.fit": ("fit",),
     "inference.fitted": ("Fitted",),
+    "inference.meta_adapt": ("meta_adapt",),
+    "inference.meta_fit": ("meta_fit",),
     "inference.options": ("FitOptions",),
     "likelihoods.choice": ("Choice",),
     "likelihoods.next_tokens": ("CausalLM",),
@@ -84,8 +90,8 @@ _MODULES = {
     "predict.infer_task": ("infer_task",),
     "predict.posterior": ("Posterior",),
     "priors": (
-        "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled", "RandomPrecision",
-        "prior_from_tau",
+        "AmortisedNormal", "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled",
+        "RandomPrecision", "prior_from_tau",
     ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

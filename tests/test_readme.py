@@ -20,10 +20,12 @@ from bora_pyro.data.documentation import documentation_rows
 from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.generator_fit import GeneratorFitConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
+from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.ensemble import run_ensemble
 from bora_pyro.runs.generator_fit import run_generator_fit
 from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.meta_fit import run_meta_fit
 from bora_pyro.runs.posterior_fit import run_posterior_fit
 from tests.tiny_base import script_main
 
@@ -36,7 +38,7 @@ ELSEWHERE = (
 )  # fmt: skip
 LONG = (
     "map_fit.py", "tau_sweep.py", "simulate_tau.py", "compare_", "benchmark", "check_memory.py", "few_documents.py", "pretrain",
-    "fuzz.py", "continual_fit.py",
+    "fuzz.py", "continual_fit.py", "meta_fit.py",
 )  # fmt: skip
 
 
@@ -118,6 +120,7 @@ def demo(tmp_path_factory):
         ensemble = parse_config(EnsembleConfig, [*words, "--members", "2", "--output_dir", "runs/ensemble"])
         run_ensemble(ensemble, quiet=True)
         run_generator_fit(GeneratorFitConfig(run="runs/demo", method="ridge", output_dir="runs/generator"), quiet=True)
+        run_meta_fit(parse_config(MetaFitConfig, [*words, "--inner_steps", "1", "--output_dir", "runs/meta"]), quiet=True)
         table = ["task,text", *(f'poems,"The rose is red, line {n}."' for n in range(6))]
         Path("new.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
     return folder

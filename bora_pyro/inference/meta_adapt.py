@@ -42,6 +42,16 @@ def meta_adapt(
 ) -> Fitted:
     """The posteriors of new tasks after K inner steps from the global point of a meta-fit.
 
+        >>> import bora_pyro as bp
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
+        >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
+        >>> model = bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=1), prior=bp.AmortisedNormal())
+        >>> fitted = bp.meta_fit(model, data, epochs=1, inner_steps=1)
+        >>> prior = bp.meta_adapt(fitted, {"cleo": ["cleo prefers document 1"]}, InnerOptions(steps=0))
+        >>> float(prior.deviation_norms()[0])
+        0.0
+
     The result has the form of :func:`~bora_pyro.adapt` with the guide ``normal``: tasks under the prior ``Given`` with the mean
     μ₀ and the precision σ₀⁻² of each entry. The steps themselves are those of the fit, in μ_d and the raw scale. With K = 0, or
     without documents, a task's posterior is the prior, and its adapter is μ₀.
