@@ -29,7 +29,7 @@ PRIORS = [
     lambda: LearnedPrecision(start=10.0), lambda: LearnedPrecision("task", 10.0), lambda: HierarchicalNorm(50.0),
 ]  # fmt: skip
 NAMES = ["normal", "centered", "independent", "pooled", "learned", "learned per task", "norm"]
-FITTED = ("map", "normal", "ivon", "low_rank", "multivariate_normal", "blob", "subspace", "auto_normal")
+FITTED = ("map", "normal", "task_normal", "ivon", "low_rank", "multivariate_normal", "blob", "subspace", "auto_normal")
 
 
 def bora(prior):
