@@ -15,7 +15,7 @@ import torch
 
 from bora_pyro.data import TaskData
 from bora_pyro.data.counts import counted
-from bora_pyro.errors import InputError, shown
+from bora_pyro.errors import InputError, check_at_least, shown
 from bora_pyro.inference.adapt import adapt, load_new_tasks
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.inner_steps import InnerOptions
@@ -106,14 +106,14 @@ def _resolved(config: AdaptConfig, run: SavedRun) -> AdaptConfig:
     reads_options = run.fitted.model.likelihood.reads_options
     config = with_options_of_fit(config, run.config, reads_options=reads_options, run=config.run)
     meta = None if config.guide is not None else run.meta_config
-    for name, value in (
-        () if meta is None else (("task_group", config.task_group), ("start_from_generator", config.start_from_generator))
-    ):
-        if value is not None:
+    for name in () if meta is None else ("task_group", "start_from_generator"):
+        if (value := getattr(config, name)) is not None:
             raise InputError(
                 f"{name} is {shown(value)}, but new tasks of the run in {config.run} begin at the point of meta-fit; leave it "
                 "out, or name a guide"
             )
+    if config.steps is not None and meta is None:
+        check_at_least("steps", config.steps, 1)
     steps, rate = (STEPS, RATE) if meta is None else (meta.inner_steps, meta.inner_rate)
     return dataclasses.replace(
         config,

@@ -122,6 +122,10 @@ def test_what_a_run_cannot_do(given, new_table, inputs, map_run, tmp_path, capsy
     words = line({"data": new_table, "steps": 0, "output_dir": tmp_path / "new"})
     assert command_main("adapt")([str(map_run), *words]) == 2
     assert "steps is 0; give a whole number from 1 up" in capsys.readouterr().err
+    for name in ("task_group", "start_from_generator"):
+        words = line({"data": new_table, name: "whig", "output_dir": tmp_path / "new"})
+        assert command_main("adapt")([str(folder), *words]) == 2
+        assert f"{name} is 'whig', but new tasks of the run in {folder} begin at the point of meta-fit" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
