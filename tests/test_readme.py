@@ -34,7 +34,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: What needs the user's own files or a hub, or takes more than a minute: that these are taken is checked, and no more.
 ELSEWHERE = (
     "speeches.csv", "questions.jsonl", "chats.jsonl", "corpus/", "--print_schema", "--print_config", "facebook/",
-    "us_presidents.csv.gz", "crossfit_choices.jsonl.gz", "torchrun", "USER/",
+    "us_presidents.csv.gz", "crossfit_choices.jsonl.gz", "torchrun", "USER/", "runs/parties",
 )  # fmt: skip
 LONG = (
     "map_fit.py", "tau_sweep.py", "simulate_tau.py", "compare_", "benchmark", "check_memory.py", "few_documents.py", "pretrain",

@@ -72,7 +72,7 @@ def test_tau_learns_from_the_gradient_of_each_question(monkeypatch):
     data, seen = questions((2, 1, 2)), []
     bora = model()
     bora.prior = LearnedPrecision("site", 100.0)
-    monkeypatch.setattr(LearnedPrecision, "learn", lambda self, *shown, all_reduce: seen.append(shown))
+    monkeypatch.setattr(LearnedPrecision, "learn", lambda self, *shown, **_: seen.append(shown))
     loop = Loop(bora, data, map_guide(bora), token_budget=10_000, tau_documents="all", learning_rate=0.03)
     loop.run_epoch()
     theta = {name: value.detach() for name, value in bora.weights_given(loop.state.sites())[0].items()}

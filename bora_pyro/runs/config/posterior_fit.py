@@ -102,7 +102,7 @@ class PosteriorFitConfig(RunOptions, FitOptions):
 
             >>> PosteriorFitConfig(run="runs/demo", guide="norml").validate()
             Traceback (most recent call last):
-            bora_pyro.errors.InputError: guide is 'norml'; allowed: normal, structured, ...; did you mean 'normal'?
+            bora_pyro.errors.InputError: guide is 'norml'; allowed: normal, task_normal, ...; did you mean 'normal'?
 
         Raises:
             InputError: one line with the value and what is allowed.
