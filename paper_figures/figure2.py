@@ -22,8 +22,11 @@ from matplotlib.axes import Axes
 
 from bora_pyro.diagnostics.plots import style, tau_curve
 from bora_pyro.diagnostics.plots.labels import legend_above
-from bora_pyro.diagnostics.plots.style import tau_axis
+from bora_pyro.diagnostics.plots.style import plain_log_ticks, tau_axis
 from bora_pyro.diagnostics.sweep_table import at_best_rates, runs
+
+#: The perplexities of single tasks have a logarithmic axis if the largest is more than so many times the smallest.
+WIDE = 10
 
 
 @dataclass(kw_only=True)
@@ -62,6 +65,9 @@ def tasks_and_all(table: pd.DataFrame, ax: Axes) -> Axes:
         ax.plot(x, line, color="#A8A8A8", linewidth=0.8, label="one task" if n == 0 else None, gid=f"task {task}")
     ax.plot(x, overall[taus], color="black", linewidth=2.2, marker="o", label="all tasks", gid="all")
     ax.set_ylabel("test perplexity")
+    if by_task[taus].max(axis=None) > WIDE * by_task[taus].min(axis=None):  # else one task with few documents hides all others
+        ax.set_yscale("log")
+        plain_log_ticks(ax, axis="y")
     legend_above(ax, ncols=2)
     return ax
 

@@ -17,6 +17,8 @@ from bora_pyro.errors import InputError
 
 #: The fewest tasks whose ranks say anything.
 FEWEST = 3
+#: The largest share of the tasks that may have the same value. Above it ρ compares a few tasks with all others.
+MOST_ALIKE = 0.75
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class RankCorrelation:
     """Spearman's rank correlation and its interval.
 
     Attributes:
-        rho: the correlation, from −1 to 1; NaN if one of the two variables is the same for all tasks.
+        rho: the correlation, from −1 to 1; NaN if more than ``MOST_ALIKE`` of the tasks have one value of one of the variables.
         low, high: the ends of the interval; NaN if ``rho`` is.
         tasks: the number of tasks.
         probability: that of the interval.
+        alike: the largest number of tasks with the same value of one of the variables.
     """
 
     rho: float
@@ -35,10 +38,11 @@ class RankCorrelation:
     high: float
     tasks: int
     probability: float = 0.95
+    alike: int = 1
 
     def __str__(self) -> str:
         if np.isnan(self.rho):
-            return f"ρ is not defined ({self.tasks} tasks, all alike)"
+            return f"ρ says nothing: {self.alike} of {self.tasks} tasks are alike"
         rho, low, high = (f"{value:.2f}".replace("-", "−") for value in (self.rho, self.low, self.high))
         return f"ρ = {rho} ({100 * self.probability:g} %: {low} to {high}; {self.tasks} tasks)"
 
@@ -73,13 +77,14 @@ def rank_correlation(
     tasks = whole.shape[1]
     if tasks < FEWEST:
         raise InputError(f"{tasks} tasks have both values; a rank correlation needs {FEWEST} or more")
+    alike = max(int(np.unique(values, return_counts=True)[1].max()) for values in whole)
+    if alike > MOST_ALIKE * tasks:
+        return RankCorrelation(np.nan, np.nan, np.nan, tasks, probability, alike)
     rho = float(_spearman(whole[:, None])[0])
-    if np.isnan(rho):
-        return RankCorrelation(rho, rho, rho, tasks, probability)
     index = np.random.default_rng(seed).integers(tasks, size=(draws, tasks))
     drawn = _spearman(whole[:, index])
     low, high = np.nanquantile(drawn, [(1 - probability) / 2, (1 + probability) / 2])
-    return RankCorrelation(rho, float(low), float(high), tasks, probability)
+    return RankCorrelation(rho, float(low), float(high), tasks, probability, alike)
 
 
 def _spearman(values: np.ndarray) -> np.ndarray:

@@ -54,10 +54,20 @@ def test_tasks_without_a_value_are_left_out():
     assert rank_correlation([1, 2, 3, 4, math.nan], [1, 3, 2, math.inf, 0]) == rank_correlation([1, 2, 3], [1, 3, 2])
 
 
-def test_a_constant_has_no_correlation():
-    found = rank_correlation([24, 24, 24, 24], [1, 2, 3, 4])
-    assert math.isnan(found.rho)
-    assert str(found) == "ρ is not defined (4 tasks, all alike)"
+@pytest.mark.parametrize(("same", "tasks"), [(4, 4), (15, 16), (10, 12), (4, 5)])
+def test_tasks_that_are_mostly_alike_have_no_correlation(same, tasks):
+    """Their ρ would compare a few tasks with all others."""
+    alike = [24] * same + list(range(tasks - same))
+    for x, y in ((alike, range(tasks)), (range(tasks), alike)):
+        found = rank_correlation(list(x), list(y))
+        assert math.isnan(found.rho)
+        assert str(found) == f"ρ says nothing: {same} of {tasks} tasks are alike"
+
+
+def test_three_quarters_may_be_alike():
+    assert rank_correlation([24, 24, 24, 7], [1, 2, 3, 0]).rho == pytest.approx(
+        spearmanr([24, 24, 24, 7], [1, 2, 3, 0]).statistic
+    )
 
 
 @pytest.mark.parametrize(("x", "y", "words"), [([1, 2], [1, 2], "2 tasks"), ([1, 2, 3], [1, 2], "shapes")])

@@ -97,14 +97,14 @@ def tau_text(tau: str) -> str:
     return f"$10^{{{exponent}}}$" if math.isclose(factor, 1) else f"${factor:.3g}\\cdot10^{{{exponent}}}$"
 
 
-def plain_log_ticks(ax: Axes) -> None:
-    """Set the ticks of a logarithmic x axis at round multiples of the powers of ten, labelled with plain numbers."""
-    low, high = ax.get_xlim()
+def plain_log_ticks(ax: Axes, *, axis: str = "x") -> None:
+    """Set the ticks of a logarithmic axis, ``x`` or ``y``, at round multiples of powers of ten, labelled with plain numbers."""
+    low, high = getattr(ax, f"get_{axis}lim")()
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 500 * low else (1,)
     ticks = [tick for power in powers for factor in factors if low <= (tick := factor * 10.0**power) <= high]
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.xaxis.set_minor_locator(NullLocator())
+    getattr(ax, f"set_{axis}ticks")(ticks, [f"{tick:g}" for tick in ticks])
+    getattr(ax, f"{axis}axis").set_minor_locator(NullLocator())
 
 
 def _axis_break(ax: Axes, place: float) -> None:
