@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from bora_pyro.data.tasks import TaskData
@@ -18,7 +19,7 @@ from bora_pyro.model import BoRA
 
 #: The largest initial standard deviation of a deviation, in units of the prior's: documents make it narrower than the prior.
 WIDEST = 0.99
-_MEAN, _THETA, _WHITENED, _TAU = "prior_mean.", "theta.", "_decentered", "precision."
+_MEAN, _GROUP, _THETA, _WHITENED, _TAU = "prior_mean.", "group.", "theta.", "_decentered", "precision."
 
 
 class StructuredNormalGuide(NormalGuide):
@@ -45,8 +46,9 @@ class StructuredNormalGuide(NormalGuide):
 
     The standard deviation alone gives the slope, so that the structure needs no further parameter. For a linear-Gaussian
     likelihood with known τ, the optimum of the ELBO is the exact posterior. The logarithm of a random τ has a skewed distribution
-    (:class:`~bora_pyro.guides.sinh_arcsinh.SinhArcsinh`). In the centred form, the site is θ_d itself. Sites
-    without such a pair (under independent or pooled tasks, and in an adaptation, where Θ is given) have a mean-field Normal.
+    (:class:`~bora_pyro.guides.sinh_arcsinh.SinhArcsinh`). In the centred form, the site is θ_d itself. If tasks have groups,
+    the mean Θ_g of the task's group is in the place of Θ, and the means of the groups have a mean-field Normal. Sites without
+    such a pair (under independent or pooled tasks, and in an adaptation, where Θ is given) have a mean-field Normal.
 
     Args:
         model: the BoRA model.
@@ -90,13 +92,23 @@ class StructuredNormalGuide(NormalGuide):
             first, tau = (value[plates["tasks"].indices.to(value.device)] for value in (first, tau))
         ratio = tau / first
         share = torch.sigmoid(ratio.log() - log_curvature)  # s² = τ/(h + τ)
-        shift = values[_MEAN + latent] - self.get("loc", _MEAN + latent)
+        shift = self._shift(latent, values, plates)
         if name.endswith(_WHITENED):
             mean = loc * share / (torch.sigmoid(-log_curvature) * ratio.sqrt()) - tau.sqrt() * (1 - share) * shift
             scale = share.sqrt()
         else:
             mean, scale = loc + share * shift, (share / tau).sqrt()
         return dist.Normal(mean, scale, validate_args=False).to_event(event_dim)
+
+    def _shift(self, latent: str, values: Mapping[str, Tensor], plates: Mapping[str, pyro.plate]) -> Tensor:
+        """How far the centre of the tasks, Θ or the mean of each task's group, is from that at the guide's own centre."""
+        above = (_MEAN + latent, f"{_GROUP}{latent}{_WHITENED}")
+        with poutine.block():  # the means of groups have no row for each task, though they are read inside the plate of tasks
+            at_centre = {site: self.get("loc", site) for site in above if site in values}
+        shift = self.model.prior.centre(latent, values) - self.model.prior.centre(latent, at_centre)
+        if shift.dim() > values[_MEAN + latent].dim():
+            shift = shift[plates["tasks"].indices.to(shift.device)]
+        return shift
 
     def _follows(self, latent: str) -> bool:
         """Whether a latent of the tasks depends on Θ: Θ is a site, and τ is neither 0 nor infinite."""

@@ -105,6 +105,10 @@ class Prior(ABC):
         """
         return start.new_tensor(math.inf)
 
+    def centre(self, name: str, sites: Mapping[str, Tensor]) -> Tensor:
+        """The mean of the tasks' weights given the sites above them: Θ, (layers, *shape), or one for each task, (D, ...)."""
+        return sites[f"prior_mean.{name}"]
+
     def average(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """θ if the own deviation of each task were the average over all tasks; it broadcasts against θ, (D, layers, *shape).
 

@@ -85,6 +85,9 @@ class ByLatent(Prior):
     def group_precision(self, name: str, start: Tensor) -> Tensor:
         return self.of(name).group_precision(name, start)
 
+    def centre(self, name: str, sites: Mapping[str, Tensor]) -> Tensor:
+        return self.of(name).centre(name, sites)
+
     def average(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for prior, names in self._by_prior(theta):

@@ -167,6 +167,10 @@ class GroupedNormal(PerLatent):
         own = {name: value[self.groups.index(group)] for name, value in self.group_deviations(sites, list(means)).items()}
         return {name: mean + own[name] for name, mean in means.items()}, precisions
 
+    def centre(self, name: str, sites: Mapping[str, Tensor]) -> Tensor:
+        of_groups = sites[f"prior_mean.{name}"] + self.group_deviations(sites, [name])[name]
+        return of_groups[self.member.to(of_groups.device)]
+
     def average(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         of_tasks = {name: value[self.member.to(value.device)] for name, value in self.group_deviations(sites, [*theta]).items()}
         return {name: of_tasks[name] + (value - of_tasks[name]).mean(0) for name, value in theta.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -11,11 +12,12 @@ from bora_pyro import HierarchicalNormal, Independent, LearnedPrecision
 from bora_pyro.guides import NormalGuide, StructuredNormalGuide
 from bora_pyro.guides.sinh_arcsinh import SinhArcsinh, skewed_normal
 from bora_pyro.guides.structured import WIDEST
-from bora_pyro.priors import RandomPrecision
+from bora_pyro.priors import GroupedNormal, RandomPrecision
 from tests.linear_gaussian import LinearGaussian
 from tests.tiny import tiny_batch, tiny_bora
 
-TAU = 3.0
+TAU, TAU_GROUP = 3.0, 2.0
+GROUPS = ["a", "b", "a", "a"]
 FORMS = pytest.mark.parametrize("form", ["noncentered", "centered"])
 
 
@@ -60,6 +62,28 @@ def test_a_random_tau_moves_deviations_as_the_posterior_does():
     with torch.no_grad():
         guide.get("loc", "precision.q.x").copy_(tau.log())
     torch.testing.assert_close(guide.median()[site] / tau.sqrt(), h / (h + tau) * (y - mean))
+
+
+def test_deviations_follow_the_mean_of_their_group():
+    """Given Θ and the means of the groups, a deviation has its exact posterior: that of a task around the mean of its group."""
+    model = LinearGaussian(GroupedNormal(GROUPS, TAU, TAU_GROUP))
+    guide = StructuredNormalGuide(model, scale=0.5)
+    guide()
+    h, y, site = model.curvature(), model.task_means(), "theta.q.x_decentered"
+    member = model.prior.member
+    with torch.no_grad():
+        mean = torch.full_like(guide.get("loc", "prior_mean.q.x"), 0.1)
+        of_groups = torch.linspace(-1, 1, 2 * mean.numel(), dtype=torch.float64).view(2, *mean.shape)
+        guide.get("loc", "prior_mean.q.x").copy_(mean)
+        guide.get("loc", "group.q.x_decentered").copy_(of_groups)
+        guide.get("log_curvature", site).copy_((h / TAU).log())
+        centre = (mean + of_groups / TAU_GROUP**0.5)[member]
+        guide.get("loc", site).copy_(TAU**0.5 * h / (h + TAU) * (y - centre))
+    values = {"prior_mean.q.x": mean + 0.3, "group.q.x_decentered": of_groups * 2 - 0.4}
+    found = guide.given(site, 3, values, {"tasks": pyro.plate("tasks", len(member), dim=-1)}).base_dist
+    centre = (mean + 0.3 + (of_groups * 2 - 0.4) / TAU_GROUP**0.5)[member]
+    torch.testing.assert_close(found.mean / TAU**0.5, h / (h + TAU) * (y - centre))
+    torch.testing.assert_close(found.variance / TAU, (1 / (h + TAU)).expand_as(found.variance))
 
 
 def test_each_task_has_its_own_tau():
