@@ -15,6 +15,8 @@ or ∞ (pooled tasks); neither limit needs a special case.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ SPACES = ("delta_w", "weights")
 
 
 def deviations(fitted: Fitted, weights: tuple[Weights, Weights] | None = None) -> Weights:
-    """δ_d = θ_d − Θ for each latent, by name: (D, layers, *shape).
+    """δ_d = θ_d − Θ for each latent, by name: (D, layers, *shape); 0 at entries that the adapter masks.
 
     Args:
         fitted: the fitted model.
@@ -35,7 +37,20 @@ def deviations(fitted: Fitted, weights: tuple[Weights, Weights] | None = None) -
             ``model.weights_given(posterior.sites(k))``.
     """
     theta, mean = weights or fitted.weights()
-    return {name: value - mean[name] for name, value in theta.items()}
+    found = {}
+    for name, value in theta.items():
+        active = active_entries(fitted.model, name)
+        found[name] = value - mean[name] if active is None else torch.where(active, value - mean[name], 0.0)
+    return found
+
+
+def active_entries(model: BoRA, name: str) -> Tensor | None:
+    """Which entries of a latent are active, bool, broadcast to (1, layers, *shape) or (D, layers, *shape); None: all are."""
+    mask, start = model.tensors.masks.get(name), model.starts[name]
+    if mask is None:
+        return None
+    by_task = mask if mask.dim() > start.dim() else mask[None]
+    return by_task.expand(len(by_task), *start.shape)
 
 
 def distances(deviation: Weights) -> Tensor:
@@ -61,9 +76,19 @@ def displacements(deviation: Weights, centre: Weights) -> Tensor:
     return torch.where(length > 0, product / length, 0.0)
 
 
-def root_mean_square(deviation: Tensor) -> Tensor:
-    """Root mean square of the entries of each task and layer: (D, layers), from (D, layers, *shape)."""
-    return deviation.flatten(2).square().mean(2, dtype=torch.float64).sqrt()
+def root_mean_square(deviation: Tensor, active: Tensor | None = None) -> Tensor:
+    """Root mean square of the active entries of each task and layer: (D, layers), from (D, layers, *shape).
+
+    It is 0 in a layer without an active entry, where a task does not deviate.
+
+    Args:
+        deviation: δ, which is 0 at inactive entries.
+        active: as `active_entries` returns it.
+    """
+    squares = deviation.flatten(2).square()
+    if active is None:
+        return squares.mean(2, dtype=torch.float64).sqrt()
+    return (squares.sum(2, dtype=torch.float64) / active.flatten(2).sum(2).clamp(min=1)).sqrt()
 
 
 def effective_parameters(fisher: Tensor, tau: Tensor) -> Tensor:
@@ -83,7 +108,7 @@ def effective_parameters(fisher: Tensor, tau: Tensor) -> Tensor:
     return share.flatten(1).sum(1, dtype=torch.float64)
 
 
-def pooling_factor(deviation: Tensor, fisher: Tensor, tau: Tensor) -> Tensor:
+def pooling_factor(deviation: Tensor, fisher: Tensor, tau: Tensor, active: Tensor | None = None) -> Tensor:
     """Pooling factor λ = 1 − V_d(E[δ_d]) / E[V_d(δ_d)] of a point estimate, in the Laplace approximation.
 
     The source is Gelman & Pardoe (2006), "Bayesian measures of explained variance and pooling". V_d is the variance over the
@@ -97,19 +122,20 @@ def pooling_factor(deviation: Tensor, fisher: Tensor, tau: Tensor) -> Tensor:
     :class:`PosteriorPooling`, which computes λ from them.
 
     The limits: pooled tasks (τ = ∞) have λ = 1. Independent tasks (τ = 0) have the posterior variance 1/h. If h = 0 as well, the
-    variance of the entry is unknown, and the task is left out for that entry. An entry with fewer than two tasks left is left
-    out of the average. Independent tasks need not have λ = 0: with few data 1/h is large.
+    variance of the entry is unknown, and the task is left out for that entry; so is a task of which the entry is masked. An entry
+    with fewer than two tasks left is left out of the average. Independent tasks need not have λ = 0: with few data 1/h is large.
 
     Args:
         deviation: δ of the point estimate, (D, layers, *shape).
         fisher: h, (D, layers, *shape).
         tau: τ, which broadcasts against h.
+        active: as `active_entries` returns it.
 
     Returns:
         (layers,) float64; NaN for a layer without any entry left.
     """
     variance = 1 / (fisher + tau)
-    known = variance.isfinite()
+    known = variance.isfinite() if active is None else variance.isfinite() & active
     number = known.sum(0)
     within = torch.where(known, variance, 0.0).sum(0) / number
     centred = torch.where(known, deviation - torch.where(known, deviation, 0.0).sum(0) / number, 0.0)
@@ -155,8 +181,12 @@ class PosteriorPooling:
             variance = self._variance.setdefault(name, torch.zeros_like(value[0]))
             variance += (value.var(0) - variance) / self.draws
 
-    def factors(self) -> dict[str, Tensor]:
+    def factors(self, active: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """λ of each latent, averaged over the entries of a layer: (layers,) float64 by name.
+
+        Args:
+            active: which entries are active, by name of a latent, as `active_entries` returns them. Entries that are masked in
+                any task are left out. λ is NaN in a layer without any entry left.
 
         Raises:
             InputError: if fewer than two draws were added.
@@ -167,7 +197,10 @@ class PosteriorPooling:
         for name, whole in self._variance.items():
             share = (whole - self._mean[name].var(0)).clamp(min=0) * (self.draws / (self.draws - 1)) / whole
             # 0/0 means that the deviation is the same in all tasks and draws: complete pooling
-            factors[name] = torch.where(whole == 0, 1.0, share).flatten(1).mean(1)
+            factor = torch.where(whole == 0, 1.0, share)
+            if active is not None and name in active:
+                factor = torch.where(active[name].all(0), factor, torch.nan)
+            factors[name] = factor.flatten(1).nanmean(1)
         return factors
 
 
@@ -195,8 +228,8 @@ def task_gram(fitted: Fitted, *, space: str = "delta_w") -> Tensor:
     model, (theta, mean) = fitted.model, fitted.weights()
     gram = torch.zeros(model.num_tasks, model.num_tasks, dtype=torch.float64)
     if space == "weights":
-        for name, value in theta.items():
-            flat = (value - mean[name]).flatten(1).double()
+        for value in deviations(fitted, (theta, mean)).values():
+            flat = value.flatten(1).double()
             gram += (flat @ flat.mT).cpu()
         return gram
     for slot in model.backbone.slots:

@@ -37,6 +37,7 @@ from bora_pyro.data.digest import document_checksums
 from bora_pyro.diagnostics.containers import as_container, by_latent, by_module, stack_draws, tau_array, tau_by_layer
 from bora_pyro.diagnostics.deviations import (
     PosteriorPooling,
+    active_entries,
     delta_w_deviations,
     delta_w_norms,
     deviations,
@@ -50,7 +51,7 @@ from bora_pyro.errors import InputError, nearest
 from bora_pyro.guides.curvature import diagonal_fisher
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.model import Weights
+from bora_pyro.model import BoRA, Weights
 from bora_pyro.predict.posterior import Posterior
 
 #: The splits whose documents :func:`held_out` scores: the test documents, or the training documents for ``arviz.loo``.
@@ -124,9 +125,12 @@ def shrinkage(fitted: Fitted, data: TaskData, *, draws: int | None = None, seed:
             pooling.add(delta)
             summaries[-1]["displacement"] = _by_task(displacements(delta, centre_delta))
     if draws is None:
-        factors = {name: pooling_factor(value, fisher[name], tau[name]) for name, value in delta.items()}
+        factors = {
+            name: pooling_factor(value, fisher[name], tau[name], active_entries(model, name)) for name, value in delta.items()
+        }
     else:
-        factors = pooling.factors()
+        found = {name: active_entries(model, name) for name in theta}
+        factors = pooling.factors({name: active for name, active in found.items() if active is not None})
     posterior, constant = stack_draws(summaries), _constant(fitted, data, "test")
     (posterior if draws is None else constant).update(
         {
@@ -135,7 +139,7 @@ def shrinkage(fitted: Fitted, data: TaskData, *, draws: int | None = None, seed:
         }
     )
     if draws is not None:
-        constant["centre_rms_deviation"] = _rms(centre_delta)
+        constant["centre_rms_deviation"] = _rms(model, centre_delta)
     groups = {"posterior": posterior.assign_coords(task=fitted.tasks)}
     return as_container(groups | _document_groups(scores, constant, "test"), fitted)
 
@@ -156,8 +160,8 @@ def held_out(fitted: Fitted, data: TaskData, *, draws: int | None = None, split:
     The group ``log_likelihood`` has ``documents`` (chain, draw, document), the log-likelihood of each document in nats, with the
     coordinate ``document_task``, the name of its task. The group ``constant_data`` has ``train_documents`` and
     ``test_documents`` (task), ``document_task``, ``document_tokens`` (predicted tokens) and ``document_checksum`` (document),
-    and ``parameters``, the number of entries of one task's adapter. With ``draws`` there is also a group ``posterior`` with
-    ``distance`` (chain, draw, task), because ``arviz.loo`` and ``arviz.compare`` need one.
+    and ``parameters``, the number of entries of one task's adapter that no mask leaves out. With ``draws`` there is also a group
+    ``posterior`` with ``distance`` (chain, draw, task), because ``arviz.loo`` and ``arviz.compare`` need one.
 
     Which split to use:
 
@@ -260,7 +264,7 @@ def _summaries(fitted: Fitted, sites: Mapping[str, Tensor], weights: tuple[Weigh
     tau = {name: model.prior.precision(name, start, sites) for name, start in model.starts.items()}
     arrays = {
         "distance": _by_task(distances(delta)),
-        "rms_deviation": _rms(delta),
+        "rms_deviation": _rms(model, delta),
         "tau": tau_array({name: tau_by_layer(value, delta[name]) for name, value in tau.items()}),
     }
     for variable, measure in (("delta_w_deviation", delta_w_deviations), ("delta_w_norm", delta_w_norms)):
@@ -272,8 +276,9 @@ def _summaries(fitted: Fitted, sites: Mapping[str, Tensor], weights: tuple[Weigh
     return xr.Dataset(arrays)
 
 
-def _rms(delta: Weights) -> xr.DataArray:
-    return by_latent({name: root_mean_square(value) for name, value in delta.items()}, ("task", "layer"))
+def _rms(model: BoRA, delta: Weights) -> xr.DataArray:
+    values = {name: root_mean_square(value, active_entries(model, name)) for name, value in delta.items()}
+    return by_latent(values, ("task", "layer"))
 
 
 def _by_task(values: Tensor) -> xr.DataArray:
@@ -296,7 +301,7 @@ def _constant(fitted: Fitted, data: TaskData, split: str) -> xr.Dataset:
             "document_task": ("document", np.array(names, dtype=np.str_)),
             "document_tokens": ("document", documents.sum_by_document(documents.predicted).numpy()),
             "document_checksum": ("document", document_checksums(documents)),
-            "parameters": sum(start.numel() for start in fitted.model.starts.values()),
+            "parameters": int(sum(fitted.model.tensors.active(name, len(fitted.tasks)).max() for name in fitted.model.starts)),
         },
         coords={"task": fitted.tasks, "document": np.arange(documents.num_documents)},
         attrs={"observation": fitted.model.likelihood.measure.observation},

@@ -132,7 +132,7 @@ class Fitted:
         """
         starts, sites = self.model.starts, self.sites()
         taus = {name: self.model.prior.precision(name, start, sites) for name, start in starts.items()}
-        return mean_tau(taus, {name: start.numel() for name, start in starts.items()})
+        return mean_tau(taus, entries_of(self.model))
 
     def tau_group(self) -> float | None:
         """τ_g, the precision of the groups' means around Θ, as ``tau``; None under a prior without groups of tasks."""
@@ -140,7 +140,7 @@ class Fitted:
         if not prior.groups:
             return None
         taus = {name: prior.group_precision(name, start) for name, start in starts.items()}
-        return mean_tau(taus, {name: start.numel() for name, start in starts.items()})
+        return mean_tau(taus, entries_of(self.model))
 
     def tau_by_group(self) -> dict[str, Any]:
         """τ of each latent: a number, or a list if it differs between layers or tasks."""
@@ -180,6 +180,11 @@ class Fitted:
             evaluate(self.model, split, None, None, documents=nothing, lockstep=processes.lockstep)
 
 
+def entries_of(model: BoRA) -> dict[str, int]:
+    """The number of active entries of each latent, over all tasks."""
+    return {name: int(model.tensors.active(name, model.num_tasks).sum()) for name in model.starts}
+
+
 def mean_tau(taus: Mapping[str, Tensor], entries: Mapping[str, int]) -> float:
     """The harmonic mean of τ over the entries of an adapter; latents whose τ is infinite everywhere are left out.
 
@@ -188,7 +193,7 @@ def mean_tau(taus: Mapping[str, Tensor], entries: Mapping[str, int]) -> float:
 
     Args:
         taus: τ of each latent, of any shape.
-        entries: the number of entries of each latent in one adapter.
+        entries: the number of entries of each latent, in one adapter or in all.
     """
     own = {name: tau.detach().cpu().double() for name, tau in taus.items() if not bool(tau.isinf().all())}
     variance = sum(entries[name] * float((1 / tau).mean()) for name, tau in own.items())

@@ -11,7 +11,7 @@ import torch
 from bora_pyro.data import TaskData
 from bora_pyro.inference.continuation import Continuation
 from bora_pyro.inference.fit import FitStopped, fit
-from bora_pyro.inference.fitted import Fitted, mean_tau
+from bora_pyro.inference.fitted import Fitted, entries_of, mean_tau
 from bora_pyro.inference.folds import Folds
 from bora_pyro.inference.optimum import still_falling
 from bora_pyro.inference.options import FitOptions
@@ -132,4 +132,4 @@ def _newest_tau(model: BoRA, report: Mapping[str, Any]) -> float | None:
     if not (path := report.get("tau_path")):
         return None
     taus = {name: torch.tensor(value) for name, value in path[-1]["tau"].items()}
-    return mean_tau(taus, {name: model.starts[name].numel() for name in taus})
+    return mean_tau(taus, entries_of(model))

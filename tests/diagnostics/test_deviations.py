@@ -13,16 +13,19 @@ from bora_pyro.adapters import Adapter, SharedPlusTaskLoRA
 from bora_pyro.backbone.layer_tensors import Start
 from bora_pyro.diagnostics.deviations import (
     SPACES,
+    PosteriorPooling,
+    active_entries,
     adapter_matrix,
     delta_w_deviations,
     delta_w_norms,
     deviations,
+    distances,
     effective_parameters,
     pooling_factor,
     root_mean_square,
     task_gram,
 )
-from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.fitted import Fitted, entries_of
 from tests.tiny import of_task, random_weights, tiny_bora
 
 ADAPTERS = {"lora": None, "frozen A": FrozenALoRA(rank=2, alpha=3.0), "shared": SharedPlusTaskLoRA(rank=2, alpha=3.0)}
@@ -234,3 +237,69 @@ def test_adapters_without_a_delta_w():
             measure(known(adapter=Bias()))
     fitted = known(adapter=Bias())
     torch.testing.assert_close(task_gram(fitted, space="weights").diagonal().sqrt().float(), fitted.deviation_norms())
+
+
+class Cut(LoRA):
+    """LoRA of rank 3 of which the tasks have the given ranks; one number: all tasks."""
+
+    ranks = (2,)
+
+    def start(self, slot, weight, generator):
+        start = super().start(slot, weight, generator)
+        active = torch.arange(self.rank) < torch.tensor(self.ranks)[:, None]  # (D, r)
+        active = active if len(self.ranks) > 1 else active[0]
+        start.masks.update({"lora_A": active[..., :, None], "lora_B": active[..., None, :]})
+        return start
+
+
+class CutByTask(Cut):
+    """Tasks of rank 1, 2 and 3."""
+
+    ranks = (1, 2, 3)
+
+
+def ranks_of(values, rank):
+    return {name: (value[..., :rank, :] if name.endswith("_A") else value[..., :rank]) for name, value in values.items()}
+
+
+def test_masked_entries_are_as_if_they_were_not_there():
+    """Whatever a draw of a posterior has there: an adapter of rank 3 cut to 2 has the numbers of one of rank 2."""
+    fitted = known(adapter=Cut(rank=3, alpha=3.0))
+    plain = tiny_bora(adapter=LoRA(rank=2, alpha=2.0))
+    small = Known(plain, ranks_of(fitted.given[0], 2), ranks_of(fitted.given[1], 2))
+    delta, expected = deviations(fitted), deviations(small)
+    torch.testing.assert_close(distances(delta), distances(expected))
+    torch.testing.assert_close(task_gram(fitted, space="weights"), task_gram(small, space="weights"))
+    generator = torch.Generator().manual_seed(0)
+    draws, draws_of_small = PosteriorPooling(), PosteriorPooling()
+    for _ in range(3):
+        noise = {name: torch.randn(value.shape, generator=generator) for name, value in delta.items()}
+        draws.add(noise)
+        draws_of_small.add(ranks_of(noise, 2))
+    active = {name: active_entries(fitted.model, name) for name in delta}
+    found, wanted = draws.factors(active), draws_of_small.factors()
+    for name, value in delta.items():
+        fisher = torch.rand(value.shape, generator=generator)
+        own = ranks_of({name: fisher}, 2)[name]
+        tau = torch.tensor(3.0)
+        torch.testing.assert_close(root_mean_square(value, active[name]), root_mean_square(expected[name]))
+        torch.testing.assert_close(pooling_factor(value, fisher, tau, active[name]), pooling_factor(expected[name], own, tau))
+        torch.testing.assert_close(found[name], wanted[name])
+
+
+def test_tasks_with_ranks_of_their_own_count_their_own_entries():
+    fitted = known(adapter=CutByTask(rank=3, alpha=3.0))
+    theta, mean = fitted.given
+    for name, value in deviations(fitted).items():
+        found = root_mean_square(value, active_entries(fitted.model, name))
+        for d, rank in enumerate((1, 2, 3)):
+            own = ranks_of({name: theta[name][d] - mean[name]}, rank)[name]
+            torch.testing.assert_close(found[d], own.flatten(1).double().square().mean(1).sqrt())
+    assert active_entries(tiny_bora(), "q_proj.lora_A") is None
+
+
+def test_tau_weights_the_entries_that_tasks_have():
+    model = tiny_bora(adapter=CutByTask(rank=3))
+    for name, start in model.starts.items():
+        assert entries_of(model)[name] == 2 * start.numel()  # ranks 1, 2 and 3 instead of 3, 3 and 3
+    assert entries_of(tiny_bora())["q_proj.lora_A"] == 3 * tiny_bora().starts["q_proj.lora_A"].numel()
