@@ -106,10 +106,7 @@ def adapt(
         InputError: there is no task, a text has no token, the guide or an option is unknown, ``steps`` is below 1, ``start`` has
             other latents or tasks, or the fit has one adapter for all tasks.
     """
-    if isinstance(data, Mapping) and not isinstance(data, datasets.DatasetDict):
-        data = task_data(fitted, data, max_tokens=max_tokens)
-    elif not isinstance(data, TaskData):
-        data = load_new_tasks(data, fitted, max_tokens=max_tokens)
+    data = new_task_data(fitted, data, max_tokens=max_tokens)
     model = given_model(fitted, len(data.tasks), task_group=task_group)
     model.likelihood = model.likelihood.with_task_weights(data.task_weights)
     return fit_deviations(
@@ -245,6 +242,21 @@ def given_model(fitted: Fitted, num_tasks: int, *, task_group: str | None = None
     new.num_tasks, new.prior, new.likelihood = num_tasks, prior, likelihood
     new.adapter, new.tensors = model.adapter.for_tasks(None), model.tensors.for_new_tasks()
     return new
+
+
+def new_task_data(
+    fitted: Fitted, data: TaskData | Mapping[str, Sequence[str]] | Source, *, max_tokens: int | None = None
+) -> TaskData:
+    """New tasks in any form that ``adapt`` takes, as tokenised tasks; tokenised tasks stay as they are.
+
+    Raises:
+        InputError: see `task_data` and `load_new_tasks`.
+    """
+    if isinstance(data, TaskData):
+        return data
+    if isinstance(data, Mapping) and not isinstance(data, datasets.DatasetDict):
+        return task_data(fitted, data, max_tokens=max_tokens)
+    return load_new_tasks(data, fitted, max_tokens=max_tokens)
 
 
 def task_data(fitted: Fitted, texts: Mapping[str, Sequence[str]], *, max_tokens: int | None = None) -> TaskData:

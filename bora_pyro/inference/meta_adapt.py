@@ -18,7 +18,6 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 
-import datasets
 import torch
 
 from bora_pyro.data.tables import Source
@@ -26,7 +25,7 @@ from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError
 from bora_pyro.guides import NormalGuide, TaskNormalGuide, make_parameters, normal_guide, task_normal_guide
 from bora_pyro.guides.task_normal import LOC, RAW_SCALE
-from bora_pyro.inference.adapt import given_model, load_new_tasks, task_data
+from bora_pyro.inference.adapt import given_model, new_task_data
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.inner_steps import InnerOptions, InnerSteps, amortised_prior
@@ -71,10 +70,7 @@ def meta_adapt(
     if not isinstance(fitted.guide, TaskNormalGuide):
         raise InputError("the fit is no meta-fit, which alone has inner steps; use adapt")
     prior, begin = amortised_prior(fitted.model.prior), time.perf_counter()
-    if isinstance(data, Mapping) and not isinstance(data, datasets.DatasetDict):
-        data = task_data(fitted, data)
-    elif not isinstance(data, TaskData):
-        data = load_new_tasks(data, fitted)
+    data = new_task_data(fitted, data)
     model = copy.copy(fitted.model)
     model.num_tasks, model.tensors = len(data.tasks), fitted.model.tensors.for_new_tasks()
     model.likelihood = fitted.model.likelihood.with_task_weights(data.task_weights)

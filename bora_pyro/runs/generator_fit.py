@@ -120,8 +120,7 @@ def check_run(run: SavedRun) -> None:
         )
     if not isinstance(model.router, ByTask):
         raise InputError(f"{model.router} reads a token by several adapters, so one adapter says little; use the router by_task")
-    own = [name for name, mask in model.tensors.masks.items() if mask.dim() > model.starts[name].dim()]
-    if own:
+    if own := model.tensors.masks_by_task:
         raise InputError(
             f"each task has a mask of its own for {own[0]!r}, so the adapters have no common form; use another adapter"
         )
