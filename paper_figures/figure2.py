@@ -65,7 +65,7 @@ def tasks_and_all(table: pd.DataFrame, ax: Axes) -> Axes:
         ax.plot(x, line, color="#A8A8A8", linewidth=0.8, label="one task" if n == 0 else None, gid=f"task {task}")
     ax.plot(x, overall[taus], color="black", linewidth=2.2, marker="o", label="all tasks", gid="all")
     ax.set_ylabel("test perplexity")
-    if by_task[taus].max(axis=None) > WIDE * by_task[taus].min(axis=None):  # else one task with few documents hides all others
+    if by_task[taus].max().max() > WIDE * by_task[taus].min().min():  # else one task with few documents hides all others
         ax.set_yscale("log")
         plain_log_ticks(ax, axis="y")
     legend_above(ax, ncols=2)
