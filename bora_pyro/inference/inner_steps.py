@@ -176,6 +176,12 @@ class InnerSteps:
                     parameter.sub_(self._step(number, observations) * gradient)
         return before
 
+    @torch.no_grad()
+    def mean_gradient(self, number: int, observations: Tensor) -> Tensor:
+        """The mean of the K gradients in nats along which ``own[number]`` of each task has moved, (tasks, layers, *shape)."""
+        way = self.start_of(number) - self.own[number]
+        return way / (self.options.steps * self._step(number, observations))
+
     def _step(self, number: int, observations: Tensor) -> Tensor:
         """The step along the gradient in nats of ``own[number]``: rate/N_d, and no more than leads to the prior's centre.
 
@@ -203,7 +209,7 @@ class InnerSteps:
         tasks = split.task.unique()
         adapted: list[list[Tensor]] = []
         with poutine.seed(rng_seed=seed):
-            for some in tasks.split(MANY_TASKS) if self.options.steps else ():
+            for some in tasks.split(MANY_TASKS) if self.options.steps and len(tasks) else ():
                 rows = torch.isin(split.task, some).nonzero()[:, 0]
                 self.take(self.batch(split, rows), self.observations(split, rows))
                 adapted.append([parameter.detach() for parameter in self.own])

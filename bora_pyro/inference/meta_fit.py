@@ -30,7 +30,7 @@ from bora_pyro.inference.continuation import is_over
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.inner_steps import InnerOptions, InnerSteps, Value, amortised_prior
-from bora_pyro.inference.meta_options import FIRST_ORDER, MetaOptions
+from bora_pyro.inference.meta_options import FIRST_ORDER, REPTILE, MetaOptions
 from bora_pyro.inference.meta_steps import meta_steps
 from bora_pyro.inference.optimizer import adamw
 from bora_pyro.inference.schedule import epoch_seed, schedule, step_seed
@@ -68,7 +68,8 @@ def meta_fit(
         Σ_d (E_q[log p(D_d | θ_d)] − β KL(q(θ_d) ‖ Normal(μ₀, σ₀²))) + β log p(μ₀, σ₀)
 
     at the adapted tasks. With ``outer_gradient="first_order"`` this is the direct gradient, through the KL divergence, plus the
-    gradient with respect to (μ_d, σ_d), because these began at the global point. Second derivatives are left out. The two parts
+    gradient with respect to (μ_d, σ_d), because these began at the global point. Second derivatives are left out. With
+    ``outer_gradient="reptile"`` (and β = 0) it is the mean of the K gradients along which the tasks have moved. The two parts
     of the KL divergence's gradient with respect to the means cancel then: a common shift of all means does not change it. The own
     parameters are not kept from one meta-step to the next.
 
@@ -201,7 +202,7 @@ class MetaLoop:
         return before or after, after, counts
 
     def _outer_step(self, after: Value, counts: Tensor, rate: float) -> None:
-        for parameter, gradient in zip(self.inner.shared, self.global_gradient(after), strict=True):
+        for parameter, gradient in zip(self.inner.shared, self.global_gradient(after, counts), strict=True):
             parameter.grad = gradient / float(counts.sum())
         torch.nn.utils.clip_grad_norm_(self.inner.shared, self.options.gradient_clip)
         for group in self.optimizer.param_groups:
@@ -209,11 +210,12 @@ class MetaLoop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def global_gradient(self, after: Value) -> list[Tensor]:
+    def global_gradient(self, after: Value, counts: Tensor) -> list[Tensor]:
         """The gradient of the objective with respect to ``inner.shared``, without second derivatives, in nats.
 
         Args:
             after: the objective after the inner steps, with the gradients of ``inner.shared`` and of ``inner.own``.
+            counts: the number of observations of each task, (tasks,).
         """
         shared, own = after.gradients[: len(self.inner.shared)], after.gradients[len(self.inner.shared) :]
         found = {id(parameter): gradient for parameter, gradient in zip(self.inner.shared, shared, strict=True)}
@@ -221,6 +223,9 @@ class MetaLoop:
             for parameter, number in self.inner.pairs():
                 # the own parameter of each task began here: the identity, for the derivative of K steps
                 found[id(parameter)] = found[id(parameter)] + own[number].sum(0)
+        elif self.options.outer_gradient == REPTILE:
+            for parameter, number in self.inner.pairs():
+                found[id(parameter)] = found[id(parameter)] + self.inner.mean_gradient(number, counts).sum(0)
         return [found[id(parameter)] for parameter in self.inner.shared]
 
     def _keep_best(self, epoch: int) -> dict[str, float]:

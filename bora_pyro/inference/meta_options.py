@@ -13,7 +13,7 @@ from bora_pyro.options.seed import Seeded
 #: The heading of the inner steps in ``--help``.
 INNER = "tasks and inner steps"
 #: What reaches the global point.
-FIRST_ORDER, PRIOR = OUTER_GRADIENTS = ("first_order", "prior")
+FIRST_ORDER, PRIOR, REPTILE = OUTER_GRADIENTS = ("first_order", "prior", "reptile")
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,9 @@ class MetaOptions(Seeded):
       documents. Plain gradient steps (``sgd``) are what the paper names. ``adam`` does not depend on the scale of the gradient.
     - ``outer_gradient`` ``first_order``: the task's parameters begin at the global point, so their derivative with respect to it
       is the identity, apart from second derivatives, which are left out (as in first-order MAML, Finn et al., 2017). ``prior``
-      leaves this path out as well. Then only β (KL − log p) moves the global point.
+      leaves this path out as well. Then only β (KL − log p) moves the global point. ``reptile`` is another method (Nichol,
+      Achiam & Schulman, 2018, arXiv 1803.02999): the global point moves to where the inner steps have led, along the mean of
+      their K gradients. It is defined for ``beta`` 0. With a small ``scale`` of the prior it is Reptile on LoRA's latents.
     - ``tasks_per_step`` 4 and ``documents_per_task`` 8: with documents of 128 tokens they fill ``token_budget``.
     - ``learning_rate`` and the rest are those of a MAP fit.
     """
@@ -61,7 +63,7 @@ class MetaOptions(Seeded):
     outer_gradient: str = option(
         FIRST_ORDER,
         "what reaches the global point: the gradient of the adapted tasks, without second derivatives, and that of the prior "
-        "(first_order); or that of the prior alone (prior)",
+        "(first_order); that of the prior alone (prior); or the mean gradient of the inner steps (reptile, with beta 0)",
         group=INNER,
         choices=OUTER_GRADIENTS,
     )
@@ -99,6 +101,10 @@ class MetaOptions(Seeded):
             if value is not None and not 0 <= value < math.inf:
                 means = " (the plain likelihood)" if name == "beta" else ""
                 raise InputError(f"{name} is {value}; give a finite number from 0{means} up")
+        if self.outer_gradient == REPTILE and self.beta:
+            raise InputError(
+                f"beta is {self.beta:g}; outer_gradient reptile is for inner steps under the likelihood alone: give 0"
+            )
         if not self.gradient_clip > 0:
             raise InputError(f"gradient_clip is {self.gradient_clip}; give a number above 0, or inf for no clipping")
         if not 0 <= self.warmup <= 1:

@@ -33,7 +33,7 @@ def test_the_outer_gradient_of_a_linear_gaussian_hierarchy(monkeypatch, outer_gr
     loop = MetaLoop(model, tiny_data(COUNTS), **options)
     _, after, counts = loop._adapted(torch.arange(sum(COUNTS)))
     assert counts.tolist() == [*COUNTS]
-    found = {id(p): g for p, g in zip(loop.inner.shared, loop.global_gradient(after), strict=True)}
+    found = {id(p): g for p, g in zip(loop.inner.shared, loop.global_gradient(after, counts), strict=True)}
     number, pull = torch.tensor(COUNTS).float().view(-1, 1, 1, 1), beta / SCALE**2
     for name, place in places.items():
         start = model.starts[name]
@@ -47,6 +47,23 @@ def test_the_outer_gradient_of_a_linear_gaussian_hierarchy(monkeypatch, outer_gr
             slope = -beta * ((adapted - start).square() / SCALE**3).sum(0) * torch.sigmoid(of_scale)
             torch.testing.assert_close(found[id(of_scale)], slope, rtol=1e-3, atol=1e-5)
     assert len(found) == (1 + learned) * len(places)
+
+
+def test_reptile_follows_the_mean_gradient_of_the_inner_steps(monkeypatch):
+    """Under β = 0 a task ends at y_d + (1 − rate)^K (μ₀ − y_d), and its K gradients N_d (μ − y_d) have a closed mean."""
+    monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self, shape=None: self.loc.expand(self.batch_shape))
+    model, rate, steps = tiny_bora(targets=["q_proj"], prior=AmortisedNormal(SCALE, learned=False)), 0.2, 3
+    places = random_weights(model)
+    model.likelihood = Pull(places)
+    options = {"beta": 0.0, "inner_rate": rate, "inner_steps": steps, "outer_gradient": "reptile"}
+    loop = MetaLoop(model, tiny_data(COUNTS), **options)
+    _, after, counts = loop._adapted(torch.arange(sum(COUNTS)))
+    found = dict(zip(map(id, loop.inner.shared), loop.global_gradient(after, counts), strict=True))
+    number = torch.tensor(COUNTS).float().view(-1, 1, 1, 1)
+    for name, place in places.items():
+        mean = sum((1 - rate) ** step for step in range(steps)) / steps * number * (model.starts[name] - place)
+        of_mean = loop.guide.parameter(LOC, f"prior_mean.{name}")
+        torch.testing.assert_close(found[id(of_mean)], mean.sum(0), rtol=1e-3, atol=1e-4)
 
 
 def test_an_epoch_has_every_document_once_and_a_task_at_most_once_in_a_step():
@@ -121,10 +138,12 @@ def test_a_new_task_is_adapted_as_the_tasks_of_the_fit_were(monkeypatch):
     torch.testing.assert_close(again.guide.get("log_scale", f"theta.{name}_decentered").exp(), ratio, rtol=1e-4, atol=1e-5)
 
 
-def test_no_steps_predict_from_the_prior():
+@pytest.mark.parametrize(("steps", "documents"), [(0, None), (2, 0)])
+def test_without_steps_or_documents_a_task_predicts_from_the_prior(steps, documents):
     data = tiny_data((6, 4, 8))
     fitted = meta_fit(tiny_bora(targets=["q_proj"], prior=AmortisedNormal(0.05)), data, **OPTIONS)
-    prior = meta_adapt(fitted, subset(data, ["task 1"]), InnerOptions(steps=0))
+    new = subset(data, ["task 1"], max_train_documents=documents)
+    prior = meta_adapt(fitted, new, InnerOptions(steps=steps))
     (theta, _), (_, mean) = prior.weights(), fitted.weights()
     assert all(torch.equal(theta[name][0], mean[name]) for name in theta)
     for name in theta:
@@ -160,7 +179,8 @@ def test_what_is_refused():
         ({"beta_global": -1.0}, "beta_global is -1.0; give a finite number from 0 up"),
         ({"inner_steps": 0}, "inner_steps is 0; give a whole number from 1 up"),
         ({"inner_rate": 0.0}, "inner_rate is 0.0; give a finite number above 0"),
-        ({"outer_gradient": "second"}, "outer_gradient is 'second'; allowed: first_order, prior"),
+        ({"outer_gradient": "second"}, "outer_gradient is 'second'; allowed: first_order, prior, reptile"),
+        ({"outer_gradient": "reptile"}, "beta is 0.001; outer_gradient reptile is for inner steps under the likelihood alone"),
         ({"warmup": 2.0}, "warmup is 2.0"),
         ({"gradient_clip": 0.0}, "gradient_clip is 0.0"),
     ):
