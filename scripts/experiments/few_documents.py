@@ -3,12 +3,24 @@
     python scripts/experiments/few_documents.py --output results/few_documents.csv
 
 For each seed some tasks are left out, and BoRA (learned τ) and one pooled adapter are fitted to the others. Each task that was
-left out then gets 0, 5, 10, ... training documents, in four arms:
+left out then gets 0, 5, 10, ... training documents, in these arms:
 
 - ``bora``: Θ and τ of the fit are fixed, and only the new deviations are inferred, as in ``bora_pyro.inference.adapt``.
 - ``scratch``: LoRA from its usual start, without a prior.
 - ``pooled``: the pooled adapter, which is not changed by the documents.
 - ``pooled_tuned``: the pooled adapter, trained further on the new documents without a prior.
+
+Other ways to share have arms too (``--arms``):
+
+- ``posterior``: as ``bora``, with a Normal around each deviation; the mixture of 8 draws predicts.
+- ``mtlora``: MTLoRA with learned τ. The shared pair is that of the fit, and a new task has a pair of the same rank.
+- ``abmll_0.001``: ABMLL with this β (any number). A new task takes the K inner steps from the global point.
+- ``reptile``: Reptile on the latents, also with K inner steps.
+- ``icm_cvae``, ``icm_ridge``, ``icm_nearest``, ``icm_mean``: a generator learns from 8 draws of the other tasks' posterior (a
+  ``normal`` guide around the fit of ``bora``) and makes the adapters from the vectors of the new documents, without training.
+
+All arms but MTLoRA have an adapter of the same size for each task. MTLoRA has the shared pair beside it. ``ece`` is the expected
+calibration error of all new tasks together.
 
 The validation documents of the fitted tasks choose the learning rates of the two fits (rows ``others``). The validation documents
 of the left-out tasks choose the rate and the steps of each arm at each number of documents. Both choices are made with the first
@@ -16,7 +28,8 @@ seed and used for the other seeds. The test documents are only reported. Rows th
 
 All fits have the options of ``--fit_config``. The two fits override ``tau``, ``seed``, ``learning_rate``, ``threads`` and the
 numbers of documents (``max_train_documents``, ``max_eval_documents``). The fits to new tasks also override ``epochs`` (as many as
-the steps need), ``token_budget`` (2048), ``patience`` (0), ``task_subsampling`` (false) and ``task_dropout`` (0).
+the steps need), ``token_budget`` (2048), ``patience`` (0), ``task_subsampling`` (false) and ``task_dropout`` (0). The meta-fits
+have ``epochs``, ``token_budget`` and ``gradient_clip`` of it.
 """
 
 from __future__ import annotations
@@ -25,9 +38,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +46,30 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from few_documents_arms import ARMS, ICM, USUAL, Adapted, Others, check_arm, fit_of, other_way, trains
 from fit_options import OF_PRIOR, check_usual
 
 from bora_pyro.data.subset import subset, tasks_to_leave_out
 from bora_pyro.data.tasks import TaskData
-from bora_pyro.errors import InputError, nearest
+from bora_pyro.diagnostics.calibration import calibration
+from bora_pyro.errors import InputError
 from bora_pyro.files.text import name_line
-from bora_pyro.inference.adapt import fit_deviations, given_model
-from bora_pyro.inference.evaluate import Scores, evaluate
+from bora_pyro.inference.adapt import OPTIONS, fit_deviations, given_model
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.task_groups import of_group
 from bora_pyro.model import BoRA
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import option, part_of
-from bora_pyro.priors import Given, LearnedPrecision, Pooled, Prior, with_shared
+from bora_pyro.options.field import check_fields, option, part_of
+from bora_pyro.predict.answers import ChoicePredictions, predictions
+from bora_pyro.predict.mixture import TokenPredictions
+from bora_pyro.priors import Given
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.results_table import read_results, write_results
 from bora_pyro.runs.stored_options import check_options, fit_options, with_options
 
-ARMS = ("bora", "scratch", "pooled", "pooled_tuned")
 #: Options of a fit that the arms do not have.
 NOT_HERE = (*OF_PRIOR, "router", "start_from", "tau_documents")
 #: Value of the column ``documents`` in the rows of those fits. Their ``steps`` are epochs.
@@ -77,7 +90,7 @@ class FewDocumentsConfig:
     fit_config: str = option("results/documentation.yaml", "YAML of the options of the fit to the other tasks")
     data: str | None = option(None, "the documents (default: what fit_config names)")
     documents: list[str] = option(["0", "5", "10", "20", "50", "all"], "numbers of documents (default: 0 5 10 20 50 all)")
-    arms: list[str] = option([*ARMS], f"which arms (default: {' '.join(ARMS)})")
+    arms: list[str] = option([*USUAL], f"which of {' '.join(ARMS)} (default: {' '.join(USUAL)})")
     left_out: int = option(5, "number of tasks that are left out")
     least_documents: int = option(50, "least number of training documents of a task that is left out")
     others_documents: int = option(64, "largest number of training documents of each of the other tasks")
@@ -89,6 +102,7 @@ class FewDocumentsConfig:
         ["0.001", "0.003", "0.01", "0.03", "0.1"], "grid of learning rates (default: 0.001 0.003 0.01 0.03 0.1)"
     )
     steps: list[str] = option(["15", "60", "240"], "grid of numbers of steps of each task (default: 15 60 240)")
+    inner_rate: float = option(0.3, "learning rate of the inner steps of ABMLL and Reptile", positive=True)
     threads: int = option(2, "CPU threads")
     output: str = option("results/few_documents.csv", "the table, one row for each task and run")
 
@@ -97,9 +111,9 @@ class FewDocumentsConfig:
         for name in ("left_out", "least_documents", "others_documents", "seeds", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give a whole number from 1 up")
+        check_fields(self)
         for name in self.arms:
-            if name not in ARMS:
-                raise InputError(f"arm {name!r} is not known; known: {', '.join(ARMS)}{nearest(name, ARMS)}")
+            check_arm(name)
         for name in self.documents:
             if name != "all" and not name.isdigit():
                 raise InputError(f"documents {name!r} is not a number; give whole numbers from 0 up, or all")
@@ -117,13 +131,9 @@ class FewDocumentsConfig:
 
 @dataclass
 class Setting:
-    """The fits of one seed to the other tasks, the data of the tasks that were left out, and the options of all fits.
+    """The fits of one seed to the other tasks, the data of the tasks that were left out, and the options of all fits."""
 
-    ``pooled`` is None if no arm needs it.
-    """
-
-    bora: Fitted
-    pooled: Fitted | None
+    others: Others
     new: TaskData
     options: FitOptions
 
@@ -139,12 +149,19 @@ class Curve:
         names = ("left_out", "least_documents", "others_documents", "fit_learning_rates")
         #: What all rows share.
         self.options = fit_options(self.chosen(0), without=OF_ARM) | {name: getattr(config, name) for name in names}
+        if not all(fit_of(arm) in ("bora", "pooled") for arm in config.arms):
+            self.options |= {"inner_rate": config.inner_rate}
         check_options(self.table, self.options, output=self.output)
 
     def run_all(self) -> None:
         """Run every seed; the first seed makes the choices."""
         for seed in range(self.config.seeds):
-            wanted = [(arm, number) for arm in self.config.arms for number in self.config.documents]
+            wanted = [
+                (arm, number)
+                for arm in self.config.arms
+                for number in self.config.documents
+                if number != "0" or not arm.startswith(ICM)  # without documents a task has no vector
+            ]
             if all(len(self.rows(seed, arm, number, "test")) for arm, number in wanted):
                 continue
             setting = self.setting(seed)
@@ -158,7 +175,7 @@ class Curve:
 
     def tuned(self, arm: str, number: str) -> bool:
         """Whether an arm trains on the documents."""
-        return arm != "pooled" and number != "0"
+        return trains(arm) and number != "0"
 
     def rows(self, seed: int, arm: str, number: str, split: str) -> Any:
         """The rows of the table with these keys."""
@@ -213,45 +230,38 @@ class Curve:
         old = subset(data, others, max_train_documents=config.others_documents, seed=seed)
         new = subset(data, left_out, seed=seed)
         options, (of_old, _) = part_of(chosen, FitOptions), of_group(model, data, torch.tensor([*map(data.tasks.index, others)]))
-        learned: Callable[[], Prior] = partial(LearnedPrecision, chosen.tau_per, chosen.tau_start)
+        rest: dict[str, Any] = {"tau_per": chosen.tau_per, "tau_start": chosen.tau_start, "inner_rate": config.inner_rate}
+        of_others = Others(of_old, old, options, seed=seed, **rest)
+        needed = {fit_of(arm) for arm in config.arms}
+        for name in ["bora", *sorted(needed - {"bora"})]:  # the posterior of icm is around the fit of bora
+            of_others.fits[name] = self.fit_to_others(seed, name, of_others, chosen.epochs)
+        return Setting(of_others, new, options)
 
-        def fit_others(prior: Callable[[], Prior], rate: float) -> Fitted:
-            shared = with_shared(prior(), model.adapter.shared)
-            parts: dict[str, Any] = {"adapter": model.adapter, "likelihood": of_old.likelihood}
-            return fit(BoRA(model.backbone, len(others), prior=shared, seed=seed, **parts), old, options, learning_rate=rate)
-
-        bora = self.fit_to_others(seed, "bora", old, chosen.epochs, partial(fit_others, learned))
-        pooled = None
-        if any(arm.startswith("pooled") for arm in config.arms):
-            pooled = self.fit_to_others(seed, "pooled", old, chosen.epochs, partial(fit_others, Pooled))
-        return Setting(bora, pooled, new, options)
-
-    def fit_to_others(self, seed: int, arm: str, old: TaskData, epochs: int, fit_others: Callable[[float], Fitted]) -> Fitted:
+    def fit_to_others(self, seed: int, name: str, others: Others, epochs: int) -> Fitted:
         """Fit at the learning rate that the validation documents of its own tasks choose. The first seed tries all rates.
 
         Args:
             seed: the seed.
-            arm: name of the arm.
-            old: the data of the fit.
+            name: name of the fit.
+            others: the other tasks.
             epochs: largest number of epochs.
-            fit_others: function that fits at a learning rate.
         """
         found: dict[float, Fitted] = {}
 
         def fit_at(rate: float) -> Fitted:
             start = time.perf_counter()
-            fitted = found[rate] = fit_others(rate)
+            fitted = found[rate] = others.fit(name, rate)
             seconds = time.perf_counter() - start
-            if not self.tried(seed, arm, OTHERS, rate, epochs):
-                (scores,) = evaluate(fitted.model, old.validation, fitted.weights()[0])
-                self.record(scores, old, "validation", (seed, arm, OTHERS, rate, epochs), seconds)
+            if not self.tried(seed, name, OTHERS, rate, epochs):
+                scores = predictions(fitted.model, others.data.validation, Adapted.of(fitted).draws)
+                self.record(scores, others.data, "validation", (seed, name, OTHERS, rate, epochs), seconds)
             return fitted
 
         if seed == 0:
             for rate in map(float, self.config.fit_learning_rates):
-                if not self.tried(seed, arm, OTHERS, rate, epochs):
+                if not self.tried(seed, name, OTHERS, rate, epochs):
                     fit_at(rate)
-        best, _ = self.choice(arm, OTHERS)
+        best, _ = self.choice(name, OTHERS)
         return found[best] if best in found else fit_at(best)
 
     def run(self, setting: Setting, seed: int, arm: str, number: str, rate: float, steps: int, split: str) -> None:
@@ -261,44 +271,60 @@ class Curve:
         # validation documents choose the rate and the steps, but do not stop the fit: a new task would have none for that
         data = dataclasses.replace(some, validation=subset(some, some.tasks, max_train_documents=0).train)
         start = time.perf_counter()
-        fitted = self.fitted(setting, arm, data, rate, steps, seed)
+        adapted = self.adapted(setting, arm, data, rate, steps, seed)
         seconds = time.perf_counter() - start
         part = some.test if split == "test" else some.validation
-        (scores,) = evaluate(fitted.model, part, fitted.weights()[0])
-        self.record(scores, some, split, (seed, arm, number, rate, steps), seconds)
+        self.record(predictions(adapted.model, part, adapted.draws), some, split, (seed, arm, number, rate, steps), seconds)
 
-    def record(self, scores: Scores, data: TaskData, split: str, run: tuple[int, str, str, float, int], seconds: float) -> None:
+    def record(
+        self,
+        found: TokenPredictions | ChoicePredictions,
+        data: TaskData,
+        split: str,
+        run: tuple[int, str, str, float, int],
+        seconds: float,
+    ) -> None:
         """Add one row for each task to the table, and write the file.
 
         Args:
-            scores: scores of the documents.
+            found: predictions of the documents.
             data: the data of the run.
             split: name of the split that was scored.
             run: (seed, arm, documents, learning rate, steps).
             seconds: duration of the fit.
         """
         seed, arm, number, rate, steps = run
-        rows = []
+        rows, ece = [], calibration(found).ece
         for d, task in enumerate(data.tasks):
-            of_task = scores.task == d
+            log_prob = found.log_prob[found.task == d].double()
             values = [seed, arm, number, split, rate, steps, task]
             of_run = {"train_documents": data.train.documents_per_task[d], "seconds": round(seconds, 2)}
-            score = {"tokens": int(scores.tokens[of_task].sum()), "perplexity": scores.perplexity(d)}
-            score["log_likelihood"] = float(scores.log_likelihood[of_task].sum())
+            score: dict[str, Any] = {"tokens": len(log_prob), "log_likelihood": float(log_prob.sum()), "ece": ece}
+            score["perplexity"] = perplexity(score["log_likelihood"], len(log_prob)) if len(log_prob) else None
             rows.append(dict(zip(KEYS, values, strict=True)) | of_run | score)
         new = pd.DataFrame(with_options(rows, self.options))
         self.table = pd.concat([self.table, new], ignore_index=True) if len(self.table) else new
         write_results(self.table, self.output)
         how = f"{number} documents, rate {rate:g}, {steps} steps"
-        print(f"seed {seed}: {arm}, {how}: {split} {scores.perplexity():.2f} in {seconds:.1f} s", file=sys.stderr)
+        overall = perplexity(float(found.log_prob.double().sum()), len(found.log_prob))
+        print(f"seed {seed}: {arm}, {how}: {split} {overall:.2f} in {seconds:.1f} s", file=sys.stderr)
+
+    def adapted(self, setting: Setting, arm: str, data: TaskData, rate: float, steps: int, seed: int) -> Adapted:
+        """Give all new tasks together their adapters by an arm."""
+        others = setting.others
+        if arm not in USUAL:
+            options = {name: value for name, value in dataclasses.asdict(setting.options).items() if name in OPTIONS}
+            options |= {"steps": max(steps, 1), "learning_rate": rate, "token_budget": TOKEN_BUDGET, "patience": 0, "seed": seed}
+            return other_way(others, arm, data, options)
+        return Adapted.of(self.fitted(setting, arm, data, rate, steps, seed))
 
     def fitted(self, setting: Setting, arm: str, data: TaskData, rate: float, steps: int, seed: int) -> Fitted:
-        """Fit an arm to all new tasks together."""
-        model = setting.bora.model
+        """Fit one of the usual arms to all new tasks together."""
+        fits, model = setting.others.fits, setting.others.model
         if arm == "bora":
-            new = given_model(setting.bora, len(data.tasks))
+            new = given_model(fits["bora"], len(data.tasks))
         else:
-            mean = model.starts if setting.pooled is None or arm == "scratch" else setting.pooled.weights()[1]
+            mean = model.starts if arm == "scratch" else fits["pooled"].weights()[1]
             flat = Given(mean, {name: torch.tensor(0.0) for name in mean})
             plain = model.likelihood.with_task_weights(None)
             new = BoRA(model.backbone, len(data.tasks), adapter=model.adapter, prior=flat, likelihood=plain, seed=seed)
@@ -314,16 +340,28 @@ class Curve:
         )  # fmt: skip
 
 
+def perplexity(log_likelihood: float, number: int) -> float:
+    """exp of the mean negative log-likelihood.
+
+    >>> perplexity(math.log(0.5) * 3, 3)
+    2.0
+    """
+    return math.exp(min(-log_likelihood / number, 700.0))
+
+
 def summary(table: Any) -> Any:
-    """Test perplexity by arm and number of documents, as mean and standard deviation over seeds, and the median time of a run."""
+    """Test perplexity by arm and number of documents, as mean and sd over seeds, with NLL, ECE and the median time."""
     test = table[table["split"] == "test"].assign(documents=table["documents"].astype(str))
+    test = test if "ece" in test else test.assign(ece=math.nan)  # rows of an older table
     sums = test.groupby(["arm", "documents", "seed"])[["log_likelihood", "tokens"]].sum()
-    perplexity = np.exp(-sums["log_likelihood"] / sums["tokens"]).rename("perplexity")
-    seconds = test.groupby(["arm", "documents", "seed"])["seconds"].first()
-    found = pd.concat([perplexity, seconds], axis=1).groupby(["arm", "documents"])
+    overall = np.exp(-sums["log_likelihood"] / sums["tokens"]).rename("perplexity")
+    nll = np.log(overall).rename("nll")
+    of_run = test.groupby(["arm", "documents", "seed"])[["seconds", "ece"]].first()
+    found = pd.concat([overall, nll, of_run], axis=1).groupby(["arm", "documents"])
     return found.agg(
-        mean=("perplexity", "mean"), sd=("perplexity", "std"), seeds=("perplexity", "size"), seconds=("seconds", "median")
-    )
+        mean=("perplexity", "mean"), sd=("perplexity", "std"), nll=("nll", "mean"), ece=("ece", "mean"),
+        seeds=("perplexity", "size"), seconds=("seconds", "median"),
+    )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

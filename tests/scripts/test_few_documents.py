@@ -81,6 +81,30 @@ def test_the_fits_to_the_other_tasks_have_their_own_best_learning_rates(curve):
             assert not new & set(fits.loc[fits["seed"] == seed, "task"])
 
 
+def test_other_ways_to_share(tmp_path):
+    options = quick_fit(tmp_path) | {"epochs": 2, "targets": ["v_proj", "fc2"]}
+    names = ("Ada", "Børge B.", "Cleo", "Dora", "Emil", "Fay", "Gus")
+    options["data"] = write_table(tmp_path / "seven.csv", documents(names, number=12))
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    arms = ["bora", "posterior", "mtlora", "abmll_0.1", "reptile", "icm_mean", "icm_nearest"]
+    words = [
+        "--fit_config", str(tmp_path / "fit.yaml"), "--documents", "0,2", "--left_out", "2", "--least_documents", "5",
+        "--seeds", "1", "--fit_learning_rates", "0.01", "--learning_rates", "0.01", "--steps", "3", "--threads", "1",
+        "--arms", ",".join(arms), "--output", str(tmp_path / "ways.csv"),
+    ]  # fmt: skip
+    assert script_main("few_documents")(words) == 0
+    table = pd.read_csv(tmp_path / "ways.csv", dtype={"documents": str})
+    test = table[table["split"] == "test"]
+    sizes = test.groupby(["arm", "documents"]).size()
+    assert sizes.eq(2).all()  # a row a task
+    assert {arm for arm in arms if (arm, "0") not in sizes.index} == {"icm_mean", "icm_nearest"}  # without documents no vector
+    found = [perplexity(test, arm=arm, documents=number) for arm, number in sizes.index]
+    assert len(set(found)) == len(found)  # each way has adapters of its own
+    assert test["ece"].between(0, 1).all()
+    tuned = set(table.loc[(table["split"] == "validation") & (table["documents"] == "2"), "arm"])
+    assert tuned == {"bora", "posterior", "mtlora"}  # the others take the steps of their fit, or none
+
+
 def test_nothing_is_run_twice(curve, capsys):
     path, words = curve
     before = path.read_bytes()
@@ -129,6 +153,8 @@ def test_rows_that_do_not_say_their_options_are_counted(curve, tmp_path, capsys)
     ("change", "words"),
     [
         (["--arms", "bora,scratsch"], "arm 'scratsch' is not known.*did you mean 'scratch'"),
+        (["--arms", "abmll_-1"], "arm 'abmll_-1' is not known"),
+        (["--inner_rate", "0"], "inner_rate is 0"),
         (["--documents", "5,many"], "documents 'many' is not a number"),
         (["--steps", "0"], "steps has '0'"),
         (["--fit_learning_rates", "0.01,fast"], "fit_learning_rates has 'fast'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import yaml
@@ -48,6 +49,13 @@ def words(tmp_path):
     return make
 
 
+def replace_fit(module, record, monkeypatch):
+    """Replace ``fit`` in a script, and in the module of its arms if it has one."""
+    for part in (module, sys.modules.get(f"{module.__name__}_arms")):
+        if hasattr(part, "fit"):
+            monkeypatch.setattr(part, "fit", record)
+
+
 @pytest.mark.parametrize("name", WORDS)
 def test_every_option_of_the_file_reaches_the_fits(name, words, monkeypatch, capsys):
     module, seen = script(name), []
@@ -59,7 +67,7 @@ def test_every_option_of_the_file_reaches_the_fits(name, words, monkeypatch, cap
         seen.append(with_changes(options or FitOptions(), changes))
         return fit(model, data, options, **more)
 
-    monkeypatch.setattr(module, "fit", record)
+    replace_fit(module, record, monkeypatch)
     assert module.main(words(name, **GIVEN)) == 0, capsys.readouterr().err
     expected = FitOptions(**GIVEN, epochs=4, token_budget=256)
     assert len(seen) > 1 or name == "compare_unknown"
@@ -78,7 +86,7 @@ def test_the_steps_of_new_tasks_are_optimiser_steps(words, monkeypatch, capsys):
         seen.append((data, more, fitted.history[-1]["step"]))
         return fitted
 
-    monkeypatch.setattr(module, "fit", record)
+    replace_fit(module, record, monkeypatch)
     assert module.main(words("few_documents", **GIVEN)) == 0, capsys.readouterr().err
     tuned = [(data, more, steps) for data, more, steps in seen if "epochs" in more]
     assert len(tuned) == 2 * 3  # bora, scratch, pooled_tuned: a search of one and a test
@@ -116,7 +124,7 @@ def test_task_weights_of_the_file_reach_the_fits(name, words, tmp_path, monkeypa
         seen.append((data.tasks, model.likelihood.task_weights))
         return fit(model, data, *arguments, **more)
 
-    monkeypatch.setattr(module, "fit", record)
+    replace_fit(module, record, monkeypatch)
     assert module.main(words(name, task_weights=str(tmp_path / "weights.yaml"))) == 0, capsys.readouterr().err
     tasks, found = seen[0]
     assert found.tolist() == [weights[task] for task in tasks]
