@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import adapters_figure
 import few_documents_figure
 import fidelity_table
 import figure1
@@ -39,6 +40,8 @@ from bora_pyro.options.field import option
 
 #: Sweeps that are drawn if their tables are there and have a τ between 0 and ∞.
 MORE_SWEEPS = ("presidents_full", "smollm2_documentation", "smollm2_presidents", "smollm2_crossfit")
+#: Comparisons of adapters that are drawn, as panels of one figure, if their tables are there.
+ADAPTER_TABLES = ("adapters_documentation", "adapters_presidents")
 _SWEEP_SCRIPTS: tuple[ModuleType, ...] = (figure1, figure2, figure3, figure4, figure5, table1, table2)
 
 
@@ -83,6 +86,9 @@ def jobs(config: DrawAllConfig) -> Iterator[tuple[str, Callable[[Any], str], Any
     yield path, calibration_figure.draw, calibration_figure.CalibrationFigureConfig(calibration=calibration, output=path)
     new, path = f"{results}/few_documents.csv", f"{output}/few_documents.png"
     yield path, few_documents_figure.draw, few_documents_figure.FewDocumentsFigureConfig(table=new, output=path)
+    of_adapters, path = [f"{results}/{name}.csv" for name in ADAPTER_TABLES], f"{output}/adapters.png"
+    if made := [table for table in of_adapters if Path(table).is_file()]:
+        yield path, adapters_figure.draw, adapters_figure.AdaptersFigureConfig(tables=made, output=path)
     yield model, model_figure.draw, model_figure.ModelConfig(output=model)
 
 

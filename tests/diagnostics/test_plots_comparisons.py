@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.text import Text
 
 from bora_pyro.diagnostics import plots
 from bora_pyro.diagnostics.plots.labels import legend_above
+from bora_pyro.diagnostics.plots.stored_bytes import SHIFT
 from bora_pyro.errors import InputError
 from tests.diagnostics.plot_data import RECORDS, compare_table, forms_table, points_of
 
@@ -34,6 +36,19 @@ def test_the_path_of_tau_is_a_line_for_each_group(ax):
     assert ax.get_yscale() == "log"
     with pytest.raises(InputError, match="no record has a tau"):
         plots.tau_path([{"step": 1}], ax)
+
+
+def test_perplexity_by_bytes_joins_the_sizes_of_an_adapter(ax):
+    rows = [("lora@8", 0, 8000, 17.0), ("lora@8", 1, 8000, 19.0), ("lora@1", 0, 1000, 20.0), ("nola@1", 0, 900, 21.0)]
+    table = pd.DataFrame([*rows, ("own@1", 0, 10, 9.0)], columns=["arm", "seed", "stored_bytes", "test_perplexity"])
+    plots.perplexity_by_bytes(table, ax)
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines}
+    lora, nola = (SHIFT ** (n - 4) for n in (0, 2))  # so that adapters of the same size do not overlap
+    assert lines["LoRA"] == (pytest.approx([lora, 8 * lora]), [20.0, 18.0])
+    assert lines["NOLA"] == (pytest.approx([0.9 * nola]), [21.0])
+    assert len(lines) == 2
+    spans = [segment[:, 1].tolist() for bars in ax.collections for segment in bars.get_segments()]
+    assert spans == [[20.0, 20.0], [17.0, 19.0], [21.0, 21.0]]
 
 
 def test_form_curves_are_a_line_for_each_form_and_rate(ax):

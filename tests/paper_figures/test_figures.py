@@ -62,6 +62,22 @@ def test_what_cannot_be_drawn_is_named_and_stops_nothing(script, tmp_path, capsy
     assert "make it with compare_forms.py" in err
 
 
+def test_adapters_are_drawn_at_their_best_rates(script, tmp_path):
+    rows = [("lora@1", 0.01, 0, 20.0), ("lora@1", 0.03, 0, 18.0), ("lora@1", 0.03, 1, 19.0), ("nola@1", 0.01, 0, 21.0)]
+    table = pd.DataFrame(rows, columns=["arm", "learning_rate", "seed", "validation_perplexity"])
+    table["test_perplexity"], table["stored_bytes"] = 30.0, 4096
+    path, figure = tmp_path / "adapters_own.csv", script("adapters_figure")
+    table.to_csv(path, index=False)
+    chosen = figure.at_best_rate(table)
+    assert list(zip(chosen["arm"], chosen["learning_rate"], chosen["seed"], strict=True)) == [
+        ("lora@1", 0.03, 0), ("lora@1", 0.03, 1), ("nola@1", 0.01, 0),
+    ]  # fmt: skip
+    assert draw(figure, "--tables", path, "--output", tmp_path / "adapters.png") == 0
+    assert is_picture(tmp_path / "adapters.png")
+    jobs = script("draw_all").jobs(script("draw_all").DrawAllConfig(results=str(tmp_path), output=str(tmp_path)))
+    assert not [job for job in jobs if job[0].endswith("adapters.png")]  # no table of a corpus that it names
+
+
 # what they say
 
 

@@ -25,13 +25,14 @@ from bora_pyro.diagnostics.plots.shrinkage import (
     shrinkage_forest,
     shrinkage_ridge,
 )
+from bora_pyro.diagnostics.plots.stored_bytes import perplexity_by_bytes
 from bora_pyro.diagnostics.plots.style import STYLE, style
 from bora_pyro.diagnostics.plots.sweeps import compare_forest, form_curves, task_gain, tau_curve, tau_path
 from bora_pyro.diagnostics.plots.task_ranges import task_ranges
 
 __all__ = [
     "STYLE", "compare_forest", "deviation_by_documents", "deviation_heatmap", "few_documents_curve", "form_curves",
-    "learning_curves", "place_labels", "pooling_factors", "rank_histogram", "reliability_diagram", "risk_coverage_curves",
-    "scale_scatter", "scores_by_origin", "shrinkage_forest", "shrinkage_ridge", "style", "task_dendrogram", "task_gain",
-    "task_pca", "task_ranges", "tau_curve", "tau_intervals", "tau_path", "token_uncertainty",
+    "learning_curves", "perplexity_by_bytes", "place_labels", "pooling_factors", "rank_histogram", "reliability_diagram",
+    "risk_coverage_curves", "scale_scatter", "scores_by_origin", "shrinkage_forest", "shrinkage_ridge", "style",
+    "task_dendrogram", "task_gain", "task_pca", "task_ranges", "tau_curve", "tau_intervals", "tau_path", "token_uncertainty",
 ]  # fmt: skip
