@@ -1,4 +1,8 @@
-"""Which state of a fit is kept: after each epoch the validation documents are measured, and the best state so far stays."""
+"""Which state of a fit is kept: after each epoch the validation documents are measured, and the best state so far stays.
+
+The start of a MAP fit counts too, so a fit is never worse than its start. The start of a guide with a spread does not: its scales
+are not those of the documents, and its draws would be useless.
+"""
 
 from __future__ import annotations
 
@@ -54,9 +58,10 @@ class BestState:
         self.fitted, self.state, self.data, self.options, self.processes = fitted, state, data, options, processes
         self.validation, self.train, self.made_of_steps, self.fail = validation, train, made_of_steps, fail
         self.draws_tasks, self.by_global_mean = draws_tasks, options.kept_by == GLOBAL_MEAN
+        self.start_counts = isinstance(fitted.guide, AutoDelta)
 
     def keep(self, epoch: int) -> dict[str, float]:
-        """Compute the measure of the validation documents, and keep the state if it is the lowest so far, including the start.
+        """Compute the measure of the validation documents, and keep the state if it is the lowest so far.
 
         Args:
             epoch: number of epochs that are done; 0: the start.
@@ -72,7 +77,7 @@ class BestState:
         if not self._draw_is_finite():
             raise self.fail(f"a draw of the guide gives NaN or inf logits after epoch {epoch}: its scales diverge")
         # without validation documents, the last epoch is the best
-        if not self.made_of_steps:
+        if not self.made_of_steps and (epoch or self.start_counts):
             self._keep_if_best(epoch, last, of_mean, averaged=False)
         report = {} if last is None else {name: last, f"{name}_last": last}
         report |= {} if of_mean is None else {f"{name}_global_mean": of_mean}

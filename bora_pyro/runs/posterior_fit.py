@@ -111,7 +111,7 @@ def run_posterior_fit(config: PosteriorFitConfig, *, quiet: bool = False) -> dic
             folder.write_split(run.folder.read_split())
         with start_tracking(config.trackers, folder, written, resume=bool(config.resume), quiet=quiet) as tracking:
             fitted = _fit(run, guide, folder, options, checkpoints, tracking, quiet=quiet)
-            _note_where_nothing_was_better(config, run, fitted, quiet=quiet)
+            _note_where_the_map_is_better(config, run, fitted, quiet=quiet)
             mixture = {"draws": config.draws, "linearised": config.predict == "linearised", "seed": config.seed}
             chosen = settle(fitted, run.data.validation, **mixture)
             for note in chosen.pop("notes", []):
@@ -134,16 +134,15 @@ def _add_note(run: SavedRun, note: str, *, quiet: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _note_where_nothing_was_better(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, *, quiet: bool) -> None:
-    rate = f"use a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g})"
+def _note_where_the_map_is_better(config: PosteriorFitConfig, run: SavedRun, fitted: Fitted, *, quiet: bool) -> None:
     best, of_map, measure = fitted.validation_score, run.fitted.validation_score, fitted.model.likelihood.measure
-    if fitted.history and not fitted.best_epoch:
-        what = f"no epoch had a lower validation {measure.title} than the MAP"
-        _add_note(run, f"{what}, so the posterior is as it began, its scales not fitted; {rate} or --scale", quiet=quiet)
-    elif isinstance(fitted.guide, FromSteps) and best is not None and of_map is not None and best > of_map:
+    if fitted.history and best is not None and of_map is not None and best > of_map:
+        centre = "mean of the steps" if isinstance(fitted.guide, FromSteps) else "posterior's mean"
         both = f"{best:.{measure.digits}f} against {of_map:.{measure.digits}f}"
-        what = f"the mean of the steps has a higher validation {measure.title} than the MAP ({both})"
-        _add_note(run, f"{what}; {rate}", quiet=quiet)
+        rate = (
+            f"use more --epochs, or a smaller --learning_rate (now {config.learning_rate:g}; try {config.learning_rate / 3:.1g})"
+        )
+        _add_note(run, f"the {centre} has a higher validation {measure.title} than the MAP ({both}); {rate}", quiet=quiet)
 
 
 def _check_same_posterior(config: PosteriorFitConfig, folder: RunFolder) -> None:
@@ -179,7 +178,7 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
         raise InputError(f"the run in {run.folder.path} is a meta-fit, whose tasks have posteriors already; give a MAP fit")
     if not isinstance(run.fitted.guide, AutoDelta):
         raise InputError(f"the run in {run.folder.path} is a posterior already; give the MAP fit that it began from")
-    scale = config.scale or _usual_scale(run.fitted.tau())
+    scale = config.scale or usual_scale(run.fitted.tau())
     if config.tau != FIXED:
         sites = sampled_tau(model, config.tau, run.fitted)
     options = guide_options(config.guide, config.guide_option or ())
@@ -189,7 +188,7 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
     return guide
 
 
-def _usual_scale(tau: float) -> float:
+def usual_scale(tau: float) -> float:
     """0.5 of the prior's standard deviation τ^-1/2, and at most 0.045 in the unit of the weights.
 
     The entries of LoRA are some hundredths. With wider draws the mean would be fitted to noise. The limit matters under a

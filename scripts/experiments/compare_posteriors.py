@@ -83,6 +83,7 @@ from bora_pyro.runs.calibrate import CalibrateConfig, read_foreign
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.layout import METRICS
 from bora_pyro.runs.map_fit import run_map_fit
+from bora_pyro.runs.posterior_fit import usual_scale
 from bora_pyro.runs.results_table import read_results, write_results
 from bora_pyro.runs.saved import SavedRun, load_run
 from bora_pyro.runs.stored_options import check_options, first_difference, fit_options, with_options
@@ -346,7 +347,8 @@ class Comparison:
     def variational(self, arm: Arm, run: SavedRun, seed: int, rate: float) -> Made:
         """Fit a guide around the MAP."""
         assert arm.temperature is not None
-        guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=arm.scale, **arm.options)
+        scale = usual_scale(run.fitted.tau())
+        guide = GUIDES[arm.guide](run.fitted.model, run.fitted.sites(), data=run.data, scale=scale, **arm.options)
         options: dict[str, Any] = {"epochs": self.config.epochs, "patience": 0, "learning_rate": rate, "seed": seed}
         options |= {"temperature": arm.temperature}
         options["callbacks"] = []  # the posteriors have the τ that the fit has learned

@@ -16,7 +16,6 @@ class Arm:
     Attributes:
         guide: name of the guide.
         temperature: temperature of the guide; None: the validation split chooses it.
-        scale: initial standard deviations, in units of the prior's.
         linearised: whether the draws predict with the linear expansion of the network.
         options: further arguments of the guide's builder.
         rate_of: the arm whose learning rate it has; None: its own choice.
@@ -24,7 +23,6 @@ class Arm:
 
     guide: str
     temperature: float | None = 1.0
-    scale: float = 0.5
     linearised: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     rate_of: str | None = None
