@@ -99,20 +99,25 @@ class GroupedNormal(PerLatent):
         with groups:
             white = event(StandardNormal(zeros, ones), start.dim(), self._of_groups(mask, start), groups)
             deviation_of_group = pyro.sample(f"group.{name}_decentered", white)
-        means = prior_mean + self.group_precision(name, start) ** -0.5 * deviation_of_group
+        of_groups = self.group_precision(name, start) ** -0.5 * deviation_of_group
         tau = self.precision(name, start)
         with tasks:
             white = event(StandardNormal(zeros, ones), start.dim(), mask, tasks)
             deviation = pyro.sample(f"theta.{name}_decentered", white)
-            member = self.member.to(start.device)[tasks.indices.to(start.device)]
+            centre = prior_mean + self.of_tasks(of_groups, tasks.indices)
             scale = (tau[tasks.indices] if tau.dim() > start.dim() else tau) ** -0.5
-            return pyro.deterministic(f"theta.{name}", means[member] + scale * deviation, event_dim=start.dim())
+            return pyro.deterministic(f"theta.{name}", centre + scale * deviation, event_dim=start.dim())
 
     def _of_groups(self, mask: Tensor | None, start: Tensor) -> Tensor | None:
         """The mask of the groups: an entry is active if it is active in any task of the group."""
         if mask is None or mask.dim() == start.dim():
             return mask
         return torch.stack([mask[(self.member == group).to(mask.device)].any(0) for group in range(len(self.groups))])
+
+    def of_tasks(self, of_groups: Tensor, tasks: Tensor | None = None) -> Tensor:
+        """What the groups have, (G, layers, *shape), for each task, (tasks, layers, *shape); ``tasks`` None: all of them."""
+        member = self.member if tasks is None else self.member[tasks.to(self.member.device)]
+        return of_groups[member.to(of_groups.device)]
 
     def mean_of(self, name: str, sites: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return sites[f"prior_mean.{name}"]
@@ -168,11 +173,10 @@ class GroupedNormal(PerLatent):
         return {name: mean + own[name] for name, mean in means.items()}, precisions
 
     def centre(self, name: str, sites: Mapping[str, Tensor]) -> Tensor:
-        of_groups = sites[f"prior_mean.{name}"] + self.group_deviations(sites, [name])[name]
-        return of_groups[self.member.to(of_groups.device)]
+        return sites[f"prior_mean.{name}"] + self.of_tasks(self.group_deviations(sites, [name])[name])
 
     def average(self, sites: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        of_tasks = {name: value[self.member.to(value.device)] for name, value in self.group_deviations(sites, [*theta]).items()}
+        of_tasks = {name: self.of_tasks(value) for name, value in self.group_deviations(sites, [*theta]).items()}
         return {name: of_tasks[name] + (value - of_tasks[name]).mean(0) for name, value in theta.items()}
 
     def learn(
@@ -187,8 +191,7 @@ class GroupedNormal(PerLatent):
         assert sites is not None
         names = list(deviations)
         # before τ changes: the deviations of the groups depend on τ_g
-        member = self.member.to(task.device)
-        of_tasks = {name: value[member] for name, value in self.group_deviations(sites, names).items()}
+        of_tasks = {name: self.of_tasks(value) for name, value in self.group_deviations(sites, names).items()}
         of_groups = {name: (value - value.mean(0))[task] for name, value in of_tasks.items()}
         self.tasks.learn(deviations, gradients, task, all_reduce=all_reduce)
         self.level.learn(of_groups, gradients, task, all_reduce=all_reduce)
