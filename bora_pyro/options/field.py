@@ -56,9 +56,9 @@ def option(
         words: texts that are allowed besides the type, for a field of type ``float | str`` or ``bool | str``.
         whole: do not split the texts of a list at commas. The option may then be repeated, with one text or more each time.
         line_only: ignore the value in a file, for switches that a file from somebody else must not turn on.
-        least: the smallest allowed whole number; ``check_fields`` checks it.
+        least: the smallest allowed whole number, of a list for each of its texts; ``check_fields`` checks it.
         most: the largest allowed whole number, if ``least`` is given.
-        positive: only finite numbers above 0 are allowed; ``check_fields`` checks it.
+        positive: only finite numbers above 0 are allowed, of a list for each of its texts; ``check_fields`` checks it.
         filled: the option is a name, or a list of names, none of which may be empty; ``check_fields`` checks it.
     """
     metadata = {
@@ -144,6 +144,9 @@ def check_fields(config: Any) -> None:
             continue
         if about.get("filled") and not all(str(text).strip() for text in (value if isinstance(value, list) else [value])):
             raise InputError(f"{name} is empty; give a name, or leave it out for its default")
+        if isinstance(value, list):
+            _check_numbers(name, value, positive=about.get("positive", False), least=about.get("least"))
+            continue
         if (least := about.get("least")) is not None:
             check_at_least(name, value, least)
             if value > (most := about["most"]):
@@ -151,6 +154,23 @@ def check_fields(config: Any) -> None:
                 raise InputError(f"{name} is {shown(value)}; give a whole number {largest}")
         if about.get("positive") and not 0 < value < math.inf:
             raise InputError(f"{name} is {value}; give a finite number above 0")
+
+
+def _check_numbers(name: str, texts: Sequence[str], *, positive: bool, least: int | None) -> None:
+    """Check the numbers of a list of texts.
+
+    >>> _check_numbers("rates", ["0.1", "fast"], positive=True, least=None)
+    Traceback (most recent call last):
+    bora_pyro.errors.InputError: rates has 'fast'; give finite numbers above 0
+    """
+    for text in texts if positive or least is not None else ():
+        try:
+            usable = 0 < float(text) < math.inf if least is None else int(text) >= least
+        except ValueError:
+            usable = False
+        if not usable:
+            what = "finite numbers above 0" if least is None else f"whole numbers from {least} up"
+            raise InputError(f"{name} has {shown(text)}; give {what}")
 
 
 def check_choices(config: Any) -> None:

@@ -22,7 +22,6 @@ The table has a row for each epoch and one for the start (epoch 0):
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from bora_pyro.inference.fit import NonFiniteLossError, fit
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.model import BoRA
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import option, part_of
+from bora_pyro.options.field import check_fields, option, part_of
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.stored_options import check_options, fit_options, options_json
@@ -57,13 +56,14 @@ class FormsConfig:
 
     fit_config: str = option("results/documentation.yaml", "YAML of map_fit.py's options that all arms share")
     data: str | None = option(None, "the documents (default: what fit_config names)")
-    taus: list[str] = option(["100", "1000"], "precisions of the prior, above 0 and below inf (default: 100 1000)")
+    taus: list[str] = option(["100", "1000"], "precisions of the prior, above 0 and below inf (default: 100 1000)", positive=True)
     learning_rates: list[str] = option(
-        ["0.003", "0.01", "0.03"], "the non-centred form's grid of learning rates (default: 0.003 0.01 0.03)"
+        ["0.003", "0.01", "0.03"], "the non-centred form's grid of learning rates (default: 0.003 0.01 0.03)", positive=True
     )
     coefficients: list[str] = option(
         ["1e-5", "3e-5", "1e-4", "3e-4"],
         "the centred form's grid: learning rate divided by tau (default: 1e-5, the paper's, 3e-5 1e-4 3e-4)",
+        positive=True,
     )
     seed: int = option(0, "seed of the split, the start and the order of the documents")
     threads: int | None = option(None, "CPU threads (default: torch's own choice)")
@@ -71,16 +71,9 @@ class FormsConfig:
 
     def validate(self) -> None:
         """Check the values."""
+        check_fields(self)
         if not Path(self.fit_config).is_file():
             raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
-        for name in ("taus", "learning_rates", "coefficients"):
-            for value in getattr(self, name):
-                try:
-                    allowed = 0 < float(value) < math.inf
-                except ValueError:
-                    allowed = False
-                if not allowed:
-                    raise InputError(f"{name} has {value!r}; give finite numbers above 0")
 
 
 def arms(config: FormsConfig) -> list[Arm]:

@@ -34,7 +34,7 @@ from bora_pyro.diagnostics.sweep_table import number_text
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.files.atomic import replace_file
 from bora_pyro.options.command_line import parse_config, run_script
-from bora_pyro.options.field import option
+from bora_pyro.options.field import check_fields, option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.stored_options import check_options, fit_options, options_json
@@ -87,17 +87,16 @@ class VariantsConfig:
     learning_rates: list[str] = option(
         ["0.003", "0.01", "0.03"],
         "the grid of AdamW's learning rates, a factor tau included (default: 0.003 0.01 0.03)",
+        positive=True,
     )
-    seeds: int = option(3, "number of seeds, from 0")
-    jobs: int = option(2, "fits that run at the same time, one thread each")
+    seeds: int = option(3, "number of seeds, from 0", least=1)
+    jobs: int = option(2, "fits that run at the same time, one thread each", least=1)
     runs_dir: str = option("runs/variants", "folder of the runs")
     output: str = option("results/fidelity.csv", "the table, one row for each run; runs that it has are not repeated")
 
     def validate(self) -> None:
         """Check the values."""
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a whole number from 1 up")
+        check_fields(self)
         if not Path(self.fit_config).is_file():
             raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
         for name in self.variants:
@@ -105,13 +104,6 @@ class VariantsConfig:
                 raise InputError(f"variant {name!r} is not known; known: {', '.join(VARIANTS)}{nearest(name, VARIANTS)}")
         if not 0 < self.tau < math.inf:
             raise InputError(f"tau is {self.tau}; give a finite number above 0, because the limits have no variants")
-        for rate in self.learning_rates:
-            try:
-                allowed = 0 < float(rate) < math.inf
-            except ValueError:
-                allowed = False
-            if not allowed:
-                raise InputError(f"learning_rates has {rate!r}; give finite numbers above 0")
 
 
 class Comparison:

@@ -96,12 +96,12 @@ class FewDocumentsConfig:
     others_documents: int = option(64, "largest number of training documents of each of the other tasks")
     seeds: int = option(3, "number of seeds, from 0")
     fit_learning_rates: list[str] = option(
-        ["0.01", "0.03"], "grid of learning rates of the fits to the other tasks (default: 0.01 0.03)"
+        ["0.01", "0.03"], "grid of learning rates of the fits to the other tasks (default: 0.01 0.03)", positive=True
     )
     learning_rates: list[str] = option(
-        ["0.001", "0.003", "0.01", "0.03", "0.1"], "grid of learning rates (default: 0.001 0.003 0.01 0.03 0.1)"
+        ["0.001", "0.003", "0.01", "0.03", "0.1"], "grid of learning rates (default: 0.001 0.003 0.01 0.03 0.1)", positive=True
     )
-    steps: list[str] = option(["15", "60", "240"], "grid of numbers of steps of each task (default: 15 60 240)")
+    steps: list[str] = option(["15", "60", "240"], "grid of numbers of steps of each task (default: 15 60 240)", least=1)
     inner_rate: float = option(0.3, "learning rate of the inner steps of ABMLL and Reptile", positive=True)
     threads: int = option(2, "CPU threads")
     output: str = option("results/few_documents.csv", "the table, one row for each task and run")
@@ -117,14 +117,6 @@ class FewDocumentsConfig:
         for name in self.documents:
             if name != "all" and not name.isdigit():
                 raise InputError(f"documents {name!r} is not a number; give whole numbers from 0 up, or all")
-        for option_, kind in (("fit_learning_rates", float), ("learning_rates", float), ("steps", int)):
-            for text in getattr(self, option_):
-                try:
-                    usable = 0 < kind(text) < math.inf
-                except ValueError:
-                    usable = False
-                if not usable:
-                    raise InputError(f"{option_} has {text!r}; give numbers above 0")
         if not Path(self.fit_config).is_file():
             raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
 

@@ -53,7 +53,7 @@ class PlantedConfig:
     tokens: int = option(64, "tokens of a document", least=4)
     epochs: int = option(8, "epochs of a fit", least=1)
     token_budget: int = option(1024, "tokens of a step", least=4)
-    rates: list[str] = option(["0.003", "0.01", "0.03", "0.1"], "learning rates (default: 0.003 0.01 0.03 0.1)")
+    rates: list[str] = option(["0.003", "0.01", "0.03", "0.1"], "learning rates (default: 0.003 0.01 0.03 0.1)", positive=True)
     seeds: int = option(3, "number of seeds, from 0: other layers, directions and documents", least=1)
     threads: int = option(1, "CPU threads", least=1)
     output: str = option("results/planted_ranks.csv", "the table, one row a fit; fits that it has are not repeated")
@@ -61,13 +61,6 @@ class PlantedConfig:
     def validate(self) -> None:
         """Check the values."""
         check_fields(self)
-        for rate in self.rates:
-            try:
-                usable = 0 < float(rate) < math.inf
-            except ValueError:
-                usable = False
-            if not usable:
-                raise InputError(f"rates has {rate!r}; give finite numbers above 0")
 
     def adapter(self, arm: str) -> Adapter:
         """The adapter of an arm."""

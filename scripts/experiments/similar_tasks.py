@@ -16,7 +16,6 @@ first seed chooses each arm's learning rate on validation documents. Rows that t
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -57,7 +56,7 @@ class SimilarConfig:
     data: str | None = option(None, "the documents (default: as in fit_config)")
     arms: list[str] = option([*ARMS], f"which arms (default: {' '.join(ARMS)})")
     components: int = option(4, "principal components of the vectors", least=2)
-    rates: list[str] = option(["0.01", "0.03"], "grid of learning rates (default: 0.01 0.03)")
+    rates: list[str] = option(["0.01", "0.03"], "grid of learning rates (default: 0.01 0.03)", positive=True)
     seeds: int = option(3, "number of seeds, from 0", least=1)
     threads: int = option(1, "CPU threads", least=1)
     output: str = option("results/similar_documentation.csv", "the table, one row a fit; fits that it has are not repeated")
@@ -68,13 +67,6 @@ class SimilarConfig:
         for name in self.arms:
             if name not in ARMS:
                 raise InputError(f"arm {name!r} is not known; known: {', '.join(ARMS)}{nearest(name, ARMS)}")
-        for rate in self.rates:
-            try:
-                usable = 0 < float(rate) < math.inf
-            except ValueError:
-                usable = False
-            if not usable:
-                raise InputError(f"rates has {rate!r}; give finite numbers above 0")
         if not Path(self.fit_config).is_file():
             raise InputError(f"fit_config {self.fit_config} does not exist; give a YAML file of map_fit.py's options")
 
