@@ -43,6 +43,9 @@ class FitHooks:
             InputError: it cannot work with this model or these documents.
         """
 
+    def before_passes(self, loop: Any) -> None:
+        """Called before each step's passes through the model, which give its gradient; ``before_step`` follows them."""
+
     def before_step(self, loop: Any) -> None:
         """Called before each step of the optimiser. The gradient is complete and clipped; it may be changed."""
 

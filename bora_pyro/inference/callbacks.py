@@ -80,6 +80,9 @@ class Callback(FitHooks):
             InputError: the callback cannot work with this model or these documents.
         """
 
+    def before_passes(self, loop: FitLoop) -> None:
+        """Called before each step's passes through the model, which give its gradient; ``before_step`` follows them."""
+
     def before_step(self, loop: FitLoop) -> None:
         """Called before each step of the optimiser. The gradient is complete and clipped; a callback may change it."""
 

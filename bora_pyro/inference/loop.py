@@ -229,6 +229,8 @@ class Loop:
         sums = torch.zeros(5, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         most = self.model.backbone.pass_tokens
         self._dropout.draw()
+        for callback in self.callbacks:
+            callback.before_passes(self)
         for batch in self.processes.lockstep(part for whole in self.state.begin(batches) for part in whole.parts(most)):
             if batch is None:
                 self.model.backbone.dummy_pass(backward=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from itertools import pairwise
 
 import pyro
@@ -19,6 +20,9 @@ from bora_pyro import (
     fit,
     map_guide,
 )
+from bora_pyro.inference.best_state import BestState
+from bora_pyro.inference.callbacks import Callback
+from bora_pyro.inference.loop import Loop
 from bora_pyro.inference.schedule import epoch_seed, schedule
 from tests.inference.fit_state import assert_same, parameters
 from tests.tiny_base import toy_data, toy_model, without_times
@@ -199,3 +203,25 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(data, task_subsampling):
     assert [entry["loss"] for entry in parts.history] == pytest.approx([entry["loss"] for entry in whole.history], rel=1e-5)
     for name, value in parameters(whole).items():
         torch.testing.assert_close(parameters(parts)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_callbacks_are_told_before_the_passes_of_each_step(data, monkeypatch):
+    """Between ``before_passes`` and ``before_step`` are the passes of a step, and no others: not those that measure the norm
+    of the gradient at the start and at the end."""
+    events = []
+
+    class Record(Callback):
+        def before_passes(self, loop):
+            events.append("begin")
+
+        def before_step(self, loop):
+            events.append("end")
+
+    score, backward = BestState.score, Loop.backward
+    monkeypatch.setattr(Loop, "backward", lambda self, *args, **more: events.append("pass") or backward(self, *args, **more))
+    monkeypatch.setattr(BestState, "score", lambda self: events.append("score") or score(self))
+    fit(toy_model(), data, callbacks=[Record()], epochs=2, token_budget=100, accumulate=2, patience=0)
+    text = " ".join(events)
+    step = "begin (pass )+end "
+    assert re.fullmatch(f"(score )+(pass )+({step})+(score )+({step})+(score )+(pass ?)+", text)
+    assert "pass pass" in text
