@@ -9,6 +9,7 @@ from bora_pyro.adapters.nola import NOLA
 from bora_pyro.adapters.osft import OSFT
 from bora_pyro.adapters.sara import SaRA
 from bora_pyro.adapters.shared_plus_task import SharedPlusTaskLoRA
+from bora_pyro.adapters.smora import SMoRA
 from bora_pyro.adapters.soka import SoKA
 from bora_pyro.adapters.triadapt import TriAdaptLoRA
 
@@ -22,11 +23,12 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "nola": NOLA,
     "osft": OSFT,
     "sara": SaRA,
+    "smora": SMoRA,
     "soka": SoKA,
     "triadapt": TriAdaptLoRA,
 }
 
 __all__ = [
-    "ADAPTERS", "NOLA", "OSFT", "Adapter", "DropoutLoRA", "Factors", "FrozenALoRA", "LoRA", "MTLoRA", "SaRA",
+    "ADAPTERS", "NOLA", "OSFT", "Adapter", "DropoutLoRA", "Factors", "FrozenALoRA", "LoRA", "MTLoRA", "SMoRA", "SaRA",
     "SharedPlusTaskLoRA", "SoKA", "TriAdaptLoRA",
 ]  # fmt: skip

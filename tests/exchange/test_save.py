@@ -38,7 +38,7 @@ def config_of(folder):
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "smora"])  # whose change depends on the token
 def test_a_saved_adapter_gives_the_same_logits_in_peft(adapter, architecture, targets, tmp_path):
     model = tiny_bora(architecture, targets=targets, adapter=tiny_adapter(adapter, alpha=3.0))
     weights, input_ids = random_weights(model), random_ids()
