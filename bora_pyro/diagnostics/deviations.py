@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bora_pyro.adapters.gives_change import gives_change
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.inference.fitted import Fitted
@@ -207,6 +208,11 @@ class PosteriorPooling:
 def adapter_matrix(fitted: Fitted) -> Tensor:
     """The deviations θ_d − Θ as a matrix with one row per task: (D, entries), latents in the order of ``fitted.weights()``."""
     return torch.cat([value.flatten(1) for value in deviations(fitted).values()], 1)
+
+
+def usual_space(fitted: Fitted) -> str:
+    """The space in which tasks are compared: ``delta_w``, or ``weights`` if the change of a layer depends on its input."""
+    return SPACES[0] if gives_change(fitted.model.adapter, fitted.model.backbone) else SPACES[1]
 
 
 def task_gram(fitted: Fitted, *, space: str = "delta_w") -> Tensor:

@@ -34,6 +34,7 @@ from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.data import TaskData
 from bora_pyro.data.subset import subset
 from bora_pyro.errors import InputError, nearest, shown
+from bora_pyro.exchange.factors import check_gives_change
 from bora_pyro.exchange.merge import check_mergeable, merge_into_base
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fit import fit
@@ -161,6 +162,7 @@ def continual_fit(
     _check(data, order, tau)
     place = [data.tasks.index(task) for task in order]
     adapters = [OSFT(preserve=share, inner=adapter or LoRA()) for share in shares]
+    check_gives_change(adapter or LoRA(), backbone)
     for one, slot in itertools.product(adapters, backbone.slots):
         one.preserved(slot)
     judge = BoRA(backbone, max(2, data.num_tasks), adapter=LoRA(rank=1), prior=Independent(), likelihood=likelihood)

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bora_pyro.adapters import Factors
+from bora_pyro.adapters import Adapter, Factors
+from bora_pyro.adapters.gives_change import gives_change
+from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.errors import InputError
 from bora_pyro.model import BoRA
 from bora_pyro.routers import ByTask
@@ -130,6 +132,23 @@ def layer_deltas(model: BoRA, weights: Mapping[str, Tensor], *, task: int | None
     """
     exact, deltas = _changes(model, weights, task)
     return {path: of_layer.delta() for path, of_layer in exact.items()} | deltas
+
+
+def check_gives_change(adapter: Adapter, backbone: Backbone) -> None:
+    """Check before long work that an adapter gives a ΔW, without which nothing can be exported or merged.
+
+    >>> import bora_pyro as bp
+    >>> check_gives_change(bp.LoRA(rank=2), bp.Backbone.from_pretrained("builtin:nano"))
+
+    Raises:
+        InputError: it gives none (:func:`~bora_pyro.adapters.gives_change.gives_change`).
+    """
+    if not gives_change(adapter, backbone):
+        raise _no_change(adapter)
+
+
+def _no_change(adapter: Adapter) -> InputError:
+    return InputError(f"{adapter} cannot be written as LoRA matrices, because it gives no ΔW; use the run itself")
 
 
 def cut(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

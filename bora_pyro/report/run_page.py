@@ -137,7 +137,7 @@ def _of_adapters(
 ) -> tuple[list[Picture], dict[str, float] | None, Samples | None]:
     """Pictures of the shrinkage, effective parameters by task, and samples. Notes are added to ``notes``."""
     # imported here because a page without adapters needs neither ArviZ nor the base model's libraries
-    from bora_pyro.diagnostics.deviations import task_gram
+    from bora_pyro.diagnostics.deviations import task_gram, usual_space
     from bora_pyro.diagnostics.shrinkage import shrinkage
     from bora_pyro.runs.saved import load_run
 
@@ -148,13 +148,14 @@ def _of_adapters(
     draws = None if run.is_point else options.draws
     container = shrinkage(run.fitted, run.data, draws=draws)
     pictures: list[Picture] = []
-    gram = task_gram(run.fitted).numpy()
+    space = usual_space(run.fitted)
+    gram = task_gram(run.fitted, space=space).numpy()
     if gram.any():
-        pictures = [*shrinkage_pictures(run.data.tasks, container, gram)]
+        pictures = [*shrinkage_pictures(run.data.tasks, container, gram, space=space)]
         if len(run.data.tasks) > MANY_TASKS:
             notes.append(f"the run has more than {MANY_TASKS} tasks, so pictures with one row a task are left out")
     else:
-        notes.append("all tasks have the same ΔW, so there are no deviations to draw")
+        notes.append("all tasks have the same adapter, so there are no deviations to draw")
     group = container["posterior" if draws is None else "constant_data"]
     effective = dict(zip(run.data.tasks, np.asarray(group["effective_parameters"], float).reshape(-1).tolist(), strict=True))
     samples = None

@@ -16,16 +16,22 @@ from bora_pyro.report.pictures import WIDTH, draw_picture, name_labels
 
 #: With more tasks than this, pictures with one row a task are left out.
 MANY_TASKS = 80
+# What tasks are compared by, and how they deviate in it, by space.
+_SPACES = {
+    "delta_w": ("ΔW", "changes of the weights, ΔW_d − ΔW_Θ"),
+    "weights": ("θ", "latents, θ_d − Θ, because the change of a layer depends on its input"),
+}
 _POINTS = 400  # points of a path of τ that are drawn, at most
 
 
-def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray) -> Iterator[Picture]:
+def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray, *, space: str = "delta_w") -> Iterator[Picture]:
     """Draw how far the tasks are from Θ, in which layers, and how far they are from each other.
 
     Args:
         tasks: names of the D tasks.
         container: result of :func:`bora_pyro.diagnostics.shrinkage`.
-        gram: Gram matrix of ΔW_d − ΔW_Θ, of shape (D, D) (:func:`bora_pyro.diagnostics.deviations.task_gram`).
+        gram: Gram matrix of the tasks' deviations, of shape (D, D) (:func:`bora_pyro.diagnostics.deviations.task_gram`).
+        space: its space, ``delta_w`` or ``weights``.
     """
     names = list(name_labels(tasks).values())
     groups = {
@@ -68,18 +74,19 @@ def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray) -
             partial(_call, plots.pooling_factors, groups),
         )
     if 2 <= len(names) <= MANY_TASKS:
+        own, deviation = _SPACES[space]
         yield draw_picture(
             "pca",
             "Tasks by what their adapters do",
-            "Principal components of the tasks' changes of the weights, ΔW_d − ΔW_Θ. Tasks that lie close together have similar "
-            "adapters. A name without room is left out.",
+            f"Principal components of the tasks' {deviation}. Tasks that lie close together have similar adapters. A name "
+            "without room is left out.",
             lambda ax: plots.task_pca(gram, names, ax),
             height=3.8,
         )
         yield draw_picture(
             "tree",
             "Which tasks are near one another",
-            "Average linkage of the distances between the tasks' ΔW. The farther left two tasks meet, the less they share.",
+            f"Average linkage of the distances between the tasks' {own}. The farther left two tasks meet, the less they share.",
             lambda ax: plots.task_dendrogram(gram, names, ax),
             height=by_task,
         )

@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 from bora_pyro.diagnostics import plots
-from bora_pyro.diagnostics.deviations import task_gram
+from bora_pyro.diagnostics.deviations import task_gram, usual_space
 from bora_pyro.diagnostics.shrinkage import compare_priors, held_out, shrinkage
 from bora_pyro.errors import InputError
 from bora_pyro.files.text import name_line
@@ -83,13 +83,14 @@ def diagnose(config: DiagnoseConfig) -> Path:
     container.to_netcdf(folder / "shrinkage.nc")
     rows = shrinkage_table(run, container)
     rows.to_csv(folder / "shrinkage.csv", index=False, float_format="%.6g")
-    gram = task_gram(run.fitted).numpy()
+    space = usual_space(run.fitted)
+    gram = task_gram(run.fitted, space=space).numpy()
     if gram.any():
         with plots.style():
-            for name, figure in _pictures(run.data.tasks, container, gram):
+            for name, figure in _pictures(run.data.tasks, container, gram, space):
                 figure.savefig(folder / f"{name}.png")
     else:
-        print("note: all tasks have the same ΔW, so there are no deviations to draw", file=sys.stderr)
+        print("note: all tasks have the same adapter, so there are no deviations to draw", file=sys.stderr)
     print(rows.assign(task=rows["task"].map(name_line)).to_string(index=False, float_format="{:.2f}".format, na_rep="–"))
     if compared:
         table = compare_priors(compared | {next(iter(compared)): container})
@@ -135,8 +136,8 @@ def shrinkage_table(run: SavedRun, container: Any) -> pd.DataFrame:
     )
 
 
-def _pictures(tasks: list[str], container: Any, gram: np.ndarray) -> Iterator[tuple[str, Figure]]:
-    """The pictures of one run, each with its name; gram: (D, D), of ΔW_d − ΔW_Θ."""
+def _pictures(tasks: list[str], container: Any, gram: np.ndarray, space: str) -> Iterator[tuple[str, Figure]]:
+    """The pictures of one run, each with its name; gram: (D, D), of the deviations in a space, ΔW_d − ΔW_Θ or θ_d − Θ."""
     by_task = 1.5 + 0.22 * len(tasks)  # inches
     yield "forest", _picture(plots.shrinkage_forest, container, height=by_task)
     yield "ridge", _picture(plots.shrinkage_ridge, container, height=by_task)
@@ -147,7 +148,8 @@ def _pictures(tasks: list[str], container: Any, gram: np.ndarray) -> Iterator[tu
     yield "pooling", _picture(plots.pooling_factors, container)
     yield "pca", _picture(plots.task_pca, gram, tasks, height=5.5)
     dendrogram = _picture(plots.task_dendrogram, gram, tasks, height=by_task)
-    dendrogram.axes[0].set_xlabel("distance between tasks, ‖Δ$W_d$ − Δ$W_e$‖ (average linkage)")
+    distance = "‖Δ$W_d$ − Δ$W_e$‖" if space == "delta_w" else "‖$θ_d$ − $θ_e$‖"
+    dendrogram.axes[0].set_xlabel(f"distance between tasks, {distance} (average linkage)")
     yield "dendrogram", dendrogram
 
 

@@ -23,6 +23,7 @@ from bora_pyro.data import TaskData
 from bora_pyro.data.counts import counted
 from bora_pyro.data.splitters import ForNewTasks
 from bora_pyro.errors import InputError, shown
+from bora_pyro.exchange.factors import check_gives_change
 from bora_pyro.exchange.names import write_task_names
 from bora_pyro.exchange.save import save_peft
 from bora_pyro.files.atomic import check_place, whole_folder, write_record
@@ -66,6 +67,7 @@ def run_generate_adapter(config: GenerateAdapterConfig, *, quiet: bool = False) 
             f"draws is {config.draws}, but the generator in {saved.path} gives one adapter and no draws; leave it out"
         )
     model, data, config = _build(config, saved, quiet=quiet)
+    check_gives_change(model.adapter, model.backbone)
     assert config.token_budget is not None
     how: dict[str, Any] = {"documents": config.documents_read, "token_budget": config.token_budget, "seed": config.seed}
     vectors, theta = saved.generate(model, data.train, **how)
