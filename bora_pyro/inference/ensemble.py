@@ -11,6 +11,8 @@ import torch
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
+from bora_pyro.adapters import Adapter
+from bora_pyro.adapters.load_balance import LoadBalance
 from bora_pyro.errors import InputError, shown
 from bora_pyro.guides import EnsembleGuide, make_parameters
 from bora_pyro.inference.fitted import Fitted
@@ -74,6 +76,19 @@ def ensemble(fits: Iterable[Fitted]) -> Fitted:
     make_parameters(guide, model)
     guide.give(sites)
     return replace(best, model=model, guide=guide, seconds=seconds)
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """Check before its members are fitted that an ensemble can have this adapter.
+
+    Raises:
+        InputError: each member would have a bias of its own in the choice of its experts.
+    """
+    if any(isinstance(callback, LoadBalance) for callback in adapter.callbacks()):
+        raise InputError(
+            f"each member of an ensemble would have load biases of its own under {adapter}, and one model cannot have all; give "
+            "balance=0"
+        )
 
 
 def _score(fitted: Fitted) -> float:

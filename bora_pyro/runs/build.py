@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from bora_pyro.adapters import ADAPTERS
+from bora_pyro.adapters import ADAPTERS, Adapter
 from bora_pyro.backbone.backbone import Backbone
 from bora_pyro.backbone.sharding import shard_base
 from bora_pyro.backbone.texts import check_token_ids
@@ -92,9 +92,7 @@ def build_run(
     likelihood = _likelihood(config)
     backbone = _load_backbone(config, device, team)
     data = _load_data(config, backbone, split, reads_options=likelihood.reads_options, quiet=quiet)
-    adapter = build_member(
-        "adapter", ADAPTERS, config.adapter, config.adapter_option or (), usual={"rank": config.rank, "alpha": config.alpha}
-    ).for_tasks(None if new_tasks else data.tasks)
+    adapter = adapter_of(config).for_tasks(None if new_tasks else data.tasks)
     router = build_member("router", ROUTERS, config.router, config.router_option or (), usual={"tasks": len(data.tasks)})
     model = BoRA(
         backbone,
@@ -106,6 +104,16 @@ def build_run(
         seed=config.seed if seed is None else seed,
     )
     return model, data
+
+
+def adapter_of(config: MapFitConfig) -> Adapter:
+    """The adapter of a configuration, before it knows the tasks.
+
+    Raises:
+        InputError: there is no such adapter, or its options are not allowed.
+    """
+    usual = {"rank": config.rank, "alpha": config.alpha}
+    return build_member("adapter", ADAPTERS, config.adapter, config.adapter_option or (), usual=usual)
 
 
 def begin(

@@ -25,10 +25,11 @@ from typing import Any
 
 from bora_pyro.errors import InputError
 from bora_pyro.guides import ENSEMBLE
-from bora_pyro.inference.ensemble import ensemble
+from bora_pyro.inference.ensemble import check_adapter, ensemble
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.likelihoods import measure_of
 from bora_pyro.predict.posterior import Posterior
+from bora_pyro.runs.build import adapter_of
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
@@ -61,6 +62,7 @@ def run_ensemble(config: EnsembleConfig, *, quiet: bool = False) -> dict[str, An
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("an ensemble is fitted by one process; start it without torchrun, or fit the members with map-fit")
     config, folder = resolve_folder(config)
+    check_adapter(adapter_of(config))
     if config.resume and MEMBERS not in folder.read_config():
         raise InputError(f"the run in {folder.path} is no ensemble; give the folder of one to resume, or another output_dir")
     folder.take(overwrite=config.overwrite, resume=bool(config.resume))

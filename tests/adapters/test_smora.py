@@ -223,6 +223,32 @@ def test_the_tokens_of_the_steps_are_counted_and_no_others():
     assert all(torch.equal(value, before[name]) for name, value in model.tensors.buffers.items())
 
 
+def test_the_load_of_a_step_is_that_of_all_processes():
+    """Two processes of equal load: each adds the sum of both, and moves its bias by it."""
+
+    class Twice:
+        def all_reduce(self, value):
+            return value.mul_(2)
+
+    class Loop:
+        epoch, processes, report = 0, Twice(), {}
+
+    loop, model = Loop(), tiny_bora(adapter=SMoRA(rank=4, active=2, balance=0.5), targets=["q_proj"])
+    loop.model = model
+    [hooks] = model.adapter.callbacks()
+    load, count = model.tensors.buffers["q_proj.load"], torch.tensor([[3, 1, 0, 0], [1, 1, 1, 1]])
+    load += 7  # of an earlier epoch
+    for step in range(2):
+        hooks.before_passes(loop)
+        load += count  # what the passes of this process count
+        hooks.before_step(loop)
+        assert torch.equal(load, 2 * (step + 1) * count)
+    expected = torch.tensor([[-1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(model.tensors.buffers["q_proj.gate_bias"], expected)
+    hooks.after_epoch(loop)
+    assert loop.report["load_variation"] == pytest.approx(float(variation(count).mean()))
+
+
 def test_layers_on_several_devices_are_refused(monkeypatch):
     model = tiny_bora(adapter=SMoRA(rank=4))
     monkeypatch.setattr(type(model.backbone), "device", torch.device("cuda:0"))

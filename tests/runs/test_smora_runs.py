@@ -95,7 +95,7 @@ def test_a_posterior_a_page_and_the_diagnostics(finished, tmp_path):
     options = {"epochs": 1, "draws": 2, "output_dir": tmp_path / "posterior"}
     assert command_main("posterior-fit")([str(finished), *line(options)]) == 0
     before, after = load_run(finished).fitted.model.tensors, load_run(tmp_path / "posterior").fitted.model.tensors
-    assert all(value.shape == after.buffers[name].shape for name, value in before.buffers.items())
+    assert all(torch.equal(value, after.buffers[name]) for name, value in before.buffers.items())
     for run in (finished, tmp_path / "posterior"):
         assert command_main("report")([str(run), "--output", str(tmp_path / "page.html")]) == 0
         page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -203,3 +203,11 @@ def test_a_meta_fit_needs_a_fixed_bias(inputs, tmp_path, capsys):
     refused("meta-fit", moving, capsys, "changes during a fit, which a meta-fit does not do")
     still = options | {"adapter_option": ["balance=0"], "output_dir": tmp_path / "run"}
     assert command_main("meta-fit")(words(still)) == 0
+
+
+def test_an_ensemble_needs_a_fixed_bias(inputs, tmp_path, capsys):
+    options = inputs | {"members": 2, "epochs": 1, "tau": 10, "output_dir": tmp_path / "run"}
+    refused("ensemble", words(options), capsys, "each member of an ensemble would have load biases of its own")
+    assert not (tmp_path / "run").exists()
+    assert command_main("ensemble")(words(options | {"adapter_option": ["balance=0"]})) == 0
+    assert load_run(tmp_path / "run").posterior().tasks == [*WORDS]
