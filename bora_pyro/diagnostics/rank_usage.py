@@ -15,7 +15,7 @@ from torch import Tensor
 from bora_pyro.adapters import SMoRA
 from bora_pyro.backbone.backbone import Change
 from bora_pyro.backbone.slots import Slot
-from bora_pyro.data.batch import Batch
+from bora_pyro.data.batch import IGNORED, Batch
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError
 from bora_pyro.inference.fitted import Fitted
@@ -23,7 +23,7 @@ from bora_pyro.model import BoRA, Weights
 
 
 @torch.inference_mode()
-def rank_usage(fitted: Fitted, split: TokenSplit, *, token_budget: int = 8192) -> dict[str, Tensor]:
+def rank_usage(fitted: Fitted, split: TokenSplit, *, predicting: bool = False, token_budget: int = 8192) -> dict[str, Tensor]:
     """How many tokens of each task each expert reads, in each layer. Every document is read by the adapter of its task.
 
         >>> import bora_pyro as bp
@@ -38,7 +38,8 @@ def rank_usage(fitted: Fitted, split: TokenSplit, *, token_budget: int = 8192) -
     Args:
         fitted: the fitted model.
         split: the documents.
-        token_budget: tokens of a batch, padding included. Padding is not counted.
+        predicting: count only tokens after which something is predicted. Default: all tokens but padding.
+        token_budget: tokens of a batch, padding included.
 
     Returns:
         (D, layers, experts) int64 by name of the slot.
@@ -58,12 +59,17 @@ def rank_usage(fitted: Fitted, split: TokenSplit, *, token_budget: int = 8192) -
     for batch in split.batches(token_budget=token_budget):
         batch = batch.to(device)
         tasks, row = batch.task.unique(return_inverse=True)
-        change = _counted(model, adapter, weights(tasks)[0], row, batch, counts)
+        read = batch.attention_mask.bool()
+        if predicting:
+            read = torch.nn.functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
+        change = _counted(model, adapter, weights(tasks)[0], row, batch, read, counts)
         model.backbone.lazy_logits(batch.input_ids, change, layout=batch.layout)
     return counts
 
 
-def _counted(model: BoRA, adapter: SMoRA, theta: Weights, row: Tensor, batch: Batch, counts: dict[str, Tensor]) -> Change:
+def _counted(
+    model: BoRA, adapter: SMoRA, theta: Weights, row: Tensor, batch: Batch, read: Tensor, counts: dict[str, Tensor]
+) -> Change:
     """The change of the layers, which also counts the experts of the tokens that it sees.
 
     Args:
@@ -72,9 +78,10 @@ def _counted(model: BoRA, adapter: SMoRA, theta: Weights, row: Tensor, batch: Ba
         theta: the weights of the batch's tasks, (tasks, layers, *shape) by name.
         row: (rows,) position of each row's task in the weights.
         batch: the documents.
+        read: (rows, tokens) bool, the tokens to count.
         counts: (D, layers, experts) by name of the slot; they change.
     """
-    change, read = model.change(theta, row, batch.task), batch.attention_mask.bool()
+    change = model.change(theta, row, batch.task)
     task = batch.task[:, None].expand_as(read)[read]  # of each token
 
     def counted(slot: Slot, layer: int, x: Tensor, output: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """A table of arms, a row for each fit. Each arm is fitted at its own best learning rate.
 
 With the first seed an arm is fitted at several rates. The rate with the lowest validation perplexity is that of the other seeds.
-The test split is only reported. Every fit is a process of its own, and its rows are written when it ends. If the comparison is
-interrupted, the same command goes on with the missing fits. Rows store the options that matter; a table with other options is
-refused.
+The test split is only reported. The rows of a fit are written when it ends. If the comparison is interrupted, the same command
+goes on with the missing fits. Rows store the options that matter; a table with other options is refused.
+
+``ArmTable`` makes every fit a process of its own. ``BestRates`` is the rest of it, for fits that take seconds.
 """
 
 from __future__ import annotations
@@ -40,15 +41,14 @@ class Run(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class GridOptions:
-    """The learning rates, the seeds, and how many fits run at once."""
+class RateOptions:
+    """The learning rates and the seeds."""
 
     rates: list[str] = option(
         ["0.001", "0.003", "0.01", "0.03", "0.1"], "the grid of learning rates (default: 0.001 0.003 0.01 0.03 0.1)"
     )
     search: str = option("climb", "climb: from the grid's middle to the nearest minimum; grid: all rates", choices=SEARCHES)
     seeds: int = option(3, "number of seeds, from 0", least=1)
-    jobs: int = option(1, "fits that run at the same time, each with --threads threads", least=1)
 
     def check_rates(self) -> None:
         """Sort the rates and write each in one way.
@@ -65,8 +65,15 @@ class GridOptions:
             raise InputError(f"rates has {' '.join(self.rates)}; give finite numbers above 0")
 
 
-class ArmTable(ABC):
-    """The table, and the fits that fill it. A subclass says how an arm is fitted, and what its rows are.
+@dataclass(kw_only=True)
+class GridOptions(RateOptions):
+    """The learning rates, the seeds, and how many fits run at once."""
+
+    jobs: int = option(1, "fits that run at the same time, each with --threads threads", least=1)
+
+
+class BestRates(ABC):
+    """The table, and which fits it still needs. A subclass does them.
 
     Args:
         grid: the learning rates and seeds.
@@ -77,16 +84,14 @@ class ArmTable(ABC):
         options: what all fits share.
 
     Attributes:
-        program: Python's arguments in the process of a fit (:class:`~bora_pyro.runs.sweep.Fits`).
         without_rate: arms that are not trained.
         failed: fits that have failed, and why.
     """
 
-    program: tuple[str, ...]
     without_rate: tuple[str, ...] = ()
 
     def __init__(
-        self, grid: GridOptions, arms: Sequence[str], output: str, *, columns: Sequence[str], options: Mapping[str, Any]
+        self, grid: RateOptions, arms: Sequence[str], output: str, *, columns: Sequence[str], options: Mapping[str, Any]
     ) -> None:
         self.grid, self.arms, self.output, self.columns, self.options = grid, arms, output, list(columns), options
         self.table = read_results(output, KEYS)
@@ -98,12 +103,12 @@ class ArmTable(ABC):
         self.failed: dict[Run, str] = {}
 
     @abstractmethod
-    def words(self, run: Run, result: Path) -> list[str]:
-        """The command line of a fit. ``result`` is a path for what it leaves, in a folder that is deleted at the end."""
+    def run_all(self) -> None:
+        """Do all fits that the table does not have, and add their rows.
 
-    @abstractmethod
-    def rows(self, run: Run, result: Path) -> Sequence[Mapping[str, Any]]:
-        """The rows of a finished fit: of its arm, and of arms that come with it."""
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; finished fits are in the table.
+        """
 
     @abstractmethod
     def summary(self) -> str:
@@ -143,26 +148,11 @@ class ArmTable(ABC):
             wanted = [Run(self.trained(arm), best, seed) for seed in seeds]
         return wanted
 
-    def run_all(self) -> None:
-        """Do all fits that the table does not have.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; finished fits are in the table.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-
-            def place(run: Run) -> Path:
-                return Path(folder) / f"{run.arm}-{run.rate}-{run.seed}.json"
-
-            def finish(run: Run, reason: str | None) -> None:
-                if reason:
-                    self.failed[run] = reason
-                    which = f"{run.arm}, rate {run.rate}, seed {run.seed}"
-                    print(f"error: the fit of {which} failed: {reason}", file=sys.stderr, flush=True)
-                else:
-                    self.add(run, self.rows(run, place(run)))
-
-            run_fits(Fits(self.program, self.grid.jobs), self.next_runs, lambda run: self.words(run, place(run)), finish)
+    def fail(self, run: Run, reason: str) -> None:
+        """Record a fit that has failed."""
+        self.failed[run] = reason
+        which = f"{run.arm}, rate {run.rate}, seed {run.seed}"
+        print(f"error: the fit of {which} failed: {reason}", file=sys.stderr, flush=True)
 
     def add(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add the rows of a finished fit."""
@@ -196,7 +186,41 @@ class ArmTable(ABC):
                 yield f"note: {arm} is best at the learning rate {rate}, an end of the grid {' '.join(rates)}"
 
 
-def run_table(make: Callable[[], ArmTable]) -> int:
+class ArmTable(BestRates):
+    """The table, and the processes that fill it. A subclass says how an arm is fitted, and what its rows are.
+
+    Attributes:
+        program: Python's arguments in the process of a fit (:class:`~bora_pyro.runs.sweep.Fits`).
+        grid: the learning rates, the seeds, and how many fits run at once.
+    """
+
+    program: tuple[str, ...]
+    grid: GridOptions
+
+    @abstractmethod
+    def words(self, run: Run, result: Path) -> list[str]:
+        """The command line of a fit. ``result`` is a path for what it leaves, in a folder that is deleted at the end."""
+
+    @abstractmethod
+    def rows(self, run: Run, result: Path) -> Sequence[Mapping[str, Any]]:
+        """The rows of a finished fit: of its arm, and of arms that come with it."""
+
+    def run_all(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+
+            def place(run: Run) -> Path:
+                return Path(folder) / f"{run.arm}-{run.rate}-{run.seed}.json"
+
+            def finish(run: Run, reason: str | None) -> None:
+                if reason:
+                    self.fail(run, reason)
+                else:
+                    self.add(run, self.rows(run, place(run)))
+
+            run_fits(Fits(self.program, self.grid.jobs), self.next_runs, lambda run: self.words(run, place(run)), finish)
+
+
+def run_table(make: Callable[[], BestRates]) -> int:
     """The command of a table: make it, do the missing fits, print it, and return the exit code."""
     try:
         table = make()
