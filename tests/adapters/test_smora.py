@@ -249,6 +249,18 @@ def test_the_load_of_a_step_is_that_of_all_processes():
     assert loop.report["load_variation"] == pytest.approx(float(variation(count).mean()))
 
 
+def test_layers_that_are_computed_again_give_the_same_bias():
+    """Gradient checkpointing counts the tokens of a layer twice, which changes no sign."""
+    biases = []
+    for checkpointing in (False, True):
+        backbone = tiny_backbone("llama", gradient_checkpointing=checkpointing)
+        model = BoRA(backbone, TASKS, adapter=SMoRA(rank=4, active=2, balance=0.01), prior=Pooled())
+        fit(model, training_only(), **FIT)
+        biases.append({name: value for name, value in model.tensors.buffers.items() if name.endswith(BIAS)})
+    assert all(value.any() for value in biases[0].values())
+    torch.testing.assert_close(biases[0], biases[1])
+
+
 def test_layers_on_several_devices_are_refused(monkeypatch):
     model = tiny_bora(adapter=SMoRA(rank=4))
     monkeypatch.setattr(type(model.backbone), "device", torch.device("cuda:0"))
