@@ -10,7 +10,8 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
 - ``map_longer``: the point estimate, fitted for as many more epochs as the guides. It shows what longer training alone gains.
 - ``ensemble``: four MAP fits from different starts, with averaged probabilities (deep ensembles, Lakshminarayanan et al., 2017).
 - ``ensemble_folded``: the mean of the ΔW of these four fits, cut to the rank of one of them: one adapter a task.
-  ``ensemble_distilled`` begins there and is fitted to the averaged probabilities on the training documents.
+  ``ensemble_distilled`` begins there and is fitted to the averaged probabilities on the training documents. Both have a third
+  row, ``scaled``: the same adapters with logits over the temperature that the validation split chooses.
 - ``checkpoint_ensemble``: the states after the last four epochs of the MAP fit, with averaged probabilities.
 - ``mc_dropout``: a MAP fit with dropout on the inputs of the adapters (``lora_dropout``), and masks at prediction (Gal and
   Ghahramani, 2016). The centre predicts without masks.
@@ -56,7 +57,7 @@ import pandas as pd
 import torch
 import transformers
 from fit_options import check_usual
-from posterior_arms import ARMS, NAMES, Arm
+from posterior_arms import ARMS, FOLDED, NAMES, Arm
 from posterior_ensembles import Made, Members, checkpoint_ensemble, mc_dropout
 from posteriors_table import markdown
 from pyro import poutine
@@ -274,6 +275,8 @@ class Comparison:
         for name, (predictor, own) in parts.items():
             row = self.row(keys | {"prediction": name} | common, run, of_draws(predictor, own))
             rows.append(row | self.foreign_numbers(run, seed, predictor, centre, own, epistemic=name == "mixture"))
+        if arm in FOLDED:
+            rows.append(self.scaled_row(keys | {"prediction": "scaled"} | common, run, own_model, centre))
         self.add(rows)
 
     def foreign_numbers(
@@ -296,12 +299,17 @@ class Comparison:
         """Add the row of the MAP fit with a temperature that the validation split chooses, unless the table has it."""
         if self.has("map_scaled", seed, None, None):
             return
-        model, centre, start = run.fitted.model, run.fitted.weights()[0], time.perf_counter()
-        scaling = temperature_of(model, run.data.validation, centre)
-        seconds = run.fitted.seconds + time.perf_counter() - start
         keys = {"arm": "map_scaled", "seed": seed, "temperature": None, "learning_rate": None, "prediction": "mean"}
-        common = {"seconds": round(seconds, 1), "state": 1.0, "best_epoch": run.fitted.best_epoch, "scaling": scaling}
-        self.add([self.row(keys | common, run, lambda split: predict_scaled(model, split, centre, scaling))])
+        common = {"seconds": run.fitted.seconds, "state": 1.0, "best_epoch": run.fitted.best_epoch}
+        self.add([self.scaled_row(keys | common, run, run.fitted.model, run.fitted.weights()[0])])
+
+    def scaled_row(self, keys: dict[str, Any], run: SavedRun, model: BoRA, centre: Weights) -> dict[str, Any]:
+        """The row of one adapter a task at the temperature that the validation split chooses."""
+        start = time.perf_counter()
+        scaling = temperature_of(model, run.data.validation, centre)
+        seconds = round(keys["seconds"] + time.perf_counter() - start, 1)
+        keys = keys | {"seconds": seconds, "scaling": scaling}
+        return self.row(keys, run, lambda split: predict_scaled(model, split, centre, scaling))
 
     def has(self, arm: str, seed: int, temperature: float | None, rate: float | None) -> bool:
         """Whether the table has rows of an arm with these settings."""
