@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from bora_pyro.predict.held_out import settle
     from bora_pyro.predict.infer_task import infer_task
     from bora_pyro.predict.posterior import Posterior
+    from bora_pyro.predict.token_filter import token_filter
     from bora_pyro.priors import (
         AmortisedNormal,
         Given,
@@ -59,7 +60,7 @@ __all__ = [
     "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt", "ensemble", "evaluate", "fit",
     "generate_side_by_side", "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide", "map_guide",
     "meta_adapt", "meta_fit", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "settle", "swag_guide",
-    "table", "talk_of_norway", "tfb_guide",
+    "table", "talk_of_norway", "tfb_guide", "token_filter",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
@@ -89,6 +90,7 @@ _MODULES = {
     "predict.held_out": ("settle",),
     "predict.infer_task": ("infer_task",),
     "predict.posterior": ("Posterior",),
+    "predict.token_filter": ("token_filter",),
     "priors": (
         "AmortisedNormal", "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled",
         "RandomPrecision", "prior_from_tau",

@@ -53,7 +53,18 @@ class NextTokens(TorchDistribution):
         drawn = torch.distributions.Categorical(logits=logits[:, :-1].float()).sample(sample_shape)
         return F.pad(drawn, (1, 0), value=IGNORED)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def token_log_probs(self, value: Tensor) -> Tensor:
+        """log p of each observed token given the tokens before it, in nats.
+
+            >>> NextTokens(torch.zeros(1, 3, 4)).token_log_probs(torch.tensor([[IGNORED, 2, IGNORED]])).exp()
+            tensor([[0.2500, 1.0000, 1.0000]])
+
+        Args:
+            value: labels (rows, tokens).
+
+        Returns:
+            (rows, tokens) float32. Entry i is that of the token at position i + 1. It is 0 where that token is not observed.
+        """
         rows, tokens, vocabulary = self.logits.shape
         # shift the labels, not the logits: a slice of the logits would be copied, and its gradient too
         targets = F.pad(value[:, 1:], (0, 1), value=IGNORED)
@@ -62,7 +73,10 @@ class NextTokens(TorchDistribution):
         else:
             flat = self.logits.reshape(-1, vocabulary).float()
             loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
-        log_likelihood = -loss.view(rows, tokens).sum(-1)
+        return -loss.view(rows, tokens)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_likelihood = self.token_log_probs(value).sum(-1)
         if self.per_token:
             log_likelihood = log_likelihood / (value[:, 1:] != IGNORED).sum(-1).clamp(min=1)
             if self.piece_share is not None:

@@ -20,18 +20,16 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pyro import poutine
 from scipy import optimize
 from torch import Tensor
 
 from bora_pyro.backbone.texts import token_split
 from bora_pyro.data.token_split import TokenSplit
 from bora_pyro.errors import InputError, nearest, shown
-from bora_pyro.inference.adapt import given_model
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.likelihoods import NextTokens
 from bora_pyro.model import BoRA, Weights
-from bora_pyro.priors import Given
+from bora_pyro.predict.unknown_task import unknown_draws
 
 #: The name of the candidate "none of the tasks": the first one, or the second one if a task has the first name.
 UNKNOWN, NONE_OF_THEM = "unknown", "none of the tasks"
@@ -219,7 +217,8 @@ def infer_task(
         prior: p(d). ``documents`` is proportional to the tasks' numbers of training documents, ``flat`` is equal for all tasks.
             Numbers by name of the task are scaled to sum to 1; tasks without a number get 0.
         unknown: prior probability that a text belongs to none of the tasks, from 0 (not considered) to below 1. Its likelihood
-            is the prior predictive ∫ p(text | θ) p(θ) dθ, averaged over ``draws`` draws from :func:`prior_of_unknown`.
+            is the prior predictive ∫ p(text | θ) p(θ) dθ, averaged over ``draws`` draws from
+            :func:`~bora_pyro.predict.unknown_task.prior_of_unknown`.
         calibration: the result of :meth:`TaskProbabilities.calibrate` on held-out documents, or a temperature alone.
         draws: number of draws for the prior predictive.
         max_tokens: longer texts are truncated; default and maximum: the context of the base.
@@ -228,62 +227,30 @@ def infer_task(
 
     Raises:
         InputError: if there is no text, the prior or one of its tasks is unknown, a probability is out of range, the base has no
-            tokenizer, the calibration is for other tasks, or the fit is one to answers among options.
+            tokenizer, the calibration is for other tasks, the fit is one to answers among options, or its router reads a text by
+            the adapters of all tasks.
     """
-    fitted.model.likelihood.check_texts("infer_task")
+    check_single_adapters(fitted.model, "infer_task")
     if not 0 <= unknown < 1:
         raise InputError(f"unknown is {unknown}; give the probability of a text of no task, from 0 to below 1")
     if unknown and draws < 1:
         raise InputError(f"draws is {draws}; give a whole number from 1 up")
-    split = texts if isinstance(texts, TokenSplit) else _split(fitted, texts, max_tokens)
+    split = texts if isinstance(texts, TokenSplit) else text_split(fitted, texts, max_tokens)
     if not len(split):
         raise InputError("there is no text; give one or more")
-    log_prior = _log_prior(fitted, prior)
+    log_prior = log_prior_of(fitted, prior)
     names, weights = list(fitted.tasks), fitted.weights_of()
     parts = []
-    for index in torch.arange(len(names)).split(_chunk(split, token_budget)):
+    for index in torch.arange(len(names)).split(tasks_per_pass(split, token_budget)):
         parts.append(log_likelihoods(fitted.model, split, weights(index)[0], token_budget=token_budget, tasks=index))
     log_likelihood = torch.cat(parts, 1)
     if unknown:
-        if math.isinf(fitted.tau()):
-            raise InputError(
-                "tau is inf, one adapter for all tasks, so a text of no task has the same likelihood; leave unknown out"
-            )
-        model = given_model(fitted, draws)
-        if not all(bool((model.prior.precision(name, start) > 0).all()) for name, start in model.starts.items()):
-            raise InputError("tau is 0, so that tasks are independent and there is no prior of an unknown one; leave unknown out")
-        assert isinstance(model.prior, Given)
-        model.prior = prior_of_unknown(fitted, model.prior)
-        with torch.no_grad(), poutine.seed(rng_seed=seed):
-            theta = model.weights()
+        model, theta = unknown_draws(fitted, draws, seed=seed)
         by_draw = log_likelihoods(model, split, theta, token_budget=token_budget)
         log_likelihood = torch.cat([log_likelihood, by_draw.logsumexp(1, keepdim=True) - math.log(draws)], 1)
         log_prior = torch.cat([log_prior + math.log1p(-unknown), torch.tensor([math.log(unknown)], dtype=torch.float64)])
         names.append(UNKNOWN if UNKNOWN not in names else NONE_OF_THEM)
     return TaskProbabilities(names, log_likelihood, log_prior, split.predicted, unknown=unknown > 0).at(calibration)
-
-
-@torch.no_grad()
-def prior_of_unknown(fitted: Fitted, prior: Given) -> Given:
-    """The prior of the adapter of an unknown task, limited to the spread of the known tasks' deviations.
-
-    In a point estimate 1/√τ can be ten times the root mean square of the estimated deviations. Draws that wide would give every
-    text a lower likelihood than any task does. Each latent therefore gets the larger one of τ and 1/(mean squared deviation).
-
-    Args:
-        fitted: the fitted model.
-        prior: Θ and τ of the fit.
-    """
-    squares = dict.fromkeys(prior.centres, 0.0)
-    for index in torch.arange(len(fitted.tasks)).split(64):
-        theta, mean = fitted.weights_of()(index)
-        for name in squares:
-            squares[name] += float((theta[name] - mean[name]).double().square().sum())
-    precisions = {}
-    for name, tau in prior.tau.items():
-        numbers = int(fitted.model.tensors.active(name, len(fitted.tasks)).sum())
-        precisions[name] = tau.clamp(min=numbers / squares[name] if squares[name] else math.inf)
-    return Given(prior.centres, precisions, penalty=prior.penalty)
 
 
 @torch.inference_mode()
@@ -312,19 +279,34 @@ def log_likelihoods(
     return result
 
 
-def _chunk(split: TokenSplit, token_budget: int) -> int:
+def check_single_adapters(model: BoRA, what: str) -> None:
+    """Check that each task's adapter alone says how likely a text is, which ``what`` needs.
+
+    Raises:
+        InputError: the likelihood observes answers among options, or the router reads a text by the adapters of all tasks.
+    """
+    model.likelihood.check_texts(what)
+    if model.router.reads_all_tasks:
+        raise InputError(
+            f"{model.router} reads a text by the adapters of all tasks, whatever its task; {what} needs a run with the router "
+            "by_task"
+        )
+
+
+def tasks_per_pass(split: TokenSplit, token_budget: int) -> int:
     """Number of tasks per forward pass of one text."""
     return max(1, min(64, token_budget // int(split.lengths.max())))
 
 
-def _split(fitted: Fitted, texts: str | Sequence[str], max_tokens: int | None) -> TokenSplit:
+def text_split(fitted: Fitted, texts: str | Sequence[str], max_tokens: int | None) -> TokenSplit:
+    """Tokenise one text or several, whose tasks are unknown."""
     if not isinstance(texts, Iterable):
         raise InputError(f"texts is {shown(texts)}; give a text, or a list of texts")
     texts = [texts] if isinstance(texts, str) else list(texts)
     return token_split(fitted.model.backbone, texts, task=[0] * len(texts), num_tasks=len(fitted.tasks), max_tokens=max_tokens)
 
 
-def _log_prior(fitted: Fitted, prior: str | Mapping[str, float]) -> Tensor:
+def log_prior_of(fitted: Fitted, prior: str | Mapping[str, float]) -> Tensor:
     """log p(d) of each task: (D,) float64."""
     if isinstance(prior, Mapping):
         for name, value in prior.items():

@@ -20,7 +20,8 @@ from bora_pyro import (
     infer_task,
     load_tasks,
 )
-from bora_pyro.predict.infer_task import UNKNOWN, TaskCalibration, TaskProbabilities, log_likelihoods, prior_of_unknown
+from bora_pyro.predict.infer_task import UNKNOWN, TaskCalibration, TaskProbabilities, log_likelihoods
+from bora_pyro.predict.unknown_task import prior_of_unknown
 from bora_pyro.priors import Given
 from tests.tiny import tiny_bora, tiny_data, tiny_split
 from tests.tiny_base import documents, save_base

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from bora_pyro.predict.infer_task import infer_task as infer
+from bora_pyro.predict.token_filter import token_filter
 from bora_pyro.runs.infer_task import COMMAND
 from bora_pyro.runs.saved import load_run
 from tests.tiny_base import documents, map_run, quick_fit, write_table
@@ -43,12 +44,39 @@ def test_it_is_as_sure_as_it_was_right_on_the_validation_documents(run, capsys, 
         assert row == pytest.approx([1 / 3] * 3, abs=1e-3)
 
 
+def test_the_segments_of_each_text(run, capsys):
+    texts = ["The first text.", "And another one, which is longer than the first."]
+    words = [word for text in texts for word in ("--text", text)]
+    assert main([str(run), *words, "--by", "token", "--switch_rate", "0.3", "--prior", "flat"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = token_filter(load_run(run).fitted, texts, switch_rate=0.3, prior="flat")
+    rows = [(number + 1, segment) for number, segments in enumerate(expected.segments) for segment in segments]
+    assert lines[-1] == f"switch rate 0.3, perplexity of the texts {expected.perplexity:.2f}"
+    for line, (number, segment) in zip(lines[1:-1], rows, strict=True):
+        cells = line.split()
+        assert [int(cells[0]), int(cells[1])] == [number, segment.end - segment.start]
+        assert segment.task in line
+        assert f"{segment.probability:.4f}" in line
+    assert main([str(run), *words, "--by", "token"]) == 0
+    chosen = token_filter(load_run(run).fitted, texts).switch_rate
+    assert f"switch rate {chosen:.3g}," in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (["--calibrate", "true", "--temperature", "3"], "calibrate finds the temperature"),
         (["--temperature", "0"], "temperature is 0"),
         (["--unknown", "1"], "unknown is 1"),
+        (["--switch_rate", "0.1"], "switch_rate is 0.1, but by is text; give --by token"),
+        (["--draws", "2"], "draws is 2, but by is text"),
+        (["--by", "token", "--draws", "2"], "is a point estimate"),
+        (["--by", "token", "--draws", "0"], "draws is 0"),
+        (["--by", "token", "--calibrate", "true"], "calibrate is for whole texts"),
+        (["--by", "token", "--switch_rate", "1.5"], "switch_rate is 1.5; give a probability from 0 to 1"),
+        (["--by", "token", "--temperature", "0"], "temperature is 0"),
+        (["--by", "token", "--most", "1"], "most is 1, and a segment has one task"),
+        (["--by", "word"], "by is 'word'; allowed: text, token"),
         (["--text", "a\udcff"], r"text 2 ('a\udcff') has half a surrogate pair"),
     ],
 )
