@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "adapt": ("bora_pyro.runs.fit_commands:ADAPT", "adapt a finished fit to new tasks with few documents each"),
     "generator-fit": ("bora_pyro.runs.generator_fit:COMMAND", "fit a generator: a task's documents in, its adapter out"),
     "generate-adapter": ("bora_pyro.runs.generate_adapter:COMMAND", "make adapters of new tasks by a generator, untrained"),
+    "route-fit": ("bora_pyro.runs.route_fit:COMMAND", "fit gates that choose an adapter for each token (MeteoRA)"),
     "tau-sweep": ("bora_pyro.runs.tau_sweep:COMMAND", "fit a range of tau; the validation split chooses one"),
     "diagnose": ("bora_pyro.runs.diagnose:COMMAND", "draw the shrinkage of a finished run, and compare it with other runs"),
     "calibrate": ("bora_pyro.runs.calibrate:COMMAND", "check a run's probabilities and its uncertainty on its test documents"),

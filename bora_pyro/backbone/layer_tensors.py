@@ -145,6 +145,26 @@ class LayerTensors:
             elif kind in ("fixed", "buffers"):
                 self._shared.setdefault(slot.name, []).append((store, key, name))
 
+    def with_latents_of(self, part: Part, backbone: Layers, *, seed: int = 0) -> LayerTensors:
+        """The same tensors, with the latents of one more part, such as a router for finished adapters.
+
+        Args:
+            part: the part; it has no tensors besides latents.
+            backbone: as for :meth:`of`.
+            seed: seed of the random numbers.
+
+        Raises:
+            InputError: a latent has the name of another tensor.
+        """
+        own = LayerTensors.of([part], backbone, seed=seed)
+        assert not (own.fixed or own.buffers or own.masks), f"{part} has tensors besides latents"
+        for name in own.latents:
+            if any(name in other for other in (self.latents, self.fixed, self.buffers)):
+                raise InputError(f"two tensors of a layer are called {name.rpartition('.')[-1]!r}; give each a name of its own")
+        slots = self._names.keys() | own._names.keys()
+        names = {slot: [*self._names.get(slot, ()), *own._names.get(slot, ())] for slot in slots}
+        return replace(self, latents=self.latents | own.latents, _names=names)
+
     def names(self, slot: Slot) -> list[str]:
         """The names of a slot's latents within a layer."""
         return self._names.get(slot.name, [])

@@ -18,6 +18,8 @@ from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
 BASE = "base"
 #: A short name of Θ.
 THETA = "Θ"
+#: The name of a routed model, whose gates choose the adapters of each token.
+ROUTED = "routed"
 
 
 class Authors:
@@ -25,16 +27,20 @@ class Authors:
 
     Args:
         tasks: names of the tasks.
+        routed: whether the model is a routed one. Then its only authors are itself and the base.
 
     Attributes:
         tasks: the index of each task, by name.
         base: the name of the base: ``base``, or ``plain base`` if a task has the name ``base``.
         mean: the name of Θ: ``global-mean``, or ``plain global-mean`` if a task has the name ``global-mean``.
+        routed: the name of the routed model: ``routed``, or ``plain routed`` if a task has the name ``routed``; None if the model
+            is not a routed one.
     """
 
-    def __init__(self, tasks: Sequence[str]) -> None:
+    def __init__(self, tasks: Sequence[str], *, routed: bool = False) -> None:
         self.tasks = {task: d for d, task in enumerate(tasks)}
         self.base, self.mean = self._plain(BASE), self._plain(GLOBAL_MEAN)
+        self.routed = self._plain(ROUTED) if routed else None
 
     def resolve(self, name: str) -> str:
         """Find the author that a name stands for.
@@ -48,6 +54,12 @@ class Authors:
         Raises:
             InputError: if there is no such author.
         """
+        if self.routed is not None:
+            if name in (self.routed, self.base):
+                return name
+            raise InputError(
+                f"task {shown(name)} cannot be named: gates choose the adapters of each token; give {self.routed} or {self.base}"
+            )
         if name in self.tasks or name in (self.base, self.mean):
             return name
         if name == THETA:

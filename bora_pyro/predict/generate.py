@@ -89,7 +89,7 @@ def generate_side_by_side(
             message, and the continuation is the answer.
         tasks: names of tasks or of their folders. ``base`` is the base without an adapter. ``global-mean`` or ``Θ`` is Θ. If a
             task has the name ``base`` or ``global-mean``, the name means the task, and the base or Θ is ``plain base`` or
-            ``plain global-mean``. Repeated names count once.
+            ``plain global-mean``. Repeated names count once. A routed model needs no task: its name is ``routed``.
         samples: number of continuations of each prompt by each task.
         max_new_tokens: largest number of new tokens. A continuation also ends where the context of the base is full.
         temperature: 0 takes the most probable token. Above 0, tokens are sampled with probabilities ∝ p^(1/temperature). The
@@ -115,7 +115,7 @@ def generate_side_by_side(
         )
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; give a probability above 0, up to 1")
-    backbone, authors = fitted.model.backbone, Authors(fitted.tasks)
+    backbone, authors = fitted.model.backbone, Authors(fitted.tasks, routed=fitted.model.router.reads_all_tasks)
     tokenizer = tokenizer_of(backbone, "read and write texts with")
     tasks = list(dict.fromkeys(map(authors.resolve, [tasks] if isinstance(tasks, str) else tasks)))
     weights, row_of, task_of = _weights(fitted, tasks, authors)
@@ -191,8 +191,11 @@ def _is_predicted(backbone: Backbone, prompts: Sequence[Tensor], found: Sequence
 def _weights(fitted: Fitted, tasks: Sequence[str], authors: Authors) -> tuple[Weights, dict[str, int], Tensor]:
     """θ of the given tasks and Θ, as (rows, layers, *shape) by name; the row of each author; and the task of each row.
 
-    The base has row −1. Θ has the task −1.
+    The base has row −1. Θ has the task −1. A routed model has the weights of all tasks, and reads each row by any of them.
     """
+    if authors.routed is not None:
+        every, _ = fitted.weights()
+        return every, {authors.base: -1, authors.routed: 0}, torch.zeros(1, dtype=torch.int64)
     index = sorted({authors.tasks[task] for task in tasks if task in authors.tasks})
     theta, mean = fitted.weights_of()(torch.tensor(index or [0]))
     weights = {name: torch.cat([value[: len(index)], mean[name][None]]) for name, value in theta.items()}

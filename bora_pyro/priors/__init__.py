@@ -13,6 +13,7 @@ from bora_pyro.priors.amortised import GLOBAL_PRIORS, AmortisedNormal
 from bora_pyro.priors.base import Flat, PerLatent, Prior, StandardNormal, event
 from bora_pyro.priors.by_latent import ByLatent, with_shared
 from bora_pyro.priors.from_tau import PENALTIES, prior_from_tau
+from bora_pyro.priors.frozen import FrozenAdapters
 from bora_pyro.priors.given import Given
 from bora_pyro.priors.grouped import GROUPED, GroupedNormal
 from bora_pyro.priors.hierarchical import FORMS, HierarchicalNormal
@@ -43,6 +44,7 @@ __all__ = [
     "AmortisedNormal",
     "ByLatent",
     "Flat",
+    "FrozenAdapters",
     "GammaPrecision",
     "Given",
     "GroupedNormal",

@@ -23,7 +23,7 @@ from bora_pyro.model import BoRA
 from bora_pyro.options.field import part_of
 from bora_pyro.options.members import build_member
 from bora_pyro.priors import PRIORS, GroupedNormal, LearnedPrecision, Prior, prior_from_tau, with_shared
-from bora_pyro.routers import ROUTERS
+from bora_pyro.routers import GATED_ROUTERS, ROUTERS
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.device import find_device
 from bora_pyro.runs.folder import RunFolder
@@ -88,6 +88,10 @@ def build_run(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.router in GATED_ROUTERS:
+        raise InputError(
+            f"router {config.router} is fitted to the adapters of a finished run; fit that, then give it to bora route-fit"
+        )
     check_source(config.data)  # before a base model is downloaded for documents that do not exist
     likelihood = _likelihood(config)
     backbone = _load_backbone(config, device, team)

@@ -19,7 +19,7 @@ from bora_pyro.errors import InputError, escaped
 from bora_pyro.files.slugs import GLOBAL_MEAN
 from bora_pyro.files.text import name_line
 from bora_pyro.options.field import option
-from bora_pyro.predict.authors import BASE, Authors
+from bora_pyro.predict.authors import BASE, ROUTED, Authors
 from bora_pyro.predict.generate import Continuation, generate_side_by_side
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.saved import load_run
@@ -42,7 +42,7 @@ class GenerateConfig:
         [],
         f"task whose adapter continues the prompt: its name or the name of its folder, {BASE} (no adapter) or {GLOBAL_MEAN} (Θ); "
         f"may be repeated; if a task is named {BASE} or {GLOBAL_MEAN}, 'plain {BASE}' or 'plain {GLOBAL_MEAN}' means no adapter "
-        f"or Θ (default: the first two tasks, {GLOBAL_MEAN} and {BASE})",
+        f"or Θ (default: the first two tasks, {GLOBAL_MEAN} and {BASE}); a run of route-fit has {ROUTED} and {BASE} alone",
         whole=True,
     )
     samples: int = option(1, "continuations of each prompt by each task")
@@ -115,8 +115,9 @@ def generate(config: GenerateConfig) -> tuple[list[Continuation], bool]:
         InputError: the run cannot be read, or it does not have one of the tasks.
     """
     fitted = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code).fitted
-    authors = Authors(fitted.tasks)
-    tasks = config.task or [*fitted.tasks[:2], authors.mean, authors.base]
+    authors = Authors(fitted.tasks, routed=fitted.model.router.reads_all_tasks)
+    usual = [*fitted.tasks[:2], authors.mean] if authors.routed is None else [authors.routed]
+    tasks = config.task or [*usual, authors.base]
     written = generate_side_by_side(
         fitted, config.prompt, tasks, samples=config.samples, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_p=config.top_p, seed=config.seed, raw=config.raw,

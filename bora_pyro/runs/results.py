@@ -24,6 +24,7 @@ from bora_pyro.likelihoods import AnswerScores, Scores
 from bora_pyro.model import BoRA
 from bora_pyro.predict.answers import of_scores, predictions
 from bora_pyro.predict.mixture import Draws
+from bora_pyro.priors.frozen import GIVEN as FROZEN
 from bora_pyro.runs.config.groups import LEARNED
 from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
@@ -33,6 +34,8 @@ from bora_pyro.runs.versions import versions
 SAMPLE = "fixed_sample."
 #: Value of ``prior`` in the metadata of a posterior whose Θ and τ come from another fit.
 GIVEN = "given"
+#: Value of ``prior`` in the metadata of gates over adapters that come from another run.
+ROUTED = "routed"
 
 
 def write_adapters(folder: RunFolder, fitted: Fitted, base_model: str) -> float:
@@ -62,12 +65,13 @@ def write_posterior(folder: RunFolder, fitted: Fitted, data: TaskData, guide: st
         fitted: the fit.
         data: the documents of the fit.
         guide: the guide's name in ``GUIDES``.
-        prior: ``given`` if Θ and τ come from another fit; otherwise empty, and the configuration names the prior.
+        prior: ``given`` if Θ and τ come from another fit, ``routed`` if the adapters do; otherwise empty, and the configuration
+            names the prior.
     """
     model = fitted.model
     tensors = fitted.sites() | model.tensors.state()
     tensors |= {f"{SAMPLE}{name}": sample_of(value) for name, value in model.fixed.items()}
-    tensors |= {name: value for name, value in model.prior.state().items() if name.startswith("tau.")}
+    tensors |= {name: value for name, value in model.prior.state().items() if name.startswith(("tau.", FROZEN))}
     if guide != "map":  # a point estimate is given by its sites
         tensors |= {f"guide.{name}": value for name, value in fitted.guide.state_dict().items()}
     metadata = {"guide": guide, "tasks": json.dumps(fitted.tasks), "model": repr(model)}

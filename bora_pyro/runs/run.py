@@ -23,7 +23,7 @@ class Run:
         folder: the run folder, which is taken and has its configuration and its split.
         base_model: the name of the base model that is written into the adapters' folders.
         guide: the guide's name in ``GUIDES``.
-        prior: ``given`` if Θ and τ come from another fit.
+        prior: ``given`` if Θ and τ come from another fit, ``routed`` if the adapters do.
         quiet: whether to show no notes.
         adapters: whether to write the adapters as PEFT folders.
     """

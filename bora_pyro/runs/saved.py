@@ -35,9 +35,11 @@ from bora_pyro.files.tensors import not_a_number
 from bora_pyro.guides import ENSEMBLE, GUIDES, GuideBuilder, ensemble_guide, guide_options, make_parameters
 from bora_pyro.inference.continuation import check_same
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.inference.route_fit import routed_model
 from bora_pyro.model import BoRA
 from bora_pyro.predict.posterior import Posterior
-from bora_pyro.priors import Given, RandomPrecision, with_shared
+from bora_pyro.priors import FrozenAdapters, Given, RandomPrecision, with_shared
+from bora_pyro.priors.frozen import GIVEN as FROZEN
 from bora_pyro.priors.given import MEAN
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
@@ -47,10 +49,11 @@ from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
+from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG, FIT
-from bora_pyro.runs.results import GIVEN, SAMPLE, sample_of
+from bora_pyro.runs.results import GIVEN, ROUTED, SAMPLE, sample_of
 
 # Prefixes of the tensors in posterior.safetensors that are no sample sites: an adapter's fixed tensors, what a prior has learned,
 # and the tensors of a guide with a spread.
@@ -143,7 +146,12 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
     given, kind = metadata.get("prior") == GIVEN, str(metadata.get("guide"))
     meta: MetaFitConfig | None = None
-    config, posterior = _read_config(folder, kind) if not given else (_read_adaptation(folder), None)
+    routed = _read_routing(folder) if metadata.get("prior") == ROUTED else None
+    config: MapFitConfig | MetaFitConfig
+    if routed is not None:
+        config, posterior = _read_fit(folder), None
+    else:
+        config, posterior = _read_config(folder, kind) if not given else (_read_adaptation(folder), None)
     if isinstance(config, MetaFitConfig):
         meta, config = config, config.map_fit
     # a named device gets the whole model
@@ -154,11 +162,15 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
             f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; known are {', '.join(GUIDES)}"
             f"{nearest(kind, GUIDES)}"
         )
-    centred = not given and config.start_as == CENTRE
+    centred = not given and routed is None and config.start_as == CENTRE
     prior = _given(tensors, config.penalty if centred else metadata.get("penalty", "normal")) if given or centred else None
     # new tasks have the adapter of the fit that they were adapted from
     seed = folder.read_config(FIT).get("seed") if given else None
     model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), prior=prior, seed=seed, new_tasks=given)
+    if routed is not None:
+        adapters = FrozenAdapters.from_state(tensors, scale=routed.gate_scale)
+        _check_adapters(folder, model, adapters)
+        model = routed_model(model, adapters, routed.build_router(), likelihood=routed.build_likelihood())
     if posterior is not None and posterior.tau != FIXED:
         sampled_tau(model, posterior.tau)
     check_data(folder, data, metrics, metadata)
@@ -200,6 +212,31 @@ def _read_config(folder: RunFolder, guide: str) -> tuple[MapFitConfig | MetaFitC
         return parse_config(MapFitConfig, ["--config", str(fit)]), posterior
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
+
+
+def _read_fit(folder: RunFolder) -> MapFitConfig:
+    """Configuration of the fit that the adapters of a routed run are from."""
+    try:
+        return parse_config(MapFitConfig, ["--config", str(folder.path / FIT)])
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--config ")) from None
+
+
+def _read_routing(folder: RunFolder) -> RouteFitConfig:
+    """Configuration of the gates of a routed run."""
+    try:
+        return parse_config(RouteFitConfig, ["--config", str(folder.path / CONFIG)])
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--config ")) from None
+
+
+def _check_adapters(folder: RunFolder, model: BoRA, adapters: FrozenAdapters) -> None:
+    """Check that the stored adapters are those of the model's tasks and layers."""
+    found = {name: value.shape for name, value in adapters.theta.items()}
+    if found != {name: (model.num_tasks, *start.shape) for name, start in model.starts.items()}:
+        raise InputError(
+            f"the adapters in {folder.path} are of other tasks, layers or ranks than its fit.yaml says; restore it, or fit again"
+        )
 
 
 def _read_adaptation(folder: RunFolder) -> MapFitConfig:
@@ -323,6 +360,8 @@ def _finite_where_shared(learned: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _group(name: str) -> str:
     """The prefix of a tensor's name; empty for a sample site."""
+    if name.startswith(FROZEN):
+        return _LEARNED
     return next((group for group in (_FIXED, SAMPLE, _LEARNED, _GUIDE, *_STATE) if name.startswith(group)), "")
 
 
@@ -349,7 +388,7 @@ def _check_values(folder: RunFolder, model: BoRA, trace: poutine.Trace, found: d
     for name, value in found.items():
         if name in trace.nodes:
             valid = trace.nodes[name]["fn"].support.check(value)
-        elif name.startswith(MEAN):
+        elif name.startswith((MEAN, FROZEN)):
             continue
         else:  # a learned τ is never 0, a given τ may be
             valid = value >= 0 if isinstance(model.prior, Given) else value > 0
