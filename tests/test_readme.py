@@ -22,11 +22,13 @@ from bora_pyro.runs.config.generator_fit import GeneratorFitConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
+from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.ensemble import run_ensemble
 from bora_pyro.runs.generator_fit import run_generator_fit
 from bora_pyro.runs.map_fit import run_map_fit
 from bora_pyro.runs.meta_fit import run_meta_fit
 from bora_pyro.runs.posterior_fit import run_posterior_fit
+from bora_pyro.runs.route_fit import run_route_fit
 from tests.tiny_base import script_main
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +104,7 @@ def short_documentation():
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A folder with a small ``runs/demo``, as ``make demo`` leaves a large one, a posterior, an ensemble and a generator."""
+    """A folder with a small ``runs/demo``, as ``make demo`` leaves a large one, and runs that are made from it."""
     folder = tmp_path_factory.mktemp("readme")
     with contextlib.chdir(folder):
         fit = {
@@ -121,6 +123,7 @@ def demo(tmp_path_factory):
         run_ensemble(ensemble, quiet=True)
         run_generator_fit(GeneratorFitConfig(run="runs/demo", method="ridge", output_dir="runs/generator"), quiet=True)
         run_meta_fit(parse_config(MetaFitConfig, [*words, "--inner_steps", "1", "--output_dir", "runs/meta"]), quiet=True)
+        run_route_fit(RouteFitConfig(run="runs/demo", epochs=1, output_dir="runs/routed"), quiet=True)
         table = ["task,text", *(f'poems,"The rose is red, line {n}."' for n in range(6))]
         Path("new.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
     return folder
