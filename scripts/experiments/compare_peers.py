@@ -6,8 +6,9 @@ All arms have the same base, layers, rank, documents, batches in the same order,
 mean of their steps (``--average false``: none has it). They are scored by the same code. The fits have the options of
 ``--fit_config``, except ``tau``, ``learning_rate`` and ``seed``. The arms:
 
-- ``base``: no adapter.
+- ``base``: no adapter. ``base_task_id``: with the name of the task as the first line of each document.
 - ``bora_learned``, ``bora_inf`` (one adapter for all), ``bora_0`` (one a task), ``bora_100`` or any other τ.
+- ``bora_learned_task_id``, or with any other τ: BoRA, with the names too.
 - ``peft_one``: one LoRA for all tasks.
 - ``peft_each``: one LoRA a task. Each is stopped by its own validation documents.
 - ``peft_one_then_each``: half of the epochs (rounded up) one LoRA for all, then the other half one a task from there.
@@ -37,7 +38,7 @@ from typing import Any
 import pandas as pd
 from arm_table import KEYS, ArmTable, GridOptions, Run, run_table
 from paired_ratios import by_seed, by_task, mean_sd
-from peer_options import BORA, SOUPS, THROUGH_PEFT, FitOf
+from peer_options import BORA, NAMED, SOUPS, THROUGH_PEFT, FitOf
 
 from bora_pyro.data.tables import check_source
 from bora_pyro.diagnostics.sweep_table import number_text
@@ -47,8 +48,8 @@ from bora_pyro.options.field import option
 from bora_pyro.runs.stored_options import fit_options
 
 ARMS = (
-    "base", "bora_learned", "bora_inf", "bora_0", "peft_one", "peft_each", "peft_one_then_each", *SOUPS, "peft_task_id",
-    "peft_big", "hydra",
+    "base", "base_task_id", "bora_learned", "bora_learned_task_id", "bora_inf", "bora_0", "peft_one", "peft_each",
+    "peft_one_then_each", *SOUPS, "peft_task_id", "peft_big", "hydra",
 )  # fmt: skip
 REFERENCE = "bora_learned"
 COLUMNS = [
@@ -81,14 +82,15 @@ class PeersConfig(GridOptions, FitOf):
 def check_arm(arm: str) -> None:
     """Raise ``InputError`` if there is no such arm.
 
-    >>> check_arm("bora_1e3")
+    >>> check_arm("bora_1e3"), check_arm("bora_inf_task_id")
+    (None, None)
     >>> check_arm("bora_fast")
     Traceback (most recent call last):
     bora_pyro.errors.InputError: arm bora_fast has no tau; give a number from 0 up, inf or learned, as in bora_100
     """
     if arm.startswith(BORA) and arm not in ARMS:
         try:
-            usable = float(arm.removeprefix(BORA)) >= 0
+            usable = (text := arm.removeprefix(BORA).removesuffix(NAMED)) == "learned" or float(text) >= 0
         except ValueError:
             usable = False
         if not usable:
@@ -110,7 +112,7 @@ class Comparison(ArmTable):
     """The table of the peers."""
 
     program = (str(Path(__file__).with_name("peer_fits.py")),)
-    without_rate = ("base",)
+    without_rate = ("base", "base_task_id")
 
     def __init__(self, config: PeersConfig) -> None:
         self.config = config

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peer_options import BORA
+from peer_names import with_names
+from peer_options import BORA, NAMED
 from peer_outcome import Outcome, folder_bytes, one
 
 from bora_pyro.data.tasks import TaskData
@@ -25,21 +26,22 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 def prior_of(arm: str) -> Prior:
     """The prior of an arm of this library.
 
-    >>> prior_of("bora_inf"), prior_of("bora_100"), prior_of("hydra")
+    >>> prior_of("bora_inf"), prior_of("bora_100_task_id"), prior_of("hydra")
     (Pooled(), HierarchicalNormal(tau=100), ByLatent({'lora_A': Pooled()}, other=Independent()))
     """
     if arm == "hydra":
         return ByLatent({"lora_A": Pooled()}, other=Independent())
-    text = arm.removeprefix(BORA)
+    text = arm.removeprefix(BORA).removesuffix(NAMED)
     return LearnedPrecision() if text == "learned" else prior_from_tau(float(text))
 
 
 def fit_ours(arm: str, template: BoRA, data: TaskData, config: MapFitConfig) -> Outcome:
     """Fit an arm of this library."""
+    own = with_names(data, template.backbone) if arm.endswith(NAMED) else data
     model = BoRA(template.backbone, data.num_tasks, adapter=template.adapter, prior=prior_of(arm), seed=config.seed)
     guide, start = map_guide(model), time.perf_counter()
     try:
-        fitted = fit(model, data, part_of(config, FitOptions), guide=guide)
+        fitted = fit(model, own, part_of(config, FitOptions), guide=guide)
     except NonFiniteLossError as error:
         fitted = error.fitted
     seconds = time.perf_counter() - start
@@ -60,6 +62,7 @@ def fit_ours(arm: str, template: BoRA, data: TaskData, config: MapFitConfig) -> 
         seconds=seconds,
         epoch=fitted.best_epoch,
         averaged=float(fitted.averaged),
+        data=None if own is data else own,
         more={f"tau_{factor}": geometric_mean(tau, model, f"lora_{factor}") for factor in "AB"},
     )
 

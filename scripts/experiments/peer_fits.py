@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import transformers
 from peer_bora import fit_ours
-from peer_options import FitOf
+from peer_names import with_names
+from peer_options import NAMED, FitOf
 from peer_outcome import Outcome
 from peer_peft import PEFT_ARMS, Peft
 
@@ -53,11 +54,12 @@ class PeerFitConfig(FitOf):
 
 def fit_arm(arm: str, template: BoRA, data: TaskData, config: MapFitConfig) -> list[Outcome]:
     """Fit an arm, and the arms that come with it."""
-    if arm == "base":
-        [scores] = evaluate(template, data.validation, None)
+    if arm in ("base", f"base{NAMED}"):
+        own = with_names(data, template.backbone) if arm.endswith(NAMED) else data
+        [scores] = evaluate(template, own.validation, None)
         perplexity = scores.perplexity()
         assert perplexity is not None
-        return [Outcome(arm, template, None, perplexity)]
+        return [Outcome(arm, template, None, perplexity, data=None if own is data else own)]
     if arm not in PEFT_ARMS:
         return [fit_ours(arm, template, data, config)]
     through = Peft(template, data, config)

@@ -24,6 +24,8 @@ NOT_IN_PEFT = (
 )  # fmt: skip
 OF_THE_ARMS = (*OF_PRIOR, "tau_per", "tau_start")
 BORA = "bora_"
+#: Ending of an arm of this library that reads the name of the task as the first line of each document.
+NAMED = "_task_id"
 #: Arms that come with ``peft_each``: the mean of (A, B) over tasks, and the mean of the changes B A.
 SOUPS = ("peft_soup", "peft_soup_delta")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from bora_pyro.data.batch import IGNORED
 from tests.tiny import peft_warnings
 from tests.tiny_base import documents, line, quick_fit, script, write_table
 
@@ -113,13 +114,29 @@ def test_half_of_the_epochs_for_all_then_one_a_task(rows):
 def test_the_names_of_the_tasks_are_read_and_not_predicted(fit_config):
     config = options.FitOf(fit_config=fit_config).fit()
     template, data = fits.build_run(config, quiet=True)
-    named = peer_peft.with_names(data, template.backbone)
+    named = script("peer_names").with_names(data, template.backbone)
     tokenizer = template.backbone.tokenizer
     for n, d in enumerate(data.train.task.tolist()):
         added = len(named.train.document(n)) - len(data.train.document(n))
         assert tokenizer.decode(named.train.document(n)[1 : 1 + added]) == f"{data.tasks[d]}\n"
         assert named.train.labels(n)[1 + added :].tolist() == data.train.labels(n)[1:].tolist()
-        assert (named.train.labels(n)[: 1 + added] == peer_peft.IGNORED).all()
+        assert (named.train.labels(n)[: 1 + added] == IGNORED).all()
+
+
+def test_bora_reads_the_names_as_one_lora_does(fit_config, tmp_path):
+    """With τ = ∞ it is the same fit in both libraries, if the names do not change which documents are a batch."""
+    whole = yaml.safe_load(Path(fit_config).read_text(encoding="utf-8")) | {"token_budget": 10**6}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(whole), encoding="utf-8")
+    found = {}
+    for arm in ("bora_inf_task_id", "peft_task_id", "base", "base_task_id"):
+        with peft_warnings():
+            words = {"fit_config": tmp_path / "fit.yaml", "arm": arm, "learning_rate": 0.03, "result": tmp_path / "fit.json"}
+            assert fits.main(line(words)) == 0
+        [found[arm]] = json.loads((tmp_path / "fit.json").read_text())
+    for name in ("validation_perplexity", "test_perplexity"):
+        assert found["bora_inf_task_id"][name] == pytest.approx(found["peft_task_id"][name], rel=1e-3)
+        assert found["base_task_id"][name] != found["base"][name]
+    assert found["base_task_id"]["trainable_parameters"] == 0
 
 
 @pytest.mark.parametrize(
