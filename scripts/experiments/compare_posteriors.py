@@ -12,6 +12,7 @@ For each seed (split, start, order of the documents) there is a MAP fit with a l
 - ``ensemble_folded``: the mean of the ΔW of these four fits, cut to the rank of one of them: one adapter a task.
   ``ensemble_distilled`` begins there and is fitted to the averaged probabilities on the training documents. Both have a third
   row, ``scaled``: the same adapters with logits over the temperature that the validation split chooses.
+  ``ensemble``, ``checkpoint_ensemble`` and ``swag`` have a ``scaled mixture``.
 - ``checkpoint_ensemble``: the states after the last four epochs of the MAP fit, with averaged probabilities.
 - ``mc_dropout``: a MAP fit with dropout on the inputs of the adapters (``lora_dropout``), and masks at prediction (Gal and
   Ghahramani, 2016). The centre predicts without masks.
@@ -57,7 +58,7 @@ import pandas as pd
 import torch
 import transformers
 from fit_options import check_usual
-from posterior_arms import ARMS, FOLDED, NAMES, Arm
+from posterior_arms import ARMS, FOLDED, NAMES, SCALED, Arm
 from posterior_ensembles import Made, Members, checkpoint_ensemble, mc_dropout
 from posteriors_table import markdown
 from pyro import poutine
@@ -277,6 +278,8 @@ class Comparison:
             rows.append(row | self.foreign_numbers(run, seed, predictor, centre, own, epistemic=name == "mixture"))
         if arm in FOLDED:
             rows.append(self.scaled_row(keys | {"prediction": "scaled"} | common, run, own_model, centre))
+        if arm in SCALED and draws is not None:
+            rows.append(self.scaled_row(keys | {"prediction": "scaled mixture"} | common, run, model, draws))
         self.add(rows)
 
     def foreign_numbers(
@@ -303,13 +306,13 @@ class Comparison:
         common = {"seconds": run.fitted.seconds, "state": 1.0, "best_epoch": run.fitted.best_epoch}
         self.add([self.scaled_row(keys | common, run, run.fitted.model, run.fitted.weights()[0])])
 
-    def scaled_row(self, keys: dict[str, Any], run: SavedRun, model: BoRA, centre: Weights) -> dict[str, Any]:
-        """The row of one adapter a task at the temperature that the validation split chooses."""
+    def scaled_row(self, keys: dict[str, Any], run: SavedRun, model: BoRA, weights: Weights | Draws) -> dict[str, Any]:
+        """The row of one adapter a task, or of a mixture, at the temperature that the validation split chooses."""
         start = time.perf_counter()
-        scaling = temperature_of(model, run.data.validation, centre)
+        scaling = temperature_of(model, run.data.validation, weights)
         seconds = round(keys["seconds"] + time.perf_counter() - start, 1)
         keys = keys | {"seconds": seconds, "scaling": scaling}
-        return self.row(keys, run, lambda split: predict_scaled(model, split, centre, scaling))
+        return self.row(keys, run, lambda split: predict_scaled(model, split, weights, scaling))
 
     def has(self, arm: str, seed: int, temperature: float | None, rate: float | None) -> bool:
         """Whether the table has rows of an arm with these settings."""

@@ -59,4 +59,6 @@ ARMS = {
 }
 #: An ensemble as one adapter a task.
 FOLDED = ("ensemble_folded", "ensemble_distilled")
+#: The arms whose mixture has a row at a temperature too.
+SCALED = ("ensemble", "checkpoint_ensemble", "swag")
 NAMES = ("map", "map_scaled", *ARMS, "mc_dropout", "checkpoint_ensemble", "ensemble", *FOLDED)

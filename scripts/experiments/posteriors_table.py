@@ -33,7 +33,7 @@ def markdown(table: pd.DataFrame, chosen: Mapping[str, pd.Series | None]) -> str
     lines = ["".join(header), "|" + "---|" * (14 + len(foreign))]
     reference = table[table.arm == "map"].set_index("seed").test_nll
     for arm, choice in chosen.items():
-        for prediction in ("mean", "scaled", "mixture"):
+        for prediction in ("mean", "scaled", "mixture", "scaled mixture"):
             rows = table[(table.arm == arm) & (table.prediction == prediction)]
             if choice is not None:
                 for name in ("temperature", "learning_rate"):

@@ -10,6 +10,7 @@ import torch
 from bora_pyro import InputError
 from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.likelihoods import Choice
+from bora_pyro.predict.answers import predictions
 from bora_pyro.predict.temperature import predict_scaled, temperature_of
 from tests.tiny import random_weights, tiny_bora, tiny_questions, tiny_split
 
@@ -57,6 +58,25 @@ def test_the_guesses_stay_and_the_probabilities_are_powers(kind):
         expected = one.probabilities.sqrt()
         torch.testing.assert_close(two.probabilities, expected / expected.sum(-1, keepdim=True))
         assert two.log_likelihood.equal(one.log_likelihood)
+
+
+@KINDS
+def test_a_mixture_is_pooled_and_then_scaled(kind):
+    model, split, weights = setting(kind)
+    other = random_weights(model, seed=5)
+    pooled = predict_scaled(model, split, lambda: [weights, other], 1.0)
+    torch.testing.assert_close(pooled.log_prob, predictions(model, split, lambda: [weights, other]).log_prob)
+    if kind == "answers":
+        two = predict_scaled(model, split, lambda: [weights, other], 2.0)
+        expected = pooled.probabilities.sqrt()
+        torch.testing.assert_close(two.probabilities, expected / expected.sum(-1, keepdim=True))
+    found = temperature_of(model, split, lambda: [weights, other])
+    losses = [calibration(predict_scaled(model, split, lambda: [weights, other], found * by)).nll for by in (0.98, 1.0, 1.02)]
+    assert losses[1] < min(losses[0], losses[2])
+    # two equal draws are one
+    assert temperature_of(model, split, lambda: [weights, weights]) == pytest.approx(
+        temperature_of(model, split, weights), rel=1e-3
+    )
 
 
 def test_labels_that_nothing_speaks_against_have_the_lowest_temperature():
