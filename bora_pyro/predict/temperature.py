@@ -61,7 +61,8 @@ class TemperatureScaled(BoRA):
 
     def logits(self, batch: Batch, weights: Weights | None) -> Tensor:
         """Logits of a batch over T, (rows, tokens, vocabulary); ``weights`` are those of the draws."""
-        return _mixture_logits(self.scaled, batch, self.draws) / self.temperature
+        # in float32: a base in bfloat16 has logits that a factor near 1 would be rounded away from
+        return _mixture_logits(self.scaled, batch, self.draws).float() / self.temperature
 
     def lazy_logits(self, batch: Batch, weights: Weights | None) -> Tensor | LazyLogits:
         """As ``logits``: a head with a bias gives no other way."""

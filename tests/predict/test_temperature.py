@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bora_pyro import InputError
+from bora_pyro import BoRA, InputError
 from bora_pyro.diagnostics.calibration import calibration
 from bora_pyro.likelihoods import Choice
 from bora_pyro.predict.answers import predictions
@@ -58,6 +58,16 @@ def test_the_guesses_stay_and_the_probabilities_are_powers(kind):
         expected = one.probabilities.sqrt()
         torch.testing.assert_close(two.probabilities, expected / expected.sum(-1, keepdim=True))
         assert two.log_likelihood.equal(one.log_likelihood)
+
+
+def test_a_temperature_near_1_counts_for_a_base_in_bfloat16(monkeypatch):
+    model, split, weights = setting("tokens")
+    logits = BoRA.logits
+    monkeypatch.setattr(BoRA, "logits", lambda model, batch, weights: logits(model, batch, weights).bfloat16())
+    one, near = (predict_scaled(model, split, weights, value) for value in (1.0, 1.001))
+    assert float((one.log_prob != near.log_prob).double().mean()) > 0.9
+    again = predict_scaled(model, split, weights, 1.0005).log_prob
+    torch.testing.assert_close(again, (one.log_prob + near.log_prob) / 2, rtol=0, atol=1e-5)
 
 
 @KINDS

@@ -67,7 +67,7 @@ def test_the_table_hangs_together(finished):
     # the mean, the variance and five columns, and two numbers
     assert table[table.arm == "swag"].state.between(7, 7.01).all()
     assert table[table.arm == "swag"].best_epoch.eq(1).all()
-    assert set(table[(table.arm == "swag") & (table.seed == 0)].prediction) == {"mean", "mixture"}
+    assert set(table[(table.arm == "swag") & (table.seed == 0)].prediction) == {"mean", "mixture", "scaled mixture"}
     # the same draws, which predict with the linear expansion
     chosen = table[(table.arm == "normal_linearised") & (table.seed == 0)]
     network = table[(table.arm == "normal") & (table.seed == 0) & (table.learning_rate == chosen.learning_rate.iloc[0])]
