@@ -34,11 +34,16 @@ def fixed_taus(table: pd.DataFrame) -> dict[str, str]:
     chosen = runs(at_best_rates(table))
     found = {}
     for name, column in ((ORACLE, "test_perplexity"), (CHOSEN, "validation_perplexity")):
-        by_tau = chosen[chosen.tau != LEARNED].pivot(index="tau", columns="seed", values=column).dropna(axis="columns")
+        by_tau = _of_shared_seeds(chosen, column)
         if len(by_tau) > 1 and by_tau.shape[1]:
             means = by_tau.mean(axis="columns").sort_index(key=lambda names: names.map(tau_order))
             found[name] = str(means.idxmin())
     return found
+
+
+def _of_shared_seeds(chosen: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The values of a column by fixed τ, for each seed that all fixed τ have."""
+    return chosen[chosen.tau != LEARNED].pivot(index="tau", columns="seed", values=column).dropna(axis="columns")
 
 
 def ratios(table: pd.DataFrame, tau: str) -> pd.Series:
@@ -50,12 +55,14 @@ def ratios(table: pd.DataFrame, tau: str) -> pd.Series:
 
 def lines_of_learned(table: pd.DataFrame) -> list[str]:
     """One line for each of the two fixed τ: its name, its value, and the ratio of the learned τ to it, mean ± sd over seeds."""
-    lines = []
+    lines, shared = [], _of_shared_seeds(runs(at_best_rates(table)), "test_perplexity").shape[1]
     for name, tau in fixed_taus(table).items():
         values = ratios(table, tau)
         if len(values):
             spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
             seeds = f"{len(values)} seed{'s' * (len(values) > 1)}"
             meaning = "lowest test perplexity, an oracle" if name == ORACLE else name
+            if shared < len(values):  # some τ was fitted with fewer seeds
+                meaning += f", by the {shared} seed{'s' * (shared > 1)} that all tau have"
             lines.append(f"learned against tau = {tau} ({meaning}): test perplexity {values.mean():.3f}{spread} times ({seeds})")
     return lines

@@ -37,6 +37,14 @@ def test_ratios_are_paired_by_seed():
     ]
 
 
+def test_an_oracle_of_fewer_seeds_says_so():
+    lines = lines_of_learned(table([run for run in RUNS if run[:3] != ("100", "0.01", 1)]))
+    assert lines[0] == (
+        "learned against tau = 1 (lowest test perplexity, an oracle, by the 1 seed that all tau have): test perplexity "
+        "1.050 ± 0.071 times (2 seeds)"
+    )
+
+
 def test_a_sweep_without_a_comparison_has_no_lines():
     assert lines_of_learned(table([run for run in RUNS if run[0] != "learned"])) == []
     assert fixed_taus(table([run for run in RUNS if run[0] != "100"])) == {}
