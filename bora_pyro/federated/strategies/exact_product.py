@@ -34,7 +34,7 @@ class ExactProduct(Strategy):
 
     def check(self, model: BoRA) -> None:
         check_pooled(self, model)
-        check_latents(self, model, {"lora_A", "lora_B"}, "give LoRA()")
+        check_latents(self, model, {"lora_A", "lora_B"}, "give LoRA() (--adapter lora)")
 
     def averaged(self, values: Mapping[str, Tensor]) -> Tensors:
         """B A of each layer: (layers, out, in) by slot."""

@@ -19,4 +19,4 @@ class FedIT(Strategy):
 
     def check(self, model: BoRA) -> None:
         check_pooled(self, model)
-        check_latents(self, model, {"lora_A", "lora_B"}, "give LoRA()")
+        check_latents(self, model, {"lora_A", "lora_B"}, "give LoRA() (--adapter lora)")

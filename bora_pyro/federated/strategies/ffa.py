@@ -15,7 +15,7 @@ class FFA(Strategy):
         >>> FFA().check(bp.BoRA(backbone, 2, adapter=bp.FrozenALoRA(rank=2), prior=bp.Pooled()))
         >>> FFA().check(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), prior=bp.Pooled()))
         Traceback (most recent call last):
-        bora_pyro.errors.InputError: FFA() needs a fixed A, and the adapter is LoRA(rank=2, alpha=2.0); give FrozenALoRA(rank=2)
+        bora_pyro.errors.InputError: FFA() needs a fixed A, and the adapter is LoRA(rank=2, alpha=2.0); give FrozenALoRA(rank=2) ...
 
     With one A for all clients, mean_k(B_k A) = mean_k(B_k) A: the average of the factors is the average of the changes ΔW. A is
     the random start that every client builds from the same seed. So it never travels, and half of the numbers of LoRA do. The
@@ -26,5 +26,8 @@ class FFA(Strategy):
         check_pooled(self, model)
         if not any(name.endswith(".lora_A") for name in model.fixed):
             rank = getattr(model.adapter, "rank", 8)
-            raise InputError(f"{self} needs a fixed A, and the adapter is {model.adapter}; give FrozenALoRA(rank={rank})")
-        check_latents(self, model, {"lora_B"}, "give FrozenALoRA()")
+            raise InputError(
+                f"{self} needs a fixed A, and the adapter is {model.adapter}; give FrozenALoRA(rank={rank}) "
+                "(--adapter lora_frozen_a)"
+            )
+        check_latents(self, model, {"lora_B"}, "give FrozenALoRA() (--adapter lora_frozen_a)")
