@@ -38,24 +38,25 @@ def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 
 
 def trimmed(clients: int, trim: float) -> int:
-    """How many values of each end a trimmed mean leaves out: ⌊trim · clients⌋."""
+    """How many values of each end a trimmed mean of K clients leaves out: ⌊trim · K⌋."""
     return int(trim * clients + 1e-9)
 
 
 def trimmed_mean(values: Sequence[Mapping[str, Tensor]], trim: float) -> Tensors:
     """The mean of each entry without its ⌊trim · K⌋ largest and smallest values (Yin et al., 2018, arXiv 1803.01498).
 
-    The K clients count the same: with weights, one client that claims many documents would outweigh the others.
+    The K clients count the same: with weights, one client that claims many documents would outweigh the others. One value is left
+    out at each end if ⌊trim · K⌋ is 0, because messages of some clients are missing.
 
     Args:
-        values: the tensors of each client.
-        trim: the fraction left out at each end, from 0 to below a half.
+        values: the tensors of each client, of three or more.
+        trim: the fraction left out at each end, below a half.
     """
-    count = trimmed(len(values), trim)
+    count = max(1, trimmed(len(values), trim))
     found: Tensors = {}
     for name in values[0]:
         ordered = torch.stack([value[name] for value in values]).sort(0).values
-        found[name] = ordered[count : len(values) - count].mean(0)
+        found[name] = ordered[count : len(values) - count].double().mean(0).to(ordered.dtype)
     return found
 
 
@@ -82,6 +83,10 @@ def clipped(value: Mapping[str, Tensor], before: Mapping[str, Tensor], clip: flo
     return {name: moved.to(value[name].dtype) for name, moved in near.items()}, norm
 
 
+#: A trimmed mean needs so many clients.
+LEAST_TRIMMED = 3
+
+
 def check_trim(trim: float, clients: int) -> None:
     """Check that a trimmed mean of so many clients leaves some values out.
 
@@ -92,7 +97,7 @@ def check_trim(trim: float, clients: int) -> None:
     Raises:
         InputError: it leaves none out, or there are fewer than three clients.
     """
-    if clients < 3:
+    if clients < LEAST_TRIMMED:
         raise InputError(f"a trimmed mean needs three clients a round, and there are {clients}; give aggregate mean")
     if not trimmed(clients, trim):
         raise InputError(

@@ -16,16 +16,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bora_pyro.errors import InputError, shown
-from bora_pyro.federated.aggregate import TRIMMED_MEAN, Tensors, check_trim, clipped, trimmed_mean, weighted_mean
+from bora_pyro.federated.aggregate import LEAST_TRIMMED, TRIMMED_MEAN, Tensors, check_trim, clipped, trimmed_mean, weighted_mean
 from bora_pyro.federated.message import SERVER, TAU_SUMS, VALIDATION, Expected, Message, RefusedMessage, check_message
 from bora_pyro.federated.options import FederatedOptions
 from bora_pyro.federated.strategies.base import Enrolment, Strategy
-from bora_pyro.federated.strategies.bora import learn_from, slope_sums, tau_of
+from bora_pyro.federated.strategies.bora import are_slope_sums, learn_from, slope_sums, tau_of
 from bora_pyro.federated.strategies.exact_product import ExactProduct
 from bora_pyro.priors import LearnedPrecision, Prior
 
@@ -69,13 +70,18 @@ class Server:
         #: The validation sums that the server has last accepted of each client.
         self.validation: dict[str, Tensor] = {}
         #: Numbers of the last round for its report.
-        self.report: dict[str, float] = {}
+        self.report: dict[str, Any] = {}
         self._remembered: dict[str, Tensors] = {}
 
     @property
     def participants(self) -> int:
         """How many clients train in a round: a fraction of them, at least one."""
         return max(1, round(self.options.participation * len(self.clients)))
+
+    @property
+    def _learned(self) -> LearnedPrecision:
+        assert isinstance(self.prior, LearnedPrecision)
+        return self.prior
 
     def draw(self, number: int) -> list[str]:
         """The names of the clients that train in a round, in the order of the clients; the seed and the round decide."""
@@ -95,8 +101,7 @@ class Server:
         if self.strategy.personal:
             forms |= self.expected_scores()
         if self._learns:
-            assert isinstance(self.prior, LearnedPrecision)
-            forms[TAU_SUMS] = Expected.like(slope_sums(self.prior, self._starts))
+            forms[TAU_SUMS] = Expected.like(slope_sums(self._learned, self._starts))
         return forms
 
     @staticmethod
@@ -107,6 +112,10 @@ class Server:
     def collect(self, number: int, asked: Sequence[str], messages: Iterable[Message]) -> list[dict[str, str]]:
         """Take the messages of a round, and move the common values and τ. A message that is not as expected is left out.
 
+        ``report`` then has the number of ``clients`` whose message was accepted, the ``largest_update`` before it was shortened,
+        and whether the common values have ``moved``. They stay without a message, with fewer than three for a trimmed mean, and
+        if the mean is too large for its type.
+
         Args:
             number: the round.
             asked: the clients that were asked to train.
@@ -116,7 +125,7 @@ class Server:
             The ``client`` and the ``reason`` of each message that was refused.
         """
         refused, accepted = self._checked(number, asked, messages, self.expected())
-        self.report = {"clients": len(accepted)}
+        self.report = {"clients": len(accepted), "moved": False}
         if not accepted:
             return refused
         values, norms = {}, []
@@ -129,10 +138,14 @@ class Server:
         self.report["largest_update"] = max(norms)
         if self.strategy.personal:
             values = self._remembered = self._remembered | values
-        self._move(values)
+        if self.options.aggregate == TRIMMED_MEAN and len(values) < LEAST_TRIMMED:
+            return refused  # two clients have no middle: rather nothing than a mean that one of them decides
+        if not self._move(values):
+            return refused
         if self._learns:
-            assert isinstance(self.prior, LearnedPrecision)
-            learn_from(self.prior, self._starts, [message.tensors[TAU_SUMS] for message in accepted.values()])
+            sums = [message.tensors[TAU_SUMS] for message in accepted.values()]
+            if any(bool(one.any()) for one in sums):  # there is something to learn from
+                learn_from(self._learned, self._starts, sums)
         self.version = number
         return refused
 
@@ -161,16 +174,19 @@ class Server:
                 check_message(message, expected, number=number)
                 if VALIDATION in expected and float(message.tensors[VALIDATION][1]) < 0:
                     raise RefusedMessage(f"{shown(message.sender)}, round {number}: a negative number of validation documents")
+                of_tau = message.tensors[TAU_SUMS] if TAU_SUMS in expected else None
+                if of_tau is not None and not are_slope_sums(self._learned, of_tau):
+                    raise RefusedMessage(f"{shown(message.sender)}, round {number}: no documents have such sums for tau")
                 accepted[message.sender] = message
             except RefusedMessage as error:
                 refused.append({"client": message.sender, "reason": str(error)})
         return refused, accepted
 
-    def _move(self, values: Mapping[str, Tensors]) -> None:
-        """Move the common values towards the mean of the clients'."""
+    def _move(self, values: Mapping[str, Tensors]) -> bool:
+        """Move the common values towards the mean of the clients', unless the result is too large for its type."""
         strategy, options = self.strategy, self.options
         of_clients = [strategy.averaged(value) for value in values.values()]
-        if options.aggregate == TRIMMED_MEAN and len(of_clients) >= 3:
+        if options.aggregate == TRIMMED_MEAN:
             mean = trimmed_mean(of_clients, options.trim)
         else:
             mean = weighted_mean(of_clients, [strategy.weight(self.clients[name], options.weights) for name in values])
@@ -178,6 +194,9 @@ class Server:
             before = strategy.averaged(self.common)
             mean = {name: before[name].lerp(value, options.server_rate) for name, value in mean.items()}
         merged = strategy.merged(mean, self.common)
+        if not all(bool(value.isfinite().all()) for value in merged.values()):
+            return False
         if isinstance(strategy, ExactProduct):
             self.report["lost"] = strategy.lost(mean, merged)
-        self.common = merged
+        self.common, self.report["moved"] = merged, True
+        return True

@@ -89,15 +89,15 @@ def test_under_bora_it_does_not_matter_who_has_a_task(optimizer):
 @pytest.mark.parametrize(
     ("tau", "options"),
     [
-        (0.5, {"rounds": 40}),
-        (20.0, {"rounds": 60, "server_rate": 8.0, "local_steps": 20}),
-        (0.5, {"rounds": 120, "participation": 0.34}),
+        (0.5, {"rounds": 14}),
+        (20.0, {"rounds": 14, "server_rate": 8.0}),
+        (0.5, {"rounds": 48, "participation": 0.34}),
     ],
     ids=["mean", "beyond the mean", "a third of the clients"],
 )
 def test_the_fixed_point_of_bora_is_the_central_map(tau, options):
     model, data, places = linear(HierarchicalNormal(tau))
-    fitted = federate(model, data, FederatedBoRA(), learning_rate=0.5, **PLAIN | {"local_steps": 12} | options)
+    fitted = federate(model, data, FederatedBoRA(), learning_rate=0.5, **PLAIN | {"local_steps": 10} | options)
     expected = map_of(places, tau)
     for found, known in zip(fitted.weights(), expected, strict=True):
         for name in known:
@@ -197,6 +197,34 @@ def test_without_any_message_nothing_moves():
     fitted = federate(model, without_validation(tiny_data()), FFA(), on_upload=lambda message: None, **QUICK)
     assert all(torch.equal(value, model.starts[name]) for name, value in fitted.weights()[1].items())
     assert [entry["clients"] for entry in fitted.history] == [0, 0, 0]
+    assert not any(entry["moved"] for entry in fitted.history)
+
+
+@pytest.mark.parametrize(("strategy", "moved"), [("ffa", [False, False]), ("bora", [True, True])])
+def test_a_trimmed_mean_of_two_clients_moves_nothing(strategy, moved):
+    """Of three clients, one is lost in each round. Under bora the server remembers the first message of each."""
+
+    def lose(message):
+        return None if message.sender == "task 1" and message.number not in (0, *lost) else message
+
+    lost = [1] if strategy == "bora" else []
+    model = model_of(strategy)
+    options = QUICK | {"rounds": 2, "aggregate": "trimmed_mean", "trim": 0.34}
+    history = federate(model, tiny_data(), STRATEGIES[strategy](), on_upload=lose, **options).history
+    assert [entry["moved"] for entry in history] == moved
+    assert [entry["clients"] for entry in history] == ([3, 2] if strategy == "bora" else [2, 2])
+
+
+def test_tau_stays_where_no_client_has_validation_documents():
+    data, prior = tiny_data(), LearnedPrecision(start=30.0)
+    only = data.validation.subset((data.validation.task == 1).nonzero()[:, 0])
+    federation = Federation(
+        tiny_bora(targets=["q_proj"], prior=prior), replace(data, validation=only), participation=0.34, **QUICK
+    )
+    federation.server.draw = lambda number: ["task 0" if number < 3 else "task 1"]
+    path = [entry["tau_path"][0]["tau"]["q_proj.lora_B"] for entry in federation.run().history]
+    assert path[:2] == [30.0, 30.0]
+    assert path[2] != 30.0
 
 
 def test_a_trimmed_mean_and_a_bounded_update_survive_garbage():
@@ -214,6 +242,30 @@ def test_a_trimmed_mean_and_a_bounded_update_survive_garbage():
     assert fitted.history[0]["largest_update"] > 1e6
     norm = torch.stack([value.square().sum() for value in bounded.server.common.values()]).sum().sqrt()
     assert float(norm) <= 3 * 0.5 + 1e-4  # three rounds, from B = 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_numbers_near_the_largest_one_leave_finite_values(strategy):
+    federation = Federation(model_of(strategy), tiny_data(), STRATEGIES[strategy](), on_upload=spoilt("task 1", 3e38), **QUICK)
+    federation.run()
+    assert all(bool(value.isfinite().all()) for value in federation.server.common.values())
+
+
+@pytest.mark.parametrize("sums", [[1e31, 1.0, 1e31], [0.0, -1.0, 1.0], [2.0, 1.0, 1.0]])
+def test_impossible_sums_for_tau_are_refused(sums):
+    def lie(message):
+        if message.sender == "task 1" and "tau_sums" in message.tensors:
+            sent = message.tensors["tau_sums"]
+            tensors = message.tensors | {"tau_sums": torch.tensor(sums).repeat(len(sent) // 3)}
+            return Message(message.sender, message.number, tensors)
+        return message
+
+    prior = LearnedPrecision(start=30.0)
+    fitted = federate(tiny_bora(targets=["q_proj"], prior=prior), tiny_data(), on_upload=lie, **QUICK)
+    assert [entry["refused"][0]["reason"] for entry in fitted.history] == [
+        f"'task 1', round {number}: no documents have such sums for tau" for number in (1, 2, 3)
+    ]
+    assert all(1e-3 < float(tau) < 1e9 for tau in prior.tau.values())
 
 
 def test_how_tasks_are_dealt():

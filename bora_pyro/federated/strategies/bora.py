@@ -14,6 +14,9 @@ from bora_pyro.federated.strategies.base import Enrolment, Strategy
 from bora_pyro.model import BoRA
 from bora_pyro.priors import HierarchicalNormal, LearnedPrecision, Prior
 
+# Larger sums could overflow when they are added up in float32.
+_LARGEST = 1e30
+
 
 class FederatedBoRA(Strategy):
     """The MAP of BoRA by turns: clients move their θ_d under the present Θ and τ, the server moves Θ to the mean of the θ_d.
@@ -109,6 +112,27 @@ def slope_sums(
     if len(found) != 1:
         raise InputError(f"{prior} compares each document with all others, which no client can; leave robust out")
     return found[0]
+
+
+def are_slope_sums(prior: LearnedPrecision, sums: Tensor) -> bool:
+    """Whether some documents can have these sums: numbers of documents, and squares that the slopes leave room for.
+
+        >>> prior = LearnedPrecision(per="model")
+        >>> [are_slope_sums(prior, torch.tensor(sums)) for sums in ([-3.0, 3.0, 3.0], [-3.1, 3.0, 3.0], [0.0, -1.0, 1.0])]
+        [True, False, False]
+
+    Args:
+        prior: the prior.
+        sums: what a client has sent, of the right shape and finite.
+    """
+    sizes = {"model": [1], "site": [1] * len(prior.tau)}.get(prior.per) or [tau.numel() for tau in prior.tau.values()]
+    for part in sums.double().split([3 * size for size in sizes]):
+        slopes, number, squares = part.view(3, -1)
+        # by Cauchy and Schwarz, (Σ s)² is at most n Σ s²; float32 sums are rounded
+        room = slopes.square() <= number * squares * (1 + 1e-3) + torch.finfo(torch.float32).tiny
+        if not bool(((number >= 0) & (squares >= 0) & (part.abs().max() < _LARGEST) & room).all()):
+            return False
+    return True
 
 
 def learn_from(prior: LearnedPrecision, starts: Mapping[str, Tensor], sums: Sequence[Tensor]) -> None:

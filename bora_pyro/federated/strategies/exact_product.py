@@ -37,15 +37,15 @@ class ExactProduct(Strategy):
         check_latents(self, model, {"lora_A", "lora_B"}, "give LoRA() (--adapter lora)")
 
     def averaged(self, values: Mapping[str, Tensor]) -> Tensors:
-        """B A of each layer: (layers, out, in) by slot."""
+        """B A of each layer: (layers, out, in) float64 by slot."""
         slots = [name.removesuffix(".lora_A") for name in values if name.endswith(".lora_A")]
-        return {slot: values[f"{slot}.lora_B"] @ values[f"{slot}.lora_A"] for slot in slots}
+        return {slot: values[f"{slot}.lora_B"].double() @ values[f"{slot}.lora_A"].double() for slot in slots}
 
     def merged(self, mean: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Tensors:
         found: Tensors = {}
         for slot, product in mean.items():
             rank = before[f"{slot}.lora_A"].shape[-2]
-            u, s, vh = torch.linalg.svd(product.double(), full_matrices=False)
+            u, s, vh = torch.linalg.svd(product, full_matrices=False)
             u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
             used = s > _ROUNDING * s[..., :1].clamp(min=torch.finfo(torch.float32).tiny)
             usual = before[f"{slot}.lora_A"].double().norm(dim=-1).mean(-1, keepdim=True)
@@ -59,6 +59,6 @@ class ExactProduct(Strategy):
     def lost(self, mean: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> float:
         """‖mean − B A‖ / ‖mean‖ over all layers: what the cut to the rank leaves out, from 0 to 1."""
         products = self.averaged(merged)
-        rest = sum(float((mean[slot] - products[slot]).double().square().sum()) for slot in mean)
-        whole = sum(float(value.double().square().sum()) for value in mean.values())
+        rest = sum(float((mean[slot] - products[slot]).square().sum()) for slot in mean)
+        whole = sum(float(value.square().sum()) for value in mean.values())
         return (rest / whole) ** 0.5 if whole else 0.0

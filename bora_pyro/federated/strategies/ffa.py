@@ -15,7 +15,7 @@ class FFA(Strategy):
         >>> FFA().check(bp.BoRA(backbone, 2, adapter=bp.FrozenALoRA(rank=2), prior=bp.Pooled()))
         >>> FFA().check(bp.BoRA(backbone, 2, adapter=bp.LoRA(rank=2), prior=bp.Pooled()))
         Traceback (most recent call last):
-        bora_pyro.errors.InputError: FFA() needs a fixed A, and the adapter is LoRA(rank=2, alpha=2.0); give FrozenALoRA(rank=2) ...
+        bora_pyro.errors.InputError: FFA() needs a fixed A, and the adapter is LoRA(rank=2, alpha=2.0); give ...
 
     With one A for all clients, mean_k(B_k A) = mean_k(B_k) A: the average of the factors is the average of the changes ΔW. A is
     the random start that every client builds from the same seed. So it never travels, and half of the numbers of LoRA do. The
