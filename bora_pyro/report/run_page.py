@@ -41,10 +41,11 @@ from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinka
 from bora_pyro.report.samples import written_samples
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
+from bora_pyro.runs.config.federated import FederatedConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CONFIG, FIT, MEMBERS
+from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, MEMBERS
 from bora_pyro.runs.results import GIVEN
 from bora_pyro.runs.versions import versions
 
@@ -53,11 +54,12 @@ _LOCATION = ("output_dir", "overwrite", "resume")  # options that say where the 
 _KINDS: dict[str, type] = {
     "run": MapFitConfig,
     "ensemble": EnsembleConfig,
+    "federated fit": FederatedConfig,
     "posterior": PosteriorFitConfig,
     "adaptation": AdaptConfig,
 }
 # Kinds whose config.yaml is that of the fit.
-_FITS = ("run", "ensemble")
+_FITS = ("run", "ensemble", "federated fit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +173,10 @@ def _of_adapters(
 
 
 def _kind(folder: RunFolder) -> str:
-    """The kind of the run: a MAP fit, an ensemble, a posterior around a MAP fit, or an adaptation of one to new tasks."""
+    """The kind: a MAP fit, an ensemble, a federated fit, a posterior around a MAP fit, or an adaptation of one to new tasks."""
     if not (folder.path / FIT).is_file():
-        return "ensemble" if MEMBERS in folder.read_config() else "run"
+        config = folder.read_config()
+        return "ensemble" if MEMBERS in config else "federated fit" if CLIENTS in config else "run"
     return "adaptation" if folder.load_metadata("posterior").get("prior") == GIVEN else "posterior"
 
 

@@ -24,6 +24,8 @@ START = "start"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
 #: The members of an ensemble: a run folder for each, named by its number.
 MEMBERS = "members"
+#: The option in ``config.yaml`` that federated fits alone have.
+CLIENTS = "clients"
 #: The folders in which trackers keep their files.
 TRACKED = ("tensorboard", "wandb")
 #: Lock file of the process that is writing to the folder.

@@ -174,6 +174,11 @@ def _check_same_source(folder: RunFolder, run: SavedRun, source: str, standing: 
 def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
     """The guide at the MAP estimate, with its tensors created."""
     model, sites = run.fitted.model, run.fitted.sites()
+    if run.federated_config is not None:
+        raise InputError(
+            f"the run in {run.folder.path} is a federated fit, and a posterior around it would need the documents of all clients "
+            "in one place; give a MAP fit"
+        )
     if run.meta_config is not None:
         raise InputError(f"the run in {run.folder.path} is a meta-fit, whose tasks have posteriors already; give a MAP fit")
     if not isinstance(run.fitted.guide, AutoDelta):

@@ -45,6 +45,7 @@ from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
+from bora_pyro.runs.config.federated import FederatedConfig
 from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
@@ -52,7 +53,7 @@ from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CONFIG, FIT
+from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT
 from bora_pyro.runs.results import GIVEN, ROUTED, SAMPLE, sample_of
 
 # Prefixes of the tensors in posterior.safetensors that are no sample sites: an adapter's fixed tensors, what a prior has learned,
@@ -81,6 +82,7 @@ class SavedRun:
         posterior_config: the configuration of a posterior fit; None for other runs.
         meta_config: the configuration of a meta-fit, of which ``config`` is the part that a MAP fit has too; None for other runs.
         adapted: whether the tasks were adapted from another fit, whose Θ and τ are the prior.
+        federated_config: the configuration of a federated fit, as ``meta_config``; None for other runs.
     """
 
     folder: RunFolder
@@ -91,6 +93,7 @@ class SavedRun:
     posterior_config: PosteriorFitConfig | None = None
     meta_config: MetaFitConfig | None = None
     adapted: bool = False
+    federated_config: FederatedConfig | None = None
 
     def posterior(self, *, seed: int = 0) -> Posterior:
         """The posterior of the run.
@@ -147,13 +150,16 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     given, kind = metadata.get("prior") == GIVEN, str(metadata.get("guide"))
     meta: MetaFitConfig | None = None
     routed = _read_routing(folder) if metadata.get("prior") == ROUTED else None
-    config: MapFitConfig | MetaFitConfig
+    federated: FederatedConfig | None = None
+    config: MapFitConfig | MetaFitConfig | FederatedConfig
     if routed is not None:
         config, posterior = _read_fit(folder), None
     else:
         config, posterior = _read_config(folder, kind) if not given else (_read_adaptation(folder), None)
     if isinstance(config, MetaFitConfig):
         meta, config = config, config.map_fit
+    elif isinstance(config, FederatedConfig):
+        federated, config = config, config.map_fit
     # a named device gets the whole model
     device_map = config.device_map if device == "auto" else None
     config = dataclasses.replace(config, device=device, device_map=device_map, threads=None, trust_remote_code=trust_remote_code)
@@ -197,16 +203,22 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         documents=data.train.documents_per_task,
         chat_template=data.chat_template,
     )
-    return SavedRun(folder, config, fitted, data, metrics, posterior, meta, adapted=given)
+    return SavedRun(folder, config, fitted, data, metrics, posterior, meta, adapted=given, federated_config=federated)
 
 
-def _read_config(folder: RunFolder, guide: str) -> tuple[MapFitConfig | MetaFitConfig, PosteriorFitConfig | None]:
+def _read_config(
+    folder: RunFolder, guide: str
+) -> tuple[MapFitConfig | MetaFitConfig | FederatedConfig, PosteriorFitConfig | None]:
     """Configurations of the fit and of the posterior around it. Options that are newer than the run have their defaults."""
     fit = folder.path / FIT
     try:
         if not fit.is_file():
-            kinds: dict[str, type[MapFitConfig | MetaFitConfig]] = {ENSEMBLE: EnsembleConfig, TASK_NORMAL: MetaFitConfig}
-            of_fit = kinds.get(guide, MapFitConfig)
+            of_map = FederatedConfig if CLIENTS in folder.read_config() else MapFitConfig
+            kinds: dict[str, type[MapFitConfig | MetaFitConfig | FederatedConfig]] = {
+                ENSEMBLE: EnsembleConfig,
+                TASK_NORMAL: MetaFitConfig,
+            }
+            of_fit = kinds.get(guide, of_map)
             return parse_config(of_fit, ["--config", str(folder.path / CONFIG)]), None
         posterior = parse_config(PosteriorFitConfig, ["--config", str(folder.path / CONFIG)])
         return parse_config(MapFitConfig, ["--config", str(fit)]), posterior
