@@ -91,8 +91,12 @@ def check_run(run: SavedRun) -> None:
     folder = run.folder.path
     if isinstance(run.config, EnsembleConfig):
         raise InputError(f"the run in {folder} is an ensemble, each member with its own adapters; give the folder of a member")
-    if run.adapted or run.meta_config is not None:
-        kind = "tasks that were adapted from another fit" if run.adapted else "a meta-fit"
+    kinds = {
+        "tasks that were adapted from another fit": run.adapted,
+        "a meta-fit": run.meta_config is not None,
+        "a federated fit": run.federated_config is not None,
+    }
+    for kind in (kind for kind, it_is in kinds.items() if it_is):
         raise InputError(f"the run in {folder} is of {kind}; gates are for the tasks of a MAP fit or of a posterior around one")
     check_routable(run.fitted.model)
 
