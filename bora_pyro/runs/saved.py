@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyro import poutine
@@ -55,6 +55,8 @@ from bora_pyro.runs.description import describe
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT
 from bora_pyro.runs.results import GIVEN, ROUTED, SAMPLE, sample_of
+
+C = TypeVar("C")
 
 # Prefixes of the tensors in posterior.safetensors that are no sample sites: an adapter's fixed tensors, what a prior has learned,
 # and the tensors of a guide with a spread.
@@ -149,11 +151,11 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
     given, kind = metadata.get("prior") == GIVEN, str(metadata.get("guide"))
     meta: MetaFitConfig | None = None
-    routed = _read_routing(folder) if metadata.get("prior") == ROUTED else None
+    routed = _parsed(RouteFitConfig, folder, CONFIG) if metadata.get("prior") == ROUTED else None
     federated: FederatedConfig | None = None
     config: MapFitConfig | MetaFitConfig | FederatedConfig
     if routed is not None:
-        config, posterior = _read_fit(folder), None
+        config, posterior = _parsed(MapFitConfig, folder, FIT), None
     else:
         config, posterior = _read_config(folder, kind) if not given else (_read_adaptation(folder), None)
     if isinstance(config, MetaFitConfig):
@@ -210,34 +212,21 @@ def _read_config(
     folder: RunFolder, guide: str
 ) -> tuple[MapFitConfig | MetaFitConfig | FederatedConfig, PosteriorFitConfig | None]:
     """Configurations of the fit and of the posterior around it. Options that are newer than the run have their defaults."""
-    fit = folder.path / FIT
+    if not (folder.path / FIT).is_file():
+        of_map = FederatedConfig if CLIENTS in folder.read_config() else MapFitConfig
+        kinds: dict[str, type[MapFitConfig | MetaFitConfig | FederatedConfig]] = {
+            ENSEMBLE: EnsembleConfig,
+            TASK_NORMAL: MetaFitConfig,
+        }
+        return _parsed(kinds.get(guide, of_map), folder, CONFIG), None
+    posterior = _parsed(PosteriorFitConfig, folder, CONFIG)
+    return _parsed(MapFitConfig, folder, FIT), posterior
+
+
+def _parsed(cls: type[C], folder: RunFolder, name: str) -> C:
+    """The configuration in a file of a run."""
     try:
-        if not fit.is_file():
-            of_map = FederatedConfig if CLIENTS in folder.read_config() else MapFitConfig
-            kinds: dict[str, type[MapFitConfig | MetaFitConfig | FederatedConfig]] = {
-                ENSEMBLE: EnsembleConfig,
-                TASK_NORMAL: MetaFitConfig,
-            }
-            of_fit = kinds.get(guide, of_map)
-            return parse_config(of_fit, ["--config", str(folder.path / CONFIG)]), None
-        posterior = parse_config(PosteriorFitConfig, ["--config", str(folder.path / CONFIG)])
-        return parse_config(MapFitConfig, ["--config", str(fit)]), posterior
-    except InputError as error:
-        raise InputError(str(error).removeprefix("--config ")) from None
-
-
-def _read_fit(folder: RunFolder) -> MapFitConfig:
-    """Configuration of the fit that the adapters of a routed run are from."""
-    try:
-        return parse_config(MapFitConfig, ["--config", str(folder.path / FIT)])
-    except InputError as error:
-        raise InputError(str(error).removeprefix("--config ")) from None
-
-
-def _read_routing(folder: RunFolder) -> RouteFitConfig:
-    """Configuration of the gates of a routed run."""
-    try:
-        return parse_config(RouteFitConfig, ["--config", str(folder.path / CONFIG)])
+        return parse_config(cls, ["--config", str(folder.path / name)])
     except InputError as error:
         raise InputError(str(error).removeprefix("--config ")) from None
 
@@ -253,11 +242,7 @@ def _check_adapters(folder: RunFolder, model: BoRA, adapters: FrozenAdapters) ->
 
 def _read_adaptation(folder: RunFolder) -> MapFitConfig:
     """Configuration of the fit that the tasks were adapted from, with the documents of the new tasks."""
-    try:
-        config = parse_config(MapFitConfig, ["--config", str(folder.path / FIT)])
-        new = parse_config(AdaptConfig, ["--config", str(folder.path / CONFIG)])
-    except InputError as error:
-        raise InputError(str(error).removeprefix("--config ")) from None
+    config, new = _parsed(MapFitConfig, folder, FIT), _parsed(AdaptConfig, folder, CONFIG)
     limits: dict[str, Any] = {
         "token_budget": new.token_budget,
         "num_tasks": None,
