@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "infer-task": ("bora_pyro.runs.infer_task:COMMAND", "say which task of a finished run a text is of"),
     "export-adapters": ("bora_pyro.report.export:COMMAND", "export a run's adapters as PEFT folders with model cards"),
     "fold": ("bora_pyro.runs.fold:COMMAND", "fold several fits of the same tasks into one adapter a task"),
+    "compose": ("bora_pyro.runs.compose:COMMAND", "join fits of the same tasks that adapt different layers, without training"),
     "pool-adapters": ("bora_pyro.runs.pool:COMMAND", "pool LoRA adapters that were trained independently"),
 }
 

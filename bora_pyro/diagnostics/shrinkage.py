@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bora_pyro.data import TaskData, TokenSplit
 from bora_pyro.data.digest import document_checksums
-from bora_pyro.diagnostics.containers import as_container, by_latent, by_module, stack_draws, tau_array, tau_by_layer
+from bora_pyro.diagnostics.containers import as_container, blocks_of, by_latent, by_module, stack_draws, tau_array, tau_by_layer
 from bora_pyro.diagnostics.deviations import (
     PosteriorPooling,
     active_entries,
@@ -78,8 +78,8 @@ def shrinkage(fitted: Fitted, data: TaskData, *, draws: int | None = None, seed:
     h is the diagonal of the empirical Fisher information of the task's training documents at the estimate. In the Laplace
     approximation 1/(h + τ) is the posterior variance of an entry; γ and λ are computed from it
     (:mod:`bora_pyro.diagnostics.deviations` has the formulas and their limits). ``module`` is the kind of layer, for instance
-    ``q_proj``. ``factor`` is the latent: ``A`` and ``B`` for LoRA. Entries are NaN where a module lacks a layer or a latent. The
-    two ΔW variables are missing if the adapter is not a product of two low-rank matrices.
+    ``q_proj``, and ``layer`` the number of the block. ``factor`` is the latent: ``A`` and ``B`` for LoRA. Entries are NaN where a
+    module lacks a layer or a latent. The two ΔW variables are missing if the adapter is not a product of two low-rank matrices.
 
     With ``draws`` the container differs in four ways:
 
@@ -135,7 +135,7 @@ def shrinkage(fitted: Fitted, data: TaskData, *, draws: int | None = None, seed:
     (posterior if draws is None else constant).update(
         {
             "effective_parameters": _as_draw(draws, _by_task(gamma)),
-            "pooling_factor": _as_draw(draws, by_latent(factors, ("layer",))),
+            "pooling_factor": _as_draw(draws, by_latent(factors, ("layer",), blocks_of(model))),
         }
     )
     if draws is not None:
@@ -265,20 +265,20 @@ def _summaries(fitted: Fitted, sites: Mapping[str, Tensor], weights: tuple[Weigh
     arrays = {
         "distance": _by_task(distances(delta)),
         "rms_deviation": _rms(model, delta),
-        "tau": tau_array({name: tau_by_layer(value, delta[name]) for name, value in tau.items()}),
+        "tau": tau_array({name: tau_by_layer(value, delta[name]) for name, value in tau.items()}, blocks_of(model)),
     }
     for variable, measure in (("delta_w_deviation", delta_w_deviations), ("delta_w_norm", delta_w_norms)):
         try:
             norms = measure(fitted, weights)
         except InputError:  # the adapter is not a product of two low-rank matrices: leave these variables out
             break
-        arrays[variable] = by_module(norms, ("task", "layer"))
+        arrays[variable] = by_module(norms, ("task", "layer"), blocks_of(model))
     return xr.Dataset(arrays)
 
 
 def _rms(model: BoRA, delta: Weights) -> xr.DataArray:
     values = {name: root_mean_square(value, active_entries(model, name)) for name, value in delta.items()}
-    return by_latent(values, ("task", "layer"))
+    return by_latent(values, ("task", "layer"), blocks_of(model))
 
 
 def _by_task(values: Tensor) -> xr.DataArray:

@@ -181,6 +181,7 @@ def _load_backbone(config: MapFitConfig, device: torch.device | None, team: Proc
     backbone = Backbone.from_pretrained(
         config.base_model,
         targets=config.targets,
+        layers=config.layers,
         precision=getattr(torch, config.precision),
         device="cpu" if sharded else device,
         quantization=config.quantization,

@@ -28,7 +28,7 @@ def describe(model: BoRA) -> dict[str, Any]:
 
     The description leaves out what is learned, and where learning begins.
     """
-    slots = {slot.name: [slot.layers, slot.out_features, slot.in_features] for slot in model.backbone.slots}
+    slots = {slot.name: [slot.layers, slot.out_features, slot.in_features, [*slot.blocks]] for slot in model.backbone.slots}
     return {
         "adapter": plain(model.adapter),
         "prior": plain(model.prior),
@@ -36,6 +36,33 @@ def describe(model: BoRA) -> dict[str, Any]:
         "router": plain(model.router),
         "slots": slots,
     }
+
+
+def is_described(model: BoRA, description: Any) -> bool:
+    """Whether a stored description is that of a model.
+
+    >>> import bora_pyro as bp
+    >>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano", layers="0-1"), 2)
+    >>> other = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano", layers="2-3"), 2)
+    >>> is_described(model, describe(model)), is_described(model, describe(other))
+    (True, False)
+    """
+    now = describe(model)
+    if not isinstance(description, dict) or not same_slots(description.get("slots"), now["slots"]):
+        return False
+    return bool(description | {"slots": None} == now | {"slots": None})
+
+
+def same_slots(stored: Any, slots: Mapping[str, list[Any]]) -> bool:
+    """Whether stored slots are those of a description. Older ones do not say in which blocks the layers are.
+
+    >>> slots = {"q_proj": [2, 8, 8, [0, 1]]}
+    >>> [same_slots({"q_proj": stored}, slots) for stored in ([2, 8, 8, [0, 1]], [2, 8, 8], [2, 8, 8, [2, 3]], [])]
+    [True, True, False, False]
+    """
+    if not isinstance(stored, dict) or stored.keys() != slots.keys():
+        return False
+    return all(stored[name] in (slot, slot[:3]) for name, slot in slots.items())
 
 
 def plain(value: Member) -> dict[str, Any]:

@@ -17,29 +17,25 @@ document is for testing if no fit trained on it or chose an epoch by it.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from pyro import poutine
+from torch import Tensor
 
 from bora_pyro.adapters import LoRA
 from bora_pyro.data import ByRecord, TaskData
 from bora_pyro.data.token_split import TokenSplit
-from bora_pyro.errors import InputError, shown
+from bora_pyro.errors import InputError
 from bora_pyro.exchange.factors import LoraForm, lora_form
 from bora_pyro.exchange.fold import mean_form, stacked
 from bora_pyro.exchange.save import check_exportable
-from bora_pyro.files.atomic import check_place, whole_folder, write_record
+from bora_pyro.files.atomic import check_place
 from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
-from bora_pyro.guides import make_parameters, map_guide
 from bora_pyro.inference.evaluate import evaluate
-from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.options.field import check_fields, option
 from bora_pyro.predict.distil import distil
@@ -47,13 +43,10 @@ from bora_pyro.predict.mixture import predictive
 from bora_pyro.priors import HierarchicalNormal
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.command import Command
-from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.ensemble import member_folders
-from bora_pyro.runs.fold_members import Member, check_alike, joint_split, not_a_run
-from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.fold_members import Member, check_alike, check_number, document_keys, joint_split, not_a_run
+from bora_pyro.runs.joined import joined_config, joined_fit, joined_metrics, write_joined
 from bora_pyro.runs.layout import FOLD
-from bora_pyro.runs.results import metrics_of, write_adapters, write_posterior
-from bora_pyro.runs.resume import as_written
 
 # Why adapters that were asked to be distilled are no run.
 _DISTILLED = "the adapters are fitted to the predictions of the mixture, without a prior"
@@ -113,7 +106,7 @@ def fold(config: FoldConfig) -> dict[str, Any]:
     exact = sum(member.forms[0].rank for member in members)
     errors = [form.relative_error for form in forms]
     reason = _DISTILLED if config.distil else not_a_run(members, cut=forms[0].rank < exact)
-    fit = _fit_config(members[0].config, config.output_dir, forms[0])
+    fit = joined_config(members[0].config, config.output_dir, forms[0])
     prior = None if reason is None else HierarchicalNormal(1.0)
     model, data = build_run(fit, quiet=True, split=ByRecord(record), prior=prior)
     check_exportable(model.backbone)
@@ -121,12 +114,9 @@ def fold(config: FoldConfig) -> dict[str, Any]:
     distilled: dict[str, Any] = {}
     if config.distil:
         forms, distilled = _distil(mixture, data, forms, config)
-    fitted = _fitted(model, data, forms, members if reason is None else [])
-    metrics = metrics_of(fitted, data, tau=fit.tau, learning_rate=fit.learning_rate, seed=fit.seed)
-    if reason is not None:
-        _without_prior(metrics)
+    fitted = joined_fit(model, data, forms, _mean_tau(members) if reason is None else {})
     notes = _notes(members, data, same_split)
-    metrics["notes"] = [*metrics["notes"], *notes]
+    metrics = joined_metrics(fitted, fit, data, is_run=reason is None, notes=notes)
     found = {
         "rank": forms[0].rank,
         "run": reason is None,
@@ -140,66 +130,21 @@ def fold(config: FoldConfig) -> dict[str, Any]:
         "relative_error": dict(zip([*_folders(data)], errors, strict=True)),
         "notes": notes,
     }
-    with whole_folder(config.output_dir, record=FOLD, overwrite=config.overwrite) as aside:
-        folder = RunFolder(aside)
-        if reason is None:
-            folder.write_config(as_written(fit))
-            folder.write_split(record)
-            write_posterior(folder, fitted, data, "map")
-        write_adapters(folder, fitted, fit.base_model)
-        folder.write_metrics(metrics)
-        write_record(aside, FOLD, found)
+    write_joined(config.output_dir, FOLD, found, fitted, fit, data, record, metrics, overwrite=config.overwrite)
     return found
 
 
 def _paths(config: FoldConfig) -> list[str]:
     """The folders of the fits: those that are given, and the members of those that are ensembles."""
     paths = [path for run in config.runs for path in member_folders(run)]
-    places = [Path(path).absolute().resolve() for path in paths]
-    if twice := [path for n, path in enumerate(paths) if places[n] in places[:n]]:
-        raise InputError(f"the run {shown(twice[0], characters=300)} is given twice; give each once")
-    if len(paths) < 2:
-        raise InputError(
-            f"{len(paths)} runs are given; name the folders of two or more fits, as in fold runs/a runs/b, or of an ensemble"
-        )
+    check_number(paths, "fits, as in fold runs/a runs/b, or of an ensemble")
     return paths
 
 
-def _fit_config(config: MapFitConfig, output_dir: str, form: LoraForm) -> MapFitConfig:
-    """The configuration of the folded fit: that of the first one, with LoRA of the new rank."""
-    return dataclasses.replace(
-        config, adapter="lora", adapter_option=None, rank=form.rank, alpha=form.alpha, start_from=None, start_as="theta",
-        output_dir=output_dir, overwrite=False, resume=False, trackers=None,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _fitted(model: BoRA, data: TaskData, forms: Sequence[LoraForm], members: Sequence[Member]) -> Fitted:
-    """The folded fit. A learned τ is the geometric mean of the members' τ."""
-    with poutine.seed(rng_seed=0):
-        model.weights()  # a prior that learns creates its tensors when it is sampled for the first time
-    taus = {name: [member.precisions[name] for member in members] for name in (members[0].precisions if members else {})}
-    model.prior.load_state({name: torch.stack(of).log().mean(0).exp().to(model.backbone.device) for name, of in taus.items()})
-    theta, mean = stacked(model, forms[:-1]), {name: value[0] for name, value in stacked(model, forms[-1:]).items()}
-    guide = map_guide(model, model.sites_given(theta, mean))
-    make_parameters(guide, model)
-    (validation,) = evaluate(model, data.validation, theta)
-    return Fitted(
-        model,
-        guide,
-        data.tasks,
-        validation_score=validation.value(),
-        documents=data.train.documents_per_task,
-        chat_template=data.chat_template,
-    )
-
-
-def _without_prior(metrics: dict[str, Any]) -> None:
-    """Drop what depends on the prior, or on a common basis of the adapters."""
-    for name in ("tau", "tau_by_group"):
-        metrics.pop(name, None)
-    for row in metrics["tasks"].values():
-        row.pop("deviation_norm")
+def _mean_tau(members: Sequence[Member]) -> dict[str, Tensor]:
+    """What the prior of the folded fit has learned: the geometric mean of the members' τ."""
+    taus = {name: [member.precisions[name] for member in members] for name in members[0].precisions}
+    return {name: torch.stack(of).log().mean(0).exp() for name, of in taus.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,14 +227,10 @@ def _notes(members: Sequence[Member], data: TaskData, same_split: bool) -> list[
         f"the fits split the documents in different ways: the perplexities are over the {number} of {own} test documents that no "
         "fit trained on or chose an epoch by"
     ]
-    read = {key for member in members for split in (member.data.train, member.data.validation) for key in _keys(split)}
-    if again := sum(key in read for key in _keys(data.test)):
+    read = {key for member in members for split in (member.data.train, member.data.validation) for key in document_keys(split)}
+    if again := sum(key in read for key in document_keys(data.test)):
         notes.append(f"{again} of these documents have the same text as a document that a fit trained on or chose an epoch by")
     return notes
-
-
-def _keys(split: TokenSplit) -> list[bytes]:
-    return [split.document(n).numpy().tobytes() for n in split.first_pieces.tolist()]
 
 
 def show(config: FoldConfig, found: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ from bora_pyro.files.tensors import DAMAGE, DIGEST, is_intact, write_safetensors
 from bora_pyro.runs.layout import (  # fmt: skip
     ADAPTERS,
     CHECKPOINTS,
+    COMPOSE,
     CONFIG,
     FIT,
     FOLD,
@@ -303,9 +304,9 @@ class RunFolder:
             check_links(self.path, "output_dir")
         if resume and CONFIG not in names:
             raise InputError(f"output_dir {self.path} holds no run to resume; check the path, or leave --resume out to start one")
-        if resume and FOLD in names:
+        if resume and (FOLD in names or COMPOSE in names):
             raise InputError(
-                f"output_dir {self.path} holds a fold of several fits, which cannot go on; give another --output_dir"
+                f"output_dir {self.path} holds the joined adapters of several fits, which cannot go on; give another --output_dir"
             )
         foreign = foreign_entries(self.path, names, within=overwrite and not resume)
         if foreign and not (resume and is_ours(self.path)):

@@ -30,7 +30,7 @@ from bora_pyro.model import BoRA, Weights
 from bora_pyro.predict.generators.generator import Generator
 from bora_pyro.predict.task_vector import STATES, TaskVectors, task_vectors
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
-from bora_pyro.runs.description import describe
+from bora_pyro.runs.description import describe, same_slots
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import FIT
 from bora_pyro.runs.results import SAMPLE, sample_of
@@ -78,10 +78,11 @@ class SavedGenerator:
             )
         description = _description(model)
         for part in _PARTS:
-            if self.record["model"].get(part) != description[part]:
+            stored, own_part = self.record["model"].get(part), description[part]
+            if not (same_slots(stored, own_part) if part == "slots" else stored == own_part):
                 raise InputError(
-                    f"the generator in {self.path} is of another {part.rstrip('s')}, {self.record['model'].get(part)}, than "
-                    f"{description[part]}; adapters have no common form then: use runs of the same adapter and targets"
+                    f"the generator in {self.path} is of another {part.rstrip('s')}, {stored}, than "
+                    f"{own_part}; adapters have no common form then: use runs of the same adapter and targets"
                 )
         samples = {name: value for name, value in self.tensors.items() if name.startswith(SAMPLE)}
         for name, value in _samples(model).items():

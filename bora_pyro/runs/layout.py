@@ -19,6 +19,8 @@ CONFIG, FIT, LOG, METRICS, SPLIT = "config.yaml", "fit.yaml", "metrics.jsonl", "
 SOURCE = "source.json"
 #: The record of a fold: what was folded, and what it costs.
 FOLD = "fold.json"
+#: The record of a composition: which fits were joined.
+COMPOSE = "compose.json"
 #: Name of the tensors of the adapter that a fit started from.
 START = "start"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"

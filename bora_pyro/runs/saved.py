@@ -51,7 +51,7 @@ from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
-from bora_pyro.runs.description import describe
+from bora_pyro.runs.description import is_described
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT
 from bora_pyro.runs.results import GIVEN, ROUTED, SAMPLE, sample_of
@@ -401,7 +401,7 @@ def _check_model(folder: RunFolder, model: BoRA, metadata: dict[str, str]) -> No
     found = metadata.get("model", "another model")
     if "description" in metadata:
         try:
-            same = json.loads(metadata["description"]) == describe(model)
+            same = is_described(model, json.loads(metadata["description"]))
         except (ValueError, RecursionError):
             same = False
     else:  # older runs store repr(model): where it includes what was learned, only its adapter can be compared

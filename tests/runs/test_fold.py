@@ -102,7 +102,10 @@ def test_what_reads_runs_and_adapters_reads_the_folder(fits, tmp_path, capsys):
     assert "logits" in printed
     # no fit goes on there
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    for option, said in (("resume", "holds a fold of several fits, which cannot go on"), ("overwrite", "which no run wrote")):
+    for option, said in (
+        ("resume", "holds the joined adapters of several fits, which cannot go on"),
+        ("overwrite", "which no run wrote"),
+    ):
         assert command_main()(["--config", str(out / "config.yaml"), f"--{option}", "true"]) == 2
         assert said in capsys.readouterr().err
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before

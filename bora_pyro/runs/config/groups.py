@@ -106,6 +106,9 @@ class BaseOptions:
     targets: list[str] | None = option(
         None, "layers that get an adapter, by the last part of their names (default: the architecture's usual ones)", group=MODEL
     )
+    layers: list[str] | None = option(
+        None, "blocks whose layers get one: numbers, -1 for the last, 0-3, or =-4: for the last four (default: all)", group=MODEL
+    )
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps", group=RUN)
     device_map: str | None = option(
