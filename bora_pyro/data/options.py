@@ -47,7 +47,7 @@ class DataOptions(ReadingOptions, Seeded):
     options_column: str | None = option(
         None,
         "column with the options of each prompt, a list of texts or its JSON, one of which is the completion: what --likelihood "
-        "choice observes; metrics.json has the accuracy (default: no options)",
+        "choice observes; metrics.json has the accuracy (default: no options; with --likelihood dpo: rejected)",
         group=DATA,
         filled=True,
     )

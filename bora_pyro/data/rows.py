@@ -111,7 +111,7 @@ class RowReader:
 
     def notes(self) -> list[str]:
         """How the documents were read; what was dropped or changed, and why; and tasks whose names look alike."""
-        kinds = ("empty text", "no messages", "no task")
+        kinds = (self.document.missing, "no task")
         dropped = [_dropped_note(self._dropped[kind], kind) for kind in kinds if self._dropped[kind]]
         return [*self._notes, *dropped, *self.document.notes(), *alike_notes(self._parts, "task")]
 

@@ -146,6 +146,7 @@ class AnswerScores(Scores):
         tokens, characters, task: of each row, as for :class:`Scores`.
         log_p: (questions, options) float64: the log-probability of each option, −∞ where a question has fewer.
         options: (questions, options) float64: log p(option | prompt) in nats, the sum over its tokens, −∞ where there are fewer.
+            Of :class:`~bora_pyro.likelihoods.dpo.DPO` it is the reward r.
         label: (questions,) index of the right option.
         question_task: (questions,) index of each question's task.
     """
@@ -162,8 +163,14 @@ class AnswerScores(Scores):
         return QUESTION_NLL.of(float(self._right(task).sum()), len(self._right(task)))
 
     def accuracy(self, task: int | None = None) -> float | None:
-        """The share of questions whose most probable option is the right one; None if there are no questions."""
-        found = (self.log_p.argmax(-1) == self.label)[self._chosen(task)] if len(self.label) else self.label
+        """The share of questions whose most probable option is the right one; None if there are no questions.
+
+        If k options are equally probable, and the right one is among them, the question counts as 1/k.
+        """
+        if not len(self.label):
+            return None
+        first = self.log_p == self.log_p.max(-1, keepdim=True).values
+        found = (first.gather(1, self.label[:, None])[:, 0] / first.sum(-1))[self._chosen(task)]
         return float(found.double().mean()) if len(found) else None
 
     def value(self, task: int | None = None) -> float | None:

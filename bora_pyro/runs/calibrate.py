@@ -40,6 +40,7 @@ from bora_pyro.data.tokenise import tokenise
 from bora_pyro.diagnostics import plots
 from bora_pyro.diagnostics.unknown_texts import sample_texts, text_scores
 from bora_pyro.errors import InputError, nearest
+from bora_pyro.likelihoods import DPO
 from bora_pyro.model import BoRA
 from bora_pyro.options.field import check_choices, option
 from bora_pyro.predict.answers import ChoicePredictions, predictions
@@ -156,6 +157,11 @@ def calibrate(config: CalibrateConfig) -> Path:
     if config.foreign is not None:
         predictor.likelihood.check_texts("--foreign")
     foreign = read_foreign(config, run) if config.foreign is not None else None
+    if config.questions is not None and isinstance(predictor.likelihood, DPO):
+        raise InputError(
+            f"questions are given, whose options are compared by their probabilities, and the run in {run.folder.path} compares "
+            "answers by rewards; leave --questions out"
+        )
     questions = read_questions(Path(config.questions)) if config.questions is not None else None
     folder = Path(config.output) if config.output is not None else run.folder.path / DIAGNOSTICS
     with _all_or_nothing(folder) as place, plots.style():

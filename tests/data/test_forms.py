@@ -373,3 +373,39 @@ def test_a_system_prompt_beside_messages_is_named():
     assert any(note.endswith("column 'system' is not read (--document_form sharegpt reads it)") for note in notes)
     found, _ = read_table(pd.DataFrame(rows), document_form="sharegpt", messages_column="messages")
     assert json.loads(found["messages"][0])[0] == {"role": "system", "content": "Be brief."}
+
+
+def pairs_of(rows):
+    found, notes = read_table(table({"task": "a", **row} for row in rows), options_column="rejected")
+    return [{name: row[name] for name in ("prompt", "text", "options")} for row in found], notes
+
+
+@pytest.mark.parametrize(
+    ("row", "document"),
+    [
+        ({"prompt": "Hi", "chosen": " Yes", "rejected": " No"}, ("Hi", " Yes", '[" Yes", " No"]')),
+        ({"question": "Hi", "chosen": " Yes", "rejected": " No"}, ("Hi", " Yes", '[" Yes", " No"]')),
+        # without prompts: what both begin with, up to a white space, so that no word is cut
+        ({"chosen": "Hi. A: Noon", "rejected": "Hi. A: Never"}, ("Hi. A: ", "Noon", '["Noon", "Never"]')),
+        ({"chosen": "Noon", "rejected": "Never"}, ("", "Noon", '["Noon", "Never"]')),
+        ({"chosen": "Hi\nNo", "rejected": "Hi\nYes"}, ("Hi\n", "No", '["No", "Yes"]')),
+        ({"chosen": "so it is", "rejected": "so it"}, ("so ", "it is", '["it is", "it"]')),
+    ],
+)
+def test_preferences_with_the_rejected_answer(row, document):
+    found, notes = pairs_of([row])
+    assert [tuple(of_row.values()) for of_row in found] == [document]
+    assert notes[0].startswith("recognised preferences: the answer in column 'chosen' after ")
+    assert notes[0].endswith(" is preferred to that in 'rejected'")
+
+
+def test_pairs_without_a_preference_are_left_out_and_counted():
+    rows = table({"task": "a", "prompt": "Hi", "chosen": text, "rejected": "No"} for text in ("Yes", "No", " "))
+    data = load_tasks(rows, nano_tokenizer(), options_column="rejected", split=AllTrain())
+    assert data.train.num_documents == 1
+    assert "2 documents with empty or equal answers were dropped" in data.notes
+
+
+def test_chats_have_no_rejected_answers():
+    with pytest.raises(InputError, match=r"has chats as preferences.*give texts in the columns prompt, chosen and rejected"):
+        pairs_of([{"chosen": ANSWERED, "rejected": ANSWERED}])

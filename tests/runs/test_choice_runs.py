@@ -202,7 +202,7 @@ def test_the_options_of_the_likelihood_reach_it(options, tmp_path):
         ({"likelihood_unit": "documents"}, "likelihood_unit is documents, which likelihood choice does not have; leave it out"),
         ({"likelihood": "causal_lm", "option_score": "sum"}, "option_score is sum, which likelihood causal_lm does not have"),
         ({"option_score": "product"}, "option_score is 'product'; allowed: mean, sum"),
-        ({"likelihood": "choise"}, "likelihood is 'choise'; allowed: causal_lm, choice; did you mean 'choice'"),
+        ({"likelihood": "choise"}, "likelihood is 'choise'; allowed: causal_lm, choice, dpo; did you mean 'choice'"),
         ({"long_documents": "split"}, "no option is split"),
         ({"options_column": "choices"}, r"has no column 'choices' \(options_column\)"),
     ],

@@ -17,7 +17,7 @@ from bora_pyro.data.forms.alpaca import Alpaca
 from bora_pyro.data.forms.base import Content, Form, Table
 from bora_pyro.data.forms.chats import Chats
 from bora_pyro.data.forms.messages import Messages, tool_column
-from bora_pyro.data.forms.preference import Preference
+from bora_pyro.data.forms.preference import CHOSEN, REJECTED, Preference
 from bora_pyro.data.forms.prompt_completion import PromptCompletion
 from bora_pyro.data.forms.sharegpt import KEYS, ShareGPT
 from bora_pyro.data.forms.text import TEXT_SEPARATOR, Text
@@ -43,7 +43,8 @@ def choose_form(table: Table) -> tuple[Form, list[str]]:
     """
     form, notes = _chosen(table)
     if table.columns.options is not None:
-        form = _with_options(form, table)
+        was, form = form, _with_options(form, table)
+        notes = [f"recognised {form.recognised}" if note == f"recognised {was.recognised}" else note for note in notes]
     media = [name for name in MEDIA if name in table.names and table.first(name) is not None]
     if form.content == ("messages",) and media:
         notes = [*notes, f"only text is read: not the column{'s' if len(media) > 1 else ''} {', '.join(map(repr, media))}"]
@@ -74,10 +75,13 @@ def _chosen(table: Table) -> tuple[Form, list[str]]:
 def _with_options(form: Form, table: Table) -> Form:
     """The form with the options of each prompt."""
     column = table.columns.options
+    if isinstance(form, Preference) and column == REJECTED:
+        return form.with_rejected(table.label)
     if not isinstance(form, PromptCompletion) or form.chats is not None:
         raise InputError(
             f"options_column is {column!r}, but the documents of {table.label} are no prompts with completions; name "
-            "prompt_column and completion_column, or leave options_column out"
+            f"prompt_column and completion_column, give preferences in the columns {CHOSEN} and {REJECTED}, or leave "
+            "options_column out"
         )
     return PromptCompletion(form.prompt, form.completion, None, options=column)
 

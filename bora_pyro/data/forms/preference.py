@@ -1,12 +1,16 @@
-"""Preferences, as for reward models and DPO: the chosen answer is read as a document, and the rejected one is ignored.
+"""Preferences, as for reward models and DPO: the chosen answer is a document. The rejected one is another option, or is ignored.
 
 >>> form = Preference("prompt", frozenset(), None)
 >>> form.read({"prompt": "Is it?", "chosen": " Yes.", "rejected": " Perhaps."}, "row 1")
 {'prompt': 'Is it?', 'text': ' Yes.'}
+>>> form.with_rejected("the table").read({"prompt": "Is it?", "chosen": " Yes.", "rejected": " Perhaps."}, "row 1")
+{'prompt': 'Is it?', 'text': ' Yes.', 'options': '[" Yes.", " Perhaps."]'}
 """
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,10 +20,12 @@ from bora_pyro.data.forms.chats import Chats
 from bora_pyro.data.forms.messages import holds_messages, messages_of, tool_column, tools_in
 from bora_pyro.data.forms.sharegpt import KEYS, mapped_turn
 from bora_pyro.data.forms.turns import Message
-from bora_pyro.data.forms.values import text_of
+from bora_pyro.data.forms.values import json_text, text_of
 from bora_pyro.errors import InputError, shown
 
 CHOSEN, REJECTED = "chosen", "rejected"
+# What comes after the last white space of a text: a word that may be cut in the middle.
+_LAST_WORD = re.compile(r"\S+\Z")
 #: Columns with what comes before the chosen answer.
 PROMPTS = ("prompt", "question", "conversations")
 
@@ -38,6 +44,8 @@ class Preference:
     name: ClassVar[str] = "preference"
     usual: ClassVar[str] = "chosen, rejected"
     missing = "empty text"
+    #: Whether the rejected answer is read too.
+    pairs = False
 
     def __init__(
         self,
@@ -70,8 +78,45 @@ class Preference:
         known = {prompt, CHOSEN, REJECTED, tools, *given.task, given.group, given.split, "doc_id"}
         return cls(prompt, chats_in, chats, tools=tools, unread=[str(name) for name in table.names if name not in known])
 
+    def with_rejected(self, label: str) -> Preference:
+        """The form that reads the rejected answer as another option. Without a column of prompts, the prompt is what both answers
+        begin with, up to the last white space.
+
+        Args:
+            label: the name of the table, for an error.
+
+        Raises:
+            InputError: the answers are chats.
+        """
+        if self.chats is not None:
+            raise InputError(
+                f"{label} has chats as preferences, whose rejected answers cannot be read as options; give texts in the columns "
+                f"{self.prompt or 'prompt'}, {CHOSEN} and {REJECTED}"
+            )
+        other = copy.copy(self)
+        other.pairs = True
+        other.columns = [*self.columns, ("options_column", REJECTED)]
+        other.content, other.missing = ("prompt", "text", "options"), "empty or equal answers"
+        before = f"after {self.prompt!r}" if self.prompt else "after their common beginning"
+        other.recognised = f"preferences: the answer in column {CHOSEN!r} {before} is preferred to that in {REJECTED!r}"
+        return other
+
+    def _pair(self, cells: Mapping[str, Any], where: str) -> Content | None:
+        """The prompt, the chosen answer, and both answers as JSON text; None if they do not differ."""
+        chosen, rejected = (text_of(cells[name], f"{where}: column {name!r}") for name in (CHOSEN, REJECTED))
+        if self.prompt is not None:
+            prompt = text_of(cells[self.prompt], f"{where}: column {self.prompt!r}")
+        else:
+            prompt = _LAST_WORD.sub("", _common_prefix(chosen, rejected))
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        if chosen == rejected or not (chosen.strip() and rejected.strip()):
+            return None
+        return {"prompt": prompt, "text": chosen, "options": json_text([chosen, rejected])}
+
     def read(self, cells: Mapping[str, Any], where: str) -> Content | None:
         """The document of one row."""
+        if self.pairs:
+            return self._pair(cells, where)
         if self.chats is None:
             text = text_of(cells[CHOSEN], f"{where}: column {CHOSEN!r}")
             prompt = {} if self.prompt is None else {"prompt": text_of(cells[self.prompt], f"{where}: column {self.prompt!r}")}
@@ -115,3 +160,8 @@ class Preference:
                 "give the answer alone, or the whole chat"
             )
         return chosen, len(roles) - roles[::-1].index(USER)
+
+
+def _common_prefix(one: str, other: str) -> str:
+    shared = next((n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
+    return one[:shared]

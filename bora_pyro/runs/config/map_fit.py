@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bora_pyro.data.forms.preference import REJECTED
 from bora_pyro.data.options import DataOptions
 from bora_pyro.errors import InputError
 from bora_pyro.inference.options import OPTIMISATION, RUN, FitOptions
@@ -96,6 +97,8 @@ class MapFitConfig(RunOptions, FitOptions, PriorOptions, BaseOptions, DataOption
     def _check_likelihood(self) -> None:
         if (kind := LIKELIHOODS.get(self.likelihood)) is None:
             return  # named with the known ones where it is built
+        if self.likelihood == "dpo" and self.options_column is None:
+            self.options_column = REJECTED
         if kind.reads_options and self.options_column is None:
             raise InputError(f"likelihood {self.likelihood} observes answers among options; name their column (options_column)")
         given = {"likelihood_unit": self.likelihood_unit != "tokens", "option_score": self.option_score is not None}
