@@ -3,6 +3,8 @@
     bora route-fit runs/demo --k 2 --output_dir runs/routed
     bora generate runs/routed --prompt "Returns the"
 
+    bora route-fit --adapters peft --fit_config documents.yaml --output_dir runs/routed    # adapters from elsewhere
+
 The new folder holds the adapters and the gates, so it needs neither the folder of the run nor its adapters. There are no PEFT
 folders in it: a routed model cannot be exported. There are no checkpoints: a fit that is interrupted is started again.
 """
@@ -22,6 +24,7 @@ from bora_pyro.files.slugs import adapter_folders
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.route_fit import check_routable, frozen, gates_of, route_fit
+from bora_pyro.model import Weights
 from bora_pyro.predict.gates import read_gates
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.ensemble import EnsembleConfig
@@ -29,6 +32,7 @@ from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.progress import Progress, print_data, print_table
 from bora_pyro.runs.results import ROUTED, add_mixture, metrics_of
+from bora_pyro.runs.routed_adapters import RoutedAdapters, read_folders
 from bora_pyro.runs.run import Run
 from bora_pyro.runs.saved import SavedRun, load_run
 
@@ -48,38 +52,46 @@ def run_route_fit(config: RouteFitConfig, *, quiet: bool = False) -> dict[str, A
     Raises:
         InputError: the run cannot be used, in which case nothing is written; or a result cannot be written.
     """
-    if Path(config.output_dir).resolve() == Path(config.run).resolve():
+    if config.run and Path(config.output_dir).resolve() == Path(config.run).resolve():
         raise InputError(f"output_dir {config.output_dir} is the run itself; give another folder for the gates")
     folder = RunFolder(config.output_dir)
     folder.check_free(overwrite=config.overwrite, resume=None)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
-    check_run(run)
-    if config.draws and run.is_point:
-        run.posterior()  # its error says what to do
-    router = config.build_router()
-    router.check_tasks(len(run.fitted.tasks))
-    config = dataclasses.replace(config, token_budget=config.token_budget or run.config.token_budget)
+    source, draws = _source(config)
+    data = source.data
+    config.build_router().check_tasks(len(source.fitted.tasks))
+    config = dataclasses.replace(config, token_budget=config.token_budget or source.config.token_budget)
     if not quiet:
-        print_data(run.data)
-    draws = [] if not config.draws else [*run.posterior(seed=config.seed).draws(config.draws)]
+        print_data(data)
     folder.take(overwrite=config.overwrite, resume=None)
     with folder:
         folder.write_config(dataclasses.asdict(config) | {"overwrite": False})
-        folder.write_fit(dataclasses.asdict(run.config))
-        folder.write_split(run.folder.read_split())
-        fitted = _fit(config, run, folder, draws, quiet=quiet)
+        folder.write_fit(dataclasses.asdict(source.config))
+        folder.write_split(source.split)
+        fitted = _fit(config, source, folder, draws, quiet=quiet)
         if fitted.history and not fitted.best_epoch:
             note = (
                 "no epoch had a lower validation perplexity than gates of 0, so these are kept and say nothing of the task; give "
                 "more --epochs or another --learning_rate"
             )
-            run.data.notes.append(note)
+            data.notes.append(note)
             if not quiet:
                 print(f"note: {note}", file=sys.stderr)
-        saving = Run(folder, run.config.base_model, prior=ROUTED, quiet=quiet, adapters=False)
-        return saving.save(fitted, run.data, lambda: _metrics(config, run, fitted))
+        saving = Run(folder, source.config.base_model, prior=ROUTED, quiet=quiet, adapters=False)
+        return saving.save(fitted, data, lambda: _metrics(config, source, fitted))
+
+
+def _source(config: RouteFitConfig) -> tuple[RoutedAdapters, list[Weights]]:
+    """The adapters of a run with draws of their posterior, or adapters from PEFT folders."""
+    if config.adapters is not None:
+        source = read_folders(config)
+        check_routable(source.fitted.model)
+        return source, []
+    run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+    check_run(run)
+    # a point estimate has no posterior, and the error says what to do
+    return RoutedAdapters.of_run(run), [*run.posterior(seed=config.seed).draws(config.draws)] if config.draws else []
 
 
 def check_run(run: SavedRun) -> None:
@@ -101,10 +113,10 @@ def check_run(run: SavedRun) -> None:
     check_routable(run.fitted.model)
 
 
-def _fit(config: RouteFitConfig, run: SavedRun, folder: RunFolder, draws: list[Any], *, quiet: bool) -> Fitted:
+def _fit(config: RouteFitConfig, source: RoutedAdapters, folder: RunFolder, draws: list[Weights], *, quiet: bool) -> Fitted:
     names = ("epochs", "learning_rate", "token_budget", "patience", "seed")
     options = FitOptions(**{name: getattr(config, name) for name in names})
-    measure = run.fitted.model.likelihood.measure
+    measure = source.fitted.model.likelihood.measure
     with Progress(0, epochs=config.epochs, measure=measure, enabled=not quiet) as bar:
 
         def show(report: Mapping[str, Any]) -> None:
@@ -123,18 +135,19 @@ def _fit(config: RouteFitConfig, run: SavedRun, folder: RunFolder, draws: list[A
 
         weights: dict[str, Any] = {name: getattr(config, name) for name in ("gate_weight", "token_weight", "gate_scale")}
         return route_fit(
-            run.fitted, run.data, config.build_router(), options, draws=draws, on_step=show, on_epoch=record, **weights
+            source.fitted, source.data, config.build_router(), options, draws=draws, on_step=show, on_epoch=record, **weights
         )
 
 
-def _metrics(config: RouteFitConfig, run: SavedRun, fitted: Fitted) -> dict[str, Any]:
-    data, measure = run.data, fitted.model.likelihood.measure.name
-    metrics = metrics_of(fitted, data, tau=run.config.tau, learning_rate=config.learning_rate, seed=config.seed)
-    slugs, of_run = adapter_folders(fitted.tasks), run.metrics["tasks"]
-    for slug in slugs.values():  # the distance of the adapter alone, not of its gates
-        metrics["tasks"][slug]["deviation_norm"] = of_run[slug].get("deviation_norm")
+def _metrics(config: RouteFitConfig, source: RoutedAdapters, fitted: Fitted) -> dict[str, Any]:
+    data, measure = source.data, fitted.model.likelihood.measure.name
+    metrics = metrics_of(fitted, data, tau=source.config.tau, learning_rate=config.learning_rate, seed=config.seed)
+    for slug in adapter_folders(fitted.tasks).values():  # the distance of the adapter alone, not of its gates
+        metrics["tasks"][slug]["deviation_norm"] = source.norms.get(slug)
+    if source.run is None:  # the adapters have no prior
+        metrics["tau"] = None
     metrics |= {"guide": "map", "router": repr(fitted.model.router), "draws": config.draws}
-    metrics[f"task_test_{measure}"] = run.metrics.get(f"test_{measure}")
+    metrics[f"task_test_{measure}"] = source.test
     weights = fitted.weights()[0]
     for name, split in (("gate", data.test), ("validation_gate", data.validation)):
         if len(split):

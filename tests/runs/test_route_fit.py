@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bora_pyro import Backbone, BoRA, LoRA, save_peft
+from bora_pyro.exchange.factors import lora_form
+from bora_pyro.exchange.load import read_peft
+from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.route_fit import frozen, gates_of
 from bora_pyro.predict.gates import read_gates
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
@@ -16,7 +21,8 @@ from bora_pyro.runs.infer_task import COMMAND as INFER
 from bora_pyro.runs.posterior_fit import run_posterior_fit
 from bora_pyro.runs.route_fit import COMMAND
 from bora_pyro.runs.saved import load_run
-from tests.tiny_base import command_main, documents, line, map_run, quick_fit, write_table
+from tests.tiny import of_task, random_weights
+from tests.tiny_base import WORDS, command_main, documents, line, map_run, quick_fit, write_table
 
 main = COMMAND.main
 
@@ -139,4 +145,79 @@ def test_what_cannot_be_routed(run, routed, folder, capsys):
     assert "router meteora is fitted to the adapters of a finished run" in capsys.readouterr().err
     assert command_main("export-adapters")([str(routed), "--output_dir", str(folder / "none")]) == 2
     assert "cannot be exported from MeteoRA" in capsys.readouterr().err
+    assert not (folder / "none").exists()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folder):
+    """PEFT folders of other ranks, scales and layers, and the options that name documents of their tasks."""
+    options = quick_fit(folder)
+    peft = folder / "peft"
+    for seed, (slug, rank, targets) in enumerate(
+        (("ada", 1, ["v_proj"]), ("borge-b", 3, ["v_proj", "fc2"]), ("cleo", 2, ["fc2"]))
+    ):
+        backbone = Backbone.from_pretrained(options["base_model"], targets=targets)
+        model = BoRA(backbone, 2, adapter=LoRA(rank=rank, alpha=1.5), seed=seed)
+        save_peft(peft / slug, model, of_task(random_weights(model, seed=seed), 0))
+    documents = folder / "documents.yaml"
+    documents.write_text(f"data: {options['data']}\nbase_model: {options['base_model']}\nmax_tokens: 32\ntoken_budget: 256\n")
+    return peft, documents
+
+
+def of_folders(elsewhere, out, **more):
+    peft, documents = elsewhere
+    return line({"adapters": peft, "fit_config": documents, "k": 1, "epochs": 2, "learning_rate": 0.1, "output_dir": out} | more)
+
+
+def test_adapters_from_peft_folders(elsewhere, folder, capsys):
+    out = folder / "routed-peft"
+    assert main(of_folders(elsewhere, out)) == 0
+    said = capsys.readouterr()
+    assert "note: the adapters change 2 to 4 of 4 layers; the others they leave as they are" in said.err
+    saved = load_run(out)
+    model, weights = saved.fitted.model, saved.fitted.weights()[0]
+    assert saved.fitted.tasks == ["Ada", "Børge B.", "Cleo"]
+    theta = {name: value for name, value in weights.items() if not name.endswith("gate")}
+    # each task has the change of its own folder in every layer
+    plain = BoRA(model.backbone, 3, adapter=model.adapter)
+    for d, slug in enumerate(("ada", "borge-b", "cleo")):
+        given = read_peft(elsewhere[0] / slug)
+        form = lora_form(plain, {name: value[d] for name, value in theta.items()})
+        for path, of_layer in form.factors.items():
+            own = given.factors.get(path)
+            expected = torch.zeros(len(of_layer["lora_B"]), of_layer["lora_A"].shape[1])
+            expected = expected if own is None else given.scaling * own["lora_B"] @ own["lora_A"]
+            torch.testing.assert_close(form.alpha / form.rank * of_layer["lora_B"] @ of_layer["lora_A"], expected)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["tau"] is None
+    (own,) = evaluate(plain, saved.data.test, theta)
+    assert metrics["task_test_perplexity"] == pytest.approx(own.perplexity(), rel=1e-5)
+    assert any("trained elsewhere" in note for note in metrics["notes"])
+    assert GENERATE.main([str(out), "--prompt", "red", "--max_new_tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"run": "x"}, "a run or --adapters: both are given"),
+        ({"adapters": None, "fit_config": None}, "a run or --adapters: neither is given"),
+        ({"fit_config": None}, "adapters and fit_config belong together"),
+        ({"draws": 2}, "draws is 2, but adapters from PEFT folders have no posterior"),
+        ({"fit_config": "fitted.yaml"}, "has rank 4, but the adapters are fitted already; leave it out"),
+        ({"fit_config": "two.yaml"}, "has no documents in .*, and its gate cannot be learned"),
+        ({"fit_config": "more.yaml"}, "task 'Dora' of .* has no adapter in"),
+        ({"fit_config": "gone.yaml"}, "gone.yaml"),
+    ],
+)
+def test_bad_adapters_from_peft_folders(elsewhere, folder, change, error, capsys):
+    text = elsewhere[1].read_text()
+    (folder / "fitted.yaml").write_text(f"{text}rank: 4\n")
+    (folder / "two.yaml").write_text(f"{text}num_tasks: 2\n")
+    write_table(folder / "four.csv", documents((*WORDS, "Dora")))
+    (folder / "more.yaml").write_text(text.replace("documents.csv", "four.csv"))
+    change = {name: folder / value if name == "fit_config" and value else value for name, value in change.items()}
+    options = {"adapters": elsewhere[0], "fit_config": elsewhere[1], "output_dir": folder / "none"} | change
+    words = [str(options.pop("run"))] if "run" in options else []
+    assert main([*words, *line({name: value for name, value in options.items() if value is not None})]) == 2
+    assert re.search(error, capsys.readouterr().err)
     assert not (folder / "none").exists()

@@ -28,7 +28,12 @@ ROUTER = "router"
 class RouteFitConfig:
     """Fit gates over the adapters of a finished run (MeteoRA): each token is read by k of them, and a text needs no task."""
 
-    run: str = option("", "folder of a finished fit, its output_dir", positional=True)
+    run: str = option("", "folder of a finished fit, its output_dir; or leave it out and give --adapters", positional=True)
+    adapters: str | None = option(None, "folder with a PEFT folder for each task, of adapters that were trained elsewhere")
+    fit_config: str | None = option(
+        None, "with --adapters: YAML file of map-fit's options that name the base and documents of the same tasks"
+    )
+    same_base: bool = option(True, "with --adapters: refuse adapters that name a base model other than base_model")
 
     router: str = option("meteora", f"the kind of gates: {', '.join(GATED_ROUTERS)}", group=ROUTER, choices=tuple(GATED_ROUTERS))
     k: int = option(2, "number of adapters that read a token", group=ROUTER, least=1)
@@ -83,8 +88,15 @@ class RouteFitConfig:
         Raises:
             InputError: one line with the value and what is allowed.
         """
-        if not self.run.strip():
-            raise InputError("no run is given; name the folder of a fit, as in route_fit.py runs/map_fit")
+        if bool(self.run.strip()) == (self.adapters is not None):
+            given = "both are given" if self.run.strip() else "neither is given"
+            raise InputError(
+                f"a run or --adapters: {given}; name the folder of a fit, as in route_fit.py runs/map_fit, or --adapters"
+            )
+        if (self.adapters is None) != (self.fit_config is None):
+            raise InputError("adapters and fit_config belong together; give both, or the folder of a run alone")
+        if self.adapters is not None and self.draws:
+            raise InputError(f"draws is {self.draws}, but adapters from PEFT folders have no posterior; leave draws out")
         check_fields(self)
         check_device(self.device)
         self.build_router()
