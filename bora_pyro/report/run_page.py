@@ -37,16 +37,19 @@ from bora_pyro.report.blocks import (
     short_number,
 )
 from bora_pyro.report.results import OF_ANSWERS, change_text, results_table, verdict
-from bora_pyro.report.run_pictures import MANY_TASKS, learning_pictures, shrinkage_pictures
+from bora_pyro.report.run_pictures import MANY_TASKS, gate_picture, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.federated import FederatedConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
+from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
+from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, MEMBERS
-from bora_pyro.runs.results import GIVEN
+from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, MEMBERS, TASK_NORMAL
+from bora_pyro.runs.results import GIVEN, ROUTED
+from bora_pyro.runs.saved import SavedRun, load_run
 from bora_pyro.runs.versions import versions
 
 _LOCATION = ("output_dir", "overwrite", "resume")  # options that say where the run is written, not what is fitted
@@ -57,9 +60,13 @@ _KINDS: dict[str, type] = {
     "federated fit": FederatedConfig,
     "posterior": PosteriorFitConfig,
     "adaptation": AdaptConfig,
+    "routed run": RouteFitConfig,
+    "meta-fit": MetaFitConfig,
 }
+# The section with the pictures of a kind of run.
+_OF_PICTURES = {"routed run": ("gates", "Gates")}
 # Kinds whose config.yaml is that of the fit.
-_FITS = ("run", "ensemble", "federated fit")
+_FITS = ("run", "ensemble", "federated fit", "meta-fit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +123,9 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     curves = [*learning_pictures(history, unit=unit, measure=measure, best_epoch=best_epoch)]
     sections = [
         Section("results", "Results", [results_table(tasks, metrics, effective)], verdict(tasks, measure)),
-        Section("shrinkage", "Shrinkage", [Pictures(pictures)] if pictures else []),
+        Section(*_OF_PICTURES.get(kind, ("shrinkage", "Shrinkage")), [Pictures(pictures)] if pictures else []),
         Section("learning", "Learning", [*([Pictures(curves)] if curves else []), *_tables_of_learning(history, metrics)]),
-        Section("samples", "Samples", [samples] if samples else [], _about_samples(options)),
+        Section("samples", "Samples", [samples] if samples else [], _about_samples(options, kind)),
         Section("configuration", "Configuration", [*_configuration(folder, kind)]),
         Section("notes", "Notes", [Lines(notes)] if notes else []),
     ]
@@ -141,12 +148,22 @@ def _of_adapters(
     # imported here because a page without adapters needs neither ArviZ nor the base model's libraries
     from bora_pyro.diagnostics.deviations import task_gram, usual_space
     from bora_pyro.diagnostics.shrinkage import shrinkage
-    from bora_pyro.runs.saved import load_run
 
     try:
         run = load_run(folder.path, device=options.device, trust_remote_code=options.trust_remote_code)
     except InputError as error:
         raise InputError(f"{error}; or make the page without the adapters: --adapters false") from None
+    samples = None
+    if options.samples:
+        samples = written_samples(
+            run,
+            number=options.samples,
+            prompt=options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+        )
+    if run.fitted.model.router.reads_all_tasks:
+        return _of_gates(run), None, samples
     draws = None if run.is_point else options.draws
     container = shrinkage(run.fitted, run.data, draws=draws)
     pictures: list[Picture] = []
@@ -160,24 +177,28 @@ def _of_adapters(
         notes.append("all tasks have the same adapter, so there are no deviations to draw")
     group = container["posterior" if draws is None else "constant_data"]
     effective = dict(zip(run.data.tasks, np.asarray(group["effective_parameters"], float).reshape(-1).tolist(), strict=True))
-    samples = None
-    if options.samples:
-        samples = written_samples(
-            run,
-            number=options.samples,
-            prompt=options.prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-        )
     return pictures, effective, samples
 
 
+def _of_gates(run: SavedRun) -> list[Picture]:
+    """The picture of a routed run: how often its gates are right on the test documents; none without such documents."""
+    from bora_pyro.predict.gates import read_gates  # as above
+
+    model, tasks = run.fitted.model, len(run.data.tasks)
+    if not run.data.test.num_tokens:
+        return []
+    found = read_gates(model, run.fitted.weights()[0], run.data.test)
+    return [gate_picture(found.by_layer, {slot.name: slot.blocks for slot in model.backbone.slots}, tasks)]
+
+
 def _kind(folder: RunFolder) -> str:
-    """The kind: a MAP fit, an ensemble, a federated fit, a posterior around a MAP fit, or an adaptation of one to new tasks."""
+    """The kind of a run: the name of its class of options in `_KINDS`."""
+    metadata = folder.load_metadata("posterior")
     if not (folder.path / FIT).is_file():
         config = folder.read_config()
-        return "ensemble" if MEMBERS in config else "federated fit" if CLIENTS in config else "run"
-    return "adaptation" if folder.load_metadata("posterior").get("prior") == GIVEN else "posterior"
+        of_guide = "meta-fit" if metadata.get("guide") == TASK_NORMAL else "run"
+        return "ensemble" if MEMBERS in config else "federated fit" if CLIENTS in config else of_guide
+    return {GIVEN: "adaptation", ROUTED: "routed run"}.get(str(metadata.get("prior")), "posterior")
 
 
 def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -186,8 +207,9 @@ def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], co
     parts = [f"{len(tasks):,} task{'s' * (len(tasks) != 1)} of {data}", f"base {of_fit.get('base_model')}"]
     parts.append(f"{of_fit.get('adapter')}, rank {of_fit.get('rank')}")
     if kind not in _FITS:
-        origin = Path(str(config.get("run"))).name
-        parts.append(f"{config.get('guide')} posterior around {origin}" if kind == "posterior" else f"new tasks under {origin}")
+        origin = Path(str(config.get("run") or config.get("adapters"))).name
+        how = {"posterior": f"{config.get('guide')} posterior around", "routed run": "gates over the adapters of"}
+        parts.append(f"{how.get(kind, 'new tasks under')} {origin}")
     return replaced(" · ".join(parts))
 
 
@@ -205,6 +227,14 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         drawn = "members" if kind == "ensemble" else "draws"
         label = f"mixture of {metrics.get('draws')}{' linearised' * (metrics.get('predict') == 'linearised')} {drawn}"
         yield Number(label, number_text(metrics[f"mixture_{test}"], digits), note)
+    if metrics.get(f"task_{test}") is not None:
+        yield Number(
+            f"test {measure.unit}, tasks known", number_text(metrics[f"task_{test}"], digits), "each text by its own adapter"
+        )
+    if isinstance(metrics.get("gate"), dict) and metrics["gate"].get("accuracy") is not None:
+        gate = metrics["gate"]
+        note = f"{gate['joint']:.1%} by the mean over the layers" if gate.get("joint") is not None else ""
+        yield Number("gates that are right", f"{gate['accuracy']:.1%}", note)
     for name, label in OF_ANSWERS.items():
         if metrics.get(f"test_{name}") is not None:
             of_base = metrics.get(f"base_test_{name}")
@@ -290,20 +320,21 @@ def _tables_of_learning(history: list[dict[str, Any]], metrics: Mapping[str, Any
         )  # fmt: skip
 
 
-def _about_samples(options: RunOptions) -> str:
+def _about_samples(options: RunOptions, kind: str) -> str:
     how = (
         "the most probable token each time"
         if options.temperature == 0
         else f"tokens drawn at temperature {options.temperature:g}"
     )
-    return f"One prompt, continued by the base alone, by the mean of all tasks, and by the adapters of some tasks: {how}."
+    by = "through the gates" if kind == "routed run" else "by the mean of all tasks, and by the adapters of some tasks"
+    return f"One prompt, continued by the base alone, {'and ' * (kind == 'routed run')}{by}: {how}."
 
 
 def _configuration(folder: RunFolder, kind: str) -> Iterator[Any]:
     """A table of the options that differ from the defaults, and a closed table of all options."""
     files = [(CONFIG, _KINDS[kind], "fit" if kind == "run" else kind)]
     if kind not in _FITS:
-        files.append((FIT, MapFitConfig, "MAP fit that it started from"))
+        files.append((FIT, MapFitConfig, "fit of the adapters" if kind == "routed run" else "MAP fit that it started from"))
     for name, cls, what in files:
         config = folder.read_config(name)
         defaults = dataclasses.asdict(cls())

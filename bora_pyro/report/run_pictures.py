@@ -92,6 +92,23 @@ def shrinkage_pictures(tasks: Sequence[str], container: Any, gram: np.ndarray, *
         )
 
 
+def gate_picture(by_layer: Mapping[str, float], blocks: Mapping[str, Sequence[int]], tasks: int) -> Picture:
+    """Draw in which layers the gates of a routed model know the task of a token.
+
+    Args:
+        by_layer: how often the gates are right, by ``<slot>.<layer>``.
+        blocks: the numbers of the layers of each slot.
+        tasks: D, the number of tasks.
+    """
+    return draw_picture(
+        "gates",
+        "Where the gates know the task",
+        "The share of the tokens of the test documents at which the largest gate is that of the document's task, by layer and "
+        "kind of layer.",
+        lambda ax: plots.gate_accuracy(by_layer, blocks, ax, chance=1 / tasks),
+    )
+
+
 def learning_pictures(
     history: Sequence[Mapping[str, Any]], *, unit: str, measure: Measure = PERPLEXITY, best_epoch: int | None
 ) -> Iterator[Picture]:

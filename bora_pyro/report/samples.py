@@ -1,4 +1,4 @@
-"""Continuations of one prompt by the base model, by the mean of all tasks and by the adapters of some tasks."""
+"""Continuations of one prompt by the base model, by the mean of all tasks and by the adapters of some tasks, or by gates."""
 
 from __future__ import annotations
 
@@ -37,13 +37,17 @@ def written_samples(run: SavedRun, *, number: int, prompt: str | None, max_new_t
     counts = dict(zip(run.data.tasks, run.data.train.documents_per_task, strict=True))
     order = sorted(counts, key=lambda task: -counts[task])
     chosen = [order[n] for n in np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)]
-    authors = Authors(run.data.tasks)
-    notes = {authors.base: "no adapter", authors.mean: "Θ, the mean of all tasks"}
-    notes |= {task: f"{counts[task]:,} training document{'s' * (counts[task] != 1)}" for task in chosen}
+    authors = Authors(run.data.tasks, routed=run.fitted.model.router.reads_all_tasks)
+    notes = {authors.base: "no adapter"}
+    if authors.routed is not None:
+        notes[authors.routed] = "gates choose the adapters of each token"
+    else:
+        notes[authors.mean] = "Θ, the mean of all tasks"
+        notes |= {task: f"{counts[task]:,} training document{'s' * (counts[task] != 1)}" for task in chosen}
     texts = generate_side_by_side(
         run.fitted,
         prompt,
-        [authors.base, authors.mean, *chosen],
+        [*notes],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         raw=raw,

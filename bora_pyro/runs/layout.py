@@ -26,6 +26,8 @@ START = "start"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
 #: The members of an ensemble: a run folder for each, named by its number.
 MEMBERS = "members"
+#: The guide of a meta-fit, unless it is that of a posterior around another fit.
+TASK_NORMAL = "task_normal"
 #: The option in ``config.yaml`` that federated fits alone have.
 CLIENTS = "clients"
 #: The folders in which trackers keep their files.

@@ -29,10 +29,10 @@ from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.groups import LEARNED
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.folder import RunFolder
+from bora_pyro.runs.layout import TASK_NORMAL
 from bora_pyro.runs.progress import Progress, layers_line, print_table
 from bora_pyro.runs.results import add_mixture, metrics_of
 from bora_pyro.runs.run import Run
-from bora_pyro.runs.saved import TASK_NORMAL
 from bora_pyro.runs.start import write_start
 
 #: The guide of a meta-fit in a run folder.

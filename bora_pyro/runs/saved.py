@@ -53,7 +53,7 @@ from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.description import is_described
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT
+from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, TASK_NORMAL
 from bora_pyro.runs.results import GIVEN, ROUTED, SAMPLE, sample_of
 
 C = TypeVar("C")
@@ -61,8 +61,6 @@ C = TypeVar("C")
 # Prefixes of the tensors in posterior.safetensors that are no sample sites: an adapter's fixed tensors, what a prior has learned,
 # and the tensors of a guide with a spread.
 _FIXED, _LEARNED, _GUIDE = "fixed.", "tau.", "guide."
-# The guide of a meta-fit, unless it is that of a posterior around another fit.
-TASK_NORMAL = "task_normal"
 # Prefixes of the model's own state: buffers and masks.
 _STATE = ("buffers/", "masks/")
 # How far a fixed tensor that is built again may be from the one of the fit, relative to its largest number: a decomposition of a
