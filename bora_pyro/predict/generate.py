@@ -11,31 +11,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
-from bora_pyro.backbone.backbone import Backbone, Change
-from bora_pyro.backbone.generation import Generation, left_padded, left_padding, without_own_settings
-from bora_pyro.backbone.passes import COARSE_ROUNDING, rounding_of
+from bora_pyro.backbone.backbone import Change
 from bora_pyro.backbone.slots import Slot
 from bora_pyro.backbone.texts import tokenizer_of
-from bora_pyro.data.batch import IGNORED
 from bora_pyro.errors import InputError
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import Weights
 from bora_pyro.predict.authors import Authors
-from bora_pyro.predict.mixture_text import check_generation, end_tokens, prompt_tokens
-
-#: The largest difference of a log-probability, in nats, between a pass of a text and its generation token by token. The second
-#: number is for weights in a short precision or quantised.
-MOST_ROUNDING = (0.02, 0.5)
-
-_log = logging.getLogger(__name__)
+from bora_pyro.predict.mixture_text import check_generation, prompt_tokens
+from bora_pyro.predict.write import write
 
 
 @dataclass(frozen=True)
@@ -123,69 +113,19 @@ def generate_side_by_side(
     encoded = [prompt_tokens(backbone, tokenizer, prompt, template) for prompt in prompts]
     requests = [(n, task, sample) for n in range(len(prompts)) for task in tasks for sample in range(samples)]
     sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
-    ends = end_tokens(backbone, tokenizer)
-    sampling = {**sampled, "eos_token_id": sorted(ends) or None, "pad_token_id": left_padding(tokenizer)}
-    prompt_of = [encoded[n] for n, _, _ in requests]
-    for way in backbone.generation.and_slower():
-        _note(backbone, way, [len(prompt) for prompt in prompt_of])
-        written: dict[int, tuple[Tensor, Tensor]] = {}
-        with torch.random.fork_rng(), without_own_settings(backbone.model):
-            torch.manual_seed(seed)
-            for new_tokens, group in _groups([len(prompt) for prompt in prompt_of], max_new_tokens, backbone.context, way):
-                rows = torch.tensor([row_of[requests[i][1]] for i in group], device=backbone.device)
-                of_row = rows.clamp(min=0)
-                change = _except_base_rows(fitted.model.change(weights, of_row, task_of.to(rows.device)[of_row]), rows < 0)
-                config = GenerationConfig(
-                    max_new_tokens=new_tokens, use_cache=way.cached, return_dict_in_generate=True, output_logits=True, **sampling
-                )
-                found = _write(backbone, [prompt_of[i] for i in group], change, config, ends)
-                if not _is_predicted(backbone, [prompt_of[i] for i in group], found, change):
-                    break
-                written.update(zip(group, found, strict=True))
-            else:
-                return [
-                    Continuation(prompts[n], task, sample, tokenizer.decode(tokens, skip_special_tokens=True), tokens, log_prob)
-                    for (n, task, sample), (tokens, log_prob) in zip(
-                        requests, (written[i] for i in range(len(requests))), strict=True
-                    )
-                ]
-    kind = type(backbone.model).__name__
-    raise InputError(f"the base, a {kind}, cannot write texts with transformers' generate as it predicts them")
 
+    def change_of(group: Sequence[int]) -> Change:
+        rows = torch.tensor([row_of[requests[i][1]] for i in group], device=backbone.device)
+        of_row = rows.clamp(min=0)
+        return _except_base_rows(fitted.model.change(weights, of_row, task_of.to(rows.device)[of_row]), rows < 0)
 
-def _write(
-    backbone: Backbone, prompts: Sequence[Tensor], change: Change, config: GenerationConfig, ends: Collection[int]
-) -> list[tuple[Tensor, Tensor]]:
-    """The tokens that follow each prompt, with the end token if there is one, and the log-probability of each."""
-    input_ids, mask = left_padded(prompts, config.pad_token_id)
-    with backbone.changed(change, len(prompts)) as model:
-        output = model.generate(
-            input_ids=input_ids.to(backbone.device), attention_mask=mask.to(backbone.device), generation_config=config
-        )
-    new = output.sequences[:, input_ids.shape[1] :].cpu()
-    log_p = torch.stack([step.float().log_softmax(-1).cpu() for step in output.logits], 1)  # (rows, tokens, vocabulary)
-    log_prob = log_p.gather(2, new[..., None])[..., 0]
-    lengths = [_length(tokens, ends) for tokens in new]
-    return [(new[row, :length], log_prob[row, :length]) for row, length in enumerate(lengths)]
-
-
-def _is_predicted(backbone: Backbone, prompts: Sequence[Tensor], found: Sequence[tuple[Tensor, Tensor]], change: Change) -> bool:
-    """Whether one pass of the whole texts, without a cache or padding before them, gives the tokens these log-probabilities."""
-    texts = [torch.cat([prompt, tokens]) for prompt, (tokens, _) in zip(prompts, found, strict=True)]
-    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(backbone.device)
-    targets = torch.full_like(padded, IGNORED)
-    for row, (prompt, (tokens, _)) in enumerate(zip(prompts, found, strict=True)):
-        targets[row, len(prompt) - 1 : len(prompt) - 1 + len(tokens)] = tokens
-    logits = backbone.lazy_logits(padded, change)
-    if isinstance(logits, Tensor):
-        targets = targets.to(logits.device)
-        losses = torch.nn.functional.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
-    else:
-        losses = logits.token_losses(targets)
-    expected = -losses[targets != IGNORED].cpu()
-    # an infinite difference of equal infinities is no number
-    difference = (torch.cat([log_prob for _, log_prob in found]) - expected).nan_to_num(0.0).abs()
-    return bool(difference.max() <= MOST_ROUNDING[rounding_of(backbone.model) >= COARSE_ROUNDING])
+    written = write(
+        backbone, [encoded[n] for n, _, _ in requests], change_of, max_new_tokens=max_new_tokens, sampling=sampled, seed=seed
+    )
+    return [
+        Continuation(prompts[n], task, sample, tokenizer.decode(tokens, skip_special_tokens=True), tokens, log_prob)
+        for (n, task, sample), (tokens, log_prob) in zip(requests, written, strict=True)
+    ]
 
 
 def _weights(fitted: Fitted, tasks: Sequence[str], authors: Authors) -> tuple[Weights, dict[str, int], Tensor]:
@@ -203,39 +143,6 @@ def _weights(fitted: Fitted, tasks: Sequence[str], authors: Authors) -> tuple[We
     return weights, {authors.base: -1, authors.mean: len(index)} | rows, torch.tensor([*index, -1])
 
 
-def _groups(lengths: Sequence[int], max_new_tokens: int, context: int | None, way: Generation) -> list[tuple[int, list[int]]]:
-    """Group prompts into batches by the number of tokens that fit behind them, so that a long prompt shortens no other text.
-
-    Args:
-        lengths: tokens of each prompt.
-        max_new_tokens: largest number of new tokens.
-        context: the most tokens that the base reads.
-        way: which prompts may stand in one batch.
-
-    Returns:
-        The number of new tokens and the indices of the prompts, for each batch.
-    """
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - length)
-        groups.setdefault(new_tokens, []).append(index)
-    return [
-        (new_tokens, [group[n] for n in batch])
-        for new_tokens, group in groups.items()
-        for batch in way.batches([lengths[index] for index in group])
-    ]
-
-
-def _note(backbone: Backbone, way: Generation, lengths: Sequence[int]) -> None:
-    kind = type(backbone.model).__name__
-    if way.batch == "equal" and len(set(lengths)) > 1:
-        _log.warning("note: the base, a %s, predicts otherwise behind padding; prompts of one length are written together", kind)
-    if way.batch == "single" and len(lengths) > 1:
-        _log.warning("note: the base, a %s, predicts otherwise in a batch; texts are written one by one", kind)
-    if not way.cached:
-        _log.warning("note: the base, a %s, predicts otherwise with its cache; texts are written without it, which is slow", kind)
-
-
 def _except_base_rows(change: Change, is_base: Tensor) -> Change:
     """The same change, except that the rows of the base stay unchanged."""
     if not is_base.any():
@@ -249,8 +156,3 @@ def _except_base_rows(change: Change, is_base: Tensor) -> Change:
         return result
 
     return changed
-
-
-def _length(tokens: Tensor, ends: Collection[int]) -> int:
-    """Number of tokens up to and including the end token, or of all tokens if there is none. Padding follows the end token."""
-    return next((n + 1 for n, token in enumerate(tokens.tolist()) if token in ends), len(tokens))
