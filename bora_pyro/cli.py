@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ensemble": ("bora_pyro.runs.ensemble:COMMAND", "fit several MAP fits with other starts, and average their predictions"),
     "continual-fit": ("bora_pyro.runs.continual:COMMAND", "fit tasks one after another, each merged into the base"),
     "meta-fit": ("bora_pyro.runs.meta_fit:COMMAND", "fit a point from which a few gradient steps adapt each task (ABMLL)"),
+    "reward-fit": ("bora_pyro.runs.reward_fit:COMMAND", "fit adapters to rewards of what they write behind prompts"),
     "federated": ("bora_pyro.runs.federated:COMMAND", "simulate clients that keep their documents and share a prior"),
     "adapt": ("bora_pyro.runs.fit_commands:ADAPT", "adapt a finished fit to new tasks with few documents each"),
     "generator-fit": ("bora_pyro.runs.generator_fit:COMMAND", "fit a generator: a task's documents in, its adapter out"),

@@ -45,9 +45,10 @@ from bora_pyro.runs.config.federated import FederatedConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
+from bora_pyro.runs.config.reward_fit import RewardFitConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, MEMBERS, TASK_NORMAL
+from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, MEMBERS, REWARD, TASK_NORMAL
 from bora_pyro.runs.results import GIVEN, ROUTED
 from bora_pyro.runs.saved import SavedRun, load_run
 from bora_pyro.runs.versions import versions
@@ -58,6 +59,7 @@ _KINDS: dict[str, type] = {
     "run": MapFitConfig,
     "ensemble": EnsembleConfig,
     "federated fit": FederatedConfig,
+    "fit from rewards": RewardFitConfig,
     "posterior": PosteriorFitConfig,
     "adaptation": AdaptConfig,
     "routed run": RouteFitConfig,
@@ -66,7 +68,7 @@ _KINDS: dict[str, type] = {
 # The section with the pictures of a kind of run.
 _OF_PICTURES = {"routed run": ("gates", "Gates")}
 # Kinds whose config.yaml is that of the fit.
-_FITS = ("run", "ensemble", "federated fit", "meta-fit")
+_FITS = ("run", "ensemble", "federated fit", "meta-fit", "fit from rewards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,9 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     effective, samples = None, None
     if options.adapters:
         pictures, effective, samples = _of_adapters(folder, options, notes)
-    unit, best_epoch, measure = of_fit.get("likelihood_unit", "tokens"), metrics.get("best_epoch"), measure_of(metrics)
+    # the loss of rewards is no loss of tokens
+    unit = "documents" if REWARD in of_fit else of_fit.get("likelihood_unit", "tokens")
+    best_epoch, measure = metrics.get("best_epoch"), measure_of(metrics)
     curves = [*learning_pictures(history, unit=unit, measure=measure, best_epoch=best_epoch)]
     sections = [
         Section("results", "Results", [results_table(tasks, metrics, effective)], verdict(tasks, measure)),
@@ -196,13 +200,14 @@ def _kind(folder: RunFolder) -> str:
     metadata = folder.load_metadata("posterior")
     if not (folder.path / FIT).is_file():
         config = folder.read_config()
+        own = {MEMBERS: "ensemble", CLIENTS: "federated fit", REWARD: "fit from rewards"}
         of_guide = "meta-fit" if metadata.get("guide") == TASK_NORMAL else "run"
-        return "ensemble" if MEMBERS in config else "federated fit" if CLIENTS in config else of_guide
+        return next((kind for name, kind in own.items() if name in config), of_guide)
     return {GIVEN: "adaptation", ROUTED: "routed run"}.get(str(metadata.get("prior")), "posterior")
 
 
 def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    data = config.get("data") if kind == "adaptation" else of_fit.get("data")
+    data = config.get("data") if kind == "adaptation" else of_fit.get("data", of_fit.get("prompts"))
     data = ", ".join(map(str, data)) if isinstance(data, list) else data
     parts = [f"{len(tasks):,} task{'s' * (len(tasks) != 1)} of {data}", f"base {of_fit.get('base_model')}"]
     parts.append(f"{of_fit.get('adapter')}, rank {of_fit.get('rank')}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from bora_pyro.inference.folds import Folds
 from bora_pyro.inference.optimum import still_falling
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.inference.processes import Processes, is_first
+from bora_pyro.likelihoods import Measure
 from bora_pyro.model import BoRA
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.progress import Progress
@@ -56,6 +57,8 @@ def fit_into(
     quiet: bool,
     tracking: Tracking | None = None,
     processes: Processes | None = None,
+    measure: Measure | None = None,
+    rename: Callable[[dict[str, Any]], None] = lambda report: None,
     **more: Any,
 ) -> Fitted:
     """Fit with a progress bar, checkpoints, and one line of ``metrics.jsonl`` for each epoch.
@@ -69,12 +72,14 @@ def fit_into(
         quiet: show no progress.
         tracking: the trackers; default: none.
         processes: the processes that share the work; default: this one alone.
+        measure: the measure of the validation documents that the progress shows; default: the likelihood's.
+        rename: changes the report of an epoch before anybody sees it.
         more: further arguments of ``fit``.
 
     Raises:
         RunStopped: the process got Ctrl-C or SIGTERM; the state of the fit is saved.
     """
-    measure, tracking = model.likelihood.measure, tracking or Tracking()
+    measure, tracking = measure or model.likelihood.measure, tracking or Tracking()
     bar = Progress(0, epochs=options.epochs, measure=measure, enabled=not quiet)
 
     def add_note(note: str | None) -> None:
@@ -92,6 +97,8 @@ def fit_into(
             epoch=int(report["epoch"]),
             validation=report.get(f"validation_{measure.name}"),
             tau=_newest_tau(model, report),
+            kl=report.get("kl"),
+            reward=report.get("reward"),
         )
 
     def step(report: dict[str, Any]) -> None:
@@ -99,6 +106,7 @@ def fit_into(
         show(report)
 
     def record(report: dict[str, Any]) -> None:
+        rename(report)
         if is_first():
             folder.cut_log(int(report["epoch"]) - 1)
             folder.log(report)

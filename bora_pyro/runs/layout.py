@@ -30,6 +30,8 @@ MEMBERS = "members"
 TASK_NORMAL = "task_normal"
 #: The option in ``config.yaml`` that federated fits alone have.
 CLIENTS = "clients"
+#: The option in ``config.yaml`` that fits from rewards alone have.
+REWARD = "reward"
 #: The folders in which trackers keep their files.
 TRACKED = ("tensorboard", "wandb")
 #: Lock file of the process that is writing to the folder.

@@ -179,6 +179,11 @@ def _guide(config: PosteriorFitConfig, run: SavedRun) -> AutoGuide:
             f"the run in {run.folder.path} is a federated fit, and a posterior around it would need the documents of all clients "
             "in one place; give a MAP fit"
         )
+    if run.reward_config is not None:
+        raise InputError(
+            f"the run in {run.folder.path} is a fit from rewards, and a posterior around it would be that of its prompts; "
+            "give a MAP fit to texts"
+        )
     if run.meta_config is not None:
         raise InputError(f"the run in {run.folder.path} is a meta-fit, whose tasks have posteriors already; give a MAP fit")
     if not isinstance(run.fitted.guide, AutoDelta):

@@ -121,6 +121,7 @@ class Progress:
         validation: float | None = None,
         tau: float | None = None,
         kl: float | None = None,
+        reward: float | None = None,
     ) -> None:
         """Show that ``step`` steps are done. Quantities that are None keep their last value.
 
@@ -131,11 +132,12 @@ class Progress:
             epoch: the current epoch, counted from 1.
             validation: the measure of the validation documents, given at the end of each epoch. It prints a line that stays.
             tau: precision of the prior, if the fit learns it.
-            kl: KL divergence of a task from the prior in nats, if the fit reports it.
+            kl: KL divergence in nats, if the fit reports it: of a task from the prior, or of a written token from the base.
+            reward: mean reward of the texts that the model wrote in this epoch, if the fit has rewards.
         """
         given = {"epoch": epoch, "loss": loss, "tokens_per_second": tokens_per_second, "validation": validation}
         given["tau"] = None if tau is None else float(f"{tau:.3g}")
-        given["kl"] = kl
+        given |= {"kl": kl, "reward": reward}
         self.start = step - 1 if self.start is None else self.start
         self._seen |= {key: value for key, value in given.items() if value is not None}
         if self._bar is not None:
@@ -152,6 +154,7 @@ class Progress:
         formats = {
             "epoch": f"epoch {{}}{self._epochs}",
             "loss": "loss {:.4f}",
+            "reward": "reward {:.4g}",
             "kl": "KL {:.3g}",
             "tokens_per_second": "{:,.0f} tokens/s",
             "validation": f"validation {self._measure.title} {{:.{self._measure.digits}f}}",

@@ -107,6 +107,7 @@ def check_run(run: SavedRun) -> None:
         "tasks that were adapted from another fit": run.adapted,
         "a meta-fit": run.meta_config is not None,
         "a federated fit": run.federated_config is not None,
+        "a fit from rewards": run.reward_config is not None,
     }
     for kind in (kind for kind, it_is in kinds.items() if it_is):
         raise InputError(f"the run in {folder} is of {kind}; gates are for the tasks of a MAP fit or of a posterior around one")

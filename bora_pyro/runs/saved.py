@@ -50,10 +50,11 @@ from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import FIXED, PosteriorFitConfig
+from bora_pyro.runs.config.reward_fit import RewardFitConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.description import is_described
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, TASK_NORMAL
+from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, REWARD, TASK_NORMAL
 from bora_pyro.runs.results import GIVEN, ROUTED, SAMPLE, sample_of
 
 C = TypeVar("C")
@@ -83,6 +84,8 @@ class SavedRun:
         meta_config: the configuration of a meta-fit, of which ``config`` is the part that a MAP fit has too; None for other runs.
         adapted: whether the tasks were adapted from another fit, whose Θ and τ are the prior.
         federated_config: the configuration of a federated fit, as ``meta_config``; None for other runs.
+        reward_config: the configuration of a fit from rewards, as ``meta_config``; None for other runs. Its documents are the
+            prompts.
     """
 
     folder: RunFolder
@@ -94,6 +97,7 @@ class SavedRun:
     meta_config: MetaFitConfig | None = None
     adapted: bool = False
     federated_config: FederatedConfig | None = None
+    reward_config: RewardFitConfig | None = None
 
     def posterior(self, *, seed: int = 0) -> Posterior:
         """The posterior of the run.
@@ -151,7 +155,8 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     meta: MetaFitConfig | None = None
     routed = _parsed(RouteFitConfig, folder, CONFIG) if metadata.get("prior") == ROUTED else None
     federated: FederatedConfig | None = None
-    config: MapFitConfig | MetaFitConfig | FederatedConfig
+    rewarded: RewardFitConfig | None = None
+    config: MapFitConfig | MetaFitConfig | FederatedConfig | RewardFitConfig
     if routed is not None:
         config, posterior = _parsed(MapFitConfig, folder, FIT), None
     else:
@@ -160,6 +165,8 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         meta, config = config, config.map_fit
     elif isinstance(config, FederatedConfig):
         federated, config = config, config.map_fit
+    elif isinstance(config, RewardFitConfig):
+        rewarded, config = config, config.map_fit
     # a named device gets the whole model
     device_map = config.device_map if device == "auto" else None
     config = dataclasses.replace(config, device=device, device_map=device_map, threads=None, trust_remote_code=trust_remote_code)
@@ -203,16 +210,18 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         documents=data.train.documents_per_task,
         chat_template=data.chat_template,
     )
-    return SavedRun(folder, config, fitted, data, metrics, posterior, meta, adapted=given, federated_config=federated)
+    own: dict[str, Any] = {"federated_config": federated, "reward_config": rewarded}
+    return SavedRun(folder, config, fitted, data, metrics, posterior, meta, adapted=given, **own)
 
 
 def _read_config(
     folder: RunFolder, guide: str
-) -> tuple[MapFitConfig | MetaFitConfig | FederatedConfig, PosteriorFitConfig | None]:
+) -> tuple[MapFitConfig | MetaFitConfig | FederatedConfig | RewardFitConfig, PosteriorFitConfig | None]:
     """Configurations of the fit and of the posterior around it. Options that are newer than the run have their defaults."""
     if not (folder.path / FIT).is_file():
-        of_map = FederatedConfig if CLIENTS in folder.read_config() else MapFitConfig
-        kinds: dict[str, type[MapFitConfig | MetaFitConfig | FederatedConfig]] = {
+        names = folder.read_config()
+        of_map = FederatedConfig if CLIENTS in names else RewardFitConfig if REWARD in names else MapFitConfig
+        kinds: dict[str, type[MapFitConfig | MetaFitConfig | FederatedConfig | RewardFitConfig]] = {
             ENSEMBLE: EnsembleConfig,
             TASK_NORMAL: MetaFitConfig,
         }
