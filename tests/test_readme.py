@@ -36,7 +36,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: What needs the user's own files or a hub, or takes more than a minute: that these are taken is checked, and no more.
 ELSEWHERE = (
     "speeches.csv", "questions.jsonl", "chats.jsonl", "corpus/", "--print_schema", "--print_config", "facebook/",
-    "us_presidents.csv.gz", "crossfit_choices.jsonl.gz", "torchrun", "USER/", "runs/parties",
+    "us_presidents.csv.gz", "crossfit_choices.jsonl.gz", "torchrun", "USER/", "runs/parties", "my_rewards:",
 )  # fmt: skip
 LONG = (
     "map_fit.py", "tau_sweep.py", "simulate_tau.py", "compare_", "benchmark", "check_memory.py", "few_documents.py", "pretrain",
@@ -126,6 +126,8 @@ def demo(tmp_path_factory):
         run_route_fit(RouteFitConfig(run="runs/demo", epochs=1, output_dir="runs/routed"), quiet=True)
         table = ["task,text", *(f'poems,"The rose is red, line {n}."' for n in range(6))]
         Path("new.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+        prompts = ["task,prompt", *(f"{task},Returns {n}" for task in ("utils", "drawing") for n in range(3))]
+        Path("prompts.csv").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     return folder
 
 
