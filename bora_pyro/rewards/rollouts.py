@@ -168,7 +168,7 @@ class Rollouts(Callback):
         self._rewards, self._counts, self._of = own["rewards"], own["counts"], own["of"]
         if self.buffer is not None:
             self.buffer.rewards, self.buffer.added = own["buffer"], own["added"]
-        stored = {name.removeprefix(_ROLLOUT): value for name, value in state.items() if name.startswith(_ROLLOUT)}
+        stored: dict[str, Any] = {name.removeprefix(_ROLLOUT): state[name] for name in state.keys() - own.keys()}
         self._rollout = Rollout(**stored, scale=float(self.rounds)) if stored.keys() == {*_STORED} else None
 
 

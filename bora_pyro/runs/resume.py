@@ -27,8 +27,6 @@ from bora_pyro.inference.continuation import Continuation, is_over
 from bora_pyro.inference.options import RUN, FitOptions
 from bora_pyro.options.command_line import parse_config
 from bora_pyro.runs.config.groups import AUTO, RunOptions
-from bora_pyro.runs.config.map_fit import MapFitConfig
-from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.layout import CONFIG
 from bora_pyro.runs.trackers import check_packages
@@ -169,9 +167,7 @@ def as_written(config: C) -> dict[str, Any]:
     return dataclasses.asdict(config) | {"overwrite": False, "resume": False}
 
 
-def changed_option(
-    config: MapFitConfig | PosteriorFitConfig, folder: RunFolder, name: str, stored: Mapping[str, Any]
-) -> InputError:
+def changed_option(config: RunOptions, folder: RunFolder, name: str, stored: Mapping[str, Any]) -> InputError:
     """The error if the run to resume has another value of an option."""
     given, there = (shown(value, characters=300) for value in (getattr(config, name), stored.get(name)))
     return InputError(
