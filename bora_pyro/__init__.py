@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         RandomPrecision,
         prior_from_tau,
     )
+    from bora_pyro.rewards.fit import reward_fit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -59,8 +60,8 @@ __all__ = [
     "FrozenALoRA", "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "InputError", "LearnedPrecision", "LoRA",
     "Pooled", "Posterior", "RandomPrecision", "Scores", "TaskData", "adapt", "ensemble", "evaluate", "fit",
     "generate_side_by_side", "infer_task", "laplace_guide", "load_peft", "load_tasks", "low_rank_guide", "map_guide",
-    "meta_adapt", "meta_fit", "normal_guide", "pool", "prior_from_tau", "read_peft", "save_peft", "settle", "swag_guide",
-    "table", "talk_of_norway", "tfb_guide", "token_filter",
+    "meta_adapt", "meta_fit", "normal_guide", "pool", "prior_from_tau", "read_peft", "reward_fit", "save_peft", "settle",
+    "swag_guide", "table", "talk_of_norway", "tfb_guide", "token_filter",
 ]  # fmt: skip
 
 #: Where the public names lie, for Python as the imports above are for type checkers. A name is imported when it is first used:
@@ -91,6 +92,7 @@ _MODULES = {
     "predict.infer_task": ("infer_task",),
     "predict.posterior": ("Posterior",),
     "predict.token_filter": ("token_filter",),
+    "rewards.fit": ("reward_fit",),
     "priors": (
         "AmortisedNormal", "Given", "GroupedNormal", "HierarchicalNormal", "Independent", "LearnedPrecision", "Pooled",
         "RandomPrecision", "prior_from_tau",

@@ -7,6 +7,7 @@ from bora_pyro.likelihoods.dpo import DPO
 from bora_pyro.likelihoods.labelled_gates import LabelledGates
 from bora_pyro.likelihoods.measure import MEASURES, PERPLEXITY, Measure, measure_of
 from bora_pyro.likelihoods.next_tokens import UNITS, CausalLM
+from bora_pyro.likelihoods.reward import RewardObjective
 from bora_pyro.likelihoods.scores import Scores
 
 #: Likelihoods by the name that a configuration gives them.
@@ -14,5 +15,5 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {"causal_lm": CausalLM, "choice": Cho
 
 __all__ = [
     "DPO", "LIKELIHOODS", "MEASURES", "OPTION_SCORES", "PERPLEXITY", "UNITS", "AnswerScores", "CausalLM", "Choice",
-    "LabelledGates", "LanguageModel", "Likelihood", "Measure", "NextTokens", "Scores", "measure_of",
+    "LabelledGates", "LanguageModel", "Likelihood", "Measure", "NextTokens", "RewardObjective", "Scores", "measure_of",
 ]  # fmt: skip

@@ -1,15 +1,8 @@
 """Fit adapters to rewards: the adapted model writes, a function rewards, and the hierarchical prior is the anchor.
 
 >>> import bora_pyro as bp
->>> from bora_pyro.rewards import RegexCount
->>> backbone = bp.Backbone.from_pretrained("builtin:nano")
->>> rows = [{"task": name, "text": f"Say {n} words"} for name in ("ada", "bob") for n in range(5)]
->>> prompts = bp.load_tasks(bp.table(rows), backbone.tokenizer)
->>> model = bp.BoRA(backbone, len(prompts.tasks), adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=100))
->>> few = {"epochs": 1, "samples": 2, "new_tokens": 2, "validation_samples": 1}
->>> fitted = reward_fit(model, prompts, RegexCount("the"), **few)
->>> sorted(name for name in fitted.history[0] if "reward" in name)
-['reward', 'rewards', 'validation_reward', 'validation_reward_last']
+>>> model = bp.BoRA(bp.Backbone.from_pretrained("builtin:nano"), 2, adapter=bp.LoRA(rank=1), prior=bp.HierarchicalNormal(tau=100))
+>>> check_model(model)  # it can be fitted to rewards
 """
 
 from __future__ import annotations
@@ -60,6 +53,17 @@ def reward_fit(
 ) -> Fitted:
     """Fit adapters by MAP, with rewards of what they write in place of the likelihood of given texts.
 
+        >>> import bora_pyro as bp
+        >>> from bora_pyro.rewards import RegexCount
+        >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
+        >>> rows = [{"task": name, "text": f"Say {n} words"} for name in ("ada", "bob") for n in range(5)]
+        >>> prompts = bp.load_tasks(bp.table(rows), backbone.tokenizer)
+        >>> model = bp.BoRA(backbone, len(prompts.tasks), adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=100))
+        >>> few = {"epochs": 1, "samples": 2, "new_tokens": 2, "validation_samples": 1}
+        >>> fitted = reward_fit(model, prompts, RegexCount("the"), **few)
+        >>> sorted(name for name in fitted.history[0] if "reward" in name)
+        ['reward', 'rewards', 'validation_reward', 'validation_reward_last']
+
     The objective is that of :class:`~bora_pyro.likelihoods.reward.RewardObjective` plus the log-prior of the adapters. A prompt
     counts as one document, so τ has the meaning that it has in a fit to as many documents. The validation prompts choose the
     epoch: the one with the largest mean reward is kept, the start included. Without validation prompts, the last epoch is.
@@ -83,7 +87,7 @@ def reward_fit(
         nats a token; ``distance``, the mean over tasks of ‖θ_d − θ_d at the start‖; and ``validation_reward``.
 
     Raises:
-        InputError: an option has a value that is not allowed; the prior learns τ; the router reads texts by several tasks; the
+        InputError: an option has a value that is not allowed; the prior learns τ; the adapter has dropout; the router reads texts by several tasks; the
             documents are no prompts; a reward is no finite number; or as for ``fit``.
     """
     plan = RewardFit.of(model, data, reward, with_changes(options or RewardOptions(), changes), prompts=prompts, sites=sites)
@@ -183,11 +187,16 @@ def check_model(model: BoRA) -> None:
     """Check that a model can be fitted to rewards.
 
     Raises:
-        InputError: its prior learns τ, its router reads texts by several tasks, or its base has no tokenizer.
+        InputError: its prior learns τ, its router reads texts by several tasks, or its adapter has dropout.
     """
     if model.prior.every:
         raise InputError(
             "the prior learns tau from held-out texts, of which a fit from rewards has none; give a number for tau, such as 100"
+        )
+    if getattr(model.adapter, "dropout", 0.0):
+        raise InputError(
+            f"{model.adapter} drops inputs in a step and not where texts are written, so their probabilities would differ; give "
+            "an adapter without dropout"
         )
     if model.router.reads_all_tasks:
         raise InputError(f"{model.router} reads a text by several tasks; a fit from rewards needs the router by_task")

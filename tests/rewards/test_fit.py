@@ -14,6 +14,7 @@ from bora_pyro.likelihoods.policy import standardised
 from bora_pyro.likelihoods.reward import token_log_probs, written_tokens
 from bora_pyro.rewards import Length, PromptTexts, RewardFit, RewardOptions, reward_fit
 from bora_pyro.rewards.prompts import prompt_ids
+from tests.tiny import tiny_adapter
 from tests.tiny_base import save_base
 
 ROWS = [{"task": task, "text": f"{word} {n}"} for task, word in (("Ada", "red green"), ("Bo", "one")) for n in range(6)]
@@ -240,6 +241,8 @@ def test_an_error_of_the_reward_names_prompt_and_task(backbone, data):
 def test_what_a_fit_from_rewards_cannot_use(backbone, data):
     with pytest.raises(InputError, match="the prior learns tau from held-out texts"):
         reward_fit(bora(backbone, prior=LearnedPrecision()), data, Length(), **FEW)
+    with pytest.raises(InputError, match="drops inputs in a step and not where texts are written"):
+        reward_fit(bora(backbone, adapter=tiny_adapter("lora_dropout", dropout=0.5)), data, Length(), **FEW)
     rows = [{"task": row["task"], "question": row["text"], "answer": " yes"} for row in ROWS]
     columns = {"prompt_column": "question", "completion_column": "answer", "max_tokens": 16}
     with pytest.raises(InputError, match="needs prompts alone"):

@@ -2,7 +2,7 @@
 
 >>> config = parse_config(RewardFitConfig, ["--prompts", "prompts.csv", "--reward", "builtin:length", "--tau", "10"])
 >>> config.map_fit.data, config.map_fit.text_column, config.map_fit.tau
-(['prompts.csv'], 'prompt', 10.0)
+('prompts.csv', 'prompt', 10.0)
 """
 
 from __future__ import annotations
