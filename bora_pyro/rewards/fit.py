@@ -87,8 +87,8 @@ def reward_fit(
         nats a token; ``distance``, the mean over tasks of ‖θ_d − θ_d at the start‖; and ``validation_reward``.
 
     Raises:
-        InputError: an option has a value that is not allowed; the prior learns τ; the adapter has dropout; the router reads texts by several tasks; the
-            documents are no prompts; a reward is no finite number; or as for ``fit``.
+        InputError: an option has a value that is not allowed; the prior learns τ; the adapter has dropout; the router reads texts
+            by several tasks; the documents are no prompts; a reward is no finite number; or as for ``fit``.
     """
     plan = RewardFit.of(model, data, reward, with_changes(options or RewardOptions(), changes), prompts=prompts, sites=sites)
 
