@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
@@ -29,6 +29,7 @@ from bora_pyro.errors import InputError, shown
 from bora_pyro.federated.aggregate import Tensors
 from bora_pyro.federated.message import TAU_SUMS, VALIDATION, Expected, Message, check_message
 from bora_pyro.federated.options import SGD, FederatedOptions
+from bora_pyro.federated.private_gradient import PrivateGradient
 from bora_pyro.federated.strategies.base import Enrolment, Strategy
 from bora_pyro.federated.strategies.bora import begin, slope_sums, tau_of
 from bora_pyro.guides.curvature import document_gradients
@@ -45,9 +46,9 @@ class LocalReport:
     """What the steps of a client in a round were like; it stays at the client, and only a loop in one process reads it.
 
     Attributes:
-        log_likelihood: of the documents of all steps, in nats.
-        observations: of these documents.
-        tokens: predicted tokens of these documents.
+        log_likelihood: of the documents of all steps, in nats; 0 if they are private.
+        observations: of these documents; 0 if they are private.
+        tokens: predicted tokens of these documents; their expected number if they are private.
     """
 
     log_likelihood: float
@@ -92,8 +93,12 @@ class Client:
             )
         self.model = _own_model(model, data, task_weights)
         device = model.backbone.device
+        #: What makes its steps private; None: they are not.
+        self.private = PrivateGradient(name, data.train, options) if options.private else None
+        if self.private is not None:  # nothing of the validation documents leaves the client
+            self.data = replace(data, validation=data.validation.subset(torch.arange(0)))
         counts = [self._observations(torch.tensor([d])) for d in range(data.num_tasks)]
-        #: N_d of each task, (tasks,).
+        #: N_d of each task, (tasks,): observations, or documents if the steps are private.
         self.counts = torch.tensor(counts, dtype=torch.float32, device=device)
         self.common: Tensors = {name: start.clone() for name, start in model.starts.items()}
         if strategy.personal:
@@ -152,9 +157,15 @@ class Client:
         for place in range(options.local_steps):
             step = (number - 1) * options.local_steps + place
             rate = options.learning_rate * schedule(step, total, options.warmup, options.schedule)
-            batches = self._next_documents()
-            with poutine.seed(rng_seed=step_seed(options.seed, self._epoch, self._steps_taken)):
-                sums += self._gradient(batches)
+            if self.private is None:
+                batches = self._next_documents()
+                with poutine.seed(rng_seed=step_seed(options.seed, self._epoch, self._steps_taken)):
+                    sums += self._gradient(batches)
+            else:
+                for name, value in self.private(self.model, self.theta(), personal=self.strategy.personal).items():
+                    self.values[name].grad = -value
+                sums[2] += self.private.expected_tokens
+            self._per_observation()
             self._clip()
             self._step(rate)
             self._steps_taken += 1
@@ -218,7 +229,10 @@ class Client:
 
     def _observations(self, tasks: Tensor) -> float:
         train = self.data.train
-        return self.model.likelihood.observations_of(train.subset(torch.isin(train.task, tasks).nonzero()[:, 0]))
+        own = train.subset(torch.isin(train.task, tasks).nonzero()[:, 0])
+        if self.private is not None:  # each document counts once, so that numbers of tokens stay at the client
+            return float(self.model.likelihood.task_weight(own.task[own.first_pieces]).sum())
+        return self.model.likelihood.observations_of(own)
 
     def _next_documents(self) -> list[Batch]:
         """The documents of the next step. An epoch goes on where the last round of this client has stopped."""
@@ -229,7 +243,7 @@ class Client:
         return self._order[self._steps_taken % len(self._order)]
 
     def _gradient(self, batches: list[Batch]) -> Tensor:
-        """Set the gradients of −log p per observation, under a personal strategy with the prior; (3,) sums as in the report."""
+        """Set the gradients of −log p of all documents, estimated from those of a step; (3,) sums as in the report."""
         sums, model = torch.zeros(3, dtype=torch.float64), self.model
         for batch in (part for whole in batches for part in whole.parts(model.backbone.pass_tokens)):
             batch = batch.to(model.backbone.device)
@@ -239,17 +253,20 @@ class Client:
             (-log_likelihood).backward()
             observed = float(log_likelihood.detach()) / (batch.scale * batch.share)
             sums += torch.tensor([observed, model.likelihood.observations_of(batch), int(batch.predicted.sum())]).double()
-        with torch.no_grad():
-            for name, value in self.values.items():
-                if value.grad is None:  # a layer that no token has used
-                    value.grad = torch.zeros_like(value)
-                if self.strategy.personal:
-                    value.grad += self._tau(name) * (value - self.common[name])
-                    taught = _rows(self.counts > 0, value)
-                    value.grad.copy_(torch.where(taught, value.grad / _rows(self.counts.clamp(min=1e-30), value), 0.0))
-                else:
-                    value.grad /= self.counts.sum()
         return sums
+
+    @torch.no_grad()
+    def _per_observation(self) -> None:
+        """Add the gradients of the prior under a personal strategy, and divide by the observations."""
+        for name, value in self.values.items():
+            if value.grad is None:  # a layer that no token has used
+                value.grad = torch.zeros_like(value)
+            if self.strategy.personal:
+                value.grad += self._tau(name) * (value - self.common[name])
+                taught = _rows(self.counts > 0, value)
+                value.grad.copy_(torch.where(taught, value.grad / _rows(self.counts.clamp(min=1e-30), value), 0.0))
+            else:
+                value.grad /= self.counts.sum()
 
     def _clip(self) -> None:
         """Bound the norm of the gradient over all latents, under a personal strategy that of each task."""

@@ -27,6 +27,7 @@ from bora_pyro.federated.client import Client, LocalReport
 from bora_pyro.federated.deal import TASK, deal
 from bora_pyro.federated.message import VALIDATION, Message
 from bora_pyro.federated.options import FederatedOptions
+from bora_pyro.federated.privacy import check_private, spent
 from bora_pyro.federated.server import Server
 from bora_pyro.federated.strategies.base import Strategy, check_members
 from bora_pyro.federated.strategies.bora import FederatedBoRA, begin, tau_of
@@ -87,8 +88,9 @@ def federate(
     Returns:
         The fit with the guide of a MAP fit. Its history has an entry for each round: ``loss`` (nats per observation in the local
         steps), the measure of the validation documents, ``uploaded_bytes`` and ``downloaded_bytes`` (those before the first round
-        are in the first entry), the number of ``clients`` whose message was accepted, the messages that were ``refused``, and
-        the path of a learned τ. Under a personal strategy
+        are in the first entry), the number of ``clients`` whose message was accepted, the messages that were ``refused``, the
+        path of a learned τ, and with privacy what it has cost (:func:`~bora_pyro.federated.privacy.spent`); the loss is then
+        None, and the last round is kept. Under a personal strategy
         the fit has θ_d of all tasks, which in a real federation stay at the clients.
 
     Raises:
@@ -127,6 +129,7 @@ class Federation:
         check_token_ids(model.backbone, data.train, data.validation, data.test)
         check_members(model)
         self.strategy.check(model)
+        check_private(self.strategy, model.prior, options)
         if self.strategy.personal and isinstance(model.prior, LearnedPrecision) and not data.validation.num_tokens:
             raise InputError(
                 f"{model.prior} is learned from validation documents, and there are none; give more documents, or a fixed tau"
@@ -190,10 +193,13 @@ class Federation:
         steps = number * options.local_steps
         total = options.rounds * options.local_steps
         rate = options.learning_rate * schedule(steps - 1, total, options.warmup, options.schedule)
-        report: dict[str, Any] = {"epoch": number, "step": steps, "total": total, "loss": -sums[0] / sums[1]}
+        report: dict[str, Any] = {"epoch": number, "step": steps, "total": total}
+        report["loss"] = -sums[0] / sums[1] if sums[1] else None  # with privacy the clients do not tell it
         report |= {"learning_rate": rate, "training_tokens_per_second": sums[2] / seconds, **self.server.report}
         report |= {"uploaded_bytes": self._uploaded, "downloaded_bytes": self._downloaded, "refused": refused}
         self._uploaded = self._downloaded = 0
+        if options.private:
+            report["privacy"] = spent(self.clients.values())
         if self.model.prior.every and self.strategy.personal:
             report["tau_path"] = [{"step": steps, "tau": tau_by_group(self.model, {})}]
         return report

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bora_pyro.errors import InputError
 from bora_pyro.federated.aggregate import AGGREGATES
+from bora_pyro.federated.privacy_options import PrivacyOptions
 from bora_pyro.inference.options import FitOptions
 from bora_pyro.options.field import changed, check_fields, option
 from bora_pyro.options.seed import Seeded
@@ -19,7 +20,7 @@ OBSERVATIONS, DOCUMENTS = WEIGHTS = ("observations", "documents")
 
 
 @dataclass(kw_only=True)
-class FederatedOptions(Seeded):
+class FederatedOptions(PrivacyOptions, Seeded):
     """Options of :func:`~bora_pyro.federated.loop.federate`.
 
         >>> FederatedOptions(rounds=3).local_steps
@@ -97,6 +98,7 @@ class FederatedOptions(Seeded):
             InputError: one line with the value and what is allowed.
         """
         check_fields(self)
+        self.check_privacy()
         if not 0 < self.participation <= 1:
             raise InputError(
                 f"participation is {self.participation}; give the fraction of the clients in a round, above 0 and up to 1"

@@ -101,7 +101,8 @@ def export_adapters(
         raise InputError(f"draws is {draws}; give a whole number from 0 up")
     if draws:
         run.posterior(seed=seed)  # raises for a point estimate
-    facts = CardFacts(base_model, license, repo_id, repr(run.fitted.model), run.adapted)
+    privacy = run.metrics.get("federated", {}).get("privacy", {}).get("statement", "")
+    facts = CardFacts(base_model, license, repo_id, repr(run.fitted.model), run.adapted, privacy)
     scores = {folder: run.metrics["tasks"][folder] for folder in chosen.values()}
     kind = run.centre
     described: dict[str, dict[str, Any]] = {}

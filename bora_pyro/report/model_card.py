@@ -32,6 +32,7 @@ class CardFacts:
         repo_id: ``USER/NAME`` of the repository on the hub; None: the snippets load from the exported folder.
         model: the Bayesian model in one line.
         adapted: whether a finished fit was adapted to these tasks, which were not part of that fit.
+        privacy: what a fit with noise guarantees of a document, in one line.
     """
 
     base_model: str
@@ -39,6 +40,7 @@ class CardFacts:
     repo_id: str | None = None
     model: str = ""
     adapted: bool = False
+    privacy: str = ""
 
     def data(self) -> ModelCardData:
         """The card's metadata. A base model that is a folder on this machine is left out: the hub has no such model."""
@@ -75,6 +77,7 @@ def export_card(
     ]
     if facts.model:
         lines += [f"Model: `{facts.model}`", ""]
+    lines += _privacy(facts)
     measure = measure_of(next(iter(scores.values()), {}))
     what, plural = measure.title, "Perplexities" if measure.exponential else f"{measure.unit}:"
     lines += [
@@ -139,7 +142,11 @@ def adapter_card(
             f"Fitted on {score.get('train_documents', '–')} documents of the task, and {others} through Θ. "
             f"{what} of its test documents: {base} under the base, {adapted} under the adapter of the fit.", "",
         ]  # fmt: skip
-    return _card(facts, [*lines, "## Use", "", *_snippet(facts, folder)])
+    return _card(facts, [*lines, *_privacy(facts), "## Use", "", *_snippet(facts, folder)])
+
+
+def _privacy(facts: CardFacts) -> list[str]:
+    return [f"Privacy: {plain(facts.privacy)}.", ""] if facts.privacy else []
 
 
 def _origin(facts: CardFacts) -> str:

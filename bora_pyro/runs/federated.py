@@ -5,7 +5,7 @@
 
 :func:`~bora_pyro.federated.loop.federate` does the work. The folder is that of a MAP fit, and every command that reads one reads
 it, except ``posterior-fit``: it would need the documents of all clients in one place. ``metrics.json`` also has the bytes that
-would travel. There are no checkpoints: a federated fit that is interrupted is started again.
+would travel, and what noise guarantees. There are no checkpoints: a federated fit that is interrupted is started again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bora_pyro.errors import InputError, shown
 from bora_pyro.federated.deal import deal
 from bora_pyro.federated.loop import Federation
 from bora_pyro.federated.options import FederatedOptions
+from bora_pyro.federated.privacy import privacy_record
 from bora_pyro.federated.strategies import STRATEGIES
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.options.field import part_of
@@ -81,8 +82,11 @@ def run_federated(config: FederatedConfig, *, quiet: bool = False) -> dict[str, 
         fitted = _fit(federation, folder, quiet=quiet)
         for note in refusals(fitted.history):
             _note(data, note, quiet=quiet)
+        if config.private:
+            private = privacy_record(federation.options, fitted.history[-1]["privacy"])
+            _note(data, private["statement"], quiet=quiet)
         saving = Run(folder, config.base_model, quiet=quiet, adapters=config.export_adapters)
-        return saving.save(fitted, data, lambda: _metrics(config, clients, fitted, data))
+        return saving.save(fitted, data, lambda: _metrics(config, clients, fitted, data, private if config.private else None))
 
 
 def refusals(history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -136,14 +140,20 @@ def _note(data: TaskData, note: str, *, quiet: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _metrics(config: FederatedConfig, clients: Mapping[str, list[str]], fitted: Fitted, data: TaskData) -> dict[str, Any]:
+def _metrics(
+    config: FederatedConfig,
+    clients: Mapping[str, list[str]],
+    fitted: Fitted,
+    data: TaskData,
+    private: dict[str, Any] | None,
+) -> dict[str, Any]:
     metrics = metrics_of(fitted, data, tau=config.map_fit.tau, learning_rate=config.learning_rate, seed=config.seed)
     found: dict[str, Any] = {"strategy": config.strategy, "clients": {name: list(tasks) for name, tasks in clients.items()}}
     found |= {"rounds": len(fitted.history), "local_steps": config.local_steps}
     for name in ("uploaded_bytes", "downloaded_bytes"):
         found[name] = sum(entry[name] for entry in fitted.history)
     found["refused_messages"] = sum(len(entry["refused"]) for entry in fitted.history)
-    return metrics | {"federated": found}
+    return metrics | {"federated": found | ({} if private is None else {"privacy": private})}
 
 
 def show(config: FederatedConfig, metrics: Mapping[str, Any]) -> None:

@@ -60,6 +60,7 @@ def strange_metric(metrics: Mapping[str, Any]) -> str | None:
         "tau_by_group": _is_tau_by_group,
         "notes": _is_list_of_texts,
         "versions": _is_texts_by_name,
+        "federated": _is_federated,
     }
     kinds |= {"gradient_norm": _is_numbers_by_name}
     kinds |= {"mean": _is_calibration, "mixture": _is_calibration, "tasks": lambda tasks: isinstance(tasks, Mapping)}
@@ -147,3 +148,8 @@ def _is_list_of_texts(value: Any) -> bool:
 
 def _is_texts_by_name(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()))
+
+
+def _is_federated(value: Any) -> bool:
+    private = value.get("privacy", {"statement": ""}) if isinstance(value, Mapping) else None
+    return isinstance(private, Mapping) and isinstance(private.get("statement"), str)

@@ -16,6 +16,8 @@ from bora_pyro.data.options import DataOptions
 from bora_pyro.errors import InputError, shown
 from bora_pyro.federated.deal import TASK
 from bora_pyro.federated.options import FEDERATION, FederatedOptions
+from bora_pyro.federated.privacy import TAU_HAS_NO_NOISE
+from bora_pyro.federated.privacy_options import PRIVACY
 from bora_pyro.federated.strategies import FFA, STRATEGIES
 from bora_pyro.inference.options import RUN
 from bora_pyro.options.command_line import parse_config
@@ -26,7 +28,7 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 __all__ = ["FederatedConfig", "parse_config"]
 
 
-@by_heading(*HEADINGS[:-2], FEDERATION, *HEADINGS[-2:])
+@by_heading(*HEADINGS[:-2], FEDERATION, PRIVACY, *HEADINGS[-2:])
 @dataclass(kw_only=True)
 class FederatedConfig(FederatedOptions, BaseOptions, DataOptions, SourceOptions):
     """Simulate a federated fit: clients keep the documents of their tasks, and a server sees only tensors. No checkpoints."""
@@ -106,6 +108,8 @@ class FederatedConfig(FederatedOptions, BaseOptions, DataOptions, SourceOptions)
                 f"tau is {self.tau:g}, a limit that strategy bora does not have; give learned or a number, or --strategy ffa for "
                 "one adapter for all clients"
             )
+        if personal and self.private and self.tau == LEARNED:
+            raise InputError(TAU_HAS_NO_NOISE)
         self.map_fit.validate()
 
     @property
