@@ -96,7 +96,7 @@ def _why_not(options: FederatedOptions, last: Mapping[str, Any]) -> str | None:
     if options.noise_multiplier == 0:
         return "no noise was added (noise_multiplier 0)"
     if not is_installed():
-        return "the accountant, opacus, is not installed"
+        return "the noise is only noise, because the accountant, opacus, is not installed"
     if last["epsilon"] is None:
         return "epsilon is infinite"
     if options.noise_seed is not None:
@@ -111,7 +111,7 @@ def privacy_sentence(found: Mapping[str, Any]) -> str:
         found: `privacy_record`.
     """
     if not found["guaranteed"]:
-        return f"noise was added to the gradients of the documents, but no privacy is claimed: {found['why_not']}"
+        return f"no privacy is claimed: {found['why_not']}"
     clients = found["clients"].values()
     # a smaller ε than the true one must not be shown
     epsilon = f"{math.ceil(found['epsilon'] * 100) / 100:g}"

@@ -63,6 +63,13 @@ def test_cards_of_an_adaptation_say_so():
     assert "Θ of a hierarchical fit by `bora_pyro`, the prior of new tasks that it was adapted to." in of_mean
 
 
+def test_cards_of_a_private_fit_say_what_is_guaranteed():
+    facts = CardFacts("gpt2", privacy="each training document has (ε = 3, δ = 0.01) <b>")
+    for card in (export_card(facts, "t", {"ada": ROW}, ["ada"], picture=False), adapter_card(facts, "Ada", "ada", "x", ROW)):
+        assert "Privacy: each training document has (ε = 3, δ = 0.01) &lt;b&gt;.\n" in card.text
+    assert "Privacy" not in export_card(CardFacts("gpt2"), "t", {"ada": ROW}, ["ada"], picture=False).text
+
+
 def test_snippets_of_a_repository():
     facts = CardFacts("gpt2", repo_id="ada/speeches")
     text = export_card(facts, "t", {}, ["a", "b"], picture=False).text

@@ -103,6 +103,35 @@ def test_other_commands_read_the_folder(given, tmp_path, capsys):
     assert not (tmp_path / "posterior").exists()
 
 
+@pytest.mark.parametrize(
+    ("privacy", "guaranteed"), [({"epsilon": 3, "delta": 0.01}, True), ({"noise_multiplier": 1, "noise_seed": 4}, False)]
+)
+def test_the_folder_says_what_is_private(given, privacy, guaranteed, tmp_path, capsys):
+    options, _ = given
+    folder = tmp_path / "run"
+    assert main(line(options | privacy | {"tau": 100, "output_dir": folder})) == 0
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    found = metrics["federated"]["privacy"]
+    assert found["guaranteed"] == guaranteed
+    assert found["statement"] in metrics["notes"]
+    assert f"note: {found['statement']}" in capsys.readouterr().err
+    assert metrics["best_epoch"] == metrics["epochs"] == 2
+    log = [json.loads(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [entry["loss"] for entry in log] == [None, None]
+    assert log[0]["privacy"]["epsilon"] < log[1]["privacy"]["epsilon"] == found["epsilon"]
+    assert set(found["clients"]) == {"client 1", "client 2"}
+    assert all(own["steps"] == 4 and own["epsilon"] <= found["epsilon"] for own in found["clients"].values())
+    assert load_run(folder).federated_config.private
+    words = line({"output_dir": tmp_path / "exported"})
+    assert command_main("export-adapters")([str(folder), *words]) == 0, capsys.readouterr().err
+    cards = [file.read_text(encoding="utf-8") for file in (tmp_path / "exported").rglob("README.md")]
+    assert len(cards) == 5  # three tasks, Θ, and the whole
+    said = "differential privacy against all who see" if guaranteed else "no privacy is claimed: the seed of the noise is known"
+    assert all(said in card for card in cards)
+    assert command_main("report")([str(folder), "--adapters", "false"]) == 0, capsys.readouterr().err
+    assert said in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_refused_client_is_named_in_the_notes(given, tmp_path, monkeypatch, capsys):
     options, _ = given
 
@@ -152,6 +181,10 @@ def test_a_long_list_of_rounds_is_cut():
         ({"shard_base": "true"}, "shard_base is true, but a federated fit runs in one process"),
         ({"aggregate": "trimmed_mean", "tau": 100}, "a trimmed mean needs three clients a round, and there are 2"),
         ({"epochs": 3}, "unknown option 'epochs'"),
+        ({"epsilon": 3}, "tau is learned from sums of single documents, which get no noise; with privacy give a number for tau"),
+        ({"epsilon": -1, "tau": 100}, "epsilon is -1.0; give a finite number above 0"),
+        ({"sample_rate": 0.5}, "sample_rate is 0.5, and neither epsilon nor noise_multiplier is given"),
+        ({"epsilon": 1e-9, "delta": 1e-12, "tau": 100}, "which no noise reaches at delta 1e-12"),
     ],
 )
 def test_bad_input(given, changes, message, tmp_path, capsys):
