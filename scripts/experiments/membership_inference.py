@@ -10,8 +10,8 @@ uses, and the perplexity of the test documents. The arms:
 - ``clipped``: private steps without noise: samples of documents, and gradients that are shortened.
 - ``epsilon 8``, ...: private steps, whose noise is solved for each ε of ``--epsilons``.
 
-``--fit_config`` is a YAML of options of ``bora federated``; the default is a fit that takes a minute an arm and learns its few
-documents by heart. ``seed``, ``noise_seed``, ``threads`` and the options of the arms are overridden. The noise has a seed, so
+``--fit_config`` is a YAML of options of ``bora federated``; the default is a small fit that learns its few documents
+by heart. ``seed``, ``noise_seed``, ``threads`` and the options of the arms are overridden. The noise has a seed, so
 that the table can be made again: the numbers are those of the mechanism, and no adapter of them should be given away. Needs
 Opacus (pip install 'bora_pyro[privacy]').
 """
@@ -45,8 +45,8 @@ from bora_pyro.runs.stored_options import NOT_OF_RESULT, check_options, with_opt
 KEYS = ["seed", "arm"]
 #: The options of the fits without ``--fit_config``.
 USUAL = {
-    "strategy": "ffa", "clients": 2, "num_tasks": 8, "max_tokens": 48, "max_train_documents": 6, "max_eval_documents": 6,
-    "rank": 8, "targets": "q_proj,v_proj,fc1,fc2", "rounds": 20, "local_steps": 4, "learning_rate": 0.03, "patience": 0,
+    "strategy": "ffa", "clients": 2, "num_tasks": 4, "max_tokens": 32, "max_train_documents": 8, "max_eval_documents": 8,
+    "rank": 8, "targets": "q_proj,v_proj,fc1,fc2", "rounds": 12, "local_steps": 4, "learning_rate": 0.03, "patience": 0,
 }  # fmt: skip
 
 

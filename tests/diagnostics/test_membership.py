@@ -21,7 +21,7 @@ def test_the_score_of_a_document_is_that_of_all_its_pieces():
     gain = adapted - base
     expected = torch.stack([(gain[0] + gain[2]) / 5, gain[1] / 2])
     torch.testing.assert_close(membership_scores(model, split, theta), expected)
-    assert float(expected.abs().min()) > 1e-4
+    assert float(expected.abs().max()) > 0.01
 
 
 def test_the_area_under_the_curve():
