@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bora_pyro.backbone.texts import check_token_ids
 from bora_pyro.data.subset import subset
@@ -28,14 +27,13 @@ from bora_pyro.federated.deal import TASK, deal
 from bora_pyro.federated.message import VALIDATION, Message
 from bora_pyro.federated.options import FederatedOptions
 from bora_pyro.federated.privacy import check_private, spent
+from bora_pyro.federated.rounds import Arrived, Result, Rounds
 from bora_pyro.federated.server import Server
 from bora_pyro.federated.strategies.base import Strategy, check_members
-from bora_pyro.federated.strategies.bora import FederatedBoRA, begin, tau_of
+from bora_pyro.federated.strategies.bora import FederatedBoRA, begin
 from bora_pyro.guides import make_parameters, map_guide
-from bora_pyro.inference.continuation import is_over
-from bora_pyro.inference.fitted import Fitted, tau_by_group
-from bora_pyro.inference.schedule import schedule
-from bora_pyro.model import BoRA, Weights
+from bora_pyro.inference.fitted import Fitted
+from bora_pyro.model import BoRA
 from bora_pyro.options.field import with_changes
 from bora_pyro.priors import LearnedPrecision
 
@@ -141,7 +139,7 @@ class Federation:
         self.clients = {name: self._client(name, tasks) for name, tasks in dealt.items()}
         enrolled = [client.enrolment for client in self.clients.values()]
         self.server = Server(self.strategy, model.starts, model.prior, enrolled, options)
-        self._downloaded = self._uploaded = 0
+        self.downloaded = self.uploaded = 0
 
     def _client(self, name: str, tasks: Sequence[str]) -> Client:
         weights, places = self.model.likelihood.task_weights, [self.data.tasks.index(task) for task in sorted(set(tasks))]
@@ -151,108 +149,76 @@ class Federation:
 
     def run(self, *, on_round: Callable[[dict[str, Any]], None] | None = None) -> Fitted:
         """Run the rounds, and return the fit at its best round. The argument is that of :func:`federate`."""
-        options, start = self.options, time.perf_counter()
-        history: list[dict[str, Any]] = []
-        refused = self._score(0)
-        best_round, best = 0, self._value()
-        self._keep()
-        while not is_over(len(history), best_round, epochs=options.rounds, patience=options.patience):
-            number = len(history) + 1
-            report = self._round(number)
-            report["refused"] = [*refused, *report["refused"]]
-            refused = []
-            value = self._value()
-            if value is not None:
-                report[f"validation_{self.model.likelihood.measure.name}"] = value
-            if value is None or best is None or value < best:
-                best_round, best = number, value
-                self._keep()
-            report["seconds"] = time.perf_counter() - start
-            history.append(report)
-            if on_round:
-                on_round(report)
-        fitted = self._fitted()
-        fitted.history, fitted.best_epoch, fitted.validation_score = history, best_round, best
-        fitted.seconds = time.perf_counter() - start
+        found = Rounds(self.server, self, self.model).run(on_round=on_round)
+        fitted = fitted_at(found, self.model, self.data, [*self.clients.values()])
+        fitted.history, fitted.best_epoch = found.history, found.best_round
+        fitted.validation_score, fitted.seconds = found.score, found.seconds
         return fitted
 
-    def _round(self, number: int) -> dict[str, Any]:
-        """One round: who trains, what they send, and what the server makes of it."""
-        options, begun = self.options, time.perf_counter()
-        asked, arrived, reports = self.server.draw(number), list[Message](), list[LocalReport]()
+    def train(self, number: int, asked: Sequence[str]) -> Arrived:
+        """The messages of the clients that train, and the loss of their steps."""
+        begun, arrived, reports = time.perf_counter(), Arrived(), list[LocalReport]()
         for name in asked:
             client = self.clients[name]
             self._download(client)
             client.measure_tau(number)
             reports.append(client.train(number))
-            arrived += self._upload(client.message(number))
+            arrived.messages += self._upload(client.message(number))
         seconds = time.perf_counter() - begun
-        refused = self.server.collect(number, asked, arrived)
-        refused += self._score(number)
         sums = torch.tensor([[one.log_likelihood, one.observations, one.tokens] for one in reports]).double().sum(0).tolist()
-        steps = number * options.local_steps
-        total = options.rounds * options.local_steps
-        rate = options.learning_rate * schedule(steps - 1, total, options.warmup, options.schedule)
-        report: dict[str, Any] = {"epoch": number, "step": steps, "total": total}
-        report["loss"] = -sums[0] / sums[1] if sums[1] else None  # with privacy the clients do not tell it
-        report |= {"learning_rate": rate, "training_tokens_per_second": sums[2] / seconds, **self.server.report}
-        report |= {"uploaded_bytes": self._uploaded, "downloaded_bytes": self._downloaded, "refused": refused}
-        self._uploaded = self._downloaded = 0
-        if options.private:
-            report["privacy"] = spent(self.clients.values())
-        if self.model.prior.every and self.strategy.personal:
-            report["tau_path"] = [{"step": steps, "tau": tau_by_group(self.model, {})}]
-        return report
+        # with privacy the clients do not tell the loss
+        arrived.report = {"loss": -sums[0] / sums[1] if sums[1] else None, "training_tokens_per_second": sums[2] / seconds}
+        if self.options.private:
+            arrived.report["privacy"] = spent(self.clients.values())
+        return arrived
+
+    def score(self, number: int) -> Arrived:
+        """The validation sums of all clients under the common values."""
+        arrived = Arrived()
+        for client in self.clients.values():
+            self._download(client)
+            arrived.messages += self._upload(Message(client.name, number, {VALIDATION: client.validation_sums()}))
+        return arrived
+
+    def keep(self, number: int) -> None:
+        """Let all clients keep their values."""
+        for client in self.clients.values():
+            client.keep()
 
     def _download(self, client: Client) -> None:
         """Send the common values to a client that has older ones."""
         if client.version < self.server.version:
             message = self.server.message()
-            self._downloaded += message.num_bytes
+            self.downloaded += message.num_bytes
             client.receive(message)
 
     def _upload(self, message: Message) -> list[Message]:
-        self._uploaded += message.num_bytes
+        self.uploaded += message.num_bytes
         arrived = self._on_upload(message)
         return [] if arrived is None else [arrived]
 
-    def _score(self, number: int) -> list[dict[str, str]]:
-        """Ask the clients for their validation sums, unless they came with the messages of the round."""
-        if self.strategy.personal and number:
-            return []
-        arrived: list[Message] = []
-        for client in self.clients.values():
-            self._download(client)
-            arrived += self._upload(Message(client.name, number, {VALIDATION: client.validation_sums()}))
-        return self.server.collect_scores(number, arrived)
 
-    def _value(self) -> float | None:
-        """The measure of the validation documents of all clients, from their sums."""
-        if not self.server.validation:
-            return None
-        log_likelihood, observations = torch.stack([*self.server.validation.values()]).sum(0).tolist()
-        return self.model.likelihood.measure.of(log_likelihood, observations)
+def fitted_at(found: Result, model: BoRA, data: TaskData, clients: Sequence[Client]) -> Fitted:
+    """The kept state as a MAP fit of the clients' tasks.
 
-    def _keep(self) -> None:
-        for client in self.clients.values():
-            client.keep()
-        common = {name: value.clone() for name, value in self.server.common.items()}
-        self._best: tuple[Weights, dict[str, Tensor]] = common, {n: v.clone() for n, v in tau_of(self.model.prior).items()}
-
-    def _fitted(self) -> Fitted:
-        """The kept state as a MAP fit of all tasks."""
-        model, (common, tau) = self.model, self._best
-        device = model.backbone.device
-        mean = {name: value.to(device) for name, value in common.items()}
-        theta = {name: value.expand(model.num_tasks, *value.shape).clone() for name, value in mean.items()}
-        model.prior.load_state(tau)
-        for client in self.clients.values() if self.strategy.personal else ():
-            places = [self.data.tasks.index(task) for task in client.data.tasks]
+    Args:
+        found: what the rounds have come to; its history is not used.
+        model: the model of all these tasks. Its learned τ becomes that of the best round.
+        data: the documents of all these tasks.
+        clients: the clients, which have kept their values of the best round.
+    """
+    device = model.backbone.device
+    mean = {name: value.to(device) for name, value in found.common.items()}
+    theta = {name: value.expand(model.num_tasks, *value.shape).clone() for name, value in mean.items()}
+    model.prior.load_state(found.tau)
+    for client in clients:
+        if client.strategy.personal:
+            places = [data.tasks.index(task) for task in client.data.tasks]
             taught = client.counts > 0
             for name, value in client.kept().items():
                 theta[name][torch.tensor(places, device=device)[taught]] = value[taught]
-        guide = map_guide(model, model.sites_given(theta, mean))
-        make_parameters(guide, model)
-        fitted = Fitted(model, guide, self.data.tasks, chat_template=self.data.chat_template)
-        fitted.documents = self.data.train.documents_per_task
-        return fitted
+    guide = map_guide(model, model.sites_given(theta, mean))
+    make_parameters(guide, model)
+    fitted = Fitted(model, guide, data.tasks, chat_template=data.chat_template)
+    fitted.documents = data.train.documents_per_task
+    return fitted
