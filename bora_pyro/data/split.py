@@ -35,6 +35,7 @@ def split_by_group(
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     seed: int = 0,
     small_tasks: str = "error",
+    least_tasks: int = 2,
 ) -> tuple[dict[str, datasets.Dataset], dict[str, Any], list[str]]:
     """Split by group within each task.
 
@@ -49,6 +50,7 @@ def split_by_group(
         seed: of the shuffle. The split of a task depends on the seed, its name and its groups, not on the order of the rows;
             and on other tasks only if it shares groups with them.
         small_tasks: what to do with a task of fewer than three documents, ``error`` or ``drop``.
+        least_tasks: the least number of tasks.
 
     Returns:
         ``{"train": ..., "validation": ..., "test": ...}`` with rows in their old order; the record
@@ -56,12 +58,12 @@ def split_by_group(
         notes on what was dropped and on tasks that are not in every split.
 
     Raises:
-        InputError: a task has fewer than three documents, there are fewer than two tasks, or an argument is out of range.
+        InputError: a task has fewer than three documents, there are too few tasks, or an argument is out of range.
     """
     fractions = checked_fractions(fractions)
     dataset, notes = drop_small_tasks(dataset, small_tasks=small_tasks)
     documents = group_sizes(dataset)
-    check_task_count(documents, notes)
+    check_task_count(documents, notes, least=least_tasks)
     record = {"seed": int(seed), "fractions": list(fractions), "tasks": assign_groups(documents, fractions, seed=seed)}
     parts = apply_split(dataset, record)
     return parts, record, notes + shared_group_notes(documents) + split_notes(parts, record)
@@ -200,15 +202,16 @@ def without_tasks(dataset: datasets.Dataset, tasks: Iterable[str]) -> datasets.D
     return dataset.select([row for row, task in enumerate(dataset["task"][:]) if task not in tasks])
 
 
-def check_task_count(tasks: Iterable[str], notes: Sequence[str] = ()) -> None:
-    """Raise an InputError if there are fewer than two tasks.
+def check_task_count(tasks: Iterable[str], notes: Sequence[str] = (), *, least: int = 2) -> None:
+    """Raise an InputError if there are too few tasks.
 
     Args:
         tasks: names of the tasks.
         notes: on the tasks that were left out before.
+        least: the least number: two, or one where the other tasks of the prior are elsewhere.
     """
     tasks = list(tasks)
-    if len(tasks) < 2:
+    if len(tasks) < least:
         what = f"1 task, {shown(tasks[0])}" if tasks else "no task"
         why = f" left ({'; '.join(notes)})" if notes else ""
         hint = "Give more documents" if notes else "Check task_column"

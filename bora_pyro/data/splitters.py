@@ -85,10 +85,12 @@ class ByGroup:
     Attributes:
         fractions: share of train, validation and test.
         seed: seed of the split.
+        least_tasks: the least number of tasks.
     """
 
     fractions: Sequence[float] = (0.6, 0.2, 0.2)
     seed: int = 0
+    least_tasks: int = 2
 
     def split(self, table: datasets.Dataset, options: DataOptions) -> Split:
         """Split the first ``num_tasks`` tasks as :func:`~bora_pyro.data.split.split_by_group` does."""
@@ -96,8 +98,9 @@ class ByGroup:
         whole = table
         if options.small_tasks == "drop":  # before the first tasks are taken, so that num_tasks are left
             table, dropped = drop_small_tasks(table, small_tasks="drop")
-        first = _first_tasks(table, options.num_tasks, dropped)
-        parts, record, notes = split_by_group(first, fractions=self.fractions, seed=self.seed, small_tasks=options.small_tasks)
+        first = _first_tasks(table, options.num_tasks, dropped, least=self.least_tasks)
+        how: dict[str, Any] = {"small_tasks": options.small_tasks, "least_tasks": self.least_tasks}
+        parts, record, notes = split_by_group(first, fractions=self.fractions, seed=self.seed, **how)
         left_out = {_SMALL: len(whole) - len(table), _BEYOND: len(table) - len(first)}
         return Split(parts, record, dropped + notes, left_out)
 
@@ -113,10 +116,12 @@ class AsGiven:
     Attributes:
         fractions: share of train, validation and test.
         seed: seed of the cut.
+        least_tasks: the least number of tasks.
     """
 
     fractions: Sequence[float] = (0.6, 0.2, 0.2)
     seed: int = 0
+    least_tasks: int = 2
 
     def split(self, table: datasets.Dataset, options: DataOptions) -> Split:
         """Split as the column ``split`` of the table says."""
@@ -129,13 +134,13 @@ class AsGiven:
         wanted = {name: fraction for name, fraction in zip(SPLITS, checked_fractions(self.fractions), strict=True) if fraction}
         missing = [name for name in wanted if not given[name]]
         if sum(given.values()) == given["train"]:
-            made = ByGroup(self.fractions, self.seed).split(table, options)
+            made = ByGroup(self.fractions, self.seed, self.least_tasks).split(table, options)
             how = f"the given split has train alone; {' and '.join(missing)} were cut from it by group" if missing else None
             return _with_note(made, how)
         whole, dropped = table, list[str]()
         if options.small_tasks == "drop":
             table, dropped = drop_untrained_tasks(table, small_tasks="drop")
-        first = _first_tasks(table, options.num_tasks, dropped)
+        first = _first_tasks(table, options.num_tasks, dropped, least=self.least_tasks)
         drop_untrained_tasks(first, small_tasks=options.small_tasks)
         record = record_of_column(first)
         notes = dropped + check_shared_groups(record, named=options.group_column is not None)
@@ -281,31 +286,34 @@ class ByRecord:
         return {**self.record, "tasks": {task: tasks[task] for task in _take(sorted(tasks), num_tasks, "the split record")}}
 
 
-def drop_tasks(found: Split, tasks: Sequence[str], why: str) -> Split:
+def drop_tasks(found: Split, tasks: Sequence[str], why: str, *, least: int = 2) -> Split:
     """A split without some tasks.
 
     Args:
         found: the split.
         tasks: names of the tasks to leave out.
         why: what these tasks have in common, after "3 tasks".
+        least: the least number of tasks that must be left.
 
     Raises:
-        InputError: fewer than two tasks are left.
+        InputError: fewer are left.
     """
     note = f"{counted(len(tasks), 'task')} {why} left out: {listed(tasks)}"
     record = {**found.record, "tasks": {task: groups for task, groups in found.record["tasks"].items() if task not in {*tasks}}}
-    check_task_count(record["tasks"], [note])
+    check_task_count(record["tasks"], [note], least=least)
     parts = {name: without_tasks(part, tasks) for name, part in found.parts.items()}
     number = sum(len(found.parts[name]) - len(parts[name]) for name in parts)
     left_out = {**found.left_out, _UNTRAINED: found.left_out.get(_UNTRAINED, 0) + number}
     return found._replace(parts=parts, record=record, notes=[*found.notes, note], left_out=left_out)
 
 
-def _first_tasks(table: datasets.Dataset, num_tasks: int | None, dropped: Sequence[str] = ()) -> datasets.Dataset:
+def _first_tasks(
+    table: datasets.Dataset, num_tasks: int | None, dropped: Sequence[str] = (), *, least: int = 2
+) -> datasets.Dataset:
     """The rows of the first ``num_tasks`` tasks by name; `dropped` are notes on tasks that were left out before."""
     names = table["task"][:]
     tasks = sorted(set(names))
-    check_task_count(tasks, dropped)
+    check_task_count(tasks, dropped, least=least)
     if num_tasks is None:
         return table
     keep = set(_take(tasks, num_tasks, "the data"))

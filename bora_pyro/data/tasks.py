@@ -100,6 +100,7 @@ def load_tasks(
     split: Splitter | None = None,
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     task_weights: Mapping[str, float] | str | Path | None = None,
+    least_tasks: int = 2,
     **changes: Any,
 ) -> TaskData:
     """Read, split and tokenise.
@@ -127,6 +128,7 @@ def load_tasks(
         fractions: share of train, validation and test in a split by group.
         task_weights: a factor of the log-likelihood of each task, by name, or a file of them (`bora_pyro.data.task_weights`);
             1 where none is given.
+        least_tasks: the least number of tasks; 1 if the others that share the prior are elsewhere. A ``split`` decides itself.
         changes: single options, as ``max_tokens=64``.
 
     Raises:
@@ -139,9 +141,9 @@ def load_tasks(
     options = replace(options, chat_template=load_chat_template(options.chat_template))
     read, tokens = _read(source, tokenizer, options)
     if split is None:
-        split = (AsGiven if "split" in read.table.column_names else ByGroup)(fractions, options.seed_of_split)
+        split = (AsGiven if "split" in read.table.column_names else ByGroup)(fractions, options.seed_of_split, least_tasks)
     found = split.split(read.table, options)
-    found, done = _with_training(found, lambda now: _tokenised(now, tokens, tokenizer, options), options, read.notes)
+    found, done = _with_training(found, lambda now: _tokenised(now, tokens, tokenizer, options), options, read.notes, least_tasks)
     notes = [*read.notes, *found.notes, *_token_notes([*done.values()], read.content, options.max_tokens)]
     tasks = sorted(found.record["tasks"])
     if not len(done["train"].split):
@@ -217,7 +219,7 @@ def _tokenised(
 
 
 def _with_training(
-    found: Split, tokenised: Callable[[Split], dict[str, Tokenised]], options: DataOptions, notes: Sequence[str]
+    found: Split, tokenised: Callable[[Split], dict[str, Tokenised]], options: DataOptions, notes: Sequence[str], least: int
 ) -> tuple[Split, dict[str, Tokenised]]:
     """Tokenise. Refuse or drop tasks of which no training document has a token to predict."""
     done = tokenised(found)
@@ -226,13 +228,14 @@ def _with_training(
         return found, done
     if options.small_tasks == "error":
         documents = counted(Counter(found.parts["train"]["task"][:])[untrained[0]], "training document")
-        more, why = others(len(untrained) - 1, "nor"), f" ({'; '.join(notes)})" if notes else ""
+        more, noted = others(len(untrained) - 1, "nor"), f" ({'; '.join(notes)})" if notes else ""
         lacks = "has a token to predict" if options.options_column is None else "has room for all its options"
         raise InputError(
             f"task {shown(untrained[0])} has no training document left: none of its {documents} {lacks} within "
-            f"max_tokens {options.max_tokens}{more}{why}; raise max_tokens, or leave such tasks out with small_tasks=drop"
+            f"max_tokens {options.max_tokens}{more}{noted}; raise max_tokens, or leave such tasks out with small_tasks=drop"
         )
-    found = drop_tasks(found, untrained, f"of which no training document has a token to predict within {options.max_tokens}")
+    why = f"of which no training document has a token to predict within {options.max_tokens}"
+    found = drop_tasks(found, untrained, why, least=least)
     return found, tokenised(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
@@ -68,6 +69,7 @@ def build_run(
     device: torch.device | None = None,
     seed: int | None = None,
     new_tasks: bool = False,
+    least_tasks: int = 2,
 ) -> tuple[BoRA, TaskData]:
     """Build the model before the fit, and the tokenised data.
 
@@ -82,6 +84,7 @@ def build_run(
         seed: seed of the adapter's start; default: that of the configuration. New tasks have the adapter of the fit that they
             were adapted from.
         new_tasks: the tasks are not those of the fit; options of the adapter that name tasks name others.
+        least_tasks: the least number of tasks in the data.
 
     Raises:
         InputError: something in the configuration or the data cannot be used.
@@ -95,19 +98,43 @@ def build_run(
     check_source(config.data)  # before a base model is downloaded for documents that do not exist
     likelihood = _likelihood(config)
     backbone = _load_backbone(config, device, team)
-    data = _load_data(config, backbone, split, reads_options=likelihood.reads_options, quiet=quiet)
+    reading: dict[str, Any] = {"reads_options": likelihood.reads_options, "least_tasks": least_tasks}
+    data = _load_data(config, backbone, split, **reading, quiet=quiet)
     adapter = adapter_of(config).for_tasks(None if new_tasks else data.tasks)
     router = build_member("router", ROUTERS, config.router, config.router_option or (), usual={"tasks": len(data.tasks)})
     model = BoRA(
         backbone,
         len(data.tasks),
         adapter=adapter,
-        prior=prior or with_shared(_prior(config, data), (*adapter.shared, *router.shared)),
+        prior=prior or with_shared(_prior(config, data.task_groups, least_tasks), (*adapter.shared, *router.shared)),
         likelihood=likelihood.with_task_weights(data.task_weights),
         router=router,
         seed=config.seed if seed is None else seed,
     )
     return model, data
+
+
+def build_without_documents(config: MapFitConfig) -> BoRA:
+    """Build the model of one task, for a server that has no documents: it has the adapter's start and the prior.
+
+    Args:
+        config: the checked configuration. Its options of the documents are not read.
+
+    Raises:
+        InputError: something in the configuration cannot be used.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    backbone, adapter = _load_backbone(config, None, None), adapter_of(config)
+    return BoRA(
+        backbone,
+        1,
+        adapter=adapter,
+        prior=with_shared(_prior(config, None, least_tasks=1), adapter.shared),
+        likelihood=_likelihood(config),
+        router=build_member("router", ROUTERS, config.router, config.router_option or (), usual={"tasks": 1}),
+        seed=config.seed,
+    )
 
 
 def adapter_of(config: MapFitConfig) -> Adapter:
@@ -162,12 +189,19 @@ def _likelihood(config: MapFitConfig) -> Likelihood:
     return build_member("likelihood", LIKELIHOODS, config.likelihood, config.likelihood_option or (), usual=usual)
 
 
-def _prior(config: MapFitConfig, data: TaskData) -> Prior:
+def _prior(config: MapFitConfig, task_groups: list[str] | None, least_tasks: int = 2) -> Prior:
+    prior = _prior_of(config, task_groups)
+    if least_tasks < prior.least_tasks:  # the other tasks that share it are elsewhere
+        prior.least_tasks = least_tasks
+    return prior
+
+
+def _prior_of(config: MapFitConfig, task_groups: list[str] | None) -> Prior:
     if config.prior is not None:
-        return build_member("prior", PRIORS, config.prior, config.prior_option or (), usual={"groups": data.task_groups})
-    if data.task_groups is not None:
+        return build_member("prior", PRIORS, config.prior, config.prior_option or (), usual={"groups": task_groups})
+    if task_groups is not None:
         tau, tau_group = (None if isinstance(value, str) else float(value) for value in (config.tau, config.tau_group))
-        return GroupedNormal(data.task_groups, tau, tau_group, per=config.tau_per, start=config.tau_start)
+        return GroupedNormal(task_groups, tau, tau_group, per=config.tau_per, start=config.tau_start)
     if isinstance(config.tau, str):
         return LearnedPrecision(config.tau_per, config.tau_start)
     return prior_from_tau(config.tau, config.prior_form, penalty=config.penalty)
@@ -195,7 +229,9 @@ def _load_backbone(config: MapFitConfig, device: torch.device | None, team: Proc
     return backbone
 
 
-def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None, *, reads_options: bool, quiet: bool) -> TaskData:
+def _load_data(
+    config: MapFitConfig, backbone: Backbone, split: Splitter | None, *, reads_options: bool, least_tasks: int, quiet: bool
+) -> TaskData:
     options, notes = part_of(config, DataOptions), list(backbone.notes)
     if not reads_options:  # the options then only serve the accuracy (`questions`)
         options.options_column = None
@@ -203,7 +239,8 @@ def _load_data(config: MapFitConfig, backbone: Backbone, split: Splitter | None,
         notes.append(f"max_tokens {options.max_tokens} is more than the base model reads; {backbone.context} is used")
         options.max_tokens = backbone.context
     assert backbone.tokenizer is not None
-    data = load_tasks(config.data, backbone.tokenizer, options, split=split, task_weights=config.task_weights)
+    how: dict[str, Any] = {"split": split, "task_weights": config.task_weights, "least_tasks": least_tasks}
+    data = load_tasks(config.data, backbone.tokenizer, options, **how)
     check_token_ids(backbone, data.train, data.validation, data.test)
     data.notes[:0] = notes
     if not quiet:
