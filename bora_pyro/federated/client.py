@@ -146,6 +146,12 @@ class Client:
                 else:  # a task without documents has the adapter of the prior mean
                     value[self.counts == 0] = self.common[name]
 
+    def begin_at_common(self) -> None:
+        """Let θ_d of each task begin at Θ: for a client that has lost its state and returns to a fit that goes on."""
+        with torch.no_grad():
+            for name, value in self.values.items():
+                value.copy_(self.common[name])
+
     def train(self, number: int) -> LocalReport:
         """Take the local steps of a round.
 
@@ -227,6 +233,11 @@ class Client:
         """The values of the best round."""
         return self._kept
 
+    def go_on(self, *, steps: int, epoch: int, version: int) -> None:
+        """Go on at a place in the order of the documents: after ``steps`` steps, in an epoch, with the values of a round."""
+        self._steps_taken, self._epoch, self.version = steps, epoch, version
+        self._order = self._epoch_order() if steps else None
+
     def _observations(self, tasks: Tensor) -> float:
         train = self.data.train
         own = train.subset(torch.isin(train.task, tasks).nonzero()[:, 0])
@@ -238,9 +249,12 @@ class Client:
         """The documents of the next step. An epoch goes on where the last round of this client has stopped."""
         if self._order is None or self._steps_taken % len(self._order) == 0:
             self._epoch += 1
-            seed = epoch_seed(self.options.seed, self._epoch)
-            self._order = EpochSteps(self.data.train, token_budget=self.options.token_budget, seed=seed)
+            self._order = self._epoch_order()
         return self._order[self._steps_taken % len(self._order)]
+
+    def _epoch_order(self) -> EpochSteps:
+        seed = epoch_seed(self.options.seed, self._epoch)
+        return EpochSteps(self.data.train, token_budget=self.options.token_budget, seed=seed)
 
     def _gradient(self, batches: list[Batch]) -> Tensor:
         """Set the gradients of −log p of all documents, estimated from those of a step; (3,) sums as in the report."""

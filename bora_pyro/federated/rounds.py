@@ -158,3 +158,16 @@ class Rounds:
         self.clients.keep(number)
         common = {name: value.clone() for name, value in self.server.common.items()}
         return common, {name: value.clone() for name, value in tau_of(self.model.prior).items()}
+
+
+# How many rounds a note lists.
+_LISTED = 10
+
+
+def rounds_text(rounds: Sequence[int]) -> str:
+    """Rounds in a note; a long list is cut.
+
+    >>> rounds_text([2]), rounds_text([2, 3])
+    ('round 2', 'rounds 2, 3')
+    """
+    return f"round{'s' * (len(rounds) > 1)} {', '.join(map(str, rounds[:_LISTED]))}" + ", ..." * (len(rounds) > _LISTED)

@@ -22,6 +22,7 @@ from bora_pyro.federated.deal import deal
 from bora_pyro.federated.loop import Federation
 from bora_pyro.federated.options import FederatedOptions
 from bora_pyro.federated.privacy import privacy_record
+from bora_pyro.federated.rounds import rounds_text
 from bora_pyro.federated.strategies import STRATEGIES
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.options.field import part_of
@@ -33,9 +34,6 @@ from bora_pyro.runs.progress import Progress, layers_line, print_table
 from bora_pyro.runs.results import metrics_of
 from bora_pyro.runs.run import Run
 from bora_pyro.runs.start import write_start
-
-# How many rounds a note about refused messages lists.
-_LISTED = 10
 
 
 def run_federated(config: FederatedConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -104,16 +102,12 @@ def refusals(history: Sequence[Mapping[str, Any]]) -> list[str]:
             of_client += [entry["epoch"]] if entry["epoch"] not in of_client else []
             reasons.setdefault(refused["client"], refused["reason"])
     notes = [
-        f"client {shown(client)} was refused in {_listed(of_client)}, which went on without it ({reasons[client]})"
+        f"client {shown(client)} was refused in {rounds_text(of_client)}, which went on without it ({reasons[client]})"
         for client, of_client in rounds.items()
     ]
     if still := [entry["epoch"] for entry in history if not entry["moved"]]:
-        notes.append(f"the messages of {_listed(still)} were too few or too large: the common values stayed as they were")
+        notes.append(f"the messages of {rounds_text(still)} were too few or too large: the common values stayed as they were")
     return notes
-
-
-def _listed(rounds: Sequence[int]) -> str:
-    return f"round{'s' * (len(rounds) > 1)} {', '.join(map(str, rounds[:_LISTED]))}" + ", ..." * (len(rounds) > _LISTED)
 
 
 def _fit(federation: Federation, folder: RunFolder, *, quiet: bool) -> Fitted:
