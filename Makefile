@@ -18,7 +18,7 @@ NOT_NUMERICAL := $(addprefix inference/test_,processes.py survival.py) predict/t
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup interpreter demo posterior smollm2 demo-smollm2 test test-portable figures notebooks lint format dist clean
+.PHONY: help setup interpreter demo posterior smollm2 demo-smollm2 federated test test-portable test-federated figures notebooks lint format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -63,6 +63,20 @@ $(SMOLLM2): constraints.txt
 demo-smollm2: smollm2  ## fit a real language model of 135 million parameters to a part of the embedded data, into runs/demo-smollm2
 	$(BIN)/python scripts/demo_smollm2.py --overwrite true
 
+# Flower needs older releases of four packages than the other extras have: an environment of its own, and the same pins else
+FEDERATED := .venv-federated
+FEDERATED_STAMP := $(FEDERATED)/.bora_pyro_stamp
+
+federated: interpreter $(FEDERATED_STAMP)  ## build .venv-federated, with Flower, for bora federated-server and bora federated-client
+
+$(FEDERATED_STAMP): pyproject.toml constraints.txt constraints-federated.txt
+	test -x $(FEDERATED)/bin/python || $(PYTHON) -m venv $(FEDERATED)
+	sed 's/==.*//' constraints-federated.txt | grep -v '^#' | sed 's/.*/^&==/' | grep -v -f - constraints.txt \
+		| cat - constraints-federated.txt > $(FEDERATED)/constraints.txt
+	$(FEDERATED)/bin/python -m pip install -c $(FEDERATED)/constraints.txt torch==2.13.0
+	$(FEDERATED)/bin/python -m pip install -c $(FEDERATED)/constraints.txt -e '.[federated]' pytest
+	touch $@
+
 # the tests' models are tiny: a second thread would only wait for the first
 test: export OMP_NUM_THREADS := 1
 test: setup  ## run the tests and the docstrings' snippets (ARGS="-k config" passes options on)
@@ -74,6 +88,10 @@ test-portable: export ATEN_CPU_CAPABILITY := default
 test-portable: setup  ## run the tests of numbers once more as a processor without AVX computes them
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS) $(addprefix tests/,$(NUMERICAL)) \
 		$(addprefix --ignore=tests/,$(NOT_NUMERICAL))
+
+test-federated: export OMP_NUM_THREADS := 1
+test-federated: federated  ## run the tests of a server and clients in processes of their own, over Flower
+	$(FEDERATED)/bin/python -m pytest $(ARGS) tests/federated/test_flower.py
 
 figures: setup  ## draw the figures and tables of paper_figures/ again, from the stored results
 	$(BIN)/python paper_figures/draw_all.py
@@ -96,5 +114,5 @@ dist: setup  ## build the wheel and the sdist into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove .venv and the caches; runs stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FEDERATED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

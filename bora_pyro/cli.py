@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "meta-fit": ("bora_pyro.runs.meta_fit:COMMAND", "fit a point from which a few gradient steps adapt each task (ABMLL)"),
     "reward-fit": ("bora_pyro.runs.reward_fit:COMMAND", "fit adapters to rewards of what they write behind prompts"),
     "federated": ("bora_pyro.runs.federated:COMMAND", "simulate clients that keep their documents and share a prior"),
+    "federated-server": ("bora_pyro.runs.federated_server:COMMAND", "run the server of a federated fit between processes"),
+    "federated-client": ("bora_pyro.runs.federated_client:COMMAND", "run a client of a federated fit: its documents stay here"),
     "adapt": ("bora_pyro.runs.fit_commands:ADAPT", "adapt a finished fit to new tasks with few documents each"),
     "generator-fit": ("bora_pyro.runs.generator_fit:COMMAND", "fit a generator: a task's documents in, its adapter out"),
     "generate-adapter": ("bora_pyro.runs.generate_adapter:COMMAND", "make adapters of new tasks by a generator, untrained"),

@@ -71,7 +71,7 @@ COMMANDS = [*commands()]
 
 def script(words):
     """The script of a command and its arguments; None where it is none of ours."""
-    if words[0] in (".venv/bin/bora", "bora"):
+    if words[0] in (".venv/bin/bora", ".venv-federated/bin/bora", "bora"):
         return f"scripts/{command(words[1]).script}", words[2:]
     place = next((n for n, word in enumerate(words) if word.startswith("scripts/")), None)
     return None if place is None else (words[place], words[place + 1 :])

@@ -42,13 +42,14 @@ from bora_pyro.report.samples import written_samples
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.federated import FederatedConfig
+from bora_pyro.runs.config.federated_client import FederatedClientConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
 from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
 from bora_pyro.runs.config.reward_fit import RewardFitConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, MEMBERS, REWARD, TASK_NORMAL
+from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, MEMBERS, REWARD, SERVER, TASK_NORMAL
 from bora_pyro.runs.results import GIVEN, ROUTED
 from bora_pyro.runs.saved import SavedRun, load_run
 from bora_pyro.runs.versions import versions
@@ -60,6 +61,7 @@ _KINDS: dict[str, type] = {
     "ensemble": EnsembleConfig,
     "federated fit": FederatedConfig,
     "fit from rewards": RewardFitConfig,
+    "client of a federated fit": FederatedClientConfig,
     "posterior": PosteriorFitConfig,
     "adaptation": AdaptConfig,
     "routed run": RouteFitConfig,
@@ -68,7 +70,7 @@ _KINDS: dict[str, type] = {
 # The section with the pictures of a kind of run.
 _OF_PICTURES = {"routed run": ("gates", "Gates")}
 # Kinds whose config.yaml is that of the fit.
-_FITS = ("run", "ensemble", "federated fit", "meta-fit", "fit from rewards")
+_FITS = ("run", "ensemble", "federated fit", "client of a federated fit", "meta-fit", "fit from rewards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ def _kind(folder: RunFolder) -> str:
     metadata = folder.load_metadata("posterior")
     if not (folder.path / FIT).is_file():
         config = folder.read_config()
-        own = {MEMBERS: "ensemble", CLIENTS: "federated fit", REWARD: "fit from rewards"}
+        own = {MEMBERS: "ensemble", CLIENTS: "federated fit", SERVER: "client of a federated fit", REWARD: "fit from rewards"}
         of_guide = "meta-fit" if metadata.get("guide") == TASK_NORMAL else "run"
         return next((kind for name, kind in own.items() if name in config), of_guide)
     return {GIVEN: "adaptation", ROUTED: "routed run"}.get(str(metadata.get("prior")), "posterior")

@@ -7,9 +7,10 @@ from typing import Any
 
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError
+from bora_pyro.files.slugs import GLOBAL_MEAN
 from bora_pyro.likelihoods import measure_of
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import METRICS
+from bora_pyro.runs.layout import ADAPTERS, METRICS, NUM_CLIENTS
 
 # Names that metrics.json must have, besides the measure of the test documents.
 _NEEDED = ("train_documents", "test_documents", "tasks")
@@ -21,6 +22,11 @@ def read_metrics(folder: RunFolder) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, or lacks a name that every run writes.
     """
+    if NUM_CLIENTS in folder.read_config():
+        raise InputError(
+            f"the run in {folder.path} is that of a federated server, which has no tasks; its {ADAPTERS}/{GLOBAL_MEAN} is a PEFT "
+            "folder, and the run folders of the clients have the tasks"
+        )
     metrics = folder.read_metrics()
     if missing := [name for name in (f"test_{measure_of(metrics).name}", *_NEEDED) if name not in metrics]:
         raise InputError(f"{folder.path / METRICS} has no {missing[0]!r}; run the fit again with --resume true")

@@ -32,6 +32,10 @@ TASK_NORMAL = "task_normal"
 CLIENTS = "clients"
 #: The option in ``config.yaml`` that fits from rewards alone have.
 REWARD = "reward"
+#: The same for the server and for the clients of a federated fit between processes.
+NUM_CLIENTS, SERVER = "num_clients", "server"
+#: Name of the tensors that such a server has: the common values, and a learned τ.
+COMMON = "common"
 #: The folders in which trackers keep their files.
 TRACKED = ("tensorboard", "wandb")
 #: Lock file of the process that is writing to the folder.
@@ -48,6 +52,7 @@ _OURS = (
     REPORT,
     "posterior.safetensors",
     f"{START}.safetensors",
+    f"{COMMON}.safetensors",
     CHECKPOINTS,
     ADAPTERS,
     DIAGNOSTICS,

@@ -45,7 +45,8 @@ from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
-from bora_pyro.runs.config.federated import FederatedConfig
+from bora_pyro.runs.config.federated import FederatedConfig, FederationOptions
+from bora_pyro.runs.config.federated_client import FederatedClientConfig
 from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.meta_fit import MetaFitConfig
@@ -54,7 +55,7 @@ from bora_pyro.runs.config.reward_fit import RewardFitConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.description import is_described
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, REWARD, TASK_NORMAL
+from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, REWARD, SERVER, TASK_NORMAL
 from bora_pyro.runs.results import GIVEN, ROUTED, SAMPLE, sample_of
 
 C = TypeVar("C")
@@ -83,7 +84,7 @@ class SavedRun:
         posterior_config: the configuration of a posterior fit; None for other runs.
         meta_config: the configuration of a meta-fit, of which ``config`` is the part that a MAP fit has too; None for other runs.
         adapted: whether the tasks were adapted from another fit, whose Θ and τ are the prior.
-        federated_config: the configuration of a federated fit, as ``meta_config``; None for other runs.
+        federated_config: the configuration of a federated fit, or of a client of one, as ``meta_config``; None for other runs.
         reward_config: the configuration of a fit from rewards, as ``meta_config``; None for other runs. Its documents are the
             prompts.
     """
@@ -96,7 +97,7 @@ class SavedRun:
     posterior_config: PosteriorFitConfig | None = None
     meta_config: MetaFitConfig | None = None
     adapted: bool = False
-    federated_config: FederatedConfig | None = None
+    federated_config: FederationOptions | None = None
     reward_config: RewardFitConfig | None = None
 
     def posterior(self, *, seed: int = 0) -> Posterior:
@@ -154,16 +155,16 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     given, kind = metadata.get("prior") == GIVEN, str(metadata.get("guide"))
     meta: MetaFitConfig | None = None
     routed = _parsed(RouteFitConfig, folder, CONFIG) if metadata.get("prior") == ROUTED else None
-    federated: FederatedConfig | None = None
+    federated: FederationOptions | None = None
     rewarded: RewardFitConfig | None = None
-    config: MapFitConfig | MetaFitConfig | FederatedConfig | RewardFitConfig
+    config: MapFitConfig | MetaFitConfig | FederationOptions | RewardFitConfig
     if routed is not None:
         config, posterior = _parsed(MapFitConfig, folder, FIT), None
     else:
         config, posterior = _read_config(folder, kind) if not given else (_read_adaptation(folder), None)
     if isinstance(config, MetaFitConfig):
         meta, config = config, config.map_fit
-    elif isinstance(config, FederatedConfig):
+    elif isinstance(config, FederationOptions):
         federated, config = config, config.map_fit
     elif isinstance(config, RewardFitConfig):
         rewarded, config = config, config.map_fit
@@ -179,7 +180,10 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     prior = _given(tensors, config.penalty if centred else metadata.get("penalty", "normal")) if given or centred else None
     # new tasks have the adapter of the fit that they were adapted from
     seed = folder.read_config(FIT).get("seed") if given else None
-    model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), prior=prior, seed=seed, new_tasks=given)
+    how: dict[str, Any] = {"prior": prior, "seed": seed, "new_tasks": given}
+    if isinstance(federated, FederatedClientConfig):
+        how["least_tasks"] = 1
+    model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), **how)
     if routed is not None:
         adapters = FrozenAdapters.from_state(tensors, scale=routed.gate_scale)
         _check_adapters(folder, model, adapters)
@@ -216,12 +220,13 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
 
 def _read_config(
     folder: RunFolder, guide: str
-) -> tuple[MapFitConfig | MetaFitConfig | FederatedConfig | RewardFitConfig, PosteriorFitConfig | None]:
+) -> tuple[MapFitConfig | MetaFitConfig | FederationOptions | RewardFitConfig, PosteriorFitConfig | None]:
     """Configurations of the fit and of the posterior around it. Options that are newer than the run have their defaults."""
     if not (folder.path / FIT).is_file():
-        names = folder.read_config()
-        of_map = FederatedConfig if CLIENTS in names else RewardFitConfig if REWARD in names else MapFitConfig
-        kinds: dict[str, type[MapFitConfig | MetaFitConfig | FederatedConfig | RewardFitConfig]] = {
+        written = folder.read_config()
+        marks = {CLIENTS: FederatedConfig, SERVER: FederatedClientConfig, REWARD: RewardFitConfig}
+        of_map = next((cls for mark, cls in marks.items() if mark in written), MapFitConfig)
+        kinds: dict[str, type[MapFitConfig | MetaFitConfig | FederationOptions | RewardFitConfig]] = {
             ENSEMBLE: EnsembleConfig,
             TASK_NORMAL: MetaFitConfig,
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from bora_pyro.adapters import ADAPTERS, FrozenALoRA, LoRA
 from bora_pyro.data.options import DataOptions
@@ -28,10 +29,9 @@ from bora_pyro.runs.config.map_fit import MapFitConfig
 __all__ = ["FederatedConfig", "parse_config"]
 
 
-@by_heading(*HEADINGS[:-2], FEDERATION, PRIVACY, *HEADINGS[-2:])
 @dataclass(kw_only=True)
-class FederatedConfig(FederatedOptions, BaseOptions, DataOptions, SourceOptions):
-    """Simulate a federated fit: clients keep the documents of their tasks, and a server sees only tensors. No checkpoints."""
+class FederationOptions(FederatedOptions, BaseOptions):
+    """What a federated fit is, whether it is simulated or runs between processes: base, adapter, prior and rounds."""
 
     strategy: str = option(
         "bora",
@@ -40,13 +40,6 @@ class FederatedConfig(FederatedOptions, BaseOptions, DataOptions, SourceOptions)
         "(exact_product)",
         group=FEDERATION,
         choices=tuple(STRATEGIES),
-    )
-    clients: str = option(
-        TASK,
-        "which client has which tasks: task, a client for each task; or a number N, the tasks are shuffled by the seed and dealt "
-        "to N clients",
-        group=FEDERATION,
-        expects="task, or a whole number from 1 up",
     )
     tau: float | str = changed(
         PriorOptions,
@@ -68,9 +61,64 @@ class FederatedConfig(FederatedOptions, BaseOptions, DataOptions, SourceOptions)
     likelihood_option: list[str] | None = changed(PriorOptions, "likelihood_option", None)
     likelihood_unit: str = changed(PriorOptions, "likelihood_unit", "tokens")
     option_score: str | None = changed(PriorOptions, "option_score", None)
+    threads: int | None = changed(RunOptions, "threads", None)
+
+    def validate(self) -> None:
+        """Check every value that can be checked without the data and the model.
+
+        Raises:
+            InputError: one line with the value and what is allowed.
+        """
+        check_fields(self)
+        part_of(self, FederatedOptions).validate()
+        if self.shard_base:
+            raise InputError("shard_base is true, but a federated fit runs in one process; leave it out")
+        personal = STRATEGIES[self.strategy].personal
+        if not personal and self.tau not in (LEARNED, math.inf):
+            raise InputError(
+                f"tau is {self.tau:g}, but strategy {self.strategy} has one adapter for all clients; leave tau out, or give "
+                "--strategy bora"
+            )
+        if personal and self.tau in (0, math.inf):
+            raise InputError(
+                f"tau is {self.tau:g}, a limit that strategy bora does not have; give learned or a number, or --strategy ffa for "
+                "one adapter for all clients"
+            )
+        if personal and self.private and self.tau == LEARNED:
+            raise InputError(TAU_HAS_NO_NOISE)
+        self.map_fit.validate()
+
+    @property
+    def resolved(self) -> Self:
+        """The configuration with the adapter and the τ of its strategy, as it is written into the run folder."""
+        if STRATEGIES[self.strategy].personal:
+            return self
+        frozen = STRATEGIES[self.strategy] is FFA and ADAPTERS.get(self.adapter) is LoRA
+        name = next(name for name, adapter in ADAPTERS.items() if adapter is FrozenALoRA)
+        return dataclasses.replace(self, tau=math.inf, adapter=name if frozen else self.adapter)
+
+    @property
+    def map_fit(self) -> MapFitConfig:
+        """The configuration of a MAP fit with the same documents, base, adapter and prior."""
+        names = {field.name for field in dataclasses.fields(self)} & {field.name for field in dataclasses.fields(MapFitConfig)}
+        resolved = self.resolved
+        return MapFitConfig(**{name: getattr(resolved, name) for name in names})
+
+
+@by_heading(*HEADINGS[:-2], FEDERATION, PRIVACY, *HEADINGS[-2:])
+@dataclass(kw_only=True)
+class FederatedConfig(FederationOptions, DataOptions, SourceOptions):
+    """Simulate a federated fit: clients keep the documents of their tasks, and a server sees only tensors. No checkpoints."""
+
+    clients: str = option(
+        TASK,
+        "which client has which tasks: task, a client for each task; or a number N, the tasks are shuffled by the seed and dealt "
+        "to N clients",
+        group=FEDERATION,
+        expects="task, or a whole number from 1 up",
+    )
     task_weights: str | None = changed(PriorOptions, "task_weights", None)
     export_adapters: bool = changed(MapFitConfig, "export_adapters", True)
-    threads: int | None = changed(RunOptions, "threads", None)
     output_dir: str = changed(RunOptions, "output_dir", "runs/federated")
     overwrite: bool = changed(RunOptions, "overwrite", False)
     resume: bool = option(
@@ -89,46 +137,36 @@ class FederatedConfig(FederatedOptions, BaseOptions, DataOptions, SourceOptions)
         """
         if self.resume:
             raise InputError("resume is true, but a federated fit has no checkpoints; start it again with --overwrite true")
-        check_fields(self)
-        part_of(self, FederatedOptions).validate()
-        if self.shard_base:
-            raise InputError("shard_base is true, but a federated fit runs in one process; leave it out")
-        if self.task_group_column is not None:
-            raise InputError(f"task_group_column is {shown(self.task_group_column)}, and federated fits have no groups of tasks")
+        super().validate()
+        check_no_groups(self.task_group_column)
         if self.dealt != TASK and (not isinstance(self.dealt, int) or self.dealt < 1):
             raise InputError(f"clients is {shown(self.clients)}; give task (a client for each task), or a whole number from 1 up")
-        personal = STRATEGIES[self.strategy].personal
-        if not personal and self.tau not in (LEARNED, math.inf):
-            raise InputError(
-                f"tau is {self.tau:g}, but strategy {self.strategy} has one adapter for all clients; leave tau out, or give "
-                "--strategy bora"
-            )
-        if personal and self.tau in (0, math.inf):
-            raise InputError(
-                f"tau is {self.tau:g}, a limit that strategy bora does not have; give learned or a number, or --strategy ffa for "
-                "one adapter for all clients"
-            )
-        if personal and self.private and self.tau == LEARNED:
-            raise InputError(TAU_HAS_NO_NOISE)
-        self.map_fit.validate()
 
     @property
     def dealt(self) -> int | str:
         """``clients`` as `deal` takes it: a number, or the text."""
         return int(self.clients) if self.clients.isascii() and self.clients.isdigit() else self.clients
 
-    @property
-    def resolved(self) -> FederatedConfig:
-        """The configuration with the adapter and the τ of its strategy, as it is written into the run folder."""
-        if STRATEGIES[self.strategy].personal:
-            return self
-        frozen = STRATEGIES[self.strategy] is FFA and ADAPTERS.get(self.adapter) is LoRA
-        name = next(name for name, adapter in ADAPTERS.items() if adapter is FrozenALoRA)
-        return dataclasses.replace(self, tau=math.inf, adapter=name if frozen else self.adapter)
 
-    @property
-    def map_fit(self) -> MapFitConfig:
-        """The configuration of a MAP fit with the same documents, base, adapter and prior."""
-        names = {field.name for field in dataclasses.fields(self)} & {field.name for field in dataclasses.fields(MapFitConfig)}
-        resolved = self.resolved
-        return MapFitConfig(**{name: getattr(resolved, name) for name in names})
+def check_not_private(config: FederationOptions) -> None:
+    """Check that a fit between processes asks for no privacy.
+
+    Raises:
+        InputError: it does. A client that starts again would have to go on counting its private steps, which is not built.
+    """
+    if config.private:
+        name = "epsilon" if config.epsilon is not None else "noise_multiplier"
+        raise InputError(
+            f"{name} is {getattr(config, name):g}, but the steps of a client that comes back are not counted for privacy yet; leave "
+            "it out, or simulate the fit (bora federated)"
+        )
+
+
+def check_no_groups(column: str | None) -> None:
+    """Check that the tasks have no groups.
+
+    Raises:
+        InputError: a column names them.
+    """
+    if column is not None:
+        raise InputError(f"task_group_column is {shown(column)}, and federated fits have no groups of tasks")
