@@ -192,3 +192,14 @@ def test_bad_input(given, changes, message, tmp_path, capsys):
     assert main(line(options | {"output_dir": tmp_path / "new"} | changes)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["federated-server", "federated-client"])
+@pytest.mark.parametrize("option", [{"epsilon": 3}, {"noise_multiplier": 1}])
+def test_no_privacy_is_promised_between_processes(command, option, tmp_path, capsys):
+    options = {"strategy": "ffa", "insecure": "true", "output_dir": tmp_path / "out"} | option
+    assert command_main(command)(line(options)) == 2
+    error = capsys.readouterr().err
+    [(name, value)] = option.items()
+    assert f"{name} is {value}, but private steps of a client that comes back are not counted between processes yet" in error
+    assert not (tmp_path / "out").exists()

@@ -157,8 +157,8 @@ def check_not_private(config: FederationOptions) -> None:
     if config.private:
         name = "epsilon" if config.epsilon is not None else "noise_multiplier"
         raise InputError(
-            f"{name} is {getattr(config, name):g}, but the steps of a client that comes back are not counted for privacy yet; leave "
-            "it out, or simulate the fit (bora federated)"
+            f"{name} is {getattr(config, name):g}, but private steps of a client that comes back are not counted between "
+            "processes yet; leave it out, or simulate the fit (bora federated)"
         )
 
 
