@@ -8,7 +8,7 @@
 >>> backbone = bp.Backbone.from_pretrained("builtin:nano")
 >>> table = bp.table([{"task": "ada", "text": f"document {n}"} for n in range(9)])
 >>> data = bp.load_tasks(table, backbone.tokenizer, least_tasks=1)
->>> model = bp.BoRA(backbone, 1, adapter=bp.FrozenALoRA(rank=2), prior=bp.Pooled())
+>>> model = bp.BoRA(backbone, 2, adapter=bp.FrozenALoRA(rank=2), prior=bp.Pooled())
 >>> one, other = (Client("ada", model, data, FFA(), FederatedOptions(local_steps=2)) for _ in range(2))
 >>> _ = one.train(1)
 >>> with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@
 >>> inner = InnerSteps(model, task_normal_guide(model, scale=1.0), InnerOptions(steps=2))
 >>> inner.all_tasks(split)  # task 1 has no documents: it stays at the global point
 >>> theta, mean = model.weights_given(inner.guide.median())
->>> [bool((theta["q_proj.lora_B"][d] == mean["q_proj.lora_B"]).all()) for d in range(3)]
+>>> [bool((theta["v_proj.lora_B"][d] == mean["v_proj.lora_B"]).all()) for d in range(3)]
 [False, True, False]
 """
 

@@ -71,11 +71,15 @@ def public_keys(folder: str) -> dict[str, bytes]:
     Raises:
         InputError: the folder has none, one cannot be read, or two are the same.
     """
+    files = sorted(Path(folder).glob("*.pub"))
+    if not files:
+        raise InputError(f"client_keys {shown(folder)} has no file NAME.pub; put the public key of each client there")
+    # an optional package, of the extra federated
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
     found: dict[str, bytes] = {}
-    for file in sorted(Path(folder).glob("*.pub")):
+    for file in files:
         try:
             key = load_ssh_public_key(read_regular(file, most=_KEY_BYTES))
             if not isinstance(key, EllipticCurvePublicKey):
@@ -83,8 +87,6 @@ def public_keys(folder: str) -> dict[str, bytes]:
         except Exception as error:  # cryptography raises errors of many kinds
             raise InputError(f"{file} is no ECDSA public key ({error}); make one with ssh-keygen -t ecdsa -b 384") from None
         found[file.stem] = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    if not found:
-        raise InputError(f"client_keys {shown(folder)} has no file NAME.pub; put the public key of each client there")
     if len(set(found.values())) < len(found):
         raise InputError(f"two clients in client_keys {shown(folder)} have the same key; give each its own")
     return found

@@ -89,4 +89,4 @@ def test_a_posterior_says_of_which_model_it_is(config):
     assert found["adapter"] == {"class": "LoRA", "rank": 2, "alpha": 2.0}
     assert found["prior"] == {"class": "HierarchicalNormal", "tau": 100.0, "form": "noncentered"}
     assert found["likelihood"] == {"class": "CausalLM", "unit": "tokens"}
-    assert found["slots"] == {"v_proj": [2, 16, 16], "fc2": [2, 16, 32]}
+    assert found["slots"] == {"v_proj": [2, 16, 16, [0, 1]], "fc2": [2, 16, 32, [0, 1]]}

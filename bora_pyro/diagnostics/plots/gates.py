@@ -3,7 +3,7 @@
 >>> import matplotlib.pyplot as plt
 >>> figure, ax = plt.subplots()
 >>> _ = gate_accuracy({"fc1.0": 0.5, "fc1.1": 0.9, "q_proj.0": 0.4}, {"fc1": (2, 3), "q_proj": (3,)}, ax, chance=0.25)
->>> [(line.get_label(), line.get_xdata().tolist()) for line in ax.lines if not line.get_label().startswith("_")]
+>>> [(line.get_label(), [int(x) for x in line.get_xdata()]) for line in ax.lines if not line.get_label().startswith("_")]
 [('fc1', [2, 3]), ('q_proj', [3]), ('by chance', [0, 1])]
 >>> plt.close(figure)
 """
