@@ -39,38 +39,16 @@ from bora_pyro.report.blocks import (
 from bora_pyro.report.results import OF_ANSWERS, change_text, results_table, verdict
 from bora_pyro.report.run_pictures import MANY_TASKS, gate_picture, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
-from bora_pyro.runs.config.adapt import AdaptConfig
-from bora_pyro.runs.config.ensemble import EnsembleConfig
-from bora_pyro.runs.config.federated import FederatedConfig
-from bora_pyro.runs.config.federated_client import FederatedClientConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig
-from bora_pyro.runs.config.meta_fit import MetaFitConfig
-from bora_pyro.runs.config.posterior_fit import PosteriorFitConfig
-from bora_pyro.runs.config.reward_fit import RewardFitConfig
-from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, MEMBERS, REWARD, SERVER, TASK_NORMAL
-from bora_pyro.runs.results import GIVEN, ROUTED
+from bora_pyro.runs.kinds import ADAPTATION, AROUND_A_FIT, ENSEMBLE, KINDS, MAP, POSTERIOR, ROUTED, kind_of
+from bora_pyro.runs.layout import CONFIG, FIT, REWARD
 from bora_pyro.runs.saved import SavedRun, load_run
 from bora_pyro.runs.versions import versions
 
 _LOCATION = ("output_dir", "overwrite", "resume")  # options that say where the run is written, not what is fitted
-# Kinds of runs, as the page names them, and the class of their configuration.
-_KINDS: dict[str, type] = {
-    "run": MapFitConfig,
-    "ensemble": EnsembleConfig,
-    "federated fit": FederatedConfig,
-    "fit from rewards": RewardFitConfig,
-    "client of a federated fit": FederatedClientConfig,
-    "posterior": PosteriorFitConfig,
-    "adaptation": AdaptConfig,
-    "routed run": RouteFitConfig,
-    "meta-fit": MetaFitConfig,
-}
 # The section with the pictures of a kind of run.
-_OF_PICTURES = {"routed run": ("gates", "Gates")}
-# Kinds whose config.yaml is that of the fit.
-_FITS = ("run", "ensemble", "federated fit", "client of a federated fit", "meta-fit", "fit from rewards")
+_OF_PICTURES = {ROUTED: ("gates", "Gates")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +91,8 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     options = options or RunOptions()
     folder = RunFolder.open(path)
     metrics, config, history = folder.read_metrics(), folder.read_config(), folder.read_log()
-    kind = _kind(folder)
-    of_fit = config if kind in _FITS else folder.read_config(FIT)
+    kind = kind_of(folder)
+    of_fit = folder.read_config(FIT) if kind in AROUND_A_FIT else config
     tasks = metrics.get("tasks")
     if tasks is None:
         raise InputError(f"metrics.json of {folder.path} has no tasks by name; run the fit again with --resume true")
@@ -197,25 +175,14 @@ def _of_gates(run: SavedRun) -> list[Picture]:
     return [gate_picture(found.by_layer, {slot.name: slot.blocks for slot in model.backbone.slots}, tasks)]
 
 
-def _kind(folder: RunFolder) -> str:
-    """The kind of a run: the name of its class of options in `_KINDS`."""
-    metadata = folder.load_metadata("posterior")
-    if not (folder.path / FIT).is_file():
-        config = folder.read_config()
-        own = {MEMBERS: "ensemble", CLIENTS: "federated fit", SERVER: "client of a federated fit", REWARD: "fit from rewards"}
-        of_guide = "meta-fit" if metadata.get("guide") == TASK_NORMAL else "run"
-        return next((kind for name, kind in own.items() if name in config), of_guide)
-    return {GIVEN: "adaptation", ROUTED: "routed run"}.get(str(metadata.get("prior")), "posterior")
-
-
 def _subtitle(kind: str, tasks: Mapping[str, Any], of_fit: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    data = config.get("data") if kind == "adaptation" else of_fit.get("data", of_fit.get("prompts"))
+    data = config.get("data") if kind == ADAPTATION else of_fit.get("data", of_fit.get("prompts"))
     data = ", ".join(map(str, data)) if isinstance(data, list) else data
     parts = [f"{len(tasks):,} task{'s' * (len(tasks) != 1)} of {data}", f"base {of_fit.get('base_model')}"]
     parts.append(f"{of_fit.get('adapter')}, rank {of_fit.get('rank')}")
-    if kind not in _FITS:
+    if kind in AROUND_A_FIT:
         origin = Path(str(config.get("run") or config.get("adapters"))).name
-        how = {"posterior": f"{config.get('guide')} posterior around", "routed run": "gates over the adapters of"}
+        how = {POSTERIOR: f"{config.get('guide')} posterior around", ROUTED: "gates over the adapters of"}
         parts.append(f"{how.get(kind, 'new tasks under')} {origin}")
     return replaced(" · ".join(parts))
 
@@ -224,14 +191,14 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     measure = measure_of(metrics)
     digits, test = measure.digits, f"test_{measure.name}"
     adapted, base = metrics.get(test), metrics.get(f"base_{test}")
-    of_mean = {"posterior": ", posterior mean", "ensemble": ", best member"}.get(kind, "")
+    of_mean = {POSTERIOR: ", posterior mean", ENSEMBLE: ", best member"}.get(kind, "")
     if adapted is not None:
         change = f", {change_text(measure, adapted, base)}" if base else ""
         note = f"base {number_text(base, digits)}{change}" if base is not None else ""
         yield Number(f"test {measure.unit}{of_mean}", number_text(adapted, digits), note)
     if metrics.get(f"mixture_{test}") is not None:
         note = f"MAP {number_text(metrics[f'map_{test}'], digits)}" if metrics.get(f"map_{test}") else ""
-        drawn = "members" if kind == "ensemble" else "draws"
+        drawn = "members" if kind == ENSEMBLE else "draws"
         label = f"mixture of {metrics.get('draws')}{' linearised' * (metrics.get('predict') == 'linearised')} {drawn}"
         yield Number(label, number_text(metrics[f"mixture_{test}"], digits), note)
     if metrics.get(f"task_{test}") is not None:
@@ -247,7 +214,7 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
             of_base = metrics.get(f"base_test_{name}")
             note = "" if of_base is None else f"base {number_text(of_base, 3)}"
             yield Number(f"test {label}{of_mean}", number_text(metrics[f"test_{name}"], 3), note)
-    centre = "best member" if kind == "ensemble" else "mean"
+    centre = "best member" if kind == ENSEMBLE else "mean"
     for name, label in (("mean", f"calibration error, {centre}"), ("mixture", "calibration error, mixture")):
         if isinstance(metrics.get(name), dict) and metrics[name].get("ece") is not None:
             yield Number(label, number_text(metrics[name]["ece"], 3), "expected (ECE); 0 is calibrated")
@@ -284,7 +251,7 @@ def _numbers(kind: str, tasks: Mapping[str, Any], metrics: Mapping[str, Any]) ->
 
 
 def _about_tau(metrics: Mapping[str, Any], kind: str) -> str:
-    if kind == "adaptation":
+    if kind == ADAPTATION:
         return "of the fit; mean of its groups"
     if "tau_by_group" in metrics:
         return "learned; mean of its groups"
@@ -333,15 +300,15 @@ def _about_samples(options: RunOptions, kind: str) -> str:
         if options.temperature == 0
         else f"tokens drawn at temperature {options.temperature:g}"
     )
-    by = "through the gates" if kind == "routed run" else "by the mean of all tasks, and by the adapters of some tasks"
+    by = "through the gates" if kind == ROUTED else "by the mean of all tasks, and by the adapters of some tasks"
     return f"One prompt, continued by the base alone, {'and ' * (kind == 'routed run')}{by}: {how}."
 
 
 def _configuration(folder: RunFolder, kind: str) -> Iterator[Any]:
     """A table of the options that differ from the defaults, and a closed table of all options."""
-    files = [(CONFIG, _KINDS[kind], "fit" if kind == "run" else kind)]
-    if kind not in _FITS:
-        files.append((FIT, MapFitConfig, "fit of the adapters" if kind == "routed run" else "MAP fit that it started from"))
+    files = [(CONFIG, KINDS[kind], "fit" if kind == MAP else kind)]
+    if kind in AROUND_A_FIT:
+        files.append((FIT, MapFitConfig, "fit of the adapters" if kind == ROUTED else "MAP fit that it started from"))
     for name, cls, what in files:
         config = folder.read_config(name)
         defaults = dataclasses.asdict(cls())

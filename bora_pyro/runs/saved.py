@@ -32,7 +32,7 @@ from torch import Tensor
 from bora_pyro.data import ByRecord, TaskData
 from bora_pyro.errors import InputError, nearest
 from bora_pyro.files.tensors import not_a_number
-from bora_pyro.guides import ENSEMBLE, GUIDES, GuideBuilder, ensemble_guide, guide_options, make_parameters
+from bora_pyro.guides import GUIDES, GuideBuilder, ensemble_guide, guide_options, make_parameters
 from bora_pyro.inference.continuation import check_same
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.route_fit import routed_model
@@ -45,7 +45,7 @@ from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
-from bora_pyro.runs.config.federated import FederatedConfig, FederationOptions
+from bora_pyro.runs.config.federated import FederationOptions
 from bora_pyro.runs.config.federated_client import FederatedClientConfig
 from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
@@ -55,8 +55,9 @@ from bora_pyro.runs.config.reward_fit import RewardFitConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.description import is_described
 from bora_pyro.runs.folder import RunFolder
-from bora_pyro.runs.layout import CLIENTS, CONFIG, FIT, REWARD, SERVER, TASK_NORMAL
-from bora_pyro.runs.results import GIVEN, ROUTED, SAMPLE, sample_of
+from bora_pyro.runs.kinds import ADAPTATION, AROUND_A_FIT, KINDS, kind_of
+from bora_pyro.runs.layout import CONFIG, FIT
+from bora_pyro.runs.results import SAMPLE, sample_of
 
 C = TypeVar("C")
 
@@ -152,29 +153,18 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     folder = RunFolder.open(path)
     metrics = read_metrics(folder)
     tensors, metadata = folder.load_tensors("posterior"), folder.load_metadata("posterior")
-    given, kind = metadata.get("prior") == GIVEN, str(metadata.get("guide"))
-    meta: MetaFitConfig | None = None
-    routed = _parsed(RouteFitConfig, folder, CONFIG) if metadata.get("prior") == ROUTED else None
-    federated: FederationOptions | None = None
-    rewarded: RewardFitConfig | None = None
-    config: MapFitConfig | MetaFitConfig | FederationOptions | RewardFitConfig
-    if routed is not None:
-        config, posterior = _parsed(MapFitConfig, folder, FIT), None
-    else:
-        config, posterior = _read_config(folder, kind) if not given else (_read_adaptation(folder), None)
-    if isinstance(config, MetaFitConfig):
-        meta, config = config, config.map_fit
-    elif isinstance(config, FederationOptions):
-        federated, config = config, config.map_fit
-    elif isinstance(config, RewardFitConfig):
-        rewarded, config = config, config.map_fit
+    kind, guide_name = kind_of(folder), str(metadata.get("guide"))
+    given, own = kind == ADAPTATION, _parsed(KINDS[kind], folder, CONFIG)
+    posterior, meta = _if(own, PosteriorFitConfig), _if(own, MetaFitConfig)
+    routed, federated = _if(own, RouteFitConfig), _if(own, FederationOptions)
+    config = _config_of_fit(folder, kind, own)
     # a named device gets the whole model
     device_map = config.device_map if device == "auto" else None
     config = dataclasses.replace(config, device=device, device_map=device_map, threads=None, trust_remote_code=trust_remote_code)
-    if kind not in GUIDES and not isinstance(config, EnsembleConfig):
+    if guide_name not in GUIDES and not isinstance(config, EnsembleConfig):
         raise InputError(
             f"the run in {folder.path} was fitted with guide {metadata.get('guide')!r}; known are {', '.join(GUIDES)}"
-            f"{nearest(kind, GUIDES)}"
+            f"{nearest(guide_name, GUIDES)}"
         )
     centred = not given and routed is None and config.start_as == CENTRE
     prior = _given(tensors, config.penalty if centred else metadata.get("penalty", "normal")) if given or centred else None
@@ -198,7 +188,7 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     else:
         options: Sequence[str] = () if posterior is None else posterior.guide_option or ()
         options = options if meta is None else [f"positivity={meta.positivity}"]
-        build_guide = partial(GUIDES[kind], **guide_options(kind, options))
+        build_guide = partial(GUIDES[guide_name], **guide_options(guide_name, options))
     guide = _restored(folder, model, tensors, build_guide)
     _check_model(folder, model, metadata)
     fitted = Fitted(
@@ -214,25 +204,23 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         documents=data.train.documents_per_task,
         chat_template=data.chat_template,
     )
-    own: dict[str, Any] = {"federated_config": federated, "reward_config": rewarded}
-    return SavedRun(folder, config, fitted, data, metrics, posterior, meta, adapted=given, **own)
+    others: dict[str, Any] = {"federated_config": federated, "reward_config": _if(own, RewardFitConfig)}
+    return SavedRun(folder, config, fitted, data, metrics, posterior, meta, adapted=given, **others)
 
 
-def _read_config(
-    folder: RunFolder, guide: str
-) -> tuple[MapFitConfig | MetaFitConfig | FederationOptions | RewardFitConfig, PosteriorFitConfig | None]:
-    """Configurations of the fit and of the posterior around it. Options that are newer than the run have their defaults."""
-    if not (folder.path / FIT).is_file():
-        written = folder.read_config()
-        marks = {CLIENTS: FederatedConfig, SERVER: FederatedClientConfig, REWARD: RewardFitConfig}
-        of_map = next((cls for mark, cls in marks.items() if mark in written), MapFitConfig)
-        kinds: dict[str, type[MapFitConfig | MetaFitConfig | FederationOptions | RewardFitConfig]] = {
-            ENSEMBLE: EnsembleConfig,
-            TASK_NORMAL: MetaFitConfig,
-        }
-        return _parsed(kinds.get(guide, of_map), folder, CONFIG), None
-    posterior = _parsed(PosteriorFitConfig, folder, CONFIG)
-    return _parsed(MapFitConfig, folder, FIT), posterior
+def _config_of_fit(folder: RunFolder, kind: str, own: Any) -> MapFitConfig:
+    """The configuration of the fit. Options that are newer than the run have their defaults."""
+    if kind == ADAPTATION:
+        return _read_adaptation(folder, own)
+    if kind in AROUND_A_FIT:
+        return _parsed(MapFitConfig, folder, FIT)
+    config: MapFitConfig = own if isinstance(own, MapFitConfig) else own.map_fit
+    return config
+
+
+def _if(config: Any, cls: type[C]) -> C | None:
+    """A configuration, if it is one of a class."""
+    return config if isinstance(config, cls) else None
 
 
 def _parsed(cls: type[C], folder: RunFolder, name: str) -> C:
@@ -252,9 +240,9 @@ def _check_adapters(folder: RunFolder, model: BoRA, adapters: FrozenAdapters) ->
         )
 
 
-def _read_adaptation(folder: RunFolder) -> MapFitConfig:
+def _read_adaptation(folder: RunFolder, new: AdaptConfig) -> MapFitConfig:
     """Configuration of the fit that the tasks were adapted from, with the documents of the new tasks."""
-    config, new = _parsed(MapFitConfig, folder, FIT), _parsed(AdaptConfig, folder, CONFIG)
+    config = _parsed(MapFitConfig, folder, FIT)
     limits: dict[str, Any] = {
         "token_budget": new.token_budget,
         "num_tasks": None,
