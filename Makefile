@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.bora_pyro_stamp
 
 # the tests that compare sums of many products, as fits and layers make them
-NUMERICAL := adapters $(addprefix backbone/test_,attention.py backbone.py head.py) exchange federated guides inference likelihoods predict \
-	priors rewards routers test_axes.py test_model.py
-# tests of processes and of the forms of bases: their numbers are those of the others
-NOT_NUMERICAL := $(addprefix inference/test_,processes.py survival.py) predict/test_generate_every_base.py exchange/test_servers.py
+NUMERICAL := adapters $(addprefix backbone/test_,attention.py backbone.py head.py) exchange guides inference likelihoods priors routers \
+	test_axes.py test_model.py
+# tests of processes: their numbers are those of the others
+NOT_NUMERICAL := $(addprefix inference/test_,processes.py survival.py) exchange/test_servers.py
 
 export TOKENIZERS_PARALLELISM := false
 
