@@ -35,7 +35,7 @@ from bora_pyro.exchange.save import check_exportable
 from bora_pyro.files.atomic import check_place
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.model import BoRA
-from bora_pyro.options.field import check_fields, option
+from bora_pyro.options.field import option
 from bora_pyro.priors import HierarchicalNormal
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.command import Command
@@ -51,7 +51,7 @@ from bora_pyro.runs.fold_members import (
     document_keys,
     without_tau,
 )
-from bora_pyro.runs.joined import joined_config, joined_fit, joined_metrics, write_joined
+from bora_pyro.runs.joined import JoinOptions, joined_config, joined_fit, joined_metrics, write_joined
 from bora_pyro.runs.layout import COMPOSE
 
 # Options of the prior that the composition sets itself.
@@ -59,26 +59,12 @@ _SET = ("tau_per",)
 
 
 @dataclass(kw_only=True)
-class ComposeConfig:
+class ComposeConfig(JoinOptions):
     """Compose MAP fits of the same tasks that adapt different layers into one adapter a task."""
 
     runs: list[str] = option(
         [], "folders of two or more finished MAP fits; no layer may be adapted by two of them", positional=True, whole=True
     )
-    output_dir: str = option("", "the folder to make")
-    token_budget: int = option(4096, "tokens of a batch, padding included", least=1)
-    overwrite: bool = option(False, "replace an earlier result")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-    trust_remote_code: bool = option(
-        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
-    )
-    threads: int | None = option(None, "CPU threads (default: torch's own choice)", least=1)
-
-    def validate(self) -> None:
-        """Check the values."""
-        check_fields(self)
-        if not self.output_dir.strip():
-            raise InputError("no output_dir is given; name the folder to make, as in --output_dir both")
 
 
 def compose(config: ComposeConfig) -> dict[str, Any]:

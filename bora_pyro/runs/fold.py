@@ -29,7 +29,6 @@ from torch import Tensor
 from bora_pyro.adapters import LoRA
 from bora_pyro.data import ByRecord, TaskData
 from bora_pyro.data.token_split import TokenSplit
-from bora_pyro.errors import InputError
 from bora_pyro.exchange.factors import LoraForm, lora_form
 from bora_pyro.exchange.fold import mean_form, stacked
 from bora_pyro.exchange.save import check_exportable
@@ -37,7 +36,7 @@ from bora_pyro.files.atomic import check_place
 from bora_pyro.files.slugs import GLOBAL_MEAN, adapter_folders
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.model import BoRA, Weights
-from bora_pyro.options.field import check_fields, option
+from bora_pyro.options.field import option
 from bora_pyro.predict.distil import distil
 from bora_pyro.predict.mixture import predictive
 from bora_pyro.priors import HierarchicalNormal
@@ -45,7 +44,7 @@ from bora_pyro.runs.build import build_run
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.ensemble import member_folders
 from bora_pyro.runs.fold_members import Member, check_alike, check_number, document_keys, joint_split, not_a_run
-from bora_pyro.runs.joined import joined_config, joined_fit, joined_metrics, write_joined
+from bora_pyro.runs.joined import JoinOptions, joined_config, joined_fit, joined_metrics, write_joined
 from bora_pyro.runs.layout import FOLD
 
 # Why adapters that were asked to be distilled are no run.
@@ -53,18 +52,16 @@ _DISTILLED = "the adapters are fitted to the predictions of the mixture, without
 
 
 @dataclass(kw_only=True)
-class FoldConfig:
+class FoldConfig(JoinOptions):
     """Fold several MAP fits of the same tasks into one adapter a task, the mean of their changes."""
 
     runs: list[str] = option(
         [], "folders of two or more finished MAP fits, or of ensembles, which have several", positional=True, whole=True
     )
-    output_dir: str = option("", "the folder to make")
     rank: int | None = option(
         None, "cut the adapters to this rank (default: the sum of the fits' ranks, which is exact)", least=1
     )
     mixture: bool = option(True, "also measure the mixture of the fits' predictions, which takes a pass for each fit")
-    token_budget: int = option(4096, "tokens of a batch, padding included", least=1)
     distil: bool = option(
         False,
         "fit the folded adapters to the predictions of the mixture on the training documents of their tasks; what is kept is the "
@@ -72,18 +69,6 @@ class FoldConfig:
     )
     distil_epochs: int = option(3, "passes over the training documents for --distil", least=1)
     distil_learning_rate: float = option(3e-3, "AdamW's largest learning rate for --distil", positive=True)
-    overwrite: bool = option(False, "replace an earlier result")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
-    trust_remote_code: bool = option(
-        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
-    )
-    threads: int | None = option(None, "CPU threads (default: torch's own choice)", least=1)
-
-    def validate(self) -> None:
-        """Check the values."""
-        check_fields(self)
-        if not self.output_dir.strip():
-            raise InputError("no output_dir is given; name the folder to make, as in --output_dir folded")
 
 
 def fold(config: FoldConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bora_pyro.data import TaskData
+from bora_pyro.errors import InputError
 from bora_pyro.exchange.factors import LoraForm
 from bora_pyro.exchange.fold import stacked
 from bora_pyro.files.atomic import whole_folder, write_record
@@ -18,10 +20,31 @@ from bora_pyro.guides import make_parameters, map_guide
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA
+from bora_pyro.options.field import check_fields, option
 from bora_pyro.runs.config.map_fit import MapFitConfig
 from bora_pyro.runs.folder import RunFolder
 from bora_pyro.runs.results import metrics_of, write_adapters, write_posterior
 from bora_pyro.runs.resume import as_written
+
+
+@dataclass(kw_only=True)
+class JoinOptions:
+    """What all commands that join fits have."""
+
+    output_dir: str = option("", "the folder to make")
+    token_budget: int = option(4096, "tokens of a batch, padding included", least=1)
+    overwrite: bool = option(False, "replace an earlier result")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    trust_remote_code: bool = option(
+        False, "let a base model run code of its own on this machine; allowed on the command line only", line_only=True
+    )
+    threads: int | None = option(None, "CPU threads (default: torch's own choice)", least=1)
+
+    def validate(self) -> None:
+        """Check the values."""
+        check_fields(self)
+        if not self.output_dir.strip():
+            raise InputError("no output_dir is given; name the folder to make, as in --output_dir joined")
 
 
 def joined_config(config: MapFitConfig, output_dir: str, form: LoraForm, **changes: Any) -> MapFitConfig:
