@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Batch:
         """(rows,) int64: number of predicted tokens of each document."""
         return (self.labels[:, 1:] != IGNORED).sum(-1)
 
-    def parts(self, tokens: int) -> list[Batch]:
+    def parts(self, tokens: int) -> list[Self]:
         """Split the batch into k parts of like size, with about ``tokens`` tokens or fewer each, padding included.
 
         Each part has ``share / k`` and ``scale * k``, so the losses of the parts add up to the loss of the batch, and the prior

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Rollout(Batch):
             advantage=advantage.float(),
         )
 
-    def parts(self, tokens: int) -> list[Rollout]:  # type: ignore[override]
+    def parts(self, tokens: int) -> list[Self]:
         """As `Batch.parts`, with the part of the rows of each field."""
         found = []
         for part in super().parts(tokens):
