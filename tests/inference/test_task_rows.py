@@ -241,9 +241,14 @@ def test_a_fit_begins_where_another_has_ended(kind, memory):
     still = fit(model, data, guide=guide, epochs=1, learning_rate=1e-30, deviation_reach=0.0, **options)
     for name, value in first.sites().items():
         torch.testing.assert_close(still.sites()[name], value)
-    again = fit(model, data, guide=still.guide, epochs=2, **options)  # the same guide once more
-    assert again.validation_perplexity <= still.validation_perplexity
-    assert {len(value) for name, value in again.sites().items() if name in task_sites(guide)} == {5}
+    again = fit(model, data, guide=still.guide, epochs=1, learning_rate=1e-30, deviation_reach=0.0, **options)  # the same guide
+    assert again.validation_perplexity == pytest.approx(still.validation_perplexity, rel=1e-5)
+    further = fit(model, data, guide=still.guide, epochs=2, **options)
+    assert {len(value) for name, value in further.sites().items() if name in task_sites(guide)} == {5}
+    if kind == "map":  # its start counts
+        assert further.validation_perplexity <= still.validation_perplexity * (1 + 1e-6)
+    else:
+        assert not any(torch.equal(value, first.sites()[name]) for name, value in further.sites().items())
 
 
 @pytest.mark.parametrize("drawn", [False, True])
