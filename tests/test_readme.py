@@ -40,7 +40,7 @@ ELSEWHERE = (
 )  # fmt: skip
 LONG = (
     "map_fit.py", "tau_sweep.py", "simulate_tau.py", "compare_", "benchmark", "check_memory.py", "few_documents.py", "pretrain",
-    "fuzz.py", "continual_fit.py", "meta_fit.py", "membership_inference.py",
+    "fuzz.py", "continual_fit.py", "meta_fit.py", "membership_inference.py", "plan_scale.py",
 )  # fmt: skip
 
 

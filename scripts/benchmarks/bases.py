@@ -56,6 +56,10 @@ RANDOM_BASES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
         "max_position_embeddings": 4096,
     },
+    "random:llama-7b": {
+        "model_type": "llama", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "max_position_embeddings": 4096,
+    },
 }  # fmt: skip
 
 LEARNING_RATE, GRADIENT_CLIP = 1e-3, 1.0
