@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.bora_pyro_stamp
 
 # the tests that compare sums of many products, as fits and layers make them
-NUMERICAL := adapters $(addprefix backbone/test_,attention.py backbone.py head.py) exchange guides inference likelihoods priors routers \
+NUMERICAL := adapters $(addprefix backbone/test_,attention.py backbone.py head.py) inference likelihoods priors routers \
 	test_axes.py test_model.py
 # tests of processes: their numbers are those of the others
-NOT_NUMERICAL := $(addprefix inference/test_,processes.py survival.py) exchange/test_servers.py
+NOT_NUMERICAL := $(addprefix inference/test_,processes.py survival.py)
 
 export TOKENIZERS_PARALLELISM := false
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -67,8 +68,11 @@ def fraction_of_floor(tokens_per_second: float, parameters: int, operations_per_
 
 
 def matrix_product(device: torch.device, precision: str) -> Callable[[], float]:
-    """Make a function that measures the machine's speed on a large matrix product, in floating-point operations a second."""
-    size, times = (8192, 5) if device.type == "cuda" else (2048, 1)
+    """Make a function that measures the machine's speed on a large matrix product, in floating-point operations a second.
+
+    A CPU that computes slowly in this precision gets a smaller product, of 0.1 seconds or more.
+    """
+    size, times = (8192, 5) if device.type == "cuda" else (_large_enough(precision), 1)
     dtype = getattr(torch, precision)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty(size, size, device=device, dtype=dtype)
@@ -82,3 +86,15 @@ def matrix_product(device: torch.device, precision: str) -> Callable[[], float]:
         return 2 * size**3 * times / seconds(multiply, device)
 
     return speed
+
+
+def _large_enough(precision: str) -> int:
+    """The size of a square product that takes a CPU 0.1 seconds or more; at most 2048."""
+    device, size, largest = torch.device("cpu"), 256, 2048
+    while size < largest:
+        a = torch.randn(size, size).to(getattr(torch, precision))
+        torch.mm(a, a)  # the first product of a size also prepares it
+        if seconds(partial(torch.mm, a, a), device) >= 0.1:
+            break
+        size *= 2
+    return size

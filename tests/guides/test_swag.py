@@ -127,7 +127,7 @@ def test_the_draws_have_the_covariance_of_the_moments(number, scale):
         return torch.cat([values[names[0]].flatten()[:3], values[names[1]][:, 0, 0, :2].flatten()])
 
     with poutine.seed(rng_seed=0), torch.no_grad():
-        draws = torch.stack([some(guide()) for _ in range(4000)]).double()
+        draws = torch.stack([some(guide()) for _ in range(1500)]).double()
     kinds = {kind: some({name: getattr(guide, f"{kind}/{name.replace('.', '/')}") for name in names}) for kind in guide._kinds}
     columns = torch.stack([kinds[f"column{k}"] for k in range(4)]).double()
     low_rank = columns.mT @ columns / (2 * (number - 1)) if number > 1 else torch.zeros(7, 7, dtype=torch.float64)

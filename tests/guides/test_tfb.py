@@ -44,7 +44,7 @@ def test_the_noise_of_a_change_is_isotropic_in_the_columns_of_b(prior):
     layer, inputs, outputs = 1, [0, 5], [0, 3, 9]  # some of the entries of one layer
     draws = []
     with poutine.seed(rng_seed=0), torch.no_grad():
-        for _ in range(2000):
+        for _ in range(800):
             weights, mean = model.weights_given(guide())
             draws.append(weights[A][:, layer][..., inputs])
             torch.testing.assert_close(weights[B], theta[B])  # B has no noise

@@ -86,7 +86,7 @@ def test_the_average_over_the_steps_is_the_full_objective(prior, kind, processes
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("prior", PRIORS, ids=NAMES)
 def test_steps_that_draw_all_tasks_are_the_ordinary_ones(prior, kind):
-    options = {"epochs": 6, "token_budget": 10_000, "patience": 0, "learning_rate": 0.03}
+    options = {"epochs": 4, "token_budget": 10_000, "patience": 0, "learning_rate": 0.03}
     one, other = (
         fit(model, tiny_data(COUNTS), guide=GUIDES[kind](model), task_subsampling=drawn, **options)
         for model, drawn in ((bora(prior), False), (bora(prior), True))

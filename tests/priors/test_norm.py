@@ -235,9 +235,9 @@ def test_map_is_the_block_soft_threshold(form):
     model = poutine.condition(linear_gaussian(prior, mean + offsets), data={"prior_mean.x": mean})
     guide = AutoDelta(model, init_loc_fn=init_to_start)
     guide()
-    optimizer, elbo = torch.optim.Adam(guide.parameters(), lr=0.2), TraceMeanField_ELBO()
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
-    for _ in range(1500):
+    optimizer, elbo = torch.optim.Adam(guide.parameters(), lr=0.5), TraceMeanField_ELBO()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.985)
+    for _ in range(750):
         elbo.differentiable_loss(model, guide).backward()
         optimizer.step()
         optimizer.zero_grad()
