@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def build_run(
     seed: int | None = None,
     new_tasks: bool = False,
     least_tasks: int = 2,
+    regroup: Callable[[TaskData], TaskData] | None = None,
 ) -> tuple[BoRA, TaskData]:
     """Build the model before the fit, and the tokenised data.
 
@@ -85,6 +87,7 @@ def build_run(
             were adapted from.
         new_tasks: the tasks are not those of the fit; options of the adapter that name tasks name others.
         least_tasks: the least number of tasks in the data.
+        regroup: what makes the tasks of the fit of those in the data; default: they are the same.
 
     Raises:
         InputError: something in the configuration or the data cannot be used.
@@ -98,7 +101,7 @@ def build_run(
     check_source(config.data)  # before a base model is downloaded for documents that do not exist
     likelihood = _likelihood(config)
     backbone = _load_backbone(config, device, team)
-    reading: dict[str, Any] = {"reads_options": likelihood.reads_options, "least_tasks": least_tasks}
+    reading: dict[str, Any] = {"reads_options": likelihood.reads_options, "least_tasks": least_tasks, "regroup": regroup}
     data = _load_data(config, backbone, split, **reading, quiet=quiet)
     adapter = adapter_of(config).for_tasks(None if new_tasks else data.tasks)
     router = build_member("router", ROUTERS, config.router, config.router_option or (), usual={"tasks": len(data.tasks)})
@@ -230,7 +233,14 @@ def _load_backbone(config: MapFitConfig, device: torch.device | None, team: Proc
 
 
 def _load_data(
-    config: MapFitConfig, backbone: Backbone, split: Splitter | None, *, reads_options: bool, least_tasks: int, quiet: bool
+    config: MapFitConfig,
+    backbone: Backbone,
+    split: Splitter | None,
+    *,
+    reads_options: bool,
+    least_tasks: int,
+    regroup: Callable[[TaskData], TaskData] | None,
+    quiet: bool,
 ) -> TaskData:
     options, notes = part_of(config, DataOptions), list(backbone.notes)
     if not reads_options:  # the options then only serve the accuracy (`questions`)
@@ -241,6 +251,7 @@ def _load_data(
     assert backbone.tokenizer is not None
     how: dict[str, Any] = {"split": split, "task_weights": config.task_weights, "least_tasks": least_tasks}
     data = load_tasks(config.data, backbone.tokenizer, options, **how)
+    data = data if regroup is None else regroup(data)
     check_token_ids(backbone, data.train, data.validation, data.test)
     data.notes[:0] = notes
     if not quiet:

@@ -18,7 +18,6 @@ from typing import Any
 
 from bora_pyro.data import TaskData
 from bora_pyro.errors import InputError, shown
-from bora_pyro.federated.deal import deal
 from bora_pyro.federated.loop import Federation
 from bora_pyro.federated.options import FederatedOptions
 from bora_pyro.federated.privacy import privacy_record
@@ -54,11 +53,11 @@ def run_federated(config: FederatedConfig, *, quiet: bool = False) -> dict[str, 
     config = config.resolved
     folder = RunFolder(config.output_dir)
     folder.check_free(overwrite=config.overwrite, resume=None)
-    model, data = build_run(config.map_fit, quiet=quiet)
+    model, data = build_run(config.map_fit, quiet=quiet, regroup=config.regroup)
     if config.export_adapters:
         check_can_export(model.backbone)
     start = begin(config.map_fit, model, data, quiet=quiet)
-    strategy, clients = STRATEGIES[config.strategy](), deal(data.tasks, config.dealt, seed=config.seed)
+    strategy, clients = STRATEGIES[config.strategy](), config.deal(data)
     federation = Federation(model, data, strategy, part_of(config, FederatedOptions), clients=clients)
     if not quiet:
         print(layers_line(model.backbone.slots), file=sys.stderr)

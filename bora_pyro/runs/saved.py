@@ -45,7 +45,7 @@ from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
 from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
-from bora_pyro.runs.config.federated import FederationOptions
+from bora_pyro.runs.config.federated import FederatedConfig, FederationOptions
 from bora_pyro.runs.config.federated_client import FederatedClientConfig
 from bora_pyro.runs.config.groups import CENTRE
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
@@ -173,6 +173,8 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
     how: dict[str, Any] = {"prior": prior, "seed": seed, "new_tasks": given}
     if isinstance(federated, FederatedClientConfig):
         how["least_tasks"] = 1
+    if isinstance(federated, FederatedConfig):
+        how["regroup"] = federated.regroup
     model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), **how)
     if routed is not None:
         adapters = FrozenAdapters.from_state(tensors, scale=routed.gate_scale)

@@ -79,6 +79,25 @@ def test_the_folder_is_what_the_library_fits(given, strategy, tmp_path, capsys):
             assert torch.equal(load_file(file)[key], model.fixed[f"{slot.name}.lora_A"][0])
 
 
+def test_clients_with_documents_of_several_tasks(given, tmp_path, capsys):
+    """A task is then what a client has, in the folder and in what reads it."""
+    options, _ = given
+    folder = tmp_path / "run"
+    assert main(line(options | {"dirichlet": 0.5, "output_dir": folder})) == 0
+    [note] = [text for text in capsys.readouterr().err.splitlines() if "by Dirichlet(0.5)" in text]
+    found = load_run(folder)
+    assert found.data.tasks == found.fitted.tasks == ["client 1", "client 2"]
+    counts = found.data.train.documents_per_task
+    assert f": {min(counts)} to {max(counts)} training documents at a client, " in note
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert note == f"note: {next(text for text in metrics['notes'] if 'Dirichlet' in text)}"
+    assert metrics["federated"]["clients"] == {"client 1": ["client 1"], "client 2": ["client 2"]}
+    assert found.fitted.evaluate(found.data.test)["test_perplexity"] == pytest.approx(metrics["test_perplexity"], rel=1e-5)
+    _, whole = build_run(found.federated_config.map_fit, quiet=True)
+    assert sum(counts) == whole.train.num_documents
+    assert found.data.test.num_tokens == whole.test.num_tokens
+
+
 def test_other_commands_read_the_folder(given, tmp_path, capsys):
     _, folder = given
     rows = documents(("Cleo",), number=8, seed=5).assign(task="Dora", split=["train"] * 5 + ["test"] * 3)
@@ -171,6 +190,15 @@ def test_a_long_list_of_rounds_is_cut():
         ({"tau_per": "task"}, "tau_per is 'task'; allowed: site, layer, model"),
         ({"clients": 4}, "clients is 4; give task (a client for each task), or a number from 1 to 3"),
         ({"clients": "tasks"}, "clients is 'tasks'; give task (a client for each task), or a whole number from 1 up"),
+        (
+            {"dirichlet": 0.3, "clients": "task"},
+            "dirichlet is 0.3, which spreads documents over a number of clients, and clients",
+        ),
+        ({"dirichlet": 0.3, "clients": 1}, "give a whole number from 2 up, or leave dirichlet out"),
+        ({"dirichlet": -1}, "dirichlet is -1"),
+        ({"dirichlet": 1e9}, "dirichlet is 1e+09; give a number between 0.001 and 1e+06"),
+        ({"dirichlet": 0.3, "task_weights": "w.csv"}, "dirichlet and task_weights are both given"),
+        ({"dirichlet": 0.3, "clients": 40}, "none of 100 draws gives each of 40 clients one of the 18 training documents"),
         ({"clients": 0}, "clients is '0'; give task (a client for each task), or a whole number from 1 up"),
         (
             {"strategy": "fedit", "adapter": "lora_frozen_a"},

@@ -14,11 +14,13 @@ from typing import Self
 
 from bora_pyro.adapters import ADAPTERS, FrozenALoRA, LoRA
 from bora_pyro.data.options import DataOptions
+from bora_pyro.data.tasks import TaskData
 from bora_pyro.errors import InputError, shown
-from bora_pyro.federated.deal import TASK
+from bora_pyro.federated.deal import TASK, deal
 from bora_pyro.federated.options import FEDERATION, FederatedOptions
 from bora_pyro.federated.privacy import TAU_HAS_NO_NOISE
 from bora_pyro.federated.privacy_options import PRIVACY
+from bora_pyro.federated.spread import BOUNDS, spread
 from bora_pyro.federated.strategies import FFA, STRATEGIES
 from bora_pyro.inference.options import RUN
 from bora_pyro.options.command_line import parse_config
@@ -117,6 +119,14 @@ class FederatedConfig(FederationOptions, DataOptions, SourceOptions):
         group=FEDERATION,
         expects="task, or a whole number from 1 up",
     )
+    dirichlet: float | None = option(
+        None,
+        "with a number of clients: spread the documents of each task over the clients by proportions from a Dirichlet of this "
+        "concentration, in place of whole tasks; what a client has is then one task; a small value is skewed (default: whole "
+        "tasks)",
+        group=FEDERATION,
+        positive=True,
+    )
     task_weights: str | None = changed(PriorOptions, "task_weights", None)
     export_adapters: bool = changed(MapFitConfig, "export_adapters", True)
     output_dir: str = changed(RunOptions, "output_dir", "runs/federated")
@@ -141,11 +151,38 @@ class FederatedConfig(FederationOptions, DataOptions, SourceOptions):
         check_no_groups(self.task_group_column)
         if self.dealt != TASK and (not isinstance(self.dealt, int) or self.dealt < 1):
             raise InputError(f"clients is {shown(self.clients)}; give task (a client for each task), or a whole number from 1 up")
+        if self.dirichlet is not None and (not isinstance(self.dealt, int) or self.dealt < 2):
+            raise InputError(
+                f"dirichlet is {self.dirichlet:g}, which spreads documents over a number of clients, and clients is "
+                f"{shown(self.clients)}; give a whole number from 2 up, or leave dirichlet out"
+            )
+        if self.dirichlet is not None and not BOUNDS[0] <= self.dirichlet <= BOUNDS[1]:
+            raise InputError(f"dirichlet is {self.dirichlet:g}; give a number between {BOUNDS[0]:g} and {BOUNDS[1]:g}")
+        if self.dirichlet is not None and self.task_weights is not None:
+            raise InputError("dirichlet and task_weights are both given, and clients have documents of several tasks; give one")
 
     @property
     def dealt(self) -> int | str:
         """``clients`` as `deal` takes it: a number, or the text."""
         return int(self.clients) if self.clients.isascii() and self.clients.isdigit() else self.clients
+
+    def regroup(self, data: TaskData) -> TaskData:
+        """The documents by the tasks of the fit: with ``dirichlet`` a task is what a client has; else as they are."""
+        if self.dirichlet is None:
+            return data
+        assert isinstance(self.dealt, int)
+        return spread(data, self.dealt, self.dirichlet, seed=self.seed_of_split)
+
+    def deal(self, data: TaskData) -> dict[str, list[str]]:
+        """The tasks of each client.
+
+        Args:
+            data: what `regroup` has returned.
+
+        Raises:
+            InputError: there are more clients than tasks.
+        """
+        return deal(data.tasks, TASK if self.dirichlet is not None else self.dealt, seed=self.seed)
 
 
 def check_not_private(config: FederationOptions) -> None:
