@@ -72,7 +72,7 @@ class FederatedTableConfig(RateOptions):
     total_steps: int = option(50, "steps of a client in the whole fit", least=1)
     dirichlet_clients: int = option(8, "number of the skewed clients", least=2)
     dirichlet: float = option(0.3, "concentration of the Dirichlet; a small one is skewed", positive=True)
-    tau: float = option(100.0, "tau of bora_fixed", positive=True)
+    tau: float = option(1.0, "tau of bora_fixed", positive=True)
     sample_rate: float = option(0.2, "sample_rate of the private fits", positive=True)
     document_clip: float = option(1.0, "document_clip of the private fits", positive=True)
     new_tasks: int = option(2, "number of tasks that are left out as new clients", least=1)

@@ -48,7 +48,7 @@ def test_the_table(words, tmp_path, capsys):
     assert (table[["base_test_perplexity", "new_base", "test_tokens", "train_documents"]].nunique() == 1).all()
     assert table.new_adapted.notna().all()
     assert math.isnan(table.new_common["alone task r2"])
-    assert table.tau.tolist() == [math.inf, 100, 0, math.inf]
+    assert table.tau.tolist() == [math.inf, 1, 0, math.inf]
     # A and B of three clients in two rounds, and the sums of their validation documents at the start and in each round
     sizes = (16 + 16) * 2 * 2 + (32 + 16) * 2 * 2  # v_proj 16 -> 16 and fc2 32 -> 16, rank 2, two layers
     assert table.uploaded_bytes["fedit task r2 E2"] == 3 * (2 * 4 * sizes + 3 * 16)
