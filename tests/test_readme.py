@@ -17,6 +17,8 @@ import bora_pyro
 from bora_pyro.cli import command
 from bora_pyro.data.builtin import BUILTIN
 from bora_pyro.data.documentation import documentation_rows
+from bora_pyro.runs.adapt import run_adapt
+from bora_pyro.runs.config.adapt import AdaptConfig
 from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.generator_fit import GeneratorFitConfig
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
@@ -126,6 +128,7 @@ def demo(tmp_path_factory):
         run_route_fit(RouteFitConfig(run="runs/demo", epochs=1, output_dir="runs/routed"), quiet=True)
         table = ["task,text", *(f'poems,"The rose is red, line {n}."' for n in range(6))]
         Path("new.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+        run_adapt(AdaptConfig(run="runs/demo", data="new.csv", steps=2, output_dir="runs/new"), quiet=True)
         prompts = ["task,prompt", *(f"{task},Returns {n}" for task in ("utils", "drawing") for n in range(3))]
         Path("prompts.csv").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     return folder

@@ -52,7 +52,8 @@ class TaskData:
         2
 
     Attributes:
-        tasks: sorted names. The position of a name is its task index d.
+        tasks: sorted names; those that were joined later (:func:`~bora_pyro.data.join.join_tasks`) come after them. The position
+            of a name is its task index d.
         train: tokens of the training documents.
         validation: tokens of the validation documents.
         test: tokens of the test documents.

@@ -29,7 +29,7 @@ from bora_pyro.inference.callbacks import Callback, FitLoop
 from bora_pyro.inference.fit import fit
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
-from bora_pyro.likelihoods import LabelledGates
+from bora_pyro.likelihoods import CausalLM, LabelledGates
 from bora_pyro.model import BoRA, Weights
 from bora_pyro.priors import FrozenAdapters
 from bora_pyro.routers import ByTask, MeteoRA
@@ -104,6 +104,16 @@ def routed_model(
     new.factor = None  # the adapters do not change
     new.tensors = model.tensors.with_latents_of(router, model.backbone)
     new.starts = new.tensors.latents
+    return new
+
+
+def by_task_model(model: BoRA) -> BoRA:
+    """A routed model whose gates are left out: each document is read by the adapter of its own task.
+
+    Its weights are those of the adapters alone, ``FrozenAdapters.theta``.
+    """
+    new = copy.copy(model)
+    new.router, new.likelihood = ByTask(), CausalLM()
     return new
 
 

@@ -38,6 +38,7 @@ from bora_pyro.files.safe_yaml import YamlError, dump_mapping, read_mapping
 from bora_pyro.files.tensors import DAMAGE, DIGEST, is_intact, write_safetensors
 from bora_pyro.runs.layout import (  # fmt: skip
     ADAPTERS,
+    ADDED,
     CHECKPOINTS,
     COMPOSE,
     CONFIG,
@@ -206,6 +207,20 @@ class RunFolder:
     def read_split(self) -> dict[str, Any]:
         """Content of ``split.json``."""
         return self._read_json(SPLIT)
+
+    def write_added(self, number: int, config: Mapping[str, Any], split: Mapping[str, Any]) -> None:
+        """Write ``added/<number>.yaml`` and ``.json``: the documents of tasks that were added to a run, and their split."""
+        (self.path / ADDED).mkdir(exist_ok=True)
+        text = dump_mapping(config)
+        replace_file(self.path / ADDED / f"{number}.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self._write_json(f"{ADDED}/{number}.json", split)
+
+    def read_added(self) -> list[tuple[Path, dict[str, Any]]]:
+        """The YAML file of each addition, and its split; none for a run without additions."""
+        files = sorted((self.path / ADDED).glob("*.yaml"), key=lambda file: (len(file.name), file.name))
+        for file in files:
+            check_regular(file)
+        return [(file, self._read_json(f"{ADDED}/{file.stem}.json")) for file in files]
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. NaN and infinity are written as null."""

@@ -24,6 +24,8 @@ COMPOSE = "compose.json"
 #: Name of the tensors of the adapter that a fit started from.
 START = "start"
 CHECKPOINTS, ADAPTERS, DIAGNOSTICS, REPORT = "checkpoints", "adapters", "diagnostics", "report.html"
+#: The documents of tasks that were added to a routed run: two files for each addition, named by its number.
+ADDED = "added"
 #: The members of an ensemble: a run folder for each, named by its number.
 MEMBERS = "members"
 #: The guide of a meta-fit, unless it is that of a posterior around another fit.
@@ -55,6 +57,7 @@ _OURS = (
     f"{COMMON}.safetensors",
     CHECKPOINTS,
     ADAPTERS,
+    ADDED,
     DIAGNOSTICS,
     MEMBERS,
     *TRACKED,
@@ -62,6 +65,7 @@ _OURS = (
 # Names that a run writes inside its folders. The trackers' folders are left out: their files are not known here.
 _WITHIN = {
     ADAPTERS: re.compile(r"\.?tasks\.json(\.tmp)?|[^/]+/(adapter_config\.(json|tmp)|adapter_model\.safetensors)?"),
+    ADDED: re.compile(r"\.?\d+\.(yaml|json)(\.tmp)?"),
     CHECKPOINTS: re.compile(r"\.?step-\d+\.safetensors(\.tmp)?|task-rows-\w+"),
     DIAGNOSTICS: re.compile(r"\.?[\w-]+\.(png|csv|nc)(\.tmp)?"),
 }

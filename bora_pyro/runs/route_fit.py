@@ -4,9 +4,13 @@
     bora generate runs/routed --prompt "Returns the"
 
     bora route-fit --adapters peft --fit_config documents.yaml --output_dir runs/routed    # adapters from elsewhere
+    bora route-fit runs/routed --add runs/new --data new.csv --output_dir runs/more        # adapters for finished gates
 
 The new folder holds the adapters and the gates, so it needs neither the folder of the run nor its adapters. There are no PEFT
 folders in it: a routed model cannot be exported. There are no checkpoints: a fit that is interrupted is started again.
+
+With ``--add`` the gates and adapters of the run stay as they are, bit for bit, and each new task gets a gate of its own, which
+learns from the training documents of all tasks. ``added/`` in the new folder says where the documents of the new tasks are.
 """
 
 from __future__ import annotations
@@ -21,11 +25,14 @@ import torch
 
 from bora_pyro.errors import InputError
 from bora_pyro.files.slugs import adapter_folders
+from bora_pyro.files.text import name_line
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.inference.options import FitOptions
-from bora_pyro.inference.route_fit import check_routable, frozen, gates_of, route_fit
+from bora_pyro.inference.route_fit import add_adapters, check_routable, frozen, gates_of, route_fit
 from bora_pyro.model import Weights
 from bora_pyro.predict.gates import read_gates
+from bora_pyro.runs.added_adapters import read_added
+from bora_pyro.runs.added_tasks import write_additions
 from bora_pyro.runs.command import Command
 from bora_pyro.runs.config.ensemble import EnsembleConfig
 from bora_pyro.runs.config.route_fit import RouteFitConfig
@@ -58,9 +65,9 @@ def run_route_fit(config: RouteFitConfig, *, quiet: bool = False) -> dict[str, A
     folder.check_free(overwrite=config.overwrite, resume=None)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    source, draws = _source(config)
+    source, draws, config = _source(config)
     data = source.data
-    config.build_router().check_tasks(len(source.fitted.tasks))
+    config.build_router().check_tasks(data.num_tasks)
     config = dataclasses.replace(config, token_budget=config.token_budget or source.config.token_budget)
     if not quiet:
         print_data(data)
@@ -69,10 +76,12 @@ def run_route_fit(config: RouteFitConfig, *, quiet: bool = False) -> dict[str, A
         folder.write_config(dataclasses.asdict(config) | {"overwrite": False})
         folder.write_fit(dataclasses.asdict(source.config))
         folder.write_split(source.split)
+        write_additions(folder, source.additions)
         fitted = _fit(config, source, folder, draws, quiet=quiet)
         if fitted.history and not fitted.best_epoch:
+            which = "gates of 0 for the new tasks" if source.new else "gates of 0"
             note = (
-                "no epoch had a lower validation perplexity than gates of 0, so these are kept and say nothing of the task; give "
+                f"no epoch had a lower validation perplexity than {which}, so these are kept and say nothing of the task; give "
                 "more --epochs or another --learning_rate"
             )
             data.notes.append(note)
@@ -82,16 +91,21 @@ def run_route_fit(config: RouteFitConfig, *, quiet: bool = False) -> dict[str, A
         return saving.save(fitted, data, lambda: _metrics(config, source, fitted))
 
 
-def _source(config: RouteFitConfig) -> tuple[RoutedAdapters, list[Weights]]:
-    """The adapters of a run with draws of their posterior, or adapters from PEFT folders."""
+def _source(config: RouteFitConfig) -> tuple[RoutedAdapters, list[Weights], RouteFitConfig]:
+    """The adapters of a run with draws of their posterior, or adapters from PEFT folders; and the whole configuration."""
+    if config.add is not None:
+        source, config = read_added(config)
+        return source, [], config
+    config = config.with_gates()
     if config.adapters is not None:
         source = read_folders(config)
         check_routable(source.fitted.model)
-        return source, []
+        return source, [], config
     run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
     check_run(run)
     # a point estimate has no posterior, and the error says what to do
-    return RoutedAdapters.of_run(run), [*run.posterior(seed=config.seed).draws(config.draws)] if config.draws else []
+    draws = [*run.posterior(seed=config.seed).draws(config.draws)] if config.draws else []
+    return RoutedAdapters.of_run(run), draws, config
 
 
 def check_run(run: SavedRun) -> None:
@@ -134,6 +148,8 @@ def _fit(config: RouteFitConfig, source: RoutedAdapters, folder: RunFolder, draw
             folder.log(report)
             show(report)
 
+        if source.new:
+            return add_adapters(source.fitted, source.new, source.data, options, on_step=show, on_epoch=record)
         weights: dict[str, Any] = {name: getattr(config, name) for name in ("gate_weight", "token_weight", "gate_scale")}
         return route_fit(
             source.fitted, source.data, config.build_router(), options, draws=draws, on_step=show, on_epoch=record, **weights
@@ -147,6 +163,9 @@ def _metrics(config: RouteFitConfig, source: RoutedAdapters, fitted: Fitted) -> 
         metrics["tasks"][slug]["deviation_norm"] = source.norms.get(slug)
     if source.run is None:  # the adapters have no prior
         metrics["tau"] = None
+    elif source.new:  # those that are added are of another prior, or of none
+        metrics["tau"] = source.run.metrics.get("tau")
+        metrics["added"] = [*source.new]
     metrics |= {"guide": "map", "router": repr(fitted.model.router), "draws": config.draws}
     metrics[f"task_test_{measure}"] = source.test
     weights = fitted.weights()[0]
@@ -165,6 +184,9 @@ def _metrics(config: RouteFitConfig, source: RoutedAdapters, fitted: Fitted) -> 
 def show(config: RouteFitConfig, metrics: Mapping[str, Any]) -> None:
     """Print the table of the tasks, the accuracy of the gates, and the run folder."""
     print_table(metrics)
+    if added := metrics.get("added"):
+        old = len(metrics["tasks"]) - len(added)
+        print(f"gates were fitted for {', '.join(map(name_line, added))}; those of the other {old} tasks are as they were")
     if (gate := metrics.get("gate")) is not None:
         right, worst, best = gate["accuracy"], gate["worst_layer"], gate["best_layer"]
         print(

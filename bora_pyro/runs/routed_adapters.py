@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from bora_pyro.errors import InputError, shown
 from bora_pyro.exchange.factors import LoraForm
 from bora_pyro.exchange.fold import mean_form, stacked
 from bora_pyro.exchange.load import PeftAdapter
+from bora_pyro.exchange.names import AdapterNames
 from bora_pyro.exchange.pooling.folder import adapter_names, read_adapters
 from bora_pyro.files.slugs import adapter_folders
 from bora_pyro.guides import make_parameters, map_guide
 from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.model import BoRA
+from bora_pyro.model import BoRA, Weights
 from bora_pyro.priors import HierarchicalNormal
+from bora_pyro.runs.added_tasks import Addition
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.config.map_fit import MapFitConfig, parse_config
 from bora_pyro.runs.config.route_fit import RouteFitConfig
@@ -46,6 +48,9 @@ class RoutedAdapters:
         test: the measure of the test documents, each read by the adapter of its own task; None: there are none.
         norms: ‖θ_d − Θ‖ by the name of the task's folder; empty: the adapters have no Θ.
         run: the run; None: the adapters come from PEFT folders.
+        new: if the run is routed: the adapters that are added to it, by the name of their task. ``fitted`` has the old ones,
+            ``data`` the documents of all tasks.
+        additions: the documents of the tasks that are not those of ``config``.
     """
 
     fitted: Fitted
@@ -55,6 +60,8 @@ class RoutedAdapters:
     test: float | None
     norms: Mapping[str, float | None]
     run: SavedRun | None = None
+    new: Mapping[str, Weights] = field(default_factory=dict)
+    additions: Sequence[Addition] = ()
 
     @classmethod
     def of_run(cls, run: SavedRun) -> RoutedAdapters:
@@ -80,16 +87,8 @@ def read_folders(config: RouteFitConfig) -> RoutedAdapters:
     adapters, names = read_adapters(config.adapters), adapter_names(config.adapters)
     fit = _fit_config(config, adapters)
     model, data = build_run(fit, quiet=True, prior=HierarchicalNormal(1.0))
-    folders = names.folders_of(data.tasks, among=[*adapters])
-    for task, folder in folders.items():
-        if folder is None:
-            raise InputError(f"task {shown(task)} of {fit.data} has no adapter in {config.adapters}{names.nearest(task)}")
-    if without := [folder for folder in adapters if folder not in folders.values()]:
-        raise InputError(
-            f"the adapter in {config.adapters}/{without[0]} has no documents in {fit.data}, and its gate cannot be learned; give "
-            "documents of its task, or move the folder away"
-        )
-    forms = [_form(adapters[str(folder)], model, same_base=config.same_base) for folder in folders.values()]
+    folders = folders_of_tasks(data.tasks, adapters, names, place=config.adapters, documents=fit.data)
+    forms = [form_on(adapters[folder], model, same_base=config.same_base) for folder in folders.values()]
     notes = _notes(forms, model)
     data.notes.extend(notes)
     mean = mean_form(forms, rank=fit.rank).with_rank([fit.rank])
@@ -120,8 +119,40 @@ def _fit_config(config: RouteFitConfig, adapters: Mapping[str, PeftAdapter]) -> 
     )  # fmt: skip
 
 
-def _form(adapter: PeftAdapter, model: BoRA, *, same_base: bool) -> LoraForm:
-    """The adapter with matrices for all layers and the rank of the model."""
+def folders_of_tasks(
+    tasks: Sequence[str], adapters: Mapping[str, PeftAdapter], names: AdapterNames, *, place: str, documents: object
+) -> dict[str, str]:
+    """The folder with the adapter of each task.
+
+    Args:
+        tasks: the tasks of the documents.
+        adapters: the adapters by the name of their folder.
+        names: the names of the tasks of these folders, if known.
+        place: the folder that contains these folders, for errors.
+        documents: the source of the documents, for errors.
+
+    Raises:
+        InputError: a task has no adapter, or an adapter has no documents.
+    """
+    found = {}
+    for task, folder in names.folders_of(tasks, among=[*adapters]).items():
+        if folder is None or folder not in adapters:
+            raise InputError(f"task {shown(task)} of {documents} has no adapter in {place}{names.nearest(task)}")
+        found[task] = folder
+    if without := [folder for folder in adapters if folder not in found.values()]:
+        raise InputError(
+            f"the adapter in {place}/{without[0]} has no documents in {documents}, and its gate cannot be learned; give "
+            "documents of its task, or move the folder away"
+        )
+    return found
+
+
+def form_on(adapter: PeftAdapter, model: BoRA, *, same_base: bool) -> LoraForm:
+    """The adapter with matrices for all layers, the rank of the model, and scale 1.
+
+    Raises:
+        InputError: it is of another base, changes other layers, or has a larger rank.
+    """
     shapes = {path: (slot.in_features, slot.out_features) for slot in model.backbone.slots for path in slot.paths}
     zeros = {
         path: {"lora_A": torch.zeros(adapter.rank, sizes[0]), "lora_B": torch.zeros(sizes[1], adapter.rank)}

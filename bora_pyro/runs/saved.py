@@ -41,6 +41,7 @@ from bora_pyro.predict.posterior import Posterior
 from bora_pyro.priors import FrozenAdapters, Given, RandomPrecision, with_shared
 from bora_pyro.priors.frozen import GIVEN as FROZEN
 from bora_pyro.priors.given import MEAN
+from bora_pyro.runs.added_tasks import read_additions, with_additions
 from bora_pyro.runs.build import build_run
 from bora_pyro.runs.checks import check_data, read_metrics
 from bora_pyro.runs.config.adapt import AdaptConfig
@@ -177,8 +178,9 @@ def load_run(path: str | Path, *, device: str = "auto", trust_remote_code: bool 
         how["regroup"] = federated.regroup
     model, data = build_run(config, quiet=True, split=ByRecord(folder.read_split()), **how)
     if routed is not None:
-        adapters = FrozenAdapters.from_state(tensors, scale=routed.gate_scale)
-        _check_adapters(folder, model, adapters)
+        data = with_additions(data, read_additions(folder), model.backbone)
+        adapters = FrozenAdapters.from_state(tensors, scale=routed.with_gates().gate_scale or 1.0)
+        _check_adapters(folder, model, adapters, num_tasks=data.num_tasks)
         model = routed_model(model, adapters, routed.build_router(), likelihood=routed.build_likelihood())
     if posterior is not None and posterior.tau != FIXED:
         sampled_tau(model, posterior.tau)
@@ -233,10 +235,10 @@ def _parsed(cls: type[C], folder: RunFolder, name: str) -> C:
         raise InputError(str(error).removeprefix("--config ")) from None
 
 
-def _check_adapters(folder: RunFolder, model: BoRA, adapters: FrozenAdapters) -> None:
+def _check_adapters(folder: RunFolder, model: BoRA, adapters: FrozenAdapters, *, num_tasks: int) -> None:
     """Check that the stored adapters are those of the model's tasks and layers."""
     found = {name: value.shape for name, value in adapters.theta.items()}
-    if found != {name: (model.num_tasks, *start.shape) for name, start in model.starts.items()}:
+    if found != {name: (num_tasks, *start.shape) for name, start in model.starts.items()}:
         raise InputError(
             f"the adapters in {folder.path} are of other tasks, layers or ranks than its fit.yaml says; restore it, or fit again"
         )

@@ -29,7 +29,7 @@ from bora_pyro.files.slugs import GLOBAL_MEAN
 POOLING = "pooling.json"
 
 
-def read_adapters(folder: str | Path, tasks: Sequence[str] | None = None) -> dict[str, PeftAdapter]:
+def read_adapters(folder: str | Path, tasks: Sequence[str] | None = None, *, least: int = 2) -> dict[str, PeftAdapter]:
     """Read the adapters in the subfolders of a folder.
 
     Subfolders that are not adapters of a task (``global-mean`` and draws ``<task>--draw-<k>``, as this library writes them) are
@@ -38,12 +38,13 @@ def read_adapters(folder: str | Path, tasks: Sequence[str] | None = None) -> dic
     Args:
         folder: the folder that contains the PEFT folders.
         tasks: names of folders or of tasks (:mod:`bora_pyro.exchange.names`); default: all tasks.
+        least: the least number of adapters, one or two.
 
     Returns:
         The adapters, by name of their folder.
 
     Raises:
-        InputError: if there is no such folder, it has fewer than two adapters, or as for
+        InputError: if there is no such folder, it has fewer adapters, or as for
             :func:`~bora_pyro.exchange.load.read_peft`.
     """
     folder, names = Path(folder), _folders(folder)
@@ -55,8 +56,9 @@ def read_adapters(folder: str | Path, tasks: Sequence[str] | None = None) -> dic
         if unknown := [task for task in tasks if found[task] is None]:
             raise InputError(f"{folder} has no adapter {unknown[0]!r}, of {len(names)}{own.nearest(unknown[0])}")
         tasks = [name for name in found.values() if name is not None]
-    if len(dict.fromkeys(tasks)) < 2:
-        raise InputError(f"{folder} has {len(tasks)} adapters of tasks; give a folder with two or more folders with {CONFIG}")
+    if len(dict.fromkeys(tasks)) < least:
+        number = "one or more" if least == 1 else "two or more"
+        raise InputError(f"{folder} has {len(tasks)} adapters of tasks; give a folder with {number} folders with {CONFIG}")
     return {task: read_peft(folder / task) for task in dict.fromkeys(tasks)}
 
 
