@@ -1,78 +1,81 @@
 """Compare ways to read a text whose task is unknown, or changes in the text.
 
     python scripts/experiments/compare_token_routing.py runs/demo --output results/token_routing.csv
+    python scripts/experiments/compare_token_routing.py --adapters peft --fit_config documents.yaml --output table.csv
 
 Texts: the test documents of the run, whose task is hidden (``unknown``), and composite texts (``composite-M``), in which M tasks
 follow one another, a switch every ``--segment`` tokens. Their parts are the beginnings of test documents. Arms:
 
 - ``oracle``: each token by the adapter of its task, which reads the whole text.
 - ``filter``: the hidden Markov model over tasks, with the switch rate that is most likely for validation texts of the same kind.
+- ``filter, tempered``: the same with the pair of a switch rate and a temperature that is best for these validation texts.
 - ``whole text``: p(d | tokens before) for texts of one task, as ``infer_task``: the filter at switch rate 0.
 - ``mixture``: all tasks with their prior weights at each token: the filter at switch rate 1.
-- ``meteora k=1``, ``meteora k=2``: gates, fitted here to the run's training documents.
+- ``meteora k=1``, ``meteora k=2``: gates, fitted here to the training documents, at the learning rate of ``--learning_rate`` with
+  the best validation perplexity.
 - ``average``: one adapter, the mean of ΔW over all tasks. ``theta``: Θ. ``base``: no adapter.
-- ``pooled``: one LoRA for all tasks, if the folder of such a run is given (``map_fit.py --tau inf``, with the same documents).
+- the name of a folder in ``--pooled``: a fit of one adapter for all tasks to the same documents (``map_fit.py --tau inf``), such
+  as one LoRA, or SMoRA, whose gates need no task (``--adapter smora``).
 
 Columns: perplexity; its ratio to the oracle's; the share of tokens at which the most probable task is the right one, before the
 token is read; and for composite texts the mean number of tokens after a switch until that task is the new one (a switch that is
-not found counts as a whole segment), and the share of switches that are found. Rows that the table has are not computed again.
+not found counts as a whole segment), and the share of switches that are found. Then what was chosen on validation documents; the
+numbers of the adapters, those that a token is multiplied by and all; and the tokens a second on some test documents. Rows that
+the table has are not computed again. The rows of several seeds, each of another run, go into one table.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import transformers
-from torch import Tensor
+from composite_texts import Texts, composites, until_found
+from token_routing_arms import COMPOSITE, FILTERS, GATES, UNKNOWN, Comparison
 
-from bora_pyro.data import TokenSplit
 from bora_pyro.errors import InputError
-from bora_pyro.inference.evaluate import evaluate
 from bora_pyro.inference.fitted import Fitted
-from bora_pyro.inference.options import FitOptions
-from bora_pyro.inference.route_fit import gates_of, route_fit, routed_model
+from bora_pyro.model import Weights
 from bora_pyro.options.command_line import parse_config, run_script
 from bora_pyro.options.field import check_fields, option
-from bora_pyro.predict.gates import read_gates
-from bora_pyro.predict.token_filter import TokenLikelihoods, token_likelihoods
-from bora_pyro.priors import FrozenAdapters
-from bora_pyro.routers import MeteoRA
+from bora_pyro.runs.config.route_fit import RouteFitConfig
 from bora_pyro.runs.results_table import read_results, write_results
-from bora_pyro.runs.saved import SavedRun, load_run
+from bora_pyro.runs.route_fit import check_run
+from bora_pyro.runs.routed_adapters import RoutedAdapters, read_folders
+from bora_pyro.runs.saved import load_run
 from bora_pyro.runs.stored_options import check_options, options_json
 
-UNKNOWN, COMPOSITE = "unknown", "composite"
-KEYS = ["text", "arm"]
-NUMBERS = ["perplexity", "ratio", "accuracy", "tokens_until_found", "found", "switch_rate", "tokens"]
-COLUMNS = [*KEYS, *NUMBERS, "options"]
-#: Arms that are the filter at some switch rate; None: the rate of maximum likelihood.
-FILTERS: dict[str, float | None] = {"filter": None, "whole text": 0.0, "mixture": 1.0}
-GATES = {"meteora k=1": 1, "meteora k=2": 2}
+__all__ = ["Comparison", "Texts", "TokenRoutingConfig", "composites", "main", "until_found"]
+
+KEYS = ["seed", "text", "arm"]
+NUMBERS = ["perplexity", "ratio", "accuracy", "tokens_until_found", "found", "switch_rate", "temperature", "learning_rate"]
+NUMBERS += ["best_epoch", "active_parameters", "total_parameters", "tokens_per_second", "tokens"]
+COLUMNS = [*KEYS, *NUMBERS, "run", "options"]
 
 
 @dataclass(kw_only=True)
 class TokenRoutingConfig:
     """Compare the filter by tokens, MeteoRA's gates and single adapters on texts of unknown or changing task."""
 
-    run: str = option("", "folder of a finished fit, its output_dir", positional=True)
-    pooled: str | None = option(None, "folder of a fit of one adapter for all tasks to the same documents (default: none)")
+    run: str = option("", "folder of a finished fit, its output_dir; or leave it out and give --adapters", positional=True)
+    adapters: str | None = option(None, "folder with a PEFT folder for each task, of adapters that were trained elsewhere")
+    fit_config: str | None = option(None, "with --adapters: YAML file of map-fit's options that name the base and documents")
+    pooled: list[str] | None = option(None, "folders of fits of one adapter for all tasks to the same documents (default: none)")
     composite: list[str] = option(["2", "3", "5", "10"], "numbers of tasks in a composite text (default: 2 3 5 10)")
     texts: int = option(50, "composite texts of each kind", least=1)
     segment: int = option(64, "tokens of each task in a composite text", least=2)
     epochs: int = option(6, "epochs of the fit of the gates", least=1)
-    learning_rate: float = option(0.01, "learning rate of the gates", positive=True)
+    learning_rate: list[str] = option(["0.01"], "learning rates of the gates, of which validation chooses", positive=True)
     gate_weight: float = option(50.0, "weight of the task of a token in the fit of the gates", positive=True)
     prior: str = option("flat", "p(d): flat, or in proportion to the training documents", choices=("flat", "documents"))
-    seed: int = option(0, "seed of the composite texts and of the gates", least=0)
+    seed: int = option(0, "seed of the composite texts", least=0)
+    gate_seed: int = option(0, "seed of the gates, and of the rows: give the rows of another run another one", least=0)
     trust_remote_code: bool = option(
         False, "allow the base model to run its own code on this machine; only on the command line", line_only=True
     )
@@ -81,223 +84,66 @@ class TokenRoutingConfig:
 
     def validate(self) -> None:
         """Check the values."""
-        if not self.run.strip():
-            raise InputError("no run is given; name the folder of a fit, as in compare_token_routing.py runs/map_fit")
+        if bool(self.run.strip()) == (self.adapters is not None):
+            given = "both are given" if self.run.strip() else "no run is given"
+            raise InputError(f"{given}; name the folder of a fit, as in compare_token_routing.py runs/map_fit, or --adapters")
+        if (self.adapters is None) != (self.fit_config is None):
+            raise InputError("adapters and fit_config belong together; give both, or the folder of a run alone")
         check_fields(self)
         for text in self.composite:
             if not (text.isdigit() and int(text) >= 2):
                 raise InputError(f"composite has {text!r}; give whole numbers from 2 up")
+        names = [Path(path).name for path in self.pooled or ()]
+        taken = ["oracle", *FILTERS, *GATES, "average", "theta", "base"]
+        for number, name in enumerate(names):
+            if name in [*taken, *names[:number]]:
+                raise InputError(f"pooled has two arms called {name!r}: the folders' names are those of the arms; rename one")
 
-    def of_result(self, run: SavedRun) -> dict[str, Any]:
+    def of_result(self) -> dict[str, Any]:
         """What all rows of a table share."""
         names = ("texts", "segment", "epochs", "learning_rate", "gate_weight", "prior", "seed")
-        pooled = None if self.pooled is None else Path(self.pooled).name
-        return {name: getattr(self, name) for name in names} | {"run": run.folder.digest_of("posterior")[:16], "pooled": pooled}
+        return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Texts with the task of each predicted token.
+def read_source(config: TokenRoutingConfig) -> RoutedAdapters:
+    """The adapters of the run or of the PEFT folders, with their documents."""
+    if config.adapters is None:
+        run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
+        check_run(run)
+        return RoutedAdapters.of_run(run)
+    return read_folders(
+        RouteFitConfig(
+            adapters=config.adapters, fit_config=config.fit_config, device=config.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+    )  # fmt: skip
 
-    Attributes:
-        split: the texts.
-        task: one for each text, (tokens,) int64: the task of each predicted token.
-        start: one for each text: the places among its predicted tokens at which a task begins, after the first.
+
+def read_pooled(config: TokenRoutingConfig, source: RoutedAdapters) -> dict[str, Fitted]:
+    """The fits of one adapter for all tasks, by the name of their folder.
+
+    Raises:
+        InputError: one has other documents, or an adapter for each task.
     """
-
-    split: TokenSplit
-    task: list[Tensor]
-    start: list[list[int]]
-
-    @classmethod
-    def of_documents(cls, split: TokenSplit) -> Texts:
-        """Texts of one task each."""
-        task = [torch.full((n,), d) for n, d in zip(split.predicted.tolist(), split.task.tolist(), strict=True)]
-        return cls(split, task, [[] for _ in task])
-
-
-def composites(split: TokenSplit, tasks: int, *, segment: int, number: int, seed: int) -> Texts | None:
-    """Texts of several tasks, each with the beginning of a document: its first ``segment`` tokens behind the start token.
-
-    Args:
-        split: the documents.
-        tasks: number of tasks in a text.
-        segment: tokens of each task.
-        number: number of texts.
-        seed: seed of the choice of tasks and documents.
-
-    Returns:
-        The texts; None if too few tasks have a document that is long enough.
-    """
-    whole = split.subset(split.first_pieces)
-    long = {d: ((whole.task == d) & (whole.lengths > segment)).nonzero()[:, 0].tolist() for d in range(split.num_tasks)}
-    usable = [d for d, documents in long.items() if documents]
-    if len(usable) < tasks:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    rows, labels = [], []
-    for _ in range(number):
-        chosen = [usable[n] for n in torch.randperm(len(usable), generator=generator)[:tasks].tolist()]
-        documents = [long[d][int(torch.randint(len(long[d]), (), generator=generator))] for d in chosen]
-        parts = [whole.document(n) for n in documents]
-        rows.append([int(parts[0][0]), *(int(token) for part in parts for token in part[1 : segment + 1])])
-        labels.append(torch.tensor(chosen).repeat_interleave(segment))
-    made = TokenSplit.from_documents(rows, task=[0] * number, num_tasks=split.num_tasks, pad_token_id=split.pad_token_id)
-    return Texts(made, labels, [[segment * n for n in range(1, tasks)]] * number)
-
-
-def until_found(best: list[Tensor], texts: Texts) -> dict[str, float]:
-    """How often the most probable task is right, and how soon after a switch.
-
-        >>> split = TokenSplit.from_documents([[0, 5, 5, 5, 5]], task=[0], num_tasks=2)
-        >>> texts = Texts(split, [torch.tensor([0, 0, 1, 1])], [[2]])
-        >>> until_found([torch.tensor([0, 0, 0, 1])], texts)
-        {'accuracy': 0.75, 'tokens_until_found': 1.0, 'found': 1.0}
-
-    Args:
-        best: one for each text, (tokens,) int64: the most probable task before each predicted token.
-        texts: the texts.
-    """
-    right = [own == task for own, task in zip(best, texts.task, strict=True)]
-    waits, found = [], []
-    for of_text, starts in zip(right, texts.start, strict=True):
-        for begin, end in pairwise([*starts, len(of_text)]):
-            hits = of_text[begin:end].nonzero()[:, 0]
-            found.append(len(hits) > 0)
-            waits.append(int(hits[0]) if len(hits) else end - begin)
-    accuracy = {"accuracy": float(torch.cat(right).double().mean())}
-    if not waits:
-        return accuracy
-    return accuracy | {"tokens_until_found": sum(waits) / len(waits), "found": sum(found) / len(found)}
-
-
-class Comparison:
-    """The arms of a run; gates are fitted when an arm needs them.
-
-    Args:
-        run: the run.
-        config: the options.
-    """
-
-    def __init__(self, run: SavedRun, config: TokenRoutingConfig) -> None:
-        self.fitted, self.data, self.config = run.fitted, run.data, config
-        self._gates: dict[int, Fitted] = {}
-        self._read: dict[str, TokenLikelihoods] = {}
-        self.pooled = None if config.pooled is None else self._pooled(run, config.pooled)
-
-    def _pooled(self, run: SavedRun, path: str) -> SavedRun:
-        pooled = load_run(path, device=self.config.device, trust_remote_code=self.config.trust_remote_code)
-        same = [one.data.test.tokens.tolist() for one in (pooled, run)]
-        if pooled.fitted.tasks != run.fitted.tasks or same[0] != same[1]:
-            raise InputError(f"the run in {path} has other documents than that in {self.config.run}; fit both to the same ones")
-        if not math.isinf(pooled.fitted.tau()):
+    found = {}
+    for path in config.pooled or ():
+        run = load_run(path, device=config.device, trust_remote_code=config.trust_remote_code)
+        same = [one.data.test.tokens.tolist() for one in (run, source)]
+        if run.fitted.tasks != source.fitted.tasks or same[0] != same[1]:
+            where = config.run or config.fit_config
+            raise InputError(f"the run in {path} has other documents than that in {where}; fit both to the same ones")
+        if not math.isinf(run.fitted.tau()):
             raise InputError(f"the run in {path} has an adapter for each task; give one that was fitted with --tau inf")
-        return pooled
-
-    @property
-    def arms(self) -> list[str]:
-        """The names of all arms."""
-        names = ["oracle", *FILTERS, *GATES, "average", "theta", "base"]
-        return names + ["pooled"] * (self.pooled is not None)
-
-    @cached_property
-    def theta(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """θ of all tasks, and Θ."""
-        return self.fitted.weights()
-
-    def gates(self, k: int) -> Fitted:
-        """The gates of MeteoRA with k adapters for each token."""
-        if k not in self._gates:
-            config = self.config
-            options = FitOptions(epochs=config.epochs, learning_rate=config.learning_rate, seed=config.seed, gradient_norm=False)
-            print(f"fitting gates, k = {k}", file=sys.stderr, flush=True)
-            self._gates[k] = route_fit(self.fitted, self.data, MeteoRA(k), options, gate_weight=config.gate_weight)
-        return self._gates[k]
-
-    def texts(self, kind: str, *, validation: bool = False) -> Texts | None:
-        """The texts of a kind, from test documents, or the same from validation documents; None if there are none."""
-        split = self.data.validation if validation else self.data.test
-        if kind == UNKNOWN:
-            return Texts.of_documents(split)
-        tasks, context = int(kind.removeprefix(f"{COMPOSITE}-")), self.fitted.model.backbone.context
-        if context is not None and tasks * self.config.segment + 1 > context:
-            return None
-        config = self.config
-        return composites(split, tasks, segment=config.segment, number=config.texts, seed=config.seed + validation)
-
-    def likelihoods(self, kind: str, *, validation: bool = False) -> TokenLikelihoods | None:
-        """The likelihoods of the tokens of the texts of a kind under each adapter, read once; None if there are no texts."""
-        name = f"{kind}{' validation' * validation}"
-        if name not in self._read and (texts := self.texts(kind, validation=validation)) is not None and len(texts.split):
-            self._read[name] = token_likelihoods(self.fitted, texts.split, prior=self.config.prior)
-        return self._read.get(name)
-
-    def row(self, kind: str, arm: str, texts: Texts) -> dict[str, Any]:
-        """The numbers of an arm on the texts of a kind."""
-        tokens = texts.split.num_tokens
-        found = self._of_arm(kind, arm, texts)
-        total = found.pop("log_likelihood")
-        own = self.likelihoods(kind)
-        assert own is not None
-        oracle = _oracle(own, texts)
-        perplexity = math.exp(-total / tokens)
-        return {
-            "text": kind,
-            "arm": arm,
-            "perplexity": perplexity,
-            "ratio": math.exp((oracle - total) / tokens),
-            "tokens": tokens,
-        } | found
-
-    def _of_arm(self, kind: str, arm: str, texts: Texts) -> dict[str, float]:
-        model, split = self.fitted.model, texts.split
-        theta, mean = self.theta
-        if arm == "oracle" or arm in FILTERS:
-            likelihoods = self.likelihoods(kind)
-            assert likelihoods is not None
-            if arm == "oracle":
-                return {"log_likelihood": _oracle(likelihoods, texts)}
-            rate = FILTERS[arm]
-            if rate is None:
-                held_out = self.likelihoods(kind, validation=True)
-                if held_out is None:
-                    raise InputError(
-                        f"there are no validation texts of kind {kind} to choose the switch rate with; give a run with more"
-                    )
-                rate = held_out.best_switch_rate()
-            filtered = likelihoods.at(rate)
-            best = [row.argmax(1) for row in filtered.predicted]
-            return {"log_likelihood": float(filtered.log_evidence.sum()), "switch_rate": rate} | until_found(best, texts)
-        if arm in GATES:
-            routed = self.gates(GATES[arm])
-            weights = routed.weights()[0]
-            (scores,) = evaluate(routed.model, split, weights)
-            # the gates at the token before say which adapters predict a token
-            readings = read_gates(routed.model, weights, split)
-            best = [p.argmax(1)[_places(split, text) - 1] for text, p in enumerate(readings.probabilities)]
-            return {"log_likelihood": float(scores.log_likelihood.sum())} | until_found(best, texts)
-        if arm == "average":
-            even = routed_model(model, FrozenAdapters(theta, mean), MeteoRA(model.num_tasks, execution="dense"))
-            zero = gates_of({name: torch.zeros(model.num_tasks, *start.shape) for name, start in even.starts.items()})
-            (scores,) = evaluate(even, split, theta | {name: value.to(model.backbone.device) for name, value in zero.items()})
-        elif arm == "pooled":
-            assert self.pooled is not None
-            (scores,) = evaluate(self.pooled.fitted.model, split, self.pooled.fitted.weights()[0])
-        else:
-            of_mean = {name: value[None].expand_as(theta[name]) for name, value in mean.items()}
-            (scores,) = evaluate(model, split, None if arm == "base" else of_mean)
-        return {"log_likelihood": float(scores.log_likelihood.sum())}
+        found[Path(path).name] = run.fitted
+    return found
 
 
-def _places(split: TokenSplit, text: int) -> Tensor:
-    """The places of the predicted tokens of a text."""
-    return (split.labels(text) >= 0).nonzero()[:, 0]
-
-
-def _oracle(likelihoods: TokenLikelihoods, texts: Texts) -> float:
-    """log p of all tokens, each under the adapter of its task, in nats."""
-    every = likelihoods.log_likelihood[:, :, 0]
-    return sum(float(every[n, : len(task)].gather(1, task[:, None]).sum()) for n, task in enumerate(texts.task))
+def digest(weights: Weights) -> str:
+    """What the adapters of a run are known by in the table."""
+    whole = hashlib.sha256()
+    for name in sorted(weights):
+        whole.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def rows(comparison: Comparison, config: TokenRoutingConfig, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
@@ -324,15 +170,24 @@ def main(argv: list[str]) -> int:
     try:
         config = parse_config(TokenRoutingConfig, argv, prog="compare_token_routing.py")
         table = read_results(config.output, KEYS)
-        run = load_run(config.run, device=config.device, trust_remote_code=config.trust_remote_code)
-        if not len(run.data.test) or not len(run.data.validation):
-            raise InputError(f"the run in {config.run} has no validation or no test documents; give one that has both")
-        options = config.of_result(run)
+        options = config.of_result()
         if len(table):
             check_options(table, options, output=config.output)
-        done = set(zip(table.text, table.arm, strict=True))
-        for row in rows(Comparison(run, config), config, done):
-            whole = pd.DataFrame([dict.fromkeys(COLUMNS) | row | {"options": options_json(options)}])[COLUMNS].astype(object)
+        source = read_source(config)
+        if not len(source.data.test) or not len(source.data.validation):
+            where = config.run or config.fit_config
+            raise InputError(f"the run in {where} has no validation or no test documents; give one that has both")
+        pooled, own = read_pooled(config, source), digest(source.fitted.weights()[0])
+        of_seed = table[table.seed == config.gate_seed]
+        if len(others := of_seed[of_seed.run != own] if len(of_seed) else of_seed):
+            raise InputError(
+                f"output {config.output} has rows of other adapters with gate_seed {config.gate_seed} ({others.run.iloc[0]}); "
+                "give another --gate_seed or another --output"
+            )
+        done = set(zip(of_seed.text, of_seed.arm, strict=True))
+        known = {"seed": config.gate_seed, "run": own, "options": options_json(options)}
+        for row in rows(Comparison(source, config, pooled), config, done):
+            whole = pd.DataFrame([dict.fromkeys(COLUMNS) | row | known])[COLUMNS].astype(object)
             table = pd.concat([table, whole], ignore_index=True) if len(table) else whole
             write_results(table, config.output)
             print(f"{row['text']}, {row['arm']}: {row['perplexity']:.3f}", file=sys.stderr, flush=True)
@@ -341,8 +196,9 @@ def main(argv: list[str]) -> int:
         return 2
     shown = table[[*KEYS, *NUMBERS]].copy()
     shown[NUMBERS] = shown[NUMBERS].apply(pd.to_numeric)
-    print(shown.round(3).to_string(index=False))
-    print(f"table: {config.output}")
+    means = shown.groupby(["text", "arm"], sort=False)[[*NUMBERS]].mean()
+    print(means.round(3).dropna(axis=1, how="all").to_string())
+    print(f"table: {config.output}, seeds {', '.join(map(str, sorted(table.seed.unique())))}")
     return 0
 
 

@@ -44,18 +44,22 @@ def folder(tmp_path_factory):
     options = quick_fit(folder) | {"data": write_table(folder / "more.csv", documents(number=20)), "epochs": 3}
     map_run(options | {"learning_rate": 0.1, "tau": 1, "output_dir": folder / "run"})
     map_run(options | {"learning_rate": 0.03, "tau": "inf", "output_dir": folder / "pooled"})
+    of_ranks = {"adapter": "smora", "adapter_option": "active=2", "export_adapters": False}
+    map_run(options | of_ranks | {"learning_rate": 0.03, "tau": "inf", "output_dir": folder / "smora"})
     return folder
 
 
 def test_the_command(folder, capsys):
     output = folder / "table.csv"
     words = ["--composite", "2,10", "--segment", "6", "--texts", "4", "--epochs", "1", "--output", str(output)]
-    words = [str(folder / "run"), "--pooled", str(folder / "pooled"), *words]
+    words = [str(folder / "run"), "--pooled", str(folder / "pooled"), str(folder / "smora"), *words]
+    words += ["--learning_rate", "0.01", "1e-9"]
     assert main(words) == 0
     printed = capsys.readouterr()
     assert "note: composite-10 is left out" in printed.err
     table = pd.read_csv(output)
-    arms = ["oracle", "filter", "whole text", "mixture", "meteora k=1", "meteora k=2", "average", "theta", "base", "pooled"]
+    arms = ["oracle", "filter", "filter, tempered", "whole text", "mixture", "meteora k=1", "meteora k=2", "average", "theta"]
+    arms += ["base", "pooled", "smora"]
     for kind in ("unknown", "composite-2"):
         own = table[table.text == kind].set_index("arm")
         assert list(own.index) == arms
@@ -63,6 +67,10 @@ def test_the_command(folder, capsys):
         assert (own.perplexity / own.perplexity["oracle"]).to_numpy() == pytest.approx(own.ratio.to_numpy(), rel=1e-4)
         assert own.perplexity["oracle"] < own.perplexity["base"]
         assert own.tokens_until_found.isna().all() == (kind == "unknown")
+        assert (own.tokens_per_second > 0).all()
+        assert own.learning_rate.dropna().index.tolist() == ["meteora k=1", "meteora k=2"]
+    # rank 2 in the layers v_proj (16 -> 16) and fc2 (32 -> 16) of 2 blocks; 3 tasks, and a gate each
+    assert own.active_parameters["base"] == 0
     # rows that are there are not computed again, and only those
     kept = table[table.arm != "theta"]
     kept.to_csv(output, index=False)
@@ -70,7 +78,7 @@ def test_the_command(folder, capsys):
     assert "fitting gates" not in capsys.readouterr().err
     again = pd.read_csv(output)
     assert len(again) == len(table)
-    merged = again.merge(table, on=["text", "arm"], suffixes=("", "_before"))
+    merged = again.merge(table, on=["seed", "text", "arm"], suffixes=("", "_before"))
     assert merged.perplexity.to_numpy() == pytest.approx(merged.perplexity_before.to_numpy(), rel=1e-5)
     assert main([*words, "--seed", "1"]) == 2
     assert "has rows with seed 0 instead of 1" in capsys.readouterr().err
