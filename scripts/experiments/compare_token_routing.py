@@ -8,7 +8,7 @@ follow one another, a switch every ``--segment`` tokens. Their parts are the beg
 
 - ``oracle``: each token by the adapter of its task, which reads the whole text.
 - ``filter``: the hidden Markov model over tasks, with the switch rate that is most likely for validation texts of the same kind.
-- ``filter, tempered``: the same with the pair of a switch rate and a temperature that is best for these validation texts.
+- ``tempered filter``: the same with the pair of a switch rate and a temperature that is best for these validation texts.
 - ``whole text``: p(d | tokens before) for texts of one task, as ``infer_task``: the filter at switch rate 0.
 - ``mixture``: all tasks with their prior weights at each token: the filter at switch rate 1.
 - ``meteora k=1``, ``meteora k=2``: gates, fitted here to the training documents, at the learning rate of ``--learning_rate`` with

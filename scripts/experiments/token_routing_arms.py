@@ -30,8 +30,8 @@ from bora_pyro.runs.routed_adapters import RoutedAdapters
 
 UNKNOWN, COMPOSITE = "unknown", "composite"
 #: Arms that are the filter at some switch rate; None: the rate of maximum likelihood.
-FILTERS: dict[str, float | None] = {"filter": None, "filter, tempered": None, "whole text": 0.0, "mixture": 1.0}
-TEMPERED = "filter, tempered"
+FILTERS: dict[str, float | None] = {"filter": None, "tempered filter": None, "whole text": 0.0, "mixture": 1.0}
+TEMPERED = "tempered filter"
 GATES = {"meteora k=1": 1, "meteora k=2": 2}
 #: The temperatures and the switch rates among which the tempered filter is chosen.
 TEMPERATURES, RATES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), (0.0, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)

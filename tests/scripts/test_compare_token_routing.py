@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
     options = quick_fit(folder) | {"data": write_table(folder / "more.csv", documents(number=20)), "epochs": 3}
     map_run(options | {"learning_rate": 0.1, "tau": 1, "output_dir": folder / "run"})
     map_run(options | {"learning_rate": 0.03, "tau": "inf", "output_dir": folder / "pooled"})
+    map_run(options | {"learning_rate": 0.1, "tau": 1, "seed": 1, "split_seed": 0, "output_dir": folder / "other"})
     of_ranks = {"adapter": "smora", "adapter_option": "active=2", "export_adapters": False}
     map_run(options | of_ranks | {"learning_rate": 0.03, "tau": "inf", "output_dir": folder / "smora"})
     return folder
@@ -58,7 +59,7 @@ def test_the_command(folder, capsys):
     printed = capsys.readouterr()
     assert "note: composite-10 is left out" in printed.err
     table = pd.read_csv(output)
-    arms = ["oracle", "filter", "filter, tempered", "whole text", "mixture", "meteora k=1", "meteora k=2", "average", "theta"]
+    arms = ["oracle", "filter", "tempered filter", "whole text", "mixture", "meteora k=1", "meteora k=2", "average", "theta"]
     arms += ["base", "pooled", "smora"]
     for kind in ("unknown", "composite-2"):
         own = table[table.text == kind].set_index("arm")
@@ -69,8 +70,20 @@ def test_the_command(folder, capsys):
         assert own.tokens_until_found.isna().all() == (kind == "unknown")
         assert (own.tokens_per_second > 0).all()
         assert own.learning_rate.dropna().index.tolist() == ["meteora k=1", "meteora k=2"]
-    # rank 2 in the layers v_proj (16 -> 16) and fc2 (32 -> 16) of 2 blocks; 3 tasks, and a gate each
-    assert own.active_parameters["base"] == 0
+    # rank 2 in the layers v_proj (16 -> 16) and fc2 (32 -> 16) of 2 blocks, for each of 3 tasks, whose gates read 16 and 32
+    one, gates = 2 * 2 * (32 + 48), 3 * 2 * (16 + 32)
+    numbers = {
+        "oracle": one,
+        "filter": 3 * one,
+        "meteora k=1": one + gates,
+        "meteora k=2": 2 * one + gates,
+        "theta": one,
+        "base": 0,
+    }
+    numbers |= {"pooled": one, "smora": one + 2 * 2 * (16 + 32)}
+    assert own.active_parameters[[*numbers]].tolist() == [*numbers.values()]
+    numbers = {"oracle": 3 * one, "meteora k=1": 3 * one + gates, "theta": one, "pooled": one, "base": 0}
+    assert own.total_parameters[[*numbers]].tolist() == [*numbers.values()]
     # rows that are there are not computed again, and only those
     kept = table[table.arm != "theta"]
     kept.to_csv(output, index=False)
@@ -80,6 +93,11 @@ def test_the_command(folder, capsys):
     assert len(again) == len(table)
     merged = again.merge(table, on=["seed", "text", "arm"], suffixes=("", "_before"))
     assert merged.perplexity.to_numpy() == pytest.approx(merged.perplexity_before.to_numpy(), rel=1e-5)
+    # other adapters are other rows
+    words[0] = str(folder / "other")
+    assert main(words) == 2
+    assert "has rows of other adapters with gate_seed 0" in capsys.readouterr().err
+    words[0] = str(folder / "run")
     assert main([*words, "--seed", "1"]) == 2
     assert "has rows with seed 0 instead of 1" in capsys.readouterr().err
 
@@ -90,6 +108,11 @@ def test_the_command(folder, capsys):
         ([], "no run is given"),
         (["run", "--composite", "1"], "composite has '1'; give whole numbers from 2 up"),
         (["run", "--segment", "1"], "segment is 1"),
+        (["run", "--learning_rate", "fast"], "learning_rate has 'fast'"),
+        (["run", "--adapters", "peft"], "both are given"),
+        (["--adapters", "peft"], "adapters and fit_config belong together"),
+        (["run", "--pooled", "a/one", "b/one"], "pooled has two arms called 'one'"),
+        (["run", "--pooled", "runs/theta"], "pooled has two arms called 'theta'"),
     ],
 )
 def test_bad_input(words, error, capsys):
