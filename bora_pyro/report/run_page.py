@@ -37,6 +37,7 @@ from bora_pyro.report.blocks import (
     short_number,
 )
 from bora_pyro.report.results import OF_ANSWERS, change_text, results_table, verdict
+from bora_pyro.report.rewards import reward_numbers, reward_section
 from bora_pyro.report.run_pictures import MANY_TASKS, gate_picture, learning_pictures, shrinkage_pictures
 from bora_pyro.report.samples import written_samples
 from bora_pyro.runs.config.map_fit import MapFitConfig
@@ -106,6 +107,7 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     best_epoch, measure = metrics.get("best_epoch"), measure_of(metrics)
     curves = [*learning_pictures(history, unit=unit, measure=measure, best_epoch=best_epoch)]
     sections = [
+        reward_section(metrics, history),
         Section("results", "Results", [results_table(tasks, metrics, effective)], verdict(tasks, measure)),
         Section(*_OF_PICTURES.get(kind, ("shrinkage", "Shrinkage")), [Pictures(pictures)] if pictures else []),
         Section("learning", "Learning", [*([Pictures(curves)] if curves else []), *_tables_of_learning(history, metrics)]),
@@ -118,7 +120,7 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
         kind,
         folder.path.resolve().name,
         _subtitle(kind, tasks, of_fit, config),
-        [*_numbers(kind, tasks, metrics)],
+        [*reward_numbers(metrics), *_numbers(kind, tasks, metrics)],
         sections,
         versions=stored or versions(),
         versions_of="the fit" if stored else "this page (the run has not recorded its own)",

@@ -16,7 +16,7 @@ from bora_pyro.diagnostics.plots.few_documents import few_documents_curve
 from bora_pyro.diagnostics.plots.gates import gate_accuracy
 from bora_pyro.diagnostics.plots.geometry import task_dendrogram, task_pca
 from bora_pyro.diagnostics.plots.labels import place_labels
-from bora_pyro.diagnostics.plots.learning import learning_curves
+from bora_pyro.diagnostics.plots.learning import learning_curves, reward_curves
 from bora_pyro.diagnostics.plots.posterior import rank_histogram, scale_scatter
 from bora_pyro.diagnostics.plots.precision import tau_intervals
 from bora_pyro.diagnostics.plots.shrinkage import (
@@ -34,7 +34,7 @@ from bora_pyro.diagnostics.plots.task_ranges import task_ranges
 __all__ = [
     "STYLE", "compare_forest", "deviation_by_documents", "deviation_heatmap", "few_documents_curve", "form_curves",
     "gate_accuracy", "learning_curves", "perplexity_by_bytes", "place_labels", "pooling_factors", "rank_histogram",
-    "reliability_diagram", "risk_coverage_curves", "scale_scatter", "scores_by_origin", "shrinkage_forest", "shrinkage_ridge",
-    "style", "task_dendrogram", "task_gain", "task_pca", "task_ranges", "tau_curve", "tau_intervals", "tau_path",
-    "token_uncertainty",
+    "reliability_diagram", "reward_curves", "risk_coverage_curves", "scale_scatter", "scores_by_origin", "shrinkage_forest",
+    "shrinkage_ridge", "style", "task_dendrogram", "task_gain", "task_pca", "task_ranges", "tau_curve", "tau_intervals",
+    "tau_path", "token_uncertainty",
 ]  # fmt: skip

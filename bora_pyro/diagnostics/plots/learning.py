@@ -1,4 +1,4 @@
-"""Plot of a fit's learning curves: how well the training and the validation documents are predicted, by epoch.
+"""Plots of a fit's learning curves: how well documents are predicted, or how large rewards are, by epoch.
 
 >>> import matplotlib.pyplot as plt
 >>> figure, ax = plt.subplots()
@@ -53,10 +53,43 @@ def learning_curves(
         for record in history
         if record.get(f"validation_{measure.name}") is not None
     ]
-    styles = ((BLUE, "o", "-"), (VERMILLION, "s", "--")) if len(curves) == 2 else ((VERMILLION, "s", "--"),)
-    values = [value for points in curves.values() for _, value in points]
-    if not values:
+    if not any(curves.values()):
         raise InputError(f"no record has a training loss per token or a validation {measure.title}; give those of metrics.jsonl")
+    _draw(curves, ax, best_epoch)
+    values = [value for points in curves.values() for _, value in points]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        ax.set_yscale("log")
+    ax.set_ylabel(measure.unit)
+    return ax
+
+
+def reward_curves(history: Sequence[Mapping[str, Any]], ax: Axes, *, best_epoch: int | None = None) -> Axes:
+    """Draw the mean reward of the training texts (during the epoch) and of the validation prompts (after the epoch).
+
+    Args:
+        history: the records of a fit from rewards, one per epoch: epoch, reward, and validation_reward, if there are validation
+            prompts.
+        ax: the axis to draw on.
+        best_epoch: the epoch whose state was kept, marked with a ring; None: no ring.
+
+    Raises:
+        InputError: if no record has a reward.
+    """
+    names = {"reward": "training, mean of the epoch", "validation_reward": "validation, after the epoch"}
+    curves = {
+        title: [(record["epoch"], record[name]) for record in history if record.get(name) is not None]
+        for name, title in names.items()
+    }
+    if not any(curves.values()):
+        raise InputError("no record has a reward; give those of metrics.jsonl of a fit from rewards")
+    _draw(curves, ax, best_epoch)
+    ax.set_ylabel("mean reward")
+    return ax
+
+
+def _draw(curves: Mapping[str, Sequence[tuple[int, float]]], ax: Axes, best_epoch: int | None) -> None:
+    """Draw curves over the epochs. Of two the first is of training; the last is of validation, with a ring at the best epoch."""
+    styles = ((BLUE, "o", "-"), (VERMILLION, "s", "--")) if len(curves) == 2 else ((VERMILLION, "s", "--"),)
     for (name, points), (color, marker, line) in zip(curves.items(), styles, strict=True):
         if not points:
             continue
@@ -65,12 +98,8 @@ def learning_curves(
         if kept and name.startswith("validation"):
             ring: dict[str, Any] = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": BLACK}
             ax.plot(*zip(*kept, strict=True), linestyle="none", label=f"kept: epoch {best_epoch}", gid="kept", **ring)
-    if min(values) > 0 and max(values) > 10 * min(values):
-        ax.set_yscale("log")
     epochs = [epoch for points in curves.values() for epoch, _ in points]
     ax.set_xlim(min(epochs) - 0.3, max(epochs) + 0.3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("epoch")
-    ax.set_ylabel(measure.unit)
     legend_above(ax, ncols=2)
-    return ax
