@@ -1,6 +1,7 @@
 """A table of arms, a row for each fit. Each arm is fitted at its own best learning rate.
 
-With the first seed an arm is fitted at several rates. The rate with the lowest validation perplexity is that of the other seeds.
+With the first seed an arm is fitted at several rates. The rate with the lowest validation perplexity, or another score that a
+subclass names, is that of the other seeds.
 The test split is only reported. The rows of a fit are written when it ends. If the comparison is interrupted, the same command
 goes on with the missing fits. Rows store the options that matter; a table with other options is refused.
 
@@ -118,15 +119,23 @@ class BestRates(ABC):
         """The arm whose fit gives an arm."""
         return arm
 
+    def score(self, row: Mapping[Any, Any]) -> float:
+        """What the best learning rate has the lowest value of: validation perplexity."""
+        return float(row["validation_perplexity"])
+
+    def scores_text(self, row: Mapping[Any, Any]) -> str:
+        """What the line about a finished fit says of its row."""
+        return f"validation {row['validation_perplexity']:.3f}, test {row['test_perplexity']:.3f}"
+
     def scores(self, arm: str, seed: int) -> dict[str, float]:
-        """Validation perplexity by learning rate of the fits that were tried."""
+        """The score by learning rate of the fits that were tried."""
         rows = self.table[(self.table.arm == arm) & (self.table.seed == seed)].to_dict("records") if len(self.table) else []
-        found = {number_text(row["learning_rate"]): float(row["validation_perplexity"]) for row in rows}
+        found = {number_text(row["learning_rate"]): self.score(row) for row in rows}
         failed = {run.rate: math.inf for run in self.failed if run.arm == self.trained(arm) and run.seed == seed}
         return failed | found
 
     def best_rate(self, arm: str) -> str | None:
-        """The learning rate of lowest validation perplexity with the first seed."""
+        """The learning rate of the lowest score with the first seed."""
         scores = {rate: score for rate, score in self.scores(arm, 0).items() if score < math.inf}
         return min(scores, key=lambda rate: scores[rate]) if scores else None
 
@@ -167,8 +176,8 @@ class BestRates(ABC):
             whole = dict.fromkeys(self.columns) | about | dict(row)
             new = pd.DataFrame([whole])[self.columns]
             self.table = pd.concat([self.table, new.astype(object)], ignore_index=True) if len(self.table) else new
-            scores = f"validation {row['validation_perplexity']:.3f}, test {row['test_perplexity']:.3f}"
-            print(f"{row['arm']:<20} rate {run.rate:>6}  seed {run.seed}: {scores}  ({row['seconds']:.0f} s)", flush=True)
+            about_row = f"{self.scores_text(row)}  ({row['seconds']:.0f} s)"
+            print(f"{row['arm']:<20} rate {run.rate:>6}  seed {run.seed}: {about_row}", flush=True)
         write_results(self.table, self.output)
 
     def chosen(self, arm: str) -> pd.DataFrame:
