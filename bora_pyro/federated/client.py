@@ -60,8 +60,10 @@ class Client:
     """A client of a federation, with the documents of its tasks and a state that stays with it.
 
     Its values are the adapter's latents: one adapter, (layers, *shape), or under a ``personal`` strategy θ_d of each of its
-    tasks, (tasks, layers, *shape). They begin at the adapter's start, which every client builds from the same seed. The state is
-    these values, AdamW's moments, and the place in the order of the documents. A client that is absent keeps all of it.
+    tasks, (tasks, layers, *shape). They begin at the adapter's start, which every client builds from the same seed. If the
+    strategy ``moves_mean``, the values are the deviations δ_d, which begin at 0, and beside them is the client's own copy of Θ,
+    which begins each round at the common one. The state is all of these, AdamW's moments, and the place in the order of the
+    documents. A client that is absent keeps all of it.
 
     Args:
         name: the name of the client.
@@ -104,12 +106,15 @@ class Client:
         if strategy.personal:
             begin(self.model.prior, model.starts)
             own = {name: start.expand(data.num_tasks, *start.shape) for name, start in model.starts.items()}
+            own = {name: torch.zeros_like(value) for name, value in own.items()} if strategy.moves_mean else own
         else:
             own = self.common
         self.values = {name: Parameter(value.clone(memory_format=torch.contiguous_format)) for name, value in own.items()}
+        #: The client's copy of Θ, if the strategy moves it.
+        self.mean = {name: Parameter(start.clone()) for name, start in model.starts.items()} if strategy.moves_mean else {}
         self.version = 0
         # a group for each latent: their rates may differ
-        groups = [{"params": [value]} for value in self.values.values()]
+        groups = [{"params": [value]} for value in self.parameters.values()]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0, eps=EPS, fused=True)
         self._tau_sums = torch.zeros(0)
         self._steps_taken, self._epoch = 0, -1
@@ -121,13 +126,18 @@ class Client:
         """What the server is told before the first round."""
         return Enrolment(self.name, self.data.train.num_documents, float(self.counts.sum()), int((self.counts > 0).sum()))
 
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """All that the client learns, by name: its values, and its copy of Θ as ``prior_mean.<latent>``."""
+        return self.values | {f"prior_mean.{name}": value for name, value in self.mean.items()}
+
     def expected(self) -> dict[str, Expected]:
         """The form of a message from the server: the common values, and τ if it is learned."""
         tensors = self.common | (tau_of(self.model.prior) if self.strategy.personal else {})
         return {name: Expected.like(value) for name, value in tensors.items()}
 
     def receive(self, message: Message) -> None:
-        """Take over the common values, and τ. The client's own θ_d stay.
+        """Take over the common values, and τ. The client's own θ_d stay, or its deviations if the strategy moves Θ.
 
         Raises:
             RefusedMessage: the message is not what the client expects.
@@ -143,14 +153,14 @@ class Client:
             for name, value in self.values.items():
                 if not self.strategy.personal:
                     value.copy_(self.common[name])
-                else:  # a task without documents has the adapter of the prior mean
+                elif self.strategy.by_turns:  # a task without documents has the adapter of the prior mean
                     value[self.counts == 0] = self.common[name]
 
     def begin_at_common(self) -> None:
         """Let θ_d of each task begin at Θ: for a client that has lost its state and returns to a fit that goes on."""
         with torch.no_grad():
             for name, value in self.values.items():
-                value.copy_(self.common[name])
+                value.copy_(torch.zeros_like(value) if self.strategy.moves_mean else self.common[name])
 
     def train(self, number: int) -> LocalReport:
         """Take the local steps of a round.
@@ -160,6 +170,9 @@ class Client:
         """
         options, total = self.options, self.options.rounds * self.options.local_steps
         sums = torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad():
+            for name, mean in self.mean.items():
+                mean.copy_(self.common[name])
         for place in range(options.local_steps):
             step = (number - 1) * options.local_steps + place
             rate = options.learning_rate * schedule(step, total, options.warmup, options.schedule)
@@ -168,8 +181,11 @@ class Client:
                 with poutine.seed(rng_seed=step_seed(options.seed, self._epoch, self._steps_taken)):
                     sums += self._gradient(batches)
             else:
-                for name, value in self.private(self.model, self.theta(), personal=self.strategy.personal).items():
+                theta = {name: value.detach() for name, value in self._theta().items()}
+                for name, value in self.private(self.model, theta, personal=self.strategy.personal).items():
                     self.values[name].grad = -value
+                    if name in self.mean:
+                        self.mean[name].grad = -value.sum(0)
                 sums[2] += self.private.expected_tokens
             self._per_observation()
             self._clip()
@@ -179,18 +195,19 @@ class Client:
         return LocalReport(log_likelihood, observations, int(tokens))
 
     def message(self, number: int) -> Message:
-        """What the client sends after its steps: its values, or the mean of its θ_d and the sums of its validation documents.
+        """What the client sends after its steps: its values, or its Θ, or the mean of its θ_d and sums of validation documents.
 
         Args:
             number: the round.
         """
-        values = {name: value.detach() for name, value in self.values.items()}
-        if not self.strategy.personal:
-            return Message(self.name, number, {name: value.cpu().clone() for name, value in values.items()})
-        taught = self.counts > 0
-        tensors = {name: value[taught].mean(0).cpu() for name, value in values.items()}
-        tensors[VALIDATION] = self.validation_sums()
-        if isinstance(self.model.prior, LearnedPrecision):
+        values = {name: value.detach() for name, value in (self.mean or self.values).items()}
+        if self.strategy.by_turns:
+            taught = self.counts > 0
+            tensors = {name: value[taught].mean(0).cpu() for name, value in values.items()}
+            tensors[VALIDATION] = self.validation_sums()
+        else:
+            tensors = {name: value.cpu().clone() for name, value in values.items()}
+        if self.strategy.personal and isinstance(self.model.prior, LearnedPrecision):
             tensors[TAU_SUMS] = self._tau_sums
         return Message(self.name, number, tensors)
 
@@ -221,13 +238,22 @@ class Client:
         self._tau_sums = slope_sums(prior, starts, (deviations, gradients, batch.task[batch.first_rows])).cpu()
 
     def theta(self) -> Weights:
-        """θ of the client's tasks, (tasks, layers, *shape) by latent."""
-        values = {name: value.detach() for name, value in self.values.items()}
+        """θ of the client's tasks, (tasks, layers, *shape) by latent. If the strategy moves Θ, it is around the common Θ."""
+        if self.strategy.moves_mean:
+            return {name: self.common[name] + value.detach() for name, value in self.values.items()}
+        return {name: value.detach() for name, value in self._theta().items()}
+
+    def _theta(self) -> Weights:
+        """θ of the client's tasks as a function of what it learns."""
+        if self.mean:
+            return {name: self.mean[name] + value for name, value in self.values.items()}
+        values: Tensors = {**self.values}
         return values if self.strategy.personal else _for_tasks(values, self.data.num_tasks)
 
     def keep(self) -> None:
-        """Keep the present θ_d as those of the best round."""
-        self._kept = {name: value.detach().clone() for name, value in self.values.items()}
+        """Keep the present θ_d, or the one adapter, as those of the best round."""
+        values = self.theta() if self.strategy.personal else self.values
+        self._kept = {name: value.detach().clone() for name, value in values.items()}
 
     def kept(self) -> Tensors:
         """The values of the best round."""
@@ -261,9 +287,7 @@ class Client:
         sums, model = torch.zeros(3, dtype=torch.float64), self.model
         for batch in (part for whole in batches for part in whole.parts(model.backbone.pass_tokens)):
             batch = batch.to(model.backbone.device)
-            values: Tensors = {**self.values}
-            theta = values if self.strategy.personal else _for_tasks(values, self.data.num_tasks)
-            log_likelihood = _log_likelihood(model, theta, batch) * batch.share
+            log_likelihood = _log_likelihood(model, self._theta(), batch) * batch.share
             (-log_likelihood).backward()
             observed = float(log_likelihood.detach()) / (batch.scale * batch.share)
             sums += torch.tensor([observed, model.likelihood.observations_of(batch), int(batch.predicted.sum())]).double()
@@ -272,18 +296,24 @@ class Client:
     @torch.no_grad()
     def _per_observation(self) -> None:
         """Add the gradients of the prior under a personal strategy, and divide by the observations."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # a layer that no token has used
+                parameter.grad = torch.zeros_like(parameter)
+        for mean in self.mean.values():
+            assert mean.grad is not None
+            mean.grad /= self.counts.sum()
         for name, value in self.values.items():
-            if value.grad is None:  # a layer that no token has used
-                value.grad = torch.zeros_like(value)
+            assert value.grad is not None
             if self.strategy.personal:
-                value.grad += self._tau(name) * (value - self.common[name])
+                value.grad += self._tau(name) * (value if self.mean else value - self.common[name])
                 taught = _rows(self.counts > 0, value)
                 value.grad.copy_(torch.where(taught, value.grad / _rows(self.counts.clamp(min=1e-30), value), 0.0))
             else:
                 value.grad /= self.counts.sum()
 
     def _clip(self) -> None:
-        """Bound the norm of the gradient over all latents, under a personal strategy that of each task."""
+        """Bound the norm of the gradient over all latents, under a personal strategy that of each task and that of Θ."""
+        torch.nn.utils.clip_grad_norm_(self.mean.values(), self.options.gradient_clip)
         gradients = [value.grad for value in self.values.values() if value.grad is not None]
         if not self.strategy.personal:
             torch.nn.utils.clip_grad_norm_(self.values.values(), self.options.gradient_clip)
@@ -296,10 +326,11 @@ class Client:
     @torch.no_grad()
     def _step(self, rate: float) -> None:
         """Take a step. Under a personal strategy it is shortened where the prior alone would carry a deviation too far."""
-        for (name, value), group in zip(self.values.items(), self._optimizer.param_groups, strict=True):
+        for (name, value), group in zip(self.parameters.items(), self._optimizer.param_groups, strict=True):
+            of_task = self.strategy.personal and name in self.values
             if self.options.optimizer == SGD:
                 assert value.grad is not None
-                if self.strategy.personal:
+                if of_task:
                     # along the gradient per observation, a step of N_d/τ leads to Θ if there are no documents
                     own_rate = torch.minimum(value.new_tensor(rate), _rows(self.counts, value) / self._tau(name))
                     value.sub_(own_rate * value.grad)
@@ -307,7 +338,7 @@ class Client:
                     value.sub_(rate * value.grad)
                 continue
             group["lr"] = rate
-            if self.strategy.personal:  # AdamW moves an entry by about its rate: some of the prior's standard deviation
+            if of_task:  # AdamW moves an entry by about its rate: some of the prior's standard deviation
                 part, tau = rate / self.options.learning_rate, float(self._tau(name).log().mean().exp())
                 group["lr"] = min(rate, part * LARGEST * tau**-0.5)
         if self.options.optimizer != SGD:

@@ -38,7 +38,7 @@ _NUMBERS = {"steps": (int,), "epoch": (int,), "version": (int,)}
 def state_of(client: Client) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The groups of tensors and the numbers of a client's state, for a checkpoint."""
     groups = {
-        _VALUES: {name: value.detach() for name, value in client.values.items()},
+        _VALUES: {name: value.detach() for name, value in client.parameters.items()},
         _KEPT: client.kept(),
         _COMMON: client.common,
         _TAU: tau_of(client.model.prior),
@@ -64,13 +64,14 @@ def restore(client: Client, checkpoint: Checkpoint) -> None:
     device = client.model.backbone.device
     groups = {name: checkpoint.group(name) for name in (_VALUES, _KEPT, _COMMON, _TAU, _OPTIMIZER, _SUMS)}
     with checkpoint.errors():
-        own: dict[str, Mapping[str, Tensor]] = {_VALUES: client.values, _COMMON: client.common, _TAU: tau_of(client.model.prior)}
+        own: dict[str, Mapping[str, Tensor]] = {_VALUES: client.parameters, _COMMON: client.common}
+        own[_TAU] = tau_of(client.model.prior)
         for group, values in (own | ({_KEPT: client.values} if groups[_KEPT] else {})).items():
             if {name: value.shape for name, value in groups[group].items()} != {n: value.shape for n, value in values.items()}:
                 raise ValueError(f"its {group} are those of another model")
         load_optimizer_tensors(client._optimizer, groups[_OPTIMIZER])
     with torch.no_grad():
-        for name, value in client.values.items():
+        for name, value in client.parameters.items():
             value.copy_(groups[_VALUES][name])
     client.common = {name: value.to(device) for name, value in groups[_COMMON].items()}
     client._kept = {name: value.to(device) for name, value in groups[_KEPT].items()}

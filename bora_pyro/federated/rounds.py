@@ -141,7 +141,7 @@ class Rounds:
 
     def _score(self, number: int) -> list[dict[str, str]]:
         """Ask the clients for their validation sums, unless they came with the messages of the round."""
-        if self.server.strategy.personal and number:
+        if self.server.strategy.by_turns and number:
             return []
         arrived = self.clients.score(number)
         return [*arrived.refused, *self.server.collect_scores(number, arrived.messages)]

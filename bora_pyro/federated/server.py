@@ -98,7 +98,7 @@ class Server:
     def expected(self) -> dict[str, Expected]:
         """The form of the message of a client after its steps."""
         forms = {name: Expected.like(value) for name, value in self.common.items()}
-        if self.strategy.personal:
+        if self.strategy.by_turns:
             forms |= self.expected_scores()
         if self._learns:
             forms[TAU_SUMS] = Expected.like(slope_sums(self._learned, self._starts))
@@ -136,7 +136,7 @@ class Server:
             if name in self.validation and VALIDATION in message.tensors:
                 self.validation[name] = message.tensors[VALIDATION]
         self.report["largest_update"] = max(norms)
-        if self.strategy.personal:
+        if self.strategy.by_turns:
             values = self._remembered = self._remembered | values
         if self.options.aggregate == TRIMMED_MEAN and len(values) < LEAST_TRIMMED:
             return refused  # two clients have no middle: rather nothing than a mean that one of them decides

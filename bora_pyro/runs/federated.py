@@ -67,7 +67,7 @@ def run_federated(config: FederatedConfig, *, quiet: bool = False) -> dict[str, 
             f"{federation.server.message().num_bytes:,} bytes to a client",
             file=sys.stderr,
         )
-    if strategy.personal and (alone := sum(len(tasks) == 1 for tasks in clients.values())):
+    if strategy.by_turns and (alone := sum(len(tasks) == 1 for tasks in clients.values())):
         what = f"{alone} of {len(clients)} clients have one task: what such a client sends is the adapter of that task itself"
         _note(data, what, quiet=quiet)
     folder.take(overwrite=config.overwrite, resume=None)

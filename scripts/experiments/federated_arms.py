@@ -44,7 +44,7 @@ from bora_pyro.runs.config.federated import FederatedConfig
 FIXED, SERVER_RATE = "bora_fixed", "bora_rate_3"
 ALONE, POOLED, HIERARCHY = CENTRAL = ("alone", "pooled", "hierarchy")
 PRIVATE = ("ffa", "fedit")
-NAMES = ("fedit", "ffa", "exact_product", "bora", FIXED, SERVER_RATE, *CENTRAL)
+NAMES = ("fedit", "ffa", "exact_product", "bora", "bora_noncentered", FIXED, SERVER_RATE, *CENTRAL)
 #: How clients are made, besides a number of clients to which whole tasks are dealt.
 DIRICHLET = "dirichlet"
 

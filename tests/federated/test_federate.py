@@ -13,19 +13,18 @@ from bora_pyro.federated.deal import deal
 from bora_pyro.federated.loop import Federation, federate
 from bora_pyro.federated.message import Message
 from bora_pyro.federated.options import FederatedOptions
-from bora_pyro.federated.strategies import FFA, ExactProduct, FederatedBoRA, FedIT
+from bora_pyro.federated.strategies import FFA, STRATEGIES, FederatedBoRA, FedIT, NoncenteredBoRA
 from tests.federated.linear import linear, map_of
 from tests.tiny import tiny_bora, tiny_data
 
 PLAIN = {"optimizer": "sgd", "warmup": 0.0, "schedule": "constant", "gradient_clip": math.inf, "patience": 0}
 WHOLE = {"token_budget": 10_000}
 QUICK = {"rounds": 3, "local_steps": 2, "patience": 0, "learning_rate": 0.03}
-STRATEGIES = {"bora": FederatedBoRA, "ffa": FFA, "fedit": FedIT, "exact_product": ExactProduct}
 
 
 def model_of(strategy, **options):
     adapter = FrozenALoRA(rank=2, alpha=3.0) if strategy == "ffa" else LoRA(rank=2, alpha=3.0)
-    prior = HierarchicalNormal(50.0) if strategy == "bora" else Pooled()
+    prior = HierarchicalNormal(50.0) if STRATEGIES[strategy].personal else Pooled()
     model = tiny_bora(targets=["q_proj", "fc1"], adapter=adapter, prior=prior, **options)
     if strategy != "ffa":  # with B at 0 plain gradient descent would not move A
         generator = torch.Generator().manual_seed(5)
@@ -100,6 +99,27 @@ def test_the_fixed_point_of_bora_is_the_central_map(tau, options):
     fitted = federate(model, data, FederatedBoRA(), learning_rate=0.5, **PLAIN | {"local_steps": 10} | options)
     expected = map_of(places, tau)
     for found, known in zip(fitted.weights(), expected, strict=True):
+        for name in known:
+            torch.testing.assert_close(found[name], known[name], rtol=0, atol=1e-4)
+
+
+def test_the_first_step_of_theta_is_that_of_one_adapter_for_all():
+    """With the deviations at 0, the mean of the clients' Θ after a step is the common adapter of fedit after that step."""
+    data = without_validation(tiny_data((6, 1, 8)))
+    options = {"rounds": 1, "local_steps": 1, "learning_rate": 0.5, **PLAIN, **WHOLE}
+    noncentered, pooled = (
+        federate(model_of(name), data, STRATEGIES[name](), **options).weights()[1] for name in ("bora_noncentered", "fedit")
+    )
+    for name, value in pooled.items():
+        torch.testing.assert_close(noncentered[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [2.0, 20.0])
+def test_single_steps_of_theta_and_deviations_end_at_the_central_map(tau):
+    model, data, places = linear(HierarchicalNormal(tau))
+    options = {"learning_rate": 0.5, "rounds": 200, "local_steps": 1}
+    fitted = federate(model, data, NoncenteredBoRA(), **PLAIN | options)
+    for found, known in zip(fitted.weights(), map_of(places, tau), strict=True):
         for name in known:
             torch.testing.assert_close(found[name], known[name], rtol=0, atol=1e-4)
 

@@ -48,9 +48,17 @@ class Strategy(ABC):
     Attributes:
         personal: whether each task keeps an adapter θ_d of its own at its client, near the common Θ. The client then sends the
             mean of its θ_d, and the server remembers the last one of each client. Otherwise all tasks have the common adapter.
+        moves_mean: under a personal strategy, whether a client moves Θ too: it learns Θ and the deviations of its tasks, and it
+            sends its Θ, which the server averages. θ_d is then the common Θ and the deviation of the task.
     """
 
     personal: ClassVar[bool] = False
+    moves_mean: ClassVar[bool] = False
+
+    @property
+    def by_turns(self) -> bool:
+        """Whether clients move their θ_d alone, and the server then moves Θ."""
+        return self.personal and not self.moves_mean
 
     @abstractmethod
     def check(self, model: BoRA) -> None:

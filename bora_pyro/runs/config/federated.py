@@ -37,9 +37,9 @@ class FederationOptions(FederatedOptions, BaseOptions):
 
     strategy: str = option(
         "bora",
-        "what clients learn: an adapter for each task around a common Theta (bora); or one adapter for all, whose B is averaged "
-        "under a fixed A (ffa), whose A and B are averaged apart (fedit), or whose B A is averaged and cut to the rank "
-        "(exact_product)",
+        "what clients learn: an adapter for each task around a common Theta, by turns with the server (bora), or with copies of "
+        "Theta that the server averages (bora_noncentered); or one adapter for all, whose B is averaged under a fixed A (ffa), "
+        "whose A and B are averaged apart (fedit), or whose B A is averaged and cut to the rank (exact_product)",
         group=FEDERATION,
         choices=tuple(STRATEGIES),
     )
@@ -83,8 +83,8 @@ class FederationOptions(FederatedOptions, BaseOptions):
             )
         if personal and self.tau in (0, math.inf):
             raise InputError(
-                f"tau is {self.tau:g}, a limit that strategy bora does not have; give learned or a number, or --strategy ffa for "
-                "one adapter for all clients"
+                f"tau is {self.tau:g}, a limit that strategy {self.strategy} does not have; give learned or a number, or "
+                "--strategy ffa for one adapter for all clients"
             )
         if personal and self.private and self.tau == LEARNED:
             raise InputError(TAU_HAS_NO_NOISE)
