@@ -20,8 +20,9 @@ follow one another, a switch every ``--segment`` tokens. Their parts are the beg
 Columns: perplexity; its ratio to the oracle's; the share of tokens at which the most probable task is the right one, before the
 token is read; and for composite texts the mean number of tokens after a switch until that task is the new one (a switch that is
 not found counts as a whole segment), and the share of switches that are found. Then what was chosen on validation documents; the
-numbers of the adapters, those that a token is multiplied by and all; and the tokens a second on some test documents. Rows that
-the table has are not computed again. The rows of several seeds, each of another run, go into one table.
+numbers of the adapters, those that a token is multiplied by and all; and the tokens a second on some test documents (of processor
+time, if the device is a CPU). Rows that the table has are not computed again. The rows of several seeds, each of another run, go
+into one table.
 """
 
 from __future__ import annotations
