@@ -24,7 +24,9 @@ def reward_numbers(metrics: Mapping[str, Any]) -> Iterator[Number]:
         if before is not None and after is not None:
             yield Number(f"{split} reward", number_text(after, 3), f"{number_text(before, 3)} before the fit")
     if about.get("kl") is not None:
-        note = f"nats a token (KL); {about['clipped']:.1%} of the ratios clipped" if about.get("clipped") is not None else ""
+        # the texts were written during the epoch, so the kept state may be further away
+        note = "nats a token (KL), mean of the texts of the kept epoch"
+        note += f"; {about['clipped']:.1%} of the ratios clipped" if about.get("clipped") is not None else ""
         yield Number("drift from the base", number_text(about["kl"], 3), note)
 
 
