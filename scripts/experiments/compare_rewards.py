@@ -8,6 +8,7 @@ different documents, and no held-out prompt is a training prompt. The arms:
 
 - ``base``: no adapter;
 - ``independent``, ``tau_T`` for each of ``--taus``, and ``pooled``: rewards under the priors τ = 0, T and ∞, in all layers;
+- ``tau_T_one_rate`` for each of ``--one_rate``: the same with one learning rate for Θ and deviations, ``--deviation_reach 0``;
 - ``early``: rewards under ``--tau``, in the layers ``--early`` alone;
 - ``text`` and ``text_late``: MAP fits under ``--tau`` to the documents of the training prompts, in all layers and in ``--late``;
 - ``composed``: ``early`` and ``text_late`` joined by ``bora compose``, without training;
@@ -66,6 +67,8 @@ COLUMNS = [
     "best_epoch", "seconds", *TRAJECTORY, "task_rewards", "documents_digest", "options",
 ]  # fmt: skip
 BASE, COMPOSED, EARLY, TEXT, LATE, BOTH = "base", "composed", "early", "text", "text_late", "text_then_reward"
+#: The end of the name of an arm whose deviations have the learning rate of Θ (``--deviation_reach 0``).
+ONE_RATE = "_one_rate"
 #: The arms whose fits an arm needs.
 NEEDS = {COMPOSED: (LATE, EARLY), BOTH: (TEXT,)}
 #: Options that change no row.
@@ -94,12 +97,13 @@ class RewardsConfig(RateOptions):
     text_epochs: int = option(4, "passes over the documents in fits to texts", least=1)
     validation_samples: int = option(2, "texts behind each validation prompt", least=1)
     test_samples: int = option(8, "texts behind each test prompt", least=1)
-    taus: list[str] = option(["100"], "precisions of the priors between the limits (default: 100)", positive=True)
+    taus: list[str] = option(["1", "10", "100"], "precisions between the limits (default: 1 10 100)", positive=True)
+    one_rate: list[str] = option(["1", "10"], "the same for fits with one rate for all (default: 1 10)", positive=True)
     tau: float = option(100.0, "precision of the prior of the arms that are not about the prior", positive=True)
     early: list[str] = option(["0-1"], "blocks of the reward's adapter, as for --layers (default: 0-1)")
     late: list[str] = option(["2-3"], "blocks of the text's adapter (default: 2-3)")
     arms: list[str] | None = option(None, "which arms (default: all); those that an arm needs are added")
-    rates: list[str] = option(["0.01", "0.03"], "the grid of learning rates (default: 0.01 0.03)")
+    rates: list[str] = option(["0.01"], "the grid of learning rates (default: 0.01 alone)")
     seeds: int = option(2, "number of seeds, from 0: other splits and texts", least=1)
     threads: int = option(1, "CPU threads", least=1)
     runs_dir: str = option("runs/rewards", "folder of the runs")
@@ -114,13 +118,18 @@ class RewardsConfig(RateOptions):
                 raise InputError(f"words has {shown(text)}; give whole numbers from 1 up")
         if len(self.words) < 2:
             raise InputError(f"words has {len(self.words)} target; give two or more, one for each task")
-        if not float(self.tau) < float("inf") or not all(float(tau) < float("inf") for tau in self.taus):
-            raise InputError("taus and tau are finite; the arms independent and pooled are the limits")
+        for name, taus in (("tau", [str(self.tau)]), ("taus", self.taus), ("one_rate", self.one_rate)):
+            if not all(float(tau) < float("inf") for tau in taus):
+                raise InputError(
+                    f"{name} has {' '.join(taus)}; give finite numbers: the limits are the arms independent and pooled"
+                )
 
     @property
     def priors(self) -> dict[str, float]:
         """The precision of each arm that is about the prior."""
-        return {"independent": 0.0, **{f"tau_{number_text(tau)}": float(tau) for tau in self.taus}, "pooled": float("inf")}
+        taus = {f"tau_{number_text(tau)}": float(tau) for tau in self.taus}
+        taus |= {f"tau_{number_text(tau)}{ONE_RATE}": float(tau) for tau in self.one_rate}
+        return {"independent": 0.0, **taus, "pooled": float("inf")}
 
     @property
     def all_arms(self) -> list[str]:
@@ -145,7 +154,7 @@ class RewardsConfig(RateOptions):
 
     def of_result(self) -> dict[str, Any]:
         """The options that change the rows. The priors are those of the arms, whose names say them."""
-        found = {name: value for name, value in dataclasses.asdict(self).items() if name not in {*_NO_EFFECT, "taus"}}
+        found = {name: value for name, value in dataclasses.asdict(self).items() if name not in {*_NO_EFFECT, "taus", "one_rate"}}
         return found | {"data": Path(self.data).name}
 
 
@@ -262,6 +271,7 @@ class Comparison(BestRates):
         else:
             names = ("samples", "prompts_per_step", "new_tokens", "epochs", "validation_samples")
             own: dict[str, Any] = {name: getattr(config, name) for name in names}
+            own |= {"deviation_reach": 0.0} if run.arm.endswith(ONE_RATE) else {}
             start = {"start_run": str(self.run_of(TEXT, run.seed))} if run.arm == BOTH else {}
             own |= {"prompts": str(tables.folder / "prompts.csv"), "reward": REWARD, "trust_reward_code": True, **start}
             run_reward_fit(RewardFitConfig(**shared, **own), quiet=True)
