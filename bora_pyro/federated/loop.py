@@ -5,7 +5,7 @@
 >>> table = [{"task": name, "text": f"{name} prefers document {n}"} for name in ("ada", "bob") for n in range(9)]
 >>> data = bp.load_tasks(bp.table(table), backbone.tokenizer)
 >>> model = bp.BoRA(backbone, len(data.tasks), adapter=bp.LoRA(rank=2), prior=bp.HierarchicalNormal(tau=100))
->>> fitted = federate(model, data, FederatedBoRA(), rounds=2, local_steps=2)
+>>> fitted = federate(model, data, NoncenteredBoRA(), rounds=2, local_steps=2)
 >>> fitted.evaluate(data.test)["test_perplexity"] > 1
 True
 """
@@ -30,7 +30,8 @@ from bora_pyro.federated.privacy import check_private, spent
 from bora_pyro.federated.rounds import Arrived, Result, Rounds
 from bora_pyro.federated.server import Server
 from bora_pyro.federated.strategies.base import Strategy, check_members
-from bora_pyro.federated.strategies.bora import FederatedBoRA, begin
+from bora_pyro.federated.strategies.bora import begin
+from bora_pyro.federated.strategies.bora_noncentered import NoncenteredBoRA
 from bora_pyro.guides import make_parameters, map_guide
 from bora_pyro.inference.fitted import Fitted
 from bora_pyro.model import BoRA
@@ -67,15 +68,15 @@ def federate(
     In each round the clients that take part get the common values, take their local steps, and send a message
     (:class:`~bora_pyro.federated.client.Client`). The server checks each message and moves the common values
     (:class:`~bora_pyro.federated.server.Server`). Then the validation documents are scored at their clients, which send two sums.
-    Under a strategy without own adapters all clients get the new common values for it; they have them already when the next round
-    begins. The best round is kept, and the start counts too.
+    Unless clients and the server take turns, all clients get the new common values for it, and have them already when the next
+    round begins. The best round is kept, and the start counts too.
 
     The loop is a simulation: it shows what a federation would fit, and what would travel. All documents are in this process.
 
     Args:
         model: the BoRA model. A learned τ in its prior changes.
         data: the documents of all tasks.
-        strategy: what clients learn and the server makes of it; default: ``FederatedBoRA()``.
+        strategy: what clients learn and the server makes of it; default: ``NoncenteredBoRA()``.
         options: the options; default: ``FederatedOptions()``.
         clients: the tasks of each client by its name (:func:`~bora_pyro.federated.deal.deal`); default: a client for each task.
         on_upload: called with each message of a client before the server gets it; what it returns is what arrives, and None is a
@@ -121,7 +122,7 @@ class Federation:
     ) -> None:
         self.options = options = with_changes(options or FederatedOptions(), changes)
         options.validate()
-        self.model, self.data, self.strategy, self._on_upload = model, data, strategy or FederatedBoRA(), on_upload
+        self.model, self.data, self.strategy, self._on_upload = model, data, strategy or NoncenteredBoRA(), on_upload
         if data.train.num_tokens == 0:
             raise InputError("the training split has no token to predict; give more or longer documents")
         check_token_ids(model.backbone, data.train, data.validation, data.test)

@@ -31,7 +31,7 @@ def given(tmp_path_factory):
     """Options of a quick federated fit, and its run folder."""
     folder = tmp_path_factory.mktemp("federated")
     options = {name: value for name, value in quick_fit(folder).items() if name not in ("tau", "epochs")}
-    options |= {"rounds": 2, "local_steps": 2, "learning_rate": 0.03, "clients": 2}
+    options |= {"strategy": "bora", "rounds": 2, "local_steps": 2, "learning_rate": 0.03, "clients": 2}
     assert main(line(options | {"output_dir": folder / "run"})) == 0
     return options, folder / "run"
 

@@ -36,10 +36,10 @@ class FederationOptions(FederatedOptions, BaseOptions):
     """What a federated fit is, whether it is simulated or runs between processes: base, adapter, prior and rounds."""
 
     strategy: str = option(
-        "bora",
-        "what clients learn: an adapter for each task around a common Theta, by turns with the server (bora), or with copies of "
-        "Theta that the server averages (bora_noncentered); or one adapter for all, whose B is averaged under a fixed A (ffa), "
-        "whose A and B are averaged apart (fedit), or whose B A is averaged and cut to the rank (exact_product)",
+        "bora_noncentered",
+        "what clients learn: an adapter for each task around a common Theta, with copies of Theta that the server averages "
+        "(bora_noncentered), or by turns with the server (bora); or one adapter for all, whose B is averaged under a fixed A "
+        "(ffa), whose A and B are averaged apart (fedit), or whose B A is averaged and cut to the rank (exact_product)",
         group=FEDERATION,
         choices=tuple(STRATEGIES),
     )
