@@ -107,7 +107,7 @@ def run_page(path: str | Path, options: RunOptions | None = None) -> Page:
     best_epoch, measure = metrics.get("best_epoch"), measure_of(metrics)
     curves = [*learning_pictures(history, unit=unit, measure=measure, best_epoch=best_epoch)]
     sections = [
-        reward_section(metrics, history),
+        *([reward_section(metrics, history)] if metrics.get("reward") else []),
         Section("results", "Results", [results_table(tasks, metrics, effective)], verdict(tasks, measure)),
         Section(*_OF_PICTURES.get(kind, ("shrinkage", "Shrinkage")), [Pictures(pictures)] if pictures else []),
         Section("learning", "Learning", [*([Pictures(curves)] if curves else []), *_tables_of_learning(history, metrics)]),

@@ -238,9 +238,8 @@ def test_a_trimmed_mean_of_two_clients_moves_nothing(strategy, moved):
 def test_tau_stays_where_no_client_has_validation_documents():
     data, prior = tiny_data(), LearnedPrecision(start=30.0)
     only = data.validation.subset((data.validation.task == 1).nonzero()[:, 0])
-    federation = Federation(
-        tiny_bora(targets=["q_proj"], prior=prior), replace(data, validation=only), participation=0.34, **QUICK
-    )
+    model, data = tiny_bora(targets=["q_proj"], prior=prior), replace(data, validation=only)
+    federation = Federation(model, data, FederatedBoRA(), participation=0.34, **QUICK)
     federation.server.draw = lambda number: ["task 0" if number < 3 else "task 1"]
     path = [entry["tau_path"][0]["tau"]["q_proj.lora_B"] for entry in federation.run().history]
     assert path[:2] == [30.0, 30.0]
