@@ -14,12 +14,12 @@ from bora_pyro.federated.client import Client
 from bora_pyro.federated.options import FederatedOptions
 from bora_pyro.federated.private_gradient import PrivateGradient, clip_documents
 from bora_pyro.federated.random_bits import RandomBits
-from bora_pyro.federated.strategies import FFA, FederatedBoRA, FedIT
+from bora_pyro.federated.strategies import FFA, FederatedBoRA, FedIT, NoncenteredBoRA
 from bora_pyro.guides.curvature import document_gradients, gradients_of
 from tests.tiny import random_weights, tiny_bora, tiny_data, tiny_questions, tiny_split
 
 PLAIN = {"optimizer": "sgd", "warmup": 0.0, "schedule": "constant", "gradient_clip": math.inf, "learning_rate": 0.5}
-STRATEGIES = {"ffa": FFA, "fedit": FedIT, "bora": FederatedBoRA}
+STRATEGIES = {"ffa": FFA, "fedit": FedIT, "bora": FederatedBoRA, "bora_noncentered": NoncenteredBoRA}
 
 
 def options(**changes):
@@ -28,7 +28,7 @@ def options(**changes):
 
 def model_of(strategy, **more):
     adapter = FrozenALoRA(rank=2) if strategy == "ffa" else None
-    prior = HierarchicalNormal(50.0) if strategy == "bora" else Pooled()
+    prior = HierarchicalNormal(50.0) if STRATEGIES[strategy].personal else Pooled()
     return tiny_bora(targets=["q_proj", "fc1"], adapter=adapter, prior=prior, **more)
 
 
@@ -75,7 +75,7 @@ def test_a_gradient_that_is_not_finite_counts_as_nothing(wrong):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_document_moves_the_sum_by_the_bound_at_most(strategy):
-    personal, model, split, clip = strategy == "bora", model_of(strategy), tiny_split((3, 2, 4)), 0.5
+    personal, model, split, clip = STRATEGIES[strategy].personal, model_of(strategy), tiny_split((3, 2, 4)), 0.5
     theta = theta_of(model, personal)
 
     def estimate(own):
@@ -106,9 +106,9 @@ def test_without_noise_and_bound_it_is_the_ordinary_step_on_the_same_documents(s
     assert ordinary.enrolment == client.enrolment
     client.train(1)
     ordinary.train(1)
-    for name, value in ordinary.values.items():
-        assert not torch.equal(value, ordinary.common[name])
-        torch.testing.assert_close(client.values[name], value, rtol=1e-4, atol=1e-6)
+    for name, value in ordinary.parameters.items():
+        assert not torch.equal(value, ordinary.common[name.removeprefix("prior_mean.")])
+        torch.testing.assert_close(client.parameters[name], value, rtol=1e-4, atol=1e-6)
     assert client.private.steps == 1
 
 

@@ -27,7 +27,7 @@ AGREED = {"base": "aa"}
 
 
 def new_model(strategy="bora", tau=50.0):
-    prior = Pooled() if strategy != "bora" else LearnedPrecision() if tau is None else HierarchicalNormal(tau)
+    prior = Pooled() if not STRATEGIES[strategy].personal else LearnedPrecision() if tau is None else HierarchicalNormal(tau)
     adapter = FrozenALoRA(rank=2) if strategy == "ffa" else LoRA(rank=2)
     model = tiny_bora(targets=["q_proj"], adapter=adapter, prior=prior)
     begin(model.prior, model.starts)
@@ -73,7 +73,9 @@ def rounds(link, options, *, strategy="bora", tau=50.0, timeout=20.0, on_round=N
     return clients, result
 
 
-@pytest.mark.parametrize(("strategy", "tau"), [("bora", None), ("bora", 50.0), ("ffa", 50.0), ("exact_product", 50.0)])
+@pytest.mark.parametrize(
+    ("strategy", "tau"), [("bora", None), ("bora", 50.0), ("bora_noncentered", None), ("ffa", 50.0), ("exact_product", 50.0)]
+)
 def test_the_fit_is_that_of_one_process(strategy, tau):
     options = FederatedOptions(rounds=4, local_steps=2, learning_rate=0.03, participation=0.67, patience=0)
     link = Direct({task: participant(task, options, strategy=strategy, tau=tau) for task in DATA.tasks})
